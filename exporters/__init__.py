@@ -1,0 +1,1 @@
+"""What ships: checkpoint -> ONNX -> OpenVINO / TensorRT, with parity and latency. Imports without torch."""

@@ -1,0 +1,78 @@
+"""One interface over every runtime: open an artefact, run float32 NCHW in, logits out, say what really ran."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+
+class Session(Protocol):
+    """An artefact loaded in its runtime, ready to run."""
+
+    runtime: str  # "onnxruntime 1.32.0", as shown in reports
+    precision_effective: str  # what the runtime reports it computes in: "fp32", "bf16", "int8", ...
+
+    def run(self, x: Array) -> Array:
+        """x (B, 3, S, S) float32 -> logits (B, K) float32. The result does not alias a runtime buffer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """One column of the latency report: a runtime and a precision. `artefact` is the file in its build folder."""
+
+    name: str
+    runtime: str  # "torch" | "ort" | "ov" | "trt"
+    precision: str  # "fp32" | "fp16" | "int8" | "default"
+    artefact: str
+
+
+class Unavailable(Exception):
+    """This target cannot run here (package missing, no device); the text is the reason shown in its row."""
+
+
+TARGETS: dict[str, Target] = {
+    t.name: t
+    for t in (
+        Target("torch-eager", "torch", "fp32", "{model}.safetensors"),
+        Target("ort-fp32", "ort", "fp32", "{model}.onnx"),
+        Target("ort-int8", "ort", "int8", "{model}-int8.onnx"),
+        Target("ov-fp32", "ov", "fp32", "{model}.xml"),
+        Target("ov-default", "ov", "default", "{model}.xml"),
+        Target("ov-int8", "ov", "int8", "{model}-int8.xml"),
+        Target("rtx-fp32", "trt", "fp32", "{model}.plan"),
+        Target("rtx-fp16", "trt", "fp16", "{model}.plan"),
+        Target("trt-fp32", "trt", "fp32", "{model}.plan"),
+        Target("trt-fp16", "trt", "fp16", "{model}.plan"),
+        Target("trt-int8", "trt", "int8", "{model}.plan"),
+    )
+}
+
+
+def open_session(target: Target, artefact: Path, threads: int) -> Session:
+    """Load `artefact` in the target's runtime with that many intra-op threads.
+
+    Raises Unavailable with the reason where the runtime or its device is missing,
+    UserError where the artefact is damaged or foreign.
+    """
+    if target.runtime == "torch":
+        from exporters.eager import EagerSession
+
+        return EagerSession(artefact, threads)
+    if target.runtime == "ort":
+        from exporters.ort import OrtSession
+
+        return OrtSession(artefact, threads)
+    if target.runtime == "ov":
+        from exporters.ov import OvSession
+
+        return OvSession(artefact, threads, target.precision)
+    from exporters.trt import TrtSession
+
+    return TrtSession(artefact)

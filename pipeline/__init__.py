@@ -1,0 +1,1 @@
+"""The library: cross-architecture distillation from a ViT to a small CNN, without argv, DVC or fixed paths."""

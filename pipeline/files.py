@@ -1,0 +1,145 @@
+"""Files that are whole or absent: atomic writes, hashes, JSON artefacts that carry schema and provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.errors import UserError
+
+PACKAGES = ("torch", "timm", "numpy", "pillow", "safetensors")
+
+
+@contextmanager
+def atomic(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary sibling; on success fsync it and rename it onto `path`, on failure remove it."""
+    path = Path(path)
+    _make_parent(path)
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(fd)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        with temporary.open("rb+") as f:
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_dir(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary sibling folder; on success it replaces `path` in one rename."""
+    path = Path(path)
+    _make_parent(path)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        publish(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(folder: Path, path: Path) -> None:
+    """Rename a finished `folder` onto `path`, replacing what stands there."""
+    _make_parent(path)
+    if path.exists():
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+        path.replace(old / "was")
+        folder.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        folder.replace(path)
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot create its folder ({error.strerror}); choose a writable path"
+        ) from None
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: the folder {path.parent} is not writable; choose a writable path")
+
+
+def write_json(path: Path | str, value: dict[str, Any]) -> None:
+    """Write JSON atomically; keys keep their order, NaN is refused."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path | str, schema: str | None = None) -> dict[str, Any]:
+    """Read a JSON artefact; with `schema`, its `schema` field must be that.
+
+    Raises UserError: missing, not JSON, another schema.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; run the stage that makes it (`dvc repro`)"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{path}: not readable as JSON ({error}); remove it and run its stage again"
+        ) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    if schema is not None and value.get("schema") != schema:
+        raise UserError(
+            f"{path}: schema is {value.get('schema')!r}, expected {schema!r}; run its stage again"
+        )
+    return value
+
+
+def sha256(path: Path | str) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with Path(path).open("rb") as f:
+        return _hash_stream(f)
+
+
+def _hash_stream(f: BinaryIO) -> str:
+    state = hashlib.sha256()
+    while block := f.read(1 << 20):
+        state.update(block)
+    return state.hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Hex SHA-256 of a JSON-able value, independent of key order: the fingerprint of parameters and inputs."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
+    """Installed versions by distribution name, None where absent; nothing is imported."""
+    found: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def provenance(params: Any = None, **inputs: Path | str) -> dict[str, Any]:
+    """What made an artefact: parameters, the hash of each input file, package versions. Holds no clock time,
+
+    so the same inputs give the same bytes.
+    """
+    return {
+        "params": params,
+        "inputs": {name: sha256(path) for name, path in inputs.items()},
+        "versions": versions(),
+    }

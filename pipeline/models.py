@@ -1,0 +1,127 @@
+"""A timm model and the JSON that rebuilds it: one safetensors file of plain timm keys, one JSON beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.data.config import resolve_model_data_config
+from torch import nn
+
+from pipeline import files
+from pipeline.errors import UserError, nearest
+
+SCHEMA = "cakd.model/1"
+
+
+def create(
+    name: str, kwargs: dict[str, Any], num_classes: int, pretrained: bool = False
+) -> nn.Module:
+    """`timm.create_model` with the mistakes of a user told in one line.
+
+    Raises UserError: unknown name, no pretrained weights to be had, kwargs the model refuses.
+    """
+    if not timm.is_model(name):
+        raise UserError(f"model: timm {timm.__version__} has no model {name!r}; {_similar(name)}")
+    try:
+        model: nn.Module = timm.create_model(
+            name, pretrained=pretrained, num_classes=num_classes, **kwargs
+        )
+    except Exception as error:  # timm raises whatever the constructor or the hub raised
+        what = "weights: pretrained" if pretrained else "kwargs"
+        raise UserError(
+            f"model {name}: timm refused {what} {kwargs}: {error}; correct it"
+        ) from error
+    return model
+
+
+def _similar(name: str) -> str:
+    import difflib
+
+    names = timm.list_models()
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    return f"nearest: {', '.join(close)}" if close else nearest(name, ["see timm.list_models()"])
+
+
+def preprocessing(model: nn.Module, image_size: int) -> dict[str, Any]:
+    """What must be done to a uint8 RGB picture before the model: it travels into the ONNX metadata."""
+    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    return {
+        "image_size": image_size,
+        "interpolation": "bicubic",
+        "crop": "resize the shorter side, centre crop",
+        "mean": [float(v) for v in config["mean"]],
+        "std": [float(v) for v in config["std"]],
+    }
+
+
+def save(path: Path, model: nn.Module, description: dict[str, Any]) -> None:
+    """Write `path` (.safetensors) and the JSON beside it; the JSON holds the hash of the weights."""
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    # One metadata key only: safetensors writes several in no fixed order, and same seed = same bytes.
+    note = {"cakd": json.dumps({k: description[k] for k in ("model", "kwargs")}, sort_keys=True)}
+    with files.atomic(path) as temporary:
+        save_file(state, temporary, metadata=note)
+        weights = files.sha256(temporary)
+    files.write_json(
+        path.with_suffix(".json"), {"schema": SCHEMA, **description, "weights_sha256": weights}
+    )
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The JSON beside a checkpoint, checked against the weights' hash.
+
+    Keys: model, kwargs, num_classes, classes, preprocess {image_size, mean, std, ...}, role, weights_sha256.
+    Raises UserError: either file missing, or the weights are not those the JSON was written with.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; expected a .safetensors file")
+    description = files.read_json(path.with_suffix(".json"), SCHEMA)
+    if files.sha256(path) != description["weights_sha256"]:
+        raise UserError(
+            f"{path}: its SHA-256 is not the one in {path.with_suffix('.json').name}: damaged "
+            "or replaced; make it again with `dvc repro`"
+        )
+    return description
+
+
+def load(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild the plain timm model in eval mode, with its description. Raises UserError as `describe`."""
+    description = describe(path)
+    model = create(description["model"], description["kwargs"], description["num_classes"])
+    load_weights(model, path)
+    return model.eval(), description
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a safetensors state dict strictly. Raises UserError: not safetensors, keys or shapes differ."""
+    try:
+        model.load_state_dict(load_file(path), strict=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such weights; expected a .safetensors file") from None
+    except SafetensorError as error:
+        raise UserError(
+            f"{path}: not a safetensors file ({error}); pickles (.pt, .pth) are never loaded"
+        ) from None
+    except RuntimeError as error:
+        raise UserError(f"{path}: the weights do not fit the model: {str(error)[:300]}") from None
+
+
+def count(model: nn.Module, image_size: int) -> dict[str, int]:
+    """Parameters, and multiply-accumulates of one image (half of PyTorch's own FLOP count)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, image_size, image_size))
+    model.train(was_training)
+    return {
+        "params": sum(p.numel() for p in model.parameters()),
+        "macs": counter.get_total_flops() // 2,
+    }
