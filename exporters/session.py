@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -9,14 +10,33 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import UserError
+
 Array = NDArray[np.float32]
 
 
 class Session(Protocol):
     """An artefact loaded in its runtime, ready to run."""
 
-    runtime: str  # "onnxruntime 1.32.0", as shown in reports
-    precision_effective: str  # what the runtime reports it computes in: "fp32", "bf16", "int8", ...
+    @property
+    def runtime(self) -> str:
+        """Name and version, as shown in reports: `onnxruntime 1.32.0`."""
+        ...
+
+    @property
+    def precision_effective(self) -> str:
+        """What the runtime reports it computes in: fp32, fp16, bf16, int8. May cost a load and a run."""
+        ...
+
+    @property
+    def input_shape(self) -> tuple[int | None, int, int, int]:
+        """(B, 3, S, S) as the artefact declares it; B is None where the batch is free."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The flat notes of `exporters.metadata`; empty in a file that carries none."""
+        ...
 
     def run(self, x: Array) -> Array:
         """x (B, 3, S, S) float32 -> logits (B, K) float32. The result does not alias a runtime buffer."""
@@ -33,7 +53,7 @@ class Target:
     artefact: str
 
 
-class Unavailable(Exception):
+class Unavailable(UserError):
     """This target cannot run here (package missing, no device); the text is the reason shown in its row."""
 
 

@@ -1,0 +1,64 @@
+"""The pictures a check or a calibration runs on: a folder's, or seeded smooth ones. Never zeros, never noise."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from exporters import metadata
+from exporters.session import Array, Session
+from pipeline.data import normalised, read_folder
+from pipeline.errors import UserError
+
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+def smooth(count: int, height: int, width: int, seed: int = 0) -> Array:
+    """(count, 3, height, width) float32: random sums of the 16 lowest cosines a channel, unit variance.
+
+    Smooth like a photograph, different from each other, and the same on every machine.
+    """
+    generator = np.random.default_rng(seed)
+    weights = generator.standard_normal((count, 3, 4, 4)) / 4
+    rows, columns = _cosines(height), _cosines(width)
+    return np.einsum("ncij,iy,jx->ncyx", weights, rows, columns).astype(np.float32)
+
+
+def _cosines(length: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """(4, length): the four lowest cosines, each of mean square 1."""
+    position = (np.arange(length) + 0.5) / length
+    waves = np.cos(np.pi * np.arange(4)[:, None] * position)
+    waves[1:] *= np.sqrt(2)
+    return waves
+
+
+def from_folder(folder: Path, session: Session, limit: int) -> Array:
+    """Up to `limit` images of a folder, prepared as the artefact's own notes say.
+
+    An artefact without notes gets ImageNet's mean and std, and stdout says so.
+    Raises UserError: no such folder, no image, an input that is not square.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not a folder; give a folder of images or a prepared one")
+    notes = metadata.preprocessing(session.metadata)
+    height, width = session.input_shape[2:]
+    if notes is None:
+        if height != width:
+            raise UserError(f"input is {height}x{width} and carries no preprocessing; need a square")
+        print("no preprocessing in the artefact's metadata: ImageNet's mean and std are assumed")
+        notes = {"image_size": height, **IMAGENET}
+    pictures = list(islice(read_folder(folder, notes["image_size"], limit), limit))
+    return normalised(np.stack(pictures), notes)
+
+
+def run(session: Session, x: Array) -> Array:
+    """Run all of x (N, 3, S, S), 16 at a time or as the artefact's own batch demands -> (N, K).
+
+    Raises UserError: N is not a multiple of the artefact's fixed batch.
+    """
+    batch = session.input_shape[0] or 16
+    if session.input_shape[0] and len(x) % batch:
+        raise UserError(f"the artefact takes batches of {batch} only, got {len(x)} images")
+    return np.concatenate([session.run(x[i : i + batch]) for i in range(0, len(x), batch)])
