@@ -1,0 +1,30 @@
+"""Stage device: write what this machine is. A dependency of build and bench, so other hardware re-runs them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pipeline import cli, files
+from pipeline.device import machine
+
+SCHEMA = "cakd.device/1"
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write `args.out`: the same bytes on the same machine with the same packages."""
+    block = machine()
+    files.write_json(
+        args.out, {"schema": SCHEMA, "machine": block, "provenance": files.provenance()}
+    )
+    gpu = block["gpu"]["name"] if block["gpu"] else "no GPU"
+    print(
+        f"{args.out}: {block['cpu']}, {block['cores']['usable']} of {block['cores']['logical']} cores, "
+        f"{block['memory_gb']} GB, {gpu}"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m stages.device", description=__doc__)
+    parser.add_argument("out", type=Path, help="reports/device.json")
+    cli.run(main, parser)
