@@ -1,0 +1,62 @@
+"""Stage bench: latency of one target's student and teacher, batch 1, on the exported reference pictures."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+from exporters.bench import Bench, document
+from exporters.measure import Subject, measure
+from exporters.session import TARGETS, Target
+from exporters.worker import read_reference
+from pipeline import cli, config, files
+
+BUILD_SCHEMA = "cakd.build/1"
+MODELS = ("student", "teacher")
+
+
+def subject(build: dict[str, Any], args: argparse.Namespace, model: str, threads: int) -> Subject:
+    """What build.json says of one model: its artefact, or why there is none.
+
+    A target that runs a file as it was exported leaves it in the export folder.
+    """
+    target: Target = TARGETS[args.target]
+    made = build["models"].get(model, {"status": "skipped", "reason": "not in build.json"})
+    name = made.get("artefact") or target.artefact.format(model=model)
+    places = [folder / name for folder in (args.build_dir, args.export_dir)]
+    artefact = next((path for path in places if path.is_file()), places[0])
+    skip = made.get("reason") or "not built" if made["status"] == "skipped" else None
+    return Subject(model, artefact, target, threads, skip)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write `args.out`; a model that cannot be measured here is a row with its reason."""
+    began = time.monotonic()
+    params = config.load(Bench, args.params)
+    built = args.build_dir / "build.json"
+    build = files.read_json(built, BUILD_SCHEMA)
+    reference = args.export_dir / "reference.npz"
+    read_reference(reference)
+    subjects = [
+        subject(build, args, model, threads)
+        for model, threads in itertools.product(MODELS, params.threads)
+    ]
+    seconds = params.seconds_per_row / params.rounds
+    rows = measure(subjects, params.rounds, seconds, params.seed, reference)
+    inputs = {"build": built, "reference": reference}
+    files.write_json(args.out, document(args.target, params.__dict__, inputs, rows=rows))
+    said = [f"{r['model']} {r['wall_ms']['p50'] or r['reason']}" for r in rows]
+    print(f"{args.out}: wall ms p50: {', '.join(said)} ({time.monotonic() - began:.0f} s)")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m stages.bench", description=__doc__)
+    parser.add_argument("export_dir", type=Path, help="artifacts/export")
+    parser.add_argument("build_dir", type=Path, help="artifacts/build/<target>")
+    parser.add_argument("out", type=Path, help="reports/bench/<target>.json")
+    parser.add_argument("--target", choices=TARGETS, required=True)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    cli.run(main, parser)
