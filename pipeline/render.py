@@ -1,0 +1,82 @@
+"""Summaries (`cakd.edge/1`, one a machine) -> Markdown for CI and a self-contained page for people. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline import charts, wording
+from pipeline.report import BASELINES
+
+TEMPLATES = Path(__file__).parent / "templates"
+FILTERS = (
+    *("figure", "percent", "points", "millions", "top1"),
+    *("labels", "p50", "precision", "status", "flat"),
+)
+MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$])")
+
+
+def markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """The report as GitHub Markdown, made for `$GITHUB_STEP_SUMMARY`; whatever a file named is escaped."""
+    return _fill("edge.md", summaries, autoescape=False, finalize=escape_markdown)
+
+
+def page(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """The report as one HTML file: no script, no other file, nothing from the network."""
+    pictures = [_pictures(s, f"m{i}") for i, s in enumerate(summaries)]
+    return _fill("index.html", [{**s, **p} for s, p in zip(summaries, pictures)], autoescape=True)
+
+
+def escape_markdown(value: object) -> str:
+    """A value as text that Markdown and HTML leave as it is, in one line, whole inside a table cell."""
+    return MARKDOWN.sub(r"\\\1", " ".join(str(value).replace("&", "&amp;").split()))
+
+
+def _fill(template: str, summaries: Sequence[Mapping[str, Any]], **escaping: Any) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        **escaping,
+    )
+    environment.filters.update({name: getattr(wording, name) for name in FILTERS})
+    failed = any(s["verdict"]["status"] == "FAIL" for s in summaries)
+    return environment.get_template(template).render(
+        runs=[_worded(s) for s in summaries],
+        status="FAIL" if failed else "PASS",
+        several=len(summaries) > 1,
+        baselines=BASELINES,
+        unmeasured=wording.NONE,
+    )
+
+
+def _worded(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary with the sentences made from several of its figures."""
+    return {
+        **summary,
+        "machine_name": wording.machine_name(summary["machine"]),
+        "headline": wording.headline(summary),
+        "cards": wording.cards(summary),
+        "labels": wording.labels_in_words(summary["models"]),
+        "more": [(t["target"], row) for t in summary["targets"] for row in t["more_threads"]],
+    }
+
+
+def _pictures(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The pictures of one summary, with ids that begin with `name`, and the colours of the methods in them."""
+    training = summary["training"]
+    scatter = charts.scatter(summary, f"{name}-scatter")
+    strips = charts.strips(summary, f"{name}-strips")
+    return {
+        "scatter": scatter and Markup(scatter),
+        "strips": strips and Markup(strips),
+        "curves": [(t, Markup(svg)) for t, svg in charts.curves(training, f"{name}-curve")],
+        "colours": charts.method_colours(list(training)),
+    }

@@ -1,0 +1,294 @@
+"""One run's figures -> one summary with its verdicts (`cakd.edge/1`): what the report shows and the gates judge.
+
+Torch-free. The pictures are in pipeline/charts.py, the two pages in pipeline/render.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline import files
+from pipeline.errors import UserError, nearest
+
+SCHEMA = "cakd.edge/1"
+BENCH = "cakd.bench/1"
+MODELS = ("student", "teacher")
+BASELINES = ("plain", "logits")  # every method is compared with these two, in points
+KEPT_SAMPLES = 61  # latencies kept of each row, evenly spaced in rank, both extremes among them
+
+BUDGETS = {  # name in `report.budgets` -> how it is read in a sentence
+    "top1_min": "clean top-1 (fraction)",
+    "wall_ms_max": "latency p50 (ms)",
+    "size_mb_max": "file size (MB)",
+    "params_max": "parameters",
+}
+OF_TARGET = {"wall_ms_max", "size_mb_max"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """`report:` the title, and the budgets the shipped student must keep.
+
+    A budget is `top1_min`, `params_max`, `wall_ms_max` or `size_mb_max`. The last two may name a target
+    (`ort-fp32.wall_ms_max`); without one they hold the best measured target.
+    """
+
+    title: str = "Student at the edge"
+    budgets: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, limit in self.budgets.items():
+            target, _, quantity = name.rpartition(".")
+            if quantity not in BUDGETS:
+                raise ValueError(f"budgets: unknown name {name!r}; {nearest(quantity, BUDGETS)}")
+            if target and quantity not in OF_TARGET:
+                raise ValueError(f"budgets: {name!r} is not a figure of a target; use {quantity!r}")
+            if quantity == "top1_min" and not 0 <= limit <= 1:
+                raise ValueError(f"budgets: {name} is {limit}; allowed: a fraction, 0.9 for 90 %")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files of one run. `build` and `bench` are folders that hold one entry a target."""
+
+    accuracy: Path
+    train_perf: Path
+    build: Path
+    bench: Path
+    device: Path
+
+
+def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[str, Any]:
+    """Read one run, of `targets` only, and judge it.
+
+    Raises UserError: a file missing or of another schema, a budget of a target that is not among `targets`.
+    """
+    _refuse_unknown_targets(config.budgets, targets)
+    accuracy = files.read_json(sources.accuracy, "cakd.accuracy/1")
+    parity = read_parity(sources.build, targets)
+    inputs = {"accuracy": sources.accuracy, "train_perf": sources.train_perf}
+    inputs |= {f"bench/{name}": sources.bench / f"{name}.json" for name in targets}
+    summary = {
+        "schema": SCHEMA,
+        "title": config.title,
+        "shipped": accuracy["shipped"],
+        "classes": accuracy["classes"],
+        "models": compare(accuracy["models"]),
+        "targets": [
+            target(
+                name,
+                files.read_json(sources.bench / f"{name}.json", BENCH)["rows"],
+                files.read_json(sources.build / name / "build.json", "cakd.build/1")["models"],
+                [row for row in parity if row["target"] == name],
+            )
+            for name in targets
+        ],
+        "training": files.read_json(sources.train_perf, "cakd.train_perf/1")["methods"],
+        "parity": parity,
+    }
+    summary["budgets"] = [judge_budget(summary, n, limit) for n, limit in config.budgets.items()]
+    return {
+        **summary,
+        "verdict": judge(summary),
+        "machine": files.read_json(sources.device, "cakd.device/1")["machine"],
+        "provenance": files.provenance(config.__dict__, **inputs),
+    }
+
+
+def _refuse_unknown_targets(budgets: Iterable[str], targets: Sequence[str]) -> None:
+    for name in budgets:
+        target = name.rpartition(".")[0]
+        if target and target not in targets:
+            raise UserError(
+                f"report.budgets: {name!r} names a target that is not in bench.enabled; "
+                f"{nearest(target, targets)}"
+            )
+
+
+def read_parity(build: Path, targets: Iterable[str]) -> list[dict[str, Any]]:
+    """The rows of build/<target>/parity.json of these targets, each with its `target`."""
+    rows: list[dict[str, Any]] = []
+    for name in targets:
+        found = files.read_json(build / name / "parity.json", "cakd.parity/1")["rows"]
+        rows += [{**row, "target": name} for row in found]
+    return rows
+
+
+def read_machine(path: Path) -> dict[str, Any]:
+    """One machine's figures: a summary of this stage, or a `cakd.bench/1` file of `exporters.bench --json`."""
+    found = files.read_json(path)
+    if found.get("schema") == SCHEMA:
+        return found
+    if found.get("schema") != BENCH:
+        raise UserError(f"{path}: schema is {found.get('schema')!r}; allowed: {SCHEMA}, {BENCH}")
+    names = dict.fromkeys(row.get("target", found.get("target")) for row in found["rows"])
+    summary: dict[str, Any] = {
+        "schema": SCHEMA,
+        "title": path.stem,
+        "shipped": None,
+        "models": {},
+        "targets": [
+            target(n, [r for r in found["rows"] if r.get("target", n) == n], {}, []) for n in names
+        ],
+        "training": {},
+        "parity": [],
+        "budgets": [],
+    }
+    machine = {key: found[key] for key in ("machine", "provenance")}
+    return {**summary, "verdict": judge(summary), **machine}
+
+
+def compare(models: Mapping[str, Any]) -> dict[str, Any]:
+    """Each model with `points`: its clean top-1 minus that of `plain` and of `logits`, in percentage points."""
+    compared = {}
+    for name, model in models.items():
+        others = [b for b in BASELINES if b in models and name not in ("teacher", b)]
+        own = model["clean"]["top1"]
+        points = {b: round(100 * (own - models[b]["clean"]["top1"]), 4) for b in others}
+        compared[name] = {**model, "points": points}
+    return compared
+
+
+def target(
+    name: str, rows: Sequence[Any], builds: Mapping[str, Any], parity: Sequence[Any]
+) -> dict[str, Any]:
+    """One target: its student and teacher at the fewest threads, and how much faster the student is.
+
+    `speedup` is teacher p50 / student p50, both of one run; None unless both were measured.
+    """
+    threads = min((row["threads"] for row in rows), default=1)
+    found: dict[str, Any] = {"target": name, "threads": threads}
+    for model in MODELS:
+        row = next((r for r in rows if (r["model"], r["threads"]) == (model, threads)), None)
+        row = row or {"model": model, "threads": threads, "status": "skipped", "reason": "no row"}
+        built = builds.get(model, {})
+        verdicts = [p["verdict"] for p in parity if model_of(p) == model]
+        found[model] = {
+            **dict.fromkeys(("size_mb", "precision_requested", "precision_effective")),
+            "flags": [],
+            **{k: v for k, v in row.items() if k != "samples_ms"},
+            "reason": row.get("reason") or built.get("reason"),
+            "parity": "FAIL" if "FAIL" in verdicts else verdicts[0] if verdicts else None,
+            "samples_ms": thin(row.get("samples_ms") or []),
+        }
+    both = [found[m]["wall_ms"]["p50"] for m in MODELS if found[m]["status"] == "measured"]
+    more = [{k: v for k, v in r.items() if k != "samples_ms"} for r in rows]
+    return {
+        **found,
+        "speedup": both[1] / both[0] if len(both) == 2 else None,
+        "more_threads": [r for r in more if r["threads"] != threads and r["status"] == "measured"],
+    }
+
+
+def model_of(parity_row: Mapping[str, Any]) -> str:
+    """ "student" or "teacher", by the name of the artefact the row is about."""
+    return Path(parity_row["artifact"]).name.split(".")[0].split("-")[0]
+
+
+def thin(samples: Sequence[float]) -> list[float]:
+    """At most KEPT_SAMPLES of the samples, sorted, evenly spaced in rank, with the fastest and the slowest."""
+    ordered = sorted(samples)
+    if len(ordered) <= KEPT_SAMPLES:
+        return ordered
+    step = (len(ordered) - 1) / (KEPT_SAMPLES - 1)
+    return [ordered[round(i * step)] for i in range(KEPT_SAMPLES)]
+
+
+def judge_budget(summary: Mapping[str, Any], name: str, limit: float) -> dict[str, Any]:
+    """A budget and its verdict: PASS, FAIL, NOT MEASURED, or INCONCLUSIVE where noise alone is above the limit."""
+    wanted, _, quantity = name.rpartition(".")
+    best: tuple[float, float] | None = None  # the figure, and the lowest it can be without noise
+    if quantity in OF_TARGET:
+        rows = [t["student"] for t in summary["targets"] if wanted in ("", t["target"])]
+        rows = [r for r in rows if r["status"] == "measured"]
+        best = min((_bounds(r, quantity) for r in rows), default=None)
+    elif summary["shipped"] in summary["models"]:
+        shipped = summary["models"][summary["shipped"]]
+        figure = shipped["clean"]["top1"] if quantity == "top1_min" else shipped["params"]
+        best = (figure, figure)
+    verdict = "NOT MEASURED"
+    if best is not None:
+        kept = best[0] >= limit if quantity.endswith("_min") else best[0] <= limit
+        noise = quantity == "wall_ms_max" and best[1] <= limit
+        verdict = "PASS" if kept else "INCONCLUSIVE" if noise else "FAIL"
+    return {
+        "name": name,
+        "what": BUDGETS[quantity],
+        "limit": limit,
+        "value": best[0] if best else None,
+        "verdict": verdict,
+    }
+
+
+def _bounds(row: Mapping[str, Any], quantity: str) -> tuple[float, float]:
+    if quantity == "size_mb_max":
+        return row["size_mb"], row["size_mb"]
+    wall = row["wall_ms"]
+    return wall["p50"], wall["min"] if noisy(row) else wall["p50"]
+
+
+def noisy(row: Mapping[str, Any]) -> bool:
+    """Whether the bench flagged the row: its milliseconds are not to be trusted."""
+    return "NOISY" in row.get("flags", [])
+
+
+def fell_back(row: Mapping[str, Any]) -> bool:
+    """Whether a measured row computes in another precision than it was asked for."""
+    asked = row.get("precision_requested")
+    return row["status"] == "measured" and asked not in (
+        None,
+        "default",
+        row["precision_effective"],
+    )
+
+
+def judge(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """PASS or FAIL with the reasons, and notes: what a reader must know although it fails nothing."""
+    failures = [
+        f"parity of {row['target']} {row['artifact']} (fp32): not the network that was trained"
+        for row in summary["parity"]
+        if row["precision_effective"] == "fp32" and row["verdict"] == "FAIL"
+    ]
+    failures += [
+        f"budget {b['name']}: got {b['value'] if b['value'] is not None else 'no measurement'}, "
+        f"limit {b['limit']}"
+        for b in summary["budgets"]
+        if b["verdict"] in ("FAIL", "NOT MEASURED")
+    ]
+    return {
+        "status": "FAIL" if failures else "PASS",
+        "failures": failures,
+        "notes": list(_notes(summary)),
+    }
+
+
+def _notes(summary: Mapping[str, Any]) -> Iterable[str]:
+    shipped = summary["models"].get(summary["shipped"], {})
+    for baseline, points in shipped.get("points", {}).items():
+        if points < 0:
+            yield f"the shipped {summary['shipped']} is {-points:.1f} points below {baseline}"
+    for found in summary["targets"]:
+        said: dict[str, list[str]] = {}  # what there is to say -> of which models
+        for model in MODELS:
+            for remark in _remarks(found[model]):
+                said.setdefault(remark, []).append(model)
+        for remark, models in said.items():
+            yield f"{found['target']} {' and '.join(models)}: {remark}"
+    for budget in summary["budgets"]:
+        if budget["verdict"] == "INCONCLUSIVE":
+            yield f"budget {budget['name']} is inconclusive: only noise stands above {budget['limit']}"
+
+
+def _remarks(row: Mapping[str, Any]) -> Iterable[str]:
+    if row["status"] == "skipped":
+        yield f"skipped, {row['reason']}"
+    elif fell_back(row):
+        yield (
+            f"asked for {row['precision_requested']}, runs in {row['precision_effective']}, "
+            f"{row['reason'] or 'no reason given'}"
+        )
+    if noisy(row):
+        yield f"NOISY, {', '.join(row['flags'][1:])}"

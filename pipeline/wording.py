@@ -1,0 +1,170 @@
+"""The figures of a summary as the words and numbers a reader sees: one unit a column, "not measured" for a gap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.report import MODELS, fell_back, noisy
+
+NONE = "not measured"
+Block = Mapping[str, Any]
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """A measured value with that many significant digits, without an exponent: "0.412", "1,080"."""
+    if value is None:
+        return NONE
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def percent(fraction: float | None) -> str:
+    """0.9321 -> "93.2"."""
+    return NONE if fraction is None else f"{100 * fraction:.1f}"
+
+
+def points(value: float | None) -> str:
+    """A difference in percentage points, signed: "+1.3"; a dash where there is nothing to compare."""
+    return "–" if value is None else f"{value:+.1f}".replace("-", "−")
+
+
+def millions(value: int | None) -> str:
+    """2543210 -> "2.54"."""
+    return NONE if value is None else figure(value / 1e6)
+
+
+def top1(model: Block, split: str) -> str:
+    """Top-1 of a split in percent, with one binomial standard error of its n images: "90.2 ± 1.5"."""
+    score = model.get(split)
+    if not score:
+        return NONE
+    share, n = score["top1"], score.get("n")
+    error = f" ± {100 * math.sqrt(share * (1 - share) / n):.1f}" if n else ""
+    return percent(share) + error
+
+
+def labels(model: Block) -> str:
+    """How many labels a model learned from: "50 of 1,297"."""
+    if model.get("labels_seen") is None:
+        return NONE
+    return f"{model['labels_seen']:,} of {model['labels_total']:,}"
+
+
+def labels_in_words(models: Block) -> list[str]:
+    """Who learned from how many labels, methods that saw the same number in one sentence."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, model in models.items():
+        if model.get("labels_seen") is not None:
+            who = "the teacher" if name == "teacher" else name
+            groups.setdefault((model["labels_seen"], model["labels_total"]), []).append(who)
+    return [
+        f"{enumerate_words(names)} saw {seen:,} of {total:,} labels ({percent(seen / total)} %)."
+        for (seen, total), names in groups.items()
+    ]
+
+
+def enumerate_words(names: Sequence[str]) -> str:
+    """["the teacher", "a", "b"] -> "The teacher, a and b"; the name of a method keeps its small letter."""
+    text = " and ".join([", ".join(names[:-1])] * (len(names) > 1) + [names[-1]])
+    return "T" + text[1:] if text.startswith("the ") else text
+
+
+def p50(row: Block) -> str:
+    """Median latency in ms, NOISY rows marked."""
+    if row["status"] != "measured":
+        return NONE
+    return figure(row["wall_ms"]["p50"]) + (" NOISY" if noisy(row) else "")
+
+
+def precision(target: Block) -> str:
+    """What the student really computes in, and what was asked for or the teacher runs in where that differs."""
+    student, teacher = target["student"], target["teacher"]
+    got, asked = student.get("precision_effective"), student.get("precision_requested")
+    if student["status"] != "measured":
+        return f"{NONE} (asked {asked})" if asked else NONE
+    other = [f"asked {asked}"] if fell_back(student) else []
+    if teacher["status"] == "measured" and teacher.get("precision_effective") != got:
+        other.append(f"teacher {teacher['precision_effective']}")
+    return f"{got} ({', '.join(other)})" if other else str(got)
+
+
+def status(target: Block) -> str:
+    """One phrase a target: measured, or why not; the reason of a fall-back."""
+    said: dict[str, list[str]] = {}
+    for model in MODELS:
+        row = target[model]
+        state = "fell back" if fell_back(row) else row["status"]
+        said.setdefault(state + (f": {row['reason']}" if row["reason"] else ""), []).append(model)
+    return "; ".join(f"{m[0]} {text}" if len(said) > 1 else text for text, m in said.items())
+
+
+def machine_name(machine: Block) -> str:
+    """What a person calls the machine: its board or CPU, its cores, its GPU."""
+    cores, gpu = machine.get("cores"), machine.get("gpu")
+    parts = [machine.get("board") or machine.get("cpu") or "unknown machine"]
+    if cores:
+        parts.append(f"{cores['usable']} of {cores['logical']} cores")
+    if gpu:
+        parts.append(gpu["name"])
+    return ", ".join(parts)
+
+
+def flat(value: object) -> str:
+    """A JSON value of a machine or provenance block as one line of text."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {flat(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(flat, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def headline_target(summary: Block) -> Block | None:
+    """The target of the headline: ort-fp32 where it was measured, else the fastest student."""
+    measured = [t for t in summary["targets"] if t["student"]["status"] == "measured"]
+    return min(
+        measured,
+        key=lambda t: (t["target"] != "ort-fp32", t["student"]["wall_ms"]["p50"]),
+        default=None,
+    )
+
+
+def headline(summary: Block) -> str:
+    """The run in one sentence, to follow the verdict's word."""
+    parts = []
+    best, models = headline_target(summary), summary["models"]
+    if summary["shipped"] in models:
+        own = percent(models[summary["shipped"]]["clean"]["top1"])
+        teacher = models.get("teacher")
+        beside = f" (teacher {percent(teacher['clean']['top1'])} %)" if teacher else ""
+        parts.append(f"{summary['shipped']} reaches {own} % clean top-1{beside}")
+    if best:
+        parts.append(f"{p50(best['student'])} ms on {best['target']}")
+        if best["speedup"]:
+            parts.append(f"{figure(best['speedup'], 2)} times as fast as the teacher")
+    if summary["budgets"]:
+        kept = sum(b["verdict"] == "PASS" for b in summary["budgets"])
+        parts.append(f"{kept} of {len(summary['budgets'])} budgets kept")
+    return ", ".join(parts) or "nothing was measured"
+
+
+def cards(summary: Block) -> list[tuple[str, str, str]]:
+    """(label, value, unit) of the headline figures."""
+    found = []
+    best, models = headline_target(summary), summary["models"]
+    for name in (summary["shipped"], "teacher"):
+        if name in models:
+            own = percent(models[name]["clean"]["top1"])
+            found.append((f"clean top-1, {name}", own, "%"))
+    if best:
+        where = f"{best['target']}, {best['threads']} thread{'s' * (best['threads'] != 1)}"
+        found.append((f"student p50, {where}", p50(best["student"]), "ms"))
+        if best["speedup"]:
+            found.append((f"teacher p50 / student p50, {where}", figure(best["speedup"]), "×"))
+        found.append((f"student file, {best['target']}", figure(best["student"]["size_mb"]), "MB"))
+    if summary["shipped"] in models:
+        found.append(("student parameters", millions(models[summary["shipped"]]["params"]), "M"))
+    return found

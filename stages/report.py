@@ -1,0 +1,102 @@
+"""Stage report: the figures of a run -> edge.json, edge.md, index.html and the merged parity.json; then the gates.
+
+`python -m stages.report --merge A.json B.json` joins the edge.json (or bench JSON) of several machines instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import cli, config, files, render, report, wording
+from pipeline.errors import GateFailed
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the four files, then fail if a budget or an fp32 parity failed."""
+    started = time.perf_counter()
+    section = config.load(report.Report, args.params)
+    sources = report.Sources(args.accuracy, args.train_perf, args.build, args.bench, args.device)
+    summary = report.summarise(sources, args.targets, section)
+    files.write_json(args.edge_json, summary)
+    files.write_json(args.parity, parity(summary))
+    publish(args.edge_md, render.markdown([summary]))
+    publish(args.index_html, render.page([summary]))
+    verdict = summary["verdict"]
+    print(
+        f"{args.index_html}: {args.index_html.stat().st_size / 1e6:.2f} MB, "
+        f"{time.perf_counter() - started:.1f} s, {verdict['status']}: {wording.headline(summary)}"
+    )
+    if verdict["failures"]:
+        raise GateFailed(f"{'; '.join(verdict['failures'])}; see {args.edge_md}")
+
+
+def parity(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """reports/parity.json: the parity rows of the enabled targets in one file."""
+    return {
+        "schema": "cakd.parity/1",
+        "rows": summary["parity"],
+        "machine": summary["machine"],
+        "provenance": summary["provenance"],
+    }
+
+
+def merge(args: argparse.Namespace) -> None:
+    """One report of several machines: on stdout as Markdown, and with --out as edge.md and index.html."""
+    summaries = [report.read_machine(path) for path in args.merge]
+    text = render.markdown(summaries)
+    if args.out is None:
+        print(text, end="")
+        return
+    publish(args.out / "edge.md", text)
+    publish(args.out / "index.html", render.page(summaries))
+    print(f"{args.out / 'index.html'}: {len(summaries)} machines")
+
+
+def publish(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with files.atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def names(text: str) -> list[str]:
+    """ "a,b,c" -> ["a", "b", "c"]."""
+    return [name for name in text.split(",") if name]
+
+
+def run_parser() -> argparse.ArgumentParser:
+    """The command line of one run."""
+    parser = argparse.ArgumentParser(prog="python -m stages.report", description=__doc__)
+    add = parser.add_argument
+    add("accuracy", type=Path, help="reports/accuracy.json")
+    add("train_perf", type=Path, help="reports/train_perf.json")
+    add("build", type=Path, help="artifacts/build, a folder a target")
+    add("bench", type=Path, help="reports/bench, a JSON a target")
+    add("device", type=Path, help="reports/device.json")
+    add("edge_json", type=Path, help="out: the summary, for machines")
+    add("parity", type=Path, help="out: the parity rows of all targets")
+    add("edge_md", type=Path, help="out: the report for CI")
+    add("index_html", type=Path, help="out: the report for people")
+    add("--targets", type=names, required=True, metavar="A,B", help="the targets of bench.enabled")
+    add("--params", type=Path, default=Path("params.yaml"))
+    return parser
+
+
+def merge_parser() -> argparse.ArgumentParser:
+    """The command line that joins several machines."""
+    parser = argparse.ArgumentParser(prog="python -m stages.report", description=__doc__)
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", required=True, metavar="JSON", help="one file a machine"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write edge.md and index.html here")
+    return parser
+
+
+if __name__ == "__main__":
+    if any(argument.startswith("--merge") for argument in sys.argv[1:]):
+        cli.run(merge, merge_parser())
+    cli.run(main, run_parser())
