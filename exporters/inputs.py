@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 from pathlib import Path
 
@@ -23,7 +24,8 @@ def smooth(count: int, height: int, width: int, seed: int = 0) -> Array:
     generator = np.random.default_rng(seed)
     weights = generator.standard_normal((count, 3, 4, 4)) / 4
     rows, columns = _cosines(height), _cosines(width)
-    return np.einsum("ncij,iy,jx->ncyx", weights, rows, columns).astype(np.float32)
+    images: Array = np.einsum("ncij,iy,jx->ncyx", weights, rows, columns).astype(np.float32)
+    return images
 
 
 def _cosines(length: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
@@ -46,11 +48,19 @@ def from_folder(folder: Path, session: Session, limit: int) -> Array:
     height, width = session.input_shape[2:]
     if notes is None:
         if height != width:
-            raise UserError(f"input is {height}x{width} and carries no preprocessing; need a square")
+            raise UserError(
+                f"input is {height}x{width} and carries no preprocessing; need a square"
+            )
         print("no preprocessing in the artefact's metadata: ImageNet's mean and std are assumed")
         notes = {"image_size": height, **IMAGENET}
     pictures = list(islice(read_folder(folder, notes["image_size"], limit), limit))
     return normalised(np.stack(pictures), notes)
+
+
+def shown(session: Session, count: int = 10) -> Array:
+    """Smooth images of the size the session takes: `count`, rounded up to its own batch."""
+    batch = session.input_shape[0] or 1
+    return smooth(math.ceil(max(count, 2) / batch) * batch, *session.input_shape[2:])
 
 
 def run(session: Session, x: Array) -> Array:

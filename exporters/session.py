@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, nearest
 
 Array = NDArray[np.float32]
 
@@ -96,3 +96,37 @@ def open_session(target: Target, artefact: Path, threads: int) -> Session:
     from exporters.trt import TrtSession
 
     return TrtSession(artefact)
+
+
+def open_artefact(path: Path, threads: int) -> Session:
+    """Load any artefact by its suffix, in float32 where the runtime leaves a choice.
+
+    Raises as `open_session`; UserError on another suffix.
+    """
+    runtimes = {".safetensors": "torch", ".onnx": "ort", ".xml": "ov", ".plan": "trt"}
+    if path.suffix not in runtimes:
+        raise UserError(f"{path}: suffix is {path.suffix!r}; {nearest(path.suffix, runtimes)}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give an artefact that exists")
+    return open_session(Target("any", runtimes[path.suffix], "fp32", path.name), path, threads)
+
+
+def checked_shape(
+    dims: Sequence[int | None], notes: Mapping[str, str], path: Path
+) -> tuple[int | None, int, int, int]:
+    """The declared input -> (B or None, C, H, W); a free height or width is the notes' image_size.
+
+    Raises UserError: not four dimensions, or a free one that nothing fixes.
+    """
+    if len(dims) != 4:
+        raise UserError(
+            f"{path}: input has shape {list(dims)}; allowed: one image input (B, C, H, W)"
+        )
+    size = int(notes["image_size"]) if "image_size" in notes else None
+    channels, height, width = dims[1], dims[2] or size, dims[3] or size
+    if channels is None or height is None or width is None:
+        raise UserError(
+            f"{path}: input shape {list(dims)} is free beyond the batch and its metadata holds no "
+            "image_size; export it with a fixed size"
+        )
+    return (dims[0], channels, height, width)

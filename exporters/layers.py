@@ -1,0 +1,103 @@
+"""Where two ONNX files part: every node output that both name, compared on the same images."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporters import onnx_file, parity
+from exporters.ort import OrtSession
+from exporters.session import Array
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx
+
+IMAGES = 8
+SHOWN = 8
+DEQUANTIZED = "_DequantizeLinear_Output"  # ONNX Runtime's suffix of the tensor as int8 leaves it
+PARTED_DB = 40.0  # below fp16 rounding: something else than the arithmetic differs
+
+
+def report(a: Path, b: Path, images: Path | None) -> None:
+    """Print the common node outputs that differ, in A's order, the first one by name."""
+    for path in (a, b):
+        if path.suffix != ".onnx":
+            raise UserError(f"--layers: {path} is not an .onnx file; it compares two ONNX files")
+    first, second = onnx_file.read(a), onnx_file.read(b)
+    pairs = common(first, second)
+    if not pairs:
+        raise UserError(f"--layers: {a} and {b} name no node output alike; compare them whole")
+    x = parity.pictures(OrtSession(a, 1), OrtSession(b, 1), images)[:IMAGES]
+    left = outputs(first, [pair[0] for pair in pairs.values()], x)
+    right = outputs(second, [pair[1] for pair in pairs.values()], x)
+    found = {
+        name: sqnr(left[i], right[j])
+        for name, (i, j) in pairs.items()
+        if left[i].dtype.kind == right[j].dtype.kind == "f"
+    }
+    parted = [(name, db) for name, db in found.items() if db < PARTED_DB]
+    print(f"{len(found)} node outputs named alike, {len(parted)} below {PARTED_DB:g} dB")
+    if parted:
+        print(f"they part at {parted[0][0]}")
+    worst = parted[:SHOWN] or sorted(found.items(), key=lambda item: item[1])[:SHOWN]
+    for name, db in worst:
+        print(f"  {db:7.1f} dB  {name}")
+
+
+def common(a: onnx.ModelProto, b: onnx.ModelProto) -> dict[str, tuple[str, str]]:
+    """Node outputs of both graphs by name, in A's order -> the tensor to read in each.
+
+    Around a quantized tensor that is the dequantized one: the quantizer may have dropped the ReLU before it.
+    """
+    names_a, names_b = node_outputs(a), node_outputs(b)
+    pairs = {}
+    for name in names_a:
+        if name in names_b:
+            pairs[name] = (_dequantized(name, names_a), _dequantized(name, names_b))
+    return pairs
+
+
+def node_outputs(model: onnx.ModelProto) -> dict[str, None]:
+    """Names of all node outputs, in graph order."""
+    return dict.fromkeys(name for node in model.graph.node for name in node.output if name)
+
+
+def _dequantized(name: str, names: dict[str, None]) -> str:
+    return name + DEQUANTIZED if name + DEQUANTIZED in names else name
+
+
+def outputs(model: onnx.ModelProto, names: list[str], x: Array) -> dict[str, NDArray[Any]]:
+    """The named intermediate results on x, computed without graph optimization."""
+    import onnx
+    import onnxruntime as ort
+
+    copy = type(model)()
+    copy.CopyFrom(model)
+    del copy.graph.output[:]
+    copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(
+        copy.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    entry = session.get_inputs()[0]
+    step = entry.shape[0] if isinstance(entry.shape[0], int) else len(x)
+    parts = [session.run(names, {entry.name: x[i : i + step]}) for i in range(0, len(x), step)]
+    return {name: np.stack([part[i] for part in parts]) for i, name in enumerate(names)}
+
+
+def sqnr(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Signal of A over the difference, in dB; -inf for another shape or a value that is not finite."""
+    if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("-inf")
+    signal = float((a.astype(np.float64) ** 2).sum())
+    noise = float(((a.astype(np.float64) - b) ** 2).sum())
+    if noise == 0:
+        return parity.BIT_EQUAL_DB
+    return 10 * math.log10(signal / noise) if signal else float("-inf")

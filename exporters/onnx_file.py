@@ -1,0 +1,67 @@
+"""One ONNX file: read and checked, its notes, its opset and operators, written whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def read(path: Path) -> onnx.ModelProto:
+    """Load an ONNX file with its weights. Raises UserError: missing, not ONNX, weights in a lost file."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected an .onnx file")
+    try:
+        model = onnx.load(path, format="protobuf")
+        onnx.checker.check_model(model)
+    except (DecodeError, onnx.checker.ValidationError, FileNotFoundError) as error:
+        raise UserError(f"{path}: not a valid ONNX file ({str(error)[:300]})") from None
+    return model
+
+
+def save(proto: onnx.ModelProto, path: Path) -> None:
+    """Write one self-contained file, after onnx.checker. Raises UserError above ONNX's 2 GB."""
+    import onnx
+
+    if proto.ByteSize() >= 2**31:
+        raise UserError(f"{path}: the network is larger than the 2 GB one ONNX file may hold")
+    onnx.checker.check_model(proto, full_check=True)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def annotate(proto: onnx.ModelProto, notes: Mapping[str, str]) -> onnx.ModelProto:
+    """Put the notes in; take out the exporter's own: source paths of the machine that exported."""
+    import onnx
+
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    for weight in graph.initializer:
+        weight.ClearField("metadata_props")
+    onnx.helper.set_model_props(proto, dict(notes))
+    return proto
+
+
+def notes(proto: onnx.ModelProto) -> dict[str, str]:
+    """The flat notes of `exporters.metadata` it carries."""
+    return {entry.key: entry.value for entry in proto.metadata_props}
+
+
+def opset(proto: onnx.ModelProto) -> int:
+    """The version of the standard operator set."""
+    return next(int(e.version) for e in proto.opset_import if e.domain in ("", "ai.onnx"))
+
+
+def histogram(proto: onnx.ModelProto) -> dict[str, int]:
+    """Operators of the graph, most frequent first."""
+    return dict(Counter(node.op_type for node in proto.graph.node).most_common())

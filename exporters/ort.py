@@ -1,0 +1,290 @@
+"""Checkpoint -> ONNX, checked in ONNX Runtime; its fp16 and int8 versions; and ONNX Runtime as a session.
+
+`python -m exporters.ort CHECKPOINT student.onnx [--opset N] [--precision fp32,fp16,int8] [--calib DIR]`
+CHECKPOINT may be an .onnx file, anyone's: it is checked, copied and converted without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from exporters import inputs, metadata, onnx_file, parity, quantize
+from exporters.quiet import quiet
+from exporters.session import Array, Unavailable, checked_shape
+from pipeline import cli, files
+from pipeline.errors import GateFailed, UserError, nearest
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import nn
+
+OPSET = 18  # the one PyTorch's exporter writes natively; others are converted from it
+BATCHES = (1, 2, 7)  # what a free batch axis must take
+CALIBRATION = 256  # images
+HELD_OUT = 4  # of a calibration folder every fourth image is kept for the check
+PRECISIONS = ("fp32", "fp16", "int8")
+NO_CALIBRATION = "--precision int8: no --calib; give a folder of images like those to come"
+
+
+@dataclass(frozen=True)
+class Export:
+    """`export:` which student ships, as which ONNX, and how many images travel with it for the checks."""
+
+    method: str
+    opset: int = OPSET
+    reference_images: int = 128
+    calibration_images: int = 256
+
+    def __post_init__(self) -> None:
+        for name, least in (("reference_images", 2), ("calibration_images", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} or more")
+
+
+def export(checkpoint: Path, out: Path, opset: int = OPSET) -> dict[str, Any]:
+    """Checkpoint -> ONNX at `out`, weights inside, batch free; returns the parity row of the check.
+
+    Training-time branches (RepVGG) are merged first; the check is against the checkpoint as it was loaded.
+    Raises UserError: torch cannot write that opset; GateFailed: ONNX Runtime computes something else.
+    """
+    try:
+        from pipeline import models
+    except ImportError as error:
+        raise Unavailable(
+            f"{checkpoint}: reading a checkpoint needs torch and timm: {error}"
+        ) from None
+    model, description = models.load(checkpoint)
+    size = description["preprocess"]["image_size"]
+    proto = onnx_file.annotate(_trace(model, size, opset), metadata.flatten(description))
+    with files.atomic(out) as temporary:
+        onnx_file.save(proto, temporary)
+        return _check(model, temporary, out, size)
+
+
+def _trace(model: nn.Module, size: int, opset: int) -> onnx.ModelProto:
+    import torch
+    from timm.utils.model import reparameterize_model
+
+    sample = torch.from_numpy(inputs.smooth(2, size, size))
+    merged = reparameterize_model(model).eval()
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                merged,
+                (sample,),
+                input_names=["image"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+            )
+            assert program is not None
+            proto: onnx.ModelProto = program.model_proto
+    except Exception as error:  # torch wraps whatever its many passes raise
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        raise UserError(
+            f"torch cannot export this network at opset {opset}: {reason}; try {OPSET}"
+        ) from error
+    if (got := onnx_file.opset(proto)) != opset:
+        raise UserError(
+            f"opset: asked for {opset}, torch wrote {got}; ask for {got} or for another one"
+        )
+    return proto
+
+
+def _check(model: nn.Module, written: Path, out: Path, size: int) -> dict[str, Any]:
+    """Run batches of 1, 2 and 7 in ONNX Runtime against torch."""
+    import torch
+
+    session = OrtSession(written, threads=1)
+    x = np.split(inputs.smooth(sum(BATCHES), size, size), np.cumsum(BATCHES)[:-1])
+    with torch.inference_mode():
+        reference = model(torch.from_numpy(np.concatenate(x))).numpy()
+    got = np.concatenate([session.run(part) for part in x])
+    found = parity.row(out, session, reference, got, parity.Gates())
+    if found["verdict"] == "FAIL":
+        raise GateFailed(f"{out}: not the checkpoint: {found['reason']}; nothing was written")
+    return found
+
+
+class OrtSession:
+    """ONNX Runtime on the CPU."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._path = path
+        self._session = _open(path, threads)
+        taken = self._session.get_inputs()
+        if len(taken) != 1 or taken[0].type != "tensor(float)":
+            listed = ", ".join(f"{i.name} {i.type}" for i in taken)
+            raise UserError(f"{path}: inputs are {listed}; allowed: one float32 image input")
+        self._input = taken[0].name
+        self._output = self._session.get_outputs()[0].name
+        self.runtime = f"onnxruntime {_library().__version__}"
+        self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
+        dims = [d if isinstance(d, int) else None for d in taken[0].shape]
+        self.input_shape = checked_shape(dims, self.metadata, path)
+
+    def run(self, x: Array) -> Array:
+        """x (B, 3, S, S) float32 -> the first output, (B, K) float32."""
+        logits: Array = self._session.run([self._output], {self._input: x})[0]
+        return logits
+
+    @cached_property
+    def precision_effective(self) -> str:
+        """What most convolutions and matrix products take in, from a profile of one run in a second session."""
+        with tempfile.TemporaryDirectory() as folder:
+            session = _open(self._path, 1, Path(folder) / "profile")
+            x = inputs.smooth(self.input_shape[0] or 1, *self.input_shape[2:])
+            session.run([self._output], {self._input: x})
+            events = json.loads(Path(session.end_profiling()).read_text())
+        kinds = Counter(
+            _KINDS.get(next(iter(e["args"]["input_type_shape"][0])), "fp32")
+            for e in events
+            if any(word in e.get("args", {}).get("op_name", "") for word in _PRODUCTS)
+            and e["args"].get("input_type_shape")
+        )
+        return kinds.most_common(1)[0][0] if kinds else "fp32"
+
+
+_PRODUCTS = ("Conv", "Gemm", "MatMul", "Attention")
+_KINDS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "int8", "int8": "int8"}
+
+
+def _library() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise Unavailable(f"ONNX Runtime is missing ({error}); `pip install onnxruntime`") from None
+    return onnxruntime
+
+
+def _open(path: Path, threads: int, profile: Path | None = None) -> Any:
+    ort = _library()
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected an .onnx file")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has one exception class per status code
+        raise UserError(f"{path}: ONNX Runtime refuses it: {str(error)[:300]}") from None
+
+
+def beside(out: Path, precision: str) -> Path:
+    """student.onnx -> student-int8.onnx; fp32 keeps the plain name."""
+    return out if precision == "fp32" else out.with_stem(f"{out.stem}-{precision}")
+
+
+def parse_precisions(text: str, allowed: tuple[str, ...] = PRECISIONS) -> list[str]:
+    """`fp32,int8` -> the list. Raises UserError on an unknown one."""
+    wanted = [p.strip() for p in text.split(",") if p.strip()]
+    for precision in wanted:
+        if precision not in allowed:
+            raise UserError(f"--precision: got {precision!r}; {nearest(precision, allowed)}")
+    if not wanted:
+        raise UserError(f"--precision: got {text!r}; allowed: {', '.join(allowed)}")
+    return wanted
+
+
+def calibration_images(source: Path, folder: Path | None) -> tuple[Array, Array]:
+    """A folder -> (images to calibrate on, images held out for the check), as the ONNX's notes prepare them.
+
+    Raises UserError: no folder given, fewer than 8 images.
+    """
+    if folder is None:
+        raise UserError(NO_CALIBRATION)
+    x = inputs.from_folder(folder, OrtSession(source, 1), CALIBRATION)
+    if len(x) < 2 * HELD_OUT:
+        raise UserError(f"--calib {folder}: holds {len(x)} images; int8 needs {2 * HELD_OUT}")
+    held = np.arange(len(x)) % HELD_OUT == HELD_OUT - 1
+    return x[~held], x[held]
+
+
+def convert(source: Path, out: Path, precision: str, calib: Path | None) -> dict[str, Any]:
+    """fp32 ONNX `source` -> `out` at fp32 (a checked copy), fp16 or int8; returns its parity row."""
+    proto = onnx_file.read(source)
+    reference = OrtSession(source, 1)
+    x = inputs.shown(reference)
+    if precision == "fp16":
+        proto = quantize.to_fp16(proto)
+    elif precision == "int8":
+        shown, x = calibration_images(source, calib)
+        proto = quantize.to_int8(proto, shown)
+    with files.atomic(out) as temporary:
+        onnx_file.save(proto, temporary)
+        session = OrtSession(temporary, 1)
+        a, b = inputs.run(reference, x), inputs.run(session, x)
+        return parity.row(out, session, a, b, parity.Gates())
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write each precision beside `out`, one line a file; a failed gate is told once all are written."""
+    wanted = parse_precisions(args.precision)
+    foreign = args.checkpoint.suffix == ".onnx"
+    if args.out.suffix != ".onnx":
+        raise UserError(f"{args.out}: suffix is {args.out.suffix!r}; the output is an .onnx file")
+    if foreign and args.opset:
+        raise UserError(f"--opset {args.opset}: {args.checkpoint} keeps its own; leave it out")
+    if "int8" in wanted and args.calib is None:
+        raise UserError(NO_CALIBRATION)
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        source = args.checkpoint
+        if not foreign:
+            source = args.out if "fp32" in wanted else Path(folder) / args.out.name
+            row = _timed(source, partial(export, args.checkpoint, source, args.opset or OPSET))
+            if "fp32" in wanted:
+                print(row.pop("line"))
+                wanted.remove("fp32")
+        for precision in wanted:
+            out = beside(args.out, precision)
+            row = _timed(out, partial(convert, source, out, precision, args.calib))
+            print(row.pop("line"))
+            failed += [f"{out}: {row['reason']}"] if row["verdict"] == "FAIL" else []
+    if failed:
+        raise GateFailed("; ".join(failed))
+
+
+def _timed(out: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """`make()`'s row and the line that tells it."""
+    start = time.perf_counter()
+    row = make()
+    seconds = time.perf_counter() - start
+    line = f"{out}: {out.stat().st_size / 1e6:.2f} MB in {seconds:.1f} s, computes in "
+    return {**row, "line": f"{line}{row['precision_effective']}, {parity.describe(row)}"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="exporters.ort", description=__doc__)
+    p.add_argument("checkpoint", type=Path, help="a .safetensors checkpoint, or an .onnx file")
+    p.add_argument(
+        "out", type=Path, help="the .onnx to write; others get -fp16, -int8 in front of it"
+    )
+    p.add_argument("--opset", type=int, help=f"of a checkpoint's ONNX, {OPSET} if not given")
+    p.add_argument("--precision", default="fp32", help="of fp32,fp16,int8")
+    p.add_argument(
+        "--calib", type=Path, help="images to calibrate int8 on: a folder or a prepared one"
+    )
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

@@ -1,0 +1,177 @@
+"""ONNX -> OpenVINO IR, and OpenVINO as a session whose precision is asked for and read back.
+
+`python -m exporters.ov student.onnx [-o DIR] [--precision fp32,fp16,int8] [--calib DIR]`
+fp16 is how the weights are stored; what the CPU computes in is chosen when the IR is opened. Without a hint
+OpenVINO takes bfloat16 on CPUs that have it: twice as fast, and a different network by 2-6e-3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from exporters import inputs, onnx_file, ort, parity, quantize
+from exporters.session import Array, Unavailable, checked_shape
+from pipeline import cli
+from pipeline.errors import GateFailed, UserError
+
+NOTES = "cakd"  # the branch of rt_info that holds the notes
+_KINDS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "u8": "int8", "i8": "int8"}
+_PRODUCTS = ("Convolution", "FullyConnected", "MatMul", "GroupConvolution", "MHA")
+
+
+def _library() -> Any:
+    """openvino, with its telemetry off: the package falls back to its own stub when the sender is absent."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        import openvino
+    except ImportError as error:
+        raise Unavailable(
+            f"OpenVINO is missing ({error}); `pip install '.[openvino]'`, without it ov-* targets are skipped"
+        ) from None
+    return openvino
+
+
+def convert(source: Path, out: Path, half: bool = False) -> None:
+    """ONNX file -> `out` (.xml and .bin beside it), the notes in rt_info; `half` stores weights as fp16.
+
+    Raises UserError: OpenVINO cannot read the file.
+    """
+    ov = _library()
+    notes = onnx_file.notes(onnx_file.read(source))
+    try:
+        model = ov.Core().read_model(source)
+    except Exception as error:  # openvino raises bare RuntimeErrors
+        raise UserError(f"{source}: OpenVINO refuses it: {_short(error)}") from None
+    for key, value in {**notes, **({"precision": "fp16"} if half else {})}.items():
+        model.set_rt_info(value, [NOTES, key])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
+        made = Path(folder) / out.name
+        ov.save_model(model, made, compress_to_fp16=half)
+        made.with_suffix(".bin").replace(out.with_suffix(".bin"))
+        made.replace(out)
+
+
+class OvSession:
+    """OpenVINO on the CPU, one stream. `precision`: "fp32" and "int8" hint f32, "default" hints nothing."""
+
+    def __init__(self, path: Path, threads: int, precision: str) -> None:
+        ov = _library()
+        if not path.is_file() or not path.with_suffix(".bin").is_file():
+            raise UserError(f"{path}: an IR is two files, .xml and .bin; one of them is missing")
+        options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+        if precision != "default":
+            options["INFERENCE_PRECISION_HINT"] = "f32"
+        try:
+            model = ov.Core().read_model(path)
+            self._compiled = ov.Core().compile_model(model, "CPU", options)
+        except Exception as error:
+            raise UserError(f"{path}: OpenVINO refuses it: {_short(error)}") from None
+        if len(model.inputs) != 1:
+            raise UserError(f"{path}: has {len(model.inputs)} inputs; allowed: one image input")
+        self._request = self._compiled.create_infer_request()
+        self.runtime = f"openvino {ov.__version__.split('-')[0]}"
+        self.metadata: Mapping[str, str] = _notes(model)
+        dims = [d.get_length() if d.is_static else None for d in model.inputs[0].partial_shape]
+        self.input_shape = checked_shape(dims, self.metadata, path)
+
+    def run(self, x: Array) -> Array:
+        """x (B, 3, S, S) float32 -> the first output, (B, K) float32, copied out of the runtime."""
+        logits: Array = self._request.infer([x])[0].copy()
+        return logits
+
+    @cached_property
+    def precision_effective(self) -> str:
+        """What most convolutions and matrix products of the compiled graph run in."""
+        kinds: Counter[str] = Counter()
+        for node in self._compiled.get_runtime_model().get_ops():
+            info = node.get_rt_info()
+            if "layerType" in info and info["layerType"].astype(str) in _PRODUCTS:
+                kinds[info["runtimePrecision"].astype(str)] += 1
+        if not kinds:
+            hint = self._compiled.get_property("INFERENCE_PRECISION_HINT")
+            return _KINDS.get(hint.to_string(), hint.to_string())
+        most = kinds.most_common(1)[0][0]
+        return _KINDS.get(most, most)
+
+
+def _notes(model: Any) -> dict[str, str]:
+    """The notes of `exporters.metadata` in rt_info; empty in an IR made by another tool."""
+    if not model.has_rt_info([NOTES]):
+        return {}
+    return {key: str(value) for key, value in model.get_rt_info([NOTES]).value.items()}
+
+
+def _short(error: Exception) -> str:
+    """The last line that says something: OpenVINO wraps its reason in C++ source positions."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]
+
+
+def make(source: Path, out: Path, precision: str, calib: Path | None) -> dict[str, Any]:
+    """fp32 ONNX -> IR at fp32, fp16 (weights) or int8 (from our QDQ ONNX); returns its parity row.
+
+    Opened with the f32 hint, so that the row judges the conversion and not the CPU's choice of precision.
+    """
+    reference = ort.OrtSession(source, 1)
+    if precision == "int8":
+        shown, x = ort.calibration_images(source, calib)
+        proto = quantize.to_int8(onnx_file.read(source), shown)
+        with tempfile.TemporaryDirectory() as folder:
+            quantized = Path(folder) / source.name
+            onnx_file.save(proto, quantized)
+            convert(quantized, out)
+    else:
+        convert(source, out, half=precision == "fp16")
+        x = inputs.shown(reference)
+    session = OvSession(out, 1, "fp32")
+    a, b = inputs.run(reference, x), inputs.run(session, x)
+    return parity.row(out, session, a, b, parity.Gates())
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write each precision, one line a file; a failed gate is told once all are written."""
+    wanted = ort.parse_precisions(args.precision)
+    if args.onnx.suffix != ".onnx":
+        raise UserError(f"{args.onnx}: suffix is {args.onnx.suffix!r}; the input is an .onnx file")
+    if "int8" in wanted and args.calib is None:
+        raise UserError(ort.NO_CALIBRATION)
+    out = (args.out or args.onnx.parent) / f"{args.onnx.stem}.xml"
+    failed = []
+    for precision in wanted:
+        target = ort.beside(out, precision)
+        start = time.perf_counter()
+        row = make(args.onnx, target, precision, args.calib)
+        size = sum(p.stat().st_size for p in (target, target.with_suffix(".bin"))) / 1e6
+        seconds = time.perf_counter() - start
+        print(
+            f"{target}: {size:.2f} MB in {seconds:.1f} s, computes in "
+            f"{row['precision_effective']}, {parity.describe(row)}"
+        )
+        failed += [f"{target}: {row['reason']}"] if row["verdict"] == "FAIL" else []
+    if failed:
+        raise GateFailed("; ".join(failed))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="exporters.ov", description=__doc__)
+    p.add_argument("onnx", type=Path, help="an fp32 .onnx file, ours or anyone's")
+    p.add_argument("-o", "--out", type=Path, help="folder of the IR; beside the ONNX if not given")
+    p.add_argument("--precision", default="fp32", help="of fp32,fp16,int8")
+    p.add_argument(
+        "--calib", type=Path, help="images to calibrate int8 on: a folder or a prepared one"
+    )
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

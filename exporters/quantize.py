@@ -1,0 +1,132 @@
+"""ONNX -> ONNX at a lower precision: fp16, and int8 as explicit QDQ for CPUs or for TensorRT. Torch-free.
+
+int8 is two artefacts. CPUs: u8 asymmetric activations, s8 weights per channel. TensorRT: s8 symmetric for
+both and a float bias; it refuses ONNX Runtime's default, and x86 runs s8 activations two to three times slower.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from exporters import onnx_file
+from exporters.quiet import quiet
+from exporters.session import Array
+
+if TYPE_CHECKING:
+    import onnx
+
+PER_CHANNEL_OPSET = 13  # the first whose QuantizeLinear takes an axis
+FOLDED_OPSET = 17
+
+
+def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Weights and arithmetic in fp16; inputs and outputs stay float32."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    with quiet():
+        half = convert_float_to_float16(fold(model), keep_io_types=True)
+        OnnxModel.graph_topological_sort(half.graph)  # the converter appends the input's Cast last
+    return _noted(half, model, "fp16")
+
+
+def to_int8(model: onnx.ModelProto, x: Array, symmetric: bool = False) -> onnx.ModelProto:
+    """Explicit QDQ with ranges (min, max) calibrated on x (N, 3, S, S); `symmetric` for TensorRT."""
+    from onnxruntime import quantization as q
+
+    kind = q.QuantType.QInt8 if symmetric else q.QuantType.QUInt8
+    options = {
+        "ActivationSymmetric": symmetric,
+        "WeightSymmetric": True,
+        "QuantizeBias": not symmetric,
+    }
+    folded = fold(model)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        path = Path(folder) / "int8.onnx"
+        q.quantize_static(
+            folded,
+            path,
+            _feed(folded, x),
+            per_channel=True,
+            activation_type=kind,
+            weight_type=q.QuantType.QInt8,
+            op_types_to_quantize=_quantizable(),
+            extra_options=options,
+        )
+        return _noted(onnx_file.read(path), model, "int8")
+
+
+def fold(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Constants folded, batch norms merged into convolutions, opset 17 or later: what the converters expect."""
+    import onnx
+    import onnxruntime as ort
+
+    domains = {entry.domain for entry in model.opset_import}
+    if onnx_file.opset(model) < PER_CHANNEL_OPSET:
+        model = onnx.version_converter.convert_version(model, FOLDED_OPSET)
+    model = _without_weights_as_inputs(model)
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        folded = onnx.load(options.optimized_model_filepath)
+    kept = [entry for entry in folded.opset_import if entry.domain in domains]
+    del folded.opset_import[:]
+    folded.opset_import.extend(kept)
+    return folded
+
+
+def _without_weights_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """IR 3 lists every weight as an input too; converters then take it for data."""
+    copy = type(model)()
+    copy.CopyFrom(model)
+    weights = {w.name for w in copy.graph.initializer}
+    inputs = [i for i in copy.graph.input if i.name not in weights]
+    del copy.graph.input[:]
+    copy.graph.input.extend(inputs)
+    copy.ir_version = max(copy.ir_version, 8)
+    return copy
+
+
+def _quantizable() -> list[str]:
+    """All operators ONNX Runtime quantizes but Softmax: 8 bits cannot hold probabilities over many classes."""
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+    return sorted({*QDQRegistry, *QLinearOpsRegistry} - {"Softmax"})
+
+
+def _feed(model: onnx.ModelProto, x: Array) -> Any:
+    """ONNX Runtime's calibration reader over x, in the model's own batch or 8 at a time."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    entry = model.graph.input[0]
+    fixed = entry.type.tensor_type.shape.dim[0].dim_value
+    batch = fixed or 8
+    whole = len(x) // fixed * fixed if fixed else len(x)
+    parts = np.split(x[:whole], range(batch, whole, batch))
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches: Iterator[Array] = iter(parts)
+
+        def get_next(self) -> dict[str, Array] | None:
+            part = next(self.batches, None)
+            return None if part is None else {entry.name: part}
+
+    return Reader()
+
+
+def _noted(made: onnx.ModelProto, source: onnx.ModelProto, precision: str) -> onnx.ModelProto:
+    """`made` with the notes of its source and its own precision."""
+    import onnx
+
+    notes = {entry.key: entry.value for entry in source.metadata_props}
+    onnx.helper.set_model_props(made, {**notes, "precision": precision})
+    return made
