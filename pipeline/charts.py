@@ -109,7 +109,7 @@ def scatter(summary: Mapping[str, Any], name: str = "scatter") -> str | None:
         for model, sign in ((lower, -1), (upper, 1)):
             _flags(axis, rows[model], levels[model], sign, COLOUR[model])
         axis.set_yticks([levels[m] for m in MODELS], [f"{top1[m]:.1f}" for m in MODELS])
-        axis.set_xlabel("latency p50, batch 1 (ms, log scale)")
+        axis.set_xlabel("latency p50 (ms, log scale)")
         axis.set_ylabel("clean top-1 (%)")
         return _svg(figure, name, "Clean top-1 against latency of student and teacher, by target")
 
@@ -168,7 +168,7 @@ def strips(summary: Mapping[str, Any], name: str = "strips") -> str | None:
                 _strip(axis, target[model], y + shift, COLOUR[model])
         axis.set_yticks(range(len(shown)), [t["target"] for t in shown])
         axis.tick_params(axis="y", length=0)
-        axis.set_xlabel("latency, batch 1 (ms, log scale)")
+        axis.set_xlabel("latency (ms, log scale)")
         return _svg(figure, name, "Distribution of latency by target, student and teacher")
 
 

@@ -47,10 +47,8 @@ def _fill(template: str, summaries: Sequence[Mapping[str, Any]], **escaping: Any
         **escaping,
     )
     environment.filters.update({name: getattr(wording, name) for name in FILTERS})
-    failed = any(s["verdict"]["status"] == "FAIL" for s in summaries)
     return environment.get_template(template).render(
         runs=[_worded(s) for s in summaries],
-        status="FAIL" if failed else "PASS",
         several=len(summaries) > 1,
         baselines=BASELINES,
         unmeasured=wording.NONE,
@@ -64,6 +62,8 @@ def _worded(summary: Mapping[str, Any]) -> dict[str, Any]:
         "machine_name": wording.machine_name(summary["machine"]),
         "headline": wording.headline(summary),
         "cards": wording.cards(summary),
+        "cosines": wording.cosines(summary["models"]),
+        "circumstances": wording.circumstances(summary["targets"]),
         "labels": wording.labels_in_words(summary["models"]),
         "more": [(t["target"], row) for t in summary["targets"] for row in t["more_threads"]],
     }

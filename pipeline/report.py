@@ -69,7 +69,7 @@ def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[
     _refuse_unknown_targets(config.budgets, targets)
     accuracy = files.read_json(sources.accuracy, "cakd.accuracy/1")
     parity = read_parity(sources.build, targets)
-    inputs = {"accuracy": sources.accuracy, "train_perf": sources.train_perf}
+    inputs = {name: getattr(sources, name) for name in ("accuracy", "train_perf", "device")}
     inputs |= {f"bench/{name}": sources.bench / f"{name}.json" for name in targets}
     summary = {
         "schema": SCHEMA,
@@ -124,14 +124,20 @@ def read_machine(path: Path) -> dict[str, Any]:
         return found
     if found.get("schema") != BENCH:
         raise UserError(f"{path}: schema is {found.get('schema')!r}; allowed: {SCHEMA}, {BENCH}")
-    names = dict.fromkeys(row.get("target", found.get("target")) for row in found["rows"])
+    for row in found["rows"]:
+        if model_of(row["model"]) not in MODELS:
+            raise UserError(
+                f"{path}: a row is about {row['model']!r}; a report knows student and teacher: name the "
+                "files student*.onnx and teacher*.onnx and run the bench again"
+            )
+    names = dict.fromkeys(row["target"] for row in found["rows"])
     summary: dict[str, Any] = {
         "schema": SCHEMA,
         "title": path.stem,
         "shipped": None,
         "models": {},
         "targets": [
-            target(n, [r for r in found["rows"] if r.get("target", n) == n], {}, []) for n in names
+            target(n, [r for r in found["rows"] if r["target"] == n], {}, []) for n in names
         ],
         "training": {},
         "parity": [],
@@ -160,32 +166,48 @@ def target(
     `speedup` is teacher p50 / student p50, both of one run; None unless both were measured.
     """
     threads = min((row["threads"] for row in rows), default=1)
-    found: dict[str, Any] = {"target": name, "threads": threads}
-    for model in MODELS:
-        row = next((r for r in rows if (r["model"], r["threads"]) == (model, threads)), None)
-        row = row or {"model": model, "threads": threads, "status": "skipped", "reason": "no row"}
-        built = builds.get(model, {})
-        verdicts = [p["verdict"] for p in parity if model_of(p) == model]
-        found[model] = {
-            **dict.fromkeys(("size_mb", "precision_requested", "precision_effective")),
-            "flags": [],
-            **{k: v for k, v in row.items() if k != "samples_ms"},
-            "reason": row.get("reason") or built.get("reason"),
-            "parity": "FAIL" if "FAIL" in verdicts else verdicts[0] if verdicts else None,
-            "samples_ms": thin(row.get("samples_ms") or []),
-        }
-    both = [found[m]["wall_ms"]["p50"] for m in MODELS if found[m]["status"] == "measured"]
-    more = [{k: v for k, v in r.items() if k != "samples_ms"} for r in rows]
+    first = [row for row in rows if row["threads"] == threads]
+    pair = {m: _row(m, first, builds.get(m, {}), parity) for m in MODELS}
+    both = [pair[m]["wall_ms"]["p50"] for m in MODELS if pair[m]["status"] == "measured"]
     return {
-        **found,
+        "target": name,
+        "threads": threads,
+        **pair,
         "speedup": both[1] / both[0] if len(both) == 2 else None,
-        "more_threads": [r for r in more if r["threads"] != threads and r["status"] == "measured"],
+        "more_threads": [
+            _without_samples(row)
+            for row in rows
+            if row["threads"] > threads and row["status"] == "measured"
+        ],
     }
 
 
-def model_of(parity_row: Mapping[str, Any]) -> str:
-    """ "student" or "teacher", by the name of the artefact the row is about."""
-    return Path(parity_row["artifact"]).name.split(".")[0].split("-")[0]
+def _row(
+    model: str, rows: Sequence[Any], built: Mapping[str, Any], parity: Sequence[Any]
+) -> dict[str, Any]:
+    """The bench row of one model, with why it was built otherwise than asked and the verdict of its parity."""
+    nothing: dict[str, Any] = {"model": model, "batch": 1, "status": "skipped", "flags": []}
+    nothing |= {"reason": "the bench has no row of it"}
+    row = next((r for r in rows if model_of(r["model"]) == model), nothing)
+    own = [p for p in parity if model_of(p["artifact"]) == model]
+    shipped = [p for p in own if p["artifact"] == built.get("artefact")] or own
+    verdicts = [p["verdict"] for p in shipped]
+    return {
+        **dict.fromkeys(("size_mb", "precision_requested", "precision_effective")),
+        **_without_samples(row),
+        "reason": row["reason"] or built.get("reason"),
+        "parity": "FAIL" if "FAIL" in verdicts else next(iter(verdicts), None),
+        "samples_ms": thin(row.get("samples_ms", [])),
+    }
+
+
+def _without_samples(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "samples_ms"}
+
+
+def model_of(artefact: str) -> str:
+    """`student-int8.onnx` -> `student`: the files of a build begin with the model's name."""
+    return artefact.split(".")[0].split("-")[0]
 
 
 def thin(samples: Sequence[float]) -> list[float]:
@@ -246,9 +268,9 @@ def fell_back(row: Mapping[str, Any]) -> bool:
 
 
 def judge(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """PASS or FAIL with the reasons, and notes: what a reader must know although it fails nothing."""
+    """PASS, FAIL or NOT JUDGED with the reasons, and notes: what a reader must know although it fails nothing."""
     failures = [
-        f"parity of {row['target']} {row['artifact']} (fp32): not the network that was trained"
+        f"fp32 parity of {row['target']} {row['artifact']}: {row.get('reason') or 'not the trained network'}"
         for row in summary["parity"]
         if row["precision_effective"] == "fp32" and row["verdict"] == "FAIL"
     ]
@@ -258,8 +280,9 @@ def judge(summary: Mapping[str, Any]) -> dict[str, Any]:
         for b in summary["budgets"]
         if b["verdict"] in ("FAIL", "NOT MEASURED")
     ]
+    judged = summary["parity"] or summary["budgets"]
     return {
-        "status": "FAIL" if failures else "PASS",
+        "status": "FAIL" if failures else "PASS" if judged else "NOT JUDGED",
         "failures": failures,
         "notes": list(_notes(summary)),
     }
@@ -290,5 +313,7 @@ def _remarks(row: Mapping[str, Any]) -> Iterable[str]:
             f"asked for {row['precision_requested']}, runs in {row['precision_effective']}, "
             f"{row['reason'] or 'no reason given'}"
         )
+    if row["parity"] in ("FAIL", "UNDECIDED"):
+        yield f"parity {row['parity']}"
     if noisy(row):
         yield f"NOISY, {', '.join(row['flags'][1:])}"

@@ -67,6 +67,30 @@ def labels_in_words(models: Block) -> list[str]:
     ]
 
 
+def cosines(models: Block) -> str:
+    """How near the students come to the teacher's attention and tokens; empty where it was not measured."""
+    return "; ".join(
+        f"{name} " + ", ".join(f"{term} {figure(value)}" for term, value in model["cosine"].items())
+        for name, model in models.items()
+        if model.get("cosine")
+    )
+
+
+def circumstances(targets: Sequence[Block]) -> list[str]:
+    """The batch sizes and thread counts behind the milliseconds: "batch 1, 1 thread"."""
+    return list(
+        dict.fromkeys(
+            f"batch {target['student']['batch']}, {threads(target['threads'])}"
+            for target in targets
+        )
+    )
+
+
+def threads(count: int) -> str:
+    """1 -> "1 thread"."""
+    return f"{count} thread" + "s" * (count != 1)
+
+
 def enumerate_words(names: Sequence[str]) -> str:
     """["the teacher", "a", "b"] -> "The teacher, a and b"; the name of a method keeps its small letter."""
     text = " and ".join([", ".join(names[:-1])] * (len(names) > 1) + [names[-1]])
@@ -160,7 +184,7 @@ def cards(summary: Block) -> list[tuple[str, str, str]]:
             own = percent(models[name]["clean"]["top1"])
             found.append((f"clean top-1, {name}", own, "%"))
     if best:
-        where = f"{best['target']}, {best['threads']} thread{'s' * (best['threads'] != 1)}"
+        where = f"{best['target']}, {threads(best['threads'])}"
         found.append((f"student p50, {where}", p50(best["student"]), "ms"))
         if best["speedup"]:
             found.append((f"teacher p50 / student p50, {where}", figure(best["speedup"]), "×"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,11 @@ def main(args: argparse.Namespace) -> None:
     files.write_json(args.parity, parity(summary))
     publish(args.edge_md, render.markdown([summary]))
     publish(args.index_html, render.page([summary]))
-    verdict = summary["verdict"]
     print(
         f"{args.index_html}: {args.index_html.stat().st_size / 1e6:.2f} MB, "
-        f"{time.perf_counter() - started:.1f} s, {verdict['status']}: {wording.headline(summary)}"
+        f"{time.perf_counter() - started:.1f} s, {summary['verdict']['status']}: {wording.headline(summary)}"
     )
-    if verdict["failures"]:
-        raise GateFailed(f"{'; '.join(verdict['failures'])}; see {args.edge_md}")
+    fail_if([summary])
 
 
 def parity(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,10 +49,18 @@ def merge(args: argparse.Namespace) -> None:
     text = render.markdown(summaries)
     if args.out is None:
         print(text, end="")
-        return
-    publish(args.out / "edge.md", text)
-    publish(args.out / "index.html", render.page(summaries))
-    print(f"{args.out / 'index.html'}: {len(summaries)} machines")
+    else:
+        publish(args.out / "edge.md", text)
+        publish(args.out / "index.html", render.page(summaries))
+        print(f"{args.out / 'index.html'}: {len(summaries)} machines")
+    fail_if(summaries)
+
+
+def fail_if(summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Raises GateFailed: a budget or an fp32 parity of any of them failed."""
+    failures = [failure for summary in summaries for failure in summary["verdict"]["failures"]]
+    if failures:
+        raise GateFailed("; ".join(failures))
 
 
 def publish(path: Path, text: str) -> None:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from pipeline import charts, render, report
+
+ROOT = Path(__file__).parents[1]
+OUT = Path("out")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 MACHINE = {
     "cpu": "Example CPU 7",
     "isa": ["avx2", "avx512_vnni"],
@@ -50,6 +63,8 @@ def accuracy() -> dict[str, Any]:
             "labels_seen": 50 if student else 1297,
             "labels_total": 1297,
         }
+        if name.startswith("cakd"):
+            models[name]["cosine"] = {"attention": 0.914, "tokens": 0.873}
     return {"schema": "cakd.accuracy/1", "shipped": "cakd", "classes": 10, "models": models, **HEAD}
 
 
@@ -83,11 +98,14 @@ def train_perf() -> dict[str, Any]:
     return {"schema": "cakd.train_perf/1", "methods": methods, **HEAD}
 
 
-def bench_row(model: str, threads: int, asked: str, got: str, ms: float) -> dict[str, Any]:
+def bench_row(
+    target: str, model: str, threads: int, asked: str, got: str, ms: float
+) -> dict[str, Any]:
     samples = ms * (1 + 0.05 * np.random.default_rng(int(ms * 1000)).exponential(size=400))
     quantiles = dict(zip(("p50", "p90"), np.quantile(samples, (0.5, 0.9)).tolist()))
     return {
         "model": model,
+        "target": target,
         "threads": threads,
         "batch": 1,
         "status": "measured",
@@ -106,9 +124,11 @@ def bench_row(model: str, threads: int, asked: str, got: str, ms: float) -> dict
 
 
 def skipped_row(model: str, reason: str) -> dict[str, Any]:
-    nothing = dict.fromkeys(("wall_ms", "cpu_ms", "size_mb", "precision_effective"))
-    row = {"model": model, "threads": 1, "batch": 1, "status": "skipped", "reason": reason}
-    return {**row, "precision_requested": "fp16", **nothing, "flags": []}
+    wall: dict[str, Any] = {**dict.fromkeys(("p50", "p90", "p99", "min")), "n": 0}
+    row = {"model": model, "target": "trt-fp16", "threads": 1, "batch": 1}
+    row |= {"status": "skipped", "reason": reason, "wall_ms": wall, "cpu_ms": {"p50": None}}
+    row |= {"precision_requested": "fp16", "precision_effective": None, "size_mb": None}
+    return {**row, "flags": [], "samples_ms": []}
 
 
 def bench(target: str) -> dict[str, Any]:
@@ -117,7 +137,7 @@ def bench(target: str) -> dict[str, Any]:
     else:
         asked, got, student, teacher = TARGETS[target]
         rows = [
-            bench_row(m, threads, asked, got, ms / threads**0.5)
+            bench_row(target, m, threads, asked, got, ms / threads**0.5)
             for threads in (1, 2)
             for m, ms in (("student", student), ("teacher", teacher))
         ]
@@ -144,6 +164,7 @@ def build(target: str) -> tuple[dict[str, Any], dict[str, Any]]:
                 "sqnr_centered_db": 120.0 if got == "fp32" else 31.0,
                 "top1_agreement": 1.0,
                 "verdict": "PASS",
+                "reason": None,
             }
             for m in models
         ]
@@ -184,3 +205,397 @@ class Run:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     return Run(tmp_path)
+
+
+def stage(run: Run, targets: list[str] = ENABLED, **environment: str) -> CompletedProcess[str]:
+    inputs = [run.folder / n for n in ("accuracy.json", "train_perf.json", "build", "bench")]
+    outputs = [OUT / n for n in ("edge.json", "parity.json", "edge.md", "index.html")]
+    paths = [*inputs, run.folder / "device.json", *(run.folder / o for o in outputs)]
+    flags = ["--targets", ",".join(targets), "--params", run.folder / "params.yaml"]
+    return command([*paths, *flags], **environment)
+
+
+def command(arguments: list[Any], **environment: str) -> CompletedProcess[str]:
+    line = [sys.executable, "-m", "stages.report", *map(str, arguments)]
+    full = {**os.environ, **environment}
+    return subprocess.run(line, cwd=ROOT, env=full, capture_output=True, text=True, check=False)
+
+
+def summary(run: Run, budgets: dict[str, float] | None = None) -> dict[str, Any]:
+    f = run.folder
+    sources = report.Sources(
+        f / "accuracy.json", f / "train_perf.json", f / "build", f / "bench", f / "device.json"
+    )
+    return report.summarise(sources, ENABLED, report.Report(budgets=budgets or {}))
+
+
+def change_row(run: Run, target: str, **values: Any) -> None:
+    """Change the student's one-thread row of a target."""
+    found = run.read(f"bench/{target}.json")
+    found["rows"][0].update(values)
+    run.write(f"bench/{target}.json", found)
+
+
+def cells(text: str, first: str) -> list[str]:
+    """The cells of the Markdown row that begins with `first`."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {first} "))
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def test_a_run_becomes_its_four_files(run: Run) -> None:
+    run.params({"top1_min": 0.85, "ort-fp32.wall_ms_max": 1.0})
+    done = stage(run)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1 and "index.html" in done.stdout and "PASS" in done.stdout
+    edge, parity = run.read("out/edge.json"), run.read("out/parity.json")
+    assert edge["schema"] == "cakd.edge/1" and edge["machine"] == MACHINE
+    assert [t["target"] for t in edge["targets"]] == ENABLED
+    assert edge["verdict"]["status"] == "PASS"
+    assert parity["schema"] == "cakd.parity/1" and len(parity["rows"]) == 2 * len(TARGETS)
+    assert {"target", "artifact", "verdict"} <= parity["rows"][0].keys()
+    assert (run.folder / "out/edge.md").read_text().startswith("**PASS**: cakd reaches 88.5 %")
+
+
+def test_the_same_files_make_the_same_bytes(run: Run) -> None:
+    pages = []
+    for seed in ("1", "2"):
+        assert stage(run, PYTHONHASHSEED=seed).returncode == 0
+        pages.append([(run.folder / OUT / n).read_bytes() for n in ("edge.json", "index.html")])
+    assert pages[0] == pages[1]
+
+
+def test_a_broken_budget_fails_after_the_report_is_written(run: Run) -> None:
+    run.params({"top1_min": 0.95})
+    done = stage(run)
+    assert done.returncode == 3
+    assert "budget top1_min: got 0.885, limit 0.95" in done.stderr
+    assert (run.folder / "out/edge.md").read_text().startswith("**FAIL**")
+    assert '<strong class="FAIL">FAIL</strong>' in (run.folder / "out/index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("precision", "verdict", "status"),
+    [("fp32", "FAIL", "FAIL"), ("fp32", "UNDECIDED", "PASS"), ("int8", "FAIL", "PASS")],
+)
+def test_only_a_failed_fp32_parity_fails_the_report(
+    run: Run, precision: str, verdict: str, status: str
+) -> None:
+    found = run.read("build/ort-fp32/parity.json")
+    found["rows"][0] |= {"precision_effective": precision, "verdict": verdict, "reason": "7e-2"}
+    run.write("build/ort-fp32/parity.json", found)
+    edge = summary(run)
+    assert edge["verdict"]["status"] == status
+    assert any(f"parity {verdict}" in note for note in edge["verdict"]["notes"])
+    assert cells(render.markdown([edge]), "ort-fp32")[6] == verdict
+
+
+def test_the_parity_shown_is_that_of_the_artefact_that_ships(run: Run) -> None:
+    built, parity = build("ov-int8")
+    built["models"]["student"] = {**built["models"]["student"], "artefact": "student.xml"}
+    failed = {**parity["rows"][0], "artifact": "student-int8.xml", "precision_effective": "int8"}
+    parity["rows"][0]["artifact"] = "student.xml"
+    parity["rows"].insert(0, {**failed, "verdict": "FAIL"})
+    run.write("build/ov-int8/build.json", built)
+    run.write("build/ov-int8/parity.json", parity)
+    assert summary(run)["targets"][5]["student"]["parity"] == "PASS"
+
+
+def test_a_target_that_is_not_enabled_leaves_no_trace(run: Run) -> None:
+    change_row(run, "ov-fp32", flags=["NOISY", "load"])
+    done = stage(run, ["ort-fp32", "ort-int8"])
+    assert done.returncode == 0
+    for name in ("edge.json", "parity.json", "edge.md", "index.html"):
+        assert "ov-" not in (run.folder / OUT / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("budgets", "said"),
+    [
+        ({"top1_mim": 0.9}, "did you mean 'top1_min'?"),
+        ({"ort-fp23.wall_ms_max": 1}, "did you mean 'ort-fp32'?"),
+        ({"ort-fp32.top1_min": 0.9}, "use 'top1_min'"),
+        ({"top1_min": 90}, "0.9 for 90 %"),
+        ({"top1_min": "high"}, "expected a number, got 'high'"),
+    ],
+)
+def test_a_wrong_budget_is_refused_before_anything_is_written(
+    run: Run, budgets: dict[str, Any], said: str
+) -> None:
+    run.params(budgets)
+    done = stage(run)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    assert not (run.folder / OUT).exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["accuracy.json", "bench/ort-fp32.json", "build/ov-fp32/parity.json"]
+)
+def test_a_missing_or_foreign_file_is_named_in_one_line(run: Run, name: str) -> None:
+    run.write(name, {"schema": "other/1"})
+    done = stage(run)
+    assert done.returncode == 2 and name in done.stderr and "other/1" in done.stderr
+    (run.folder / name).unlink()
+    done = stage(run)
+    assert done.returncode == 2 and "no such file" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "limit", "value", "verdict"),
+    [
+        ("top1_min", 0.885, 0.885, "PASS"),
+        ("top1_min", 0.886, 0.885, "FAIL"),
+        ("params_max", 1_520_905, 1_520_906, "FAIL"),
+        ("size_mb_max", 1.6, 1.6, "PASS"),  # the smallest measured target: ort-int8
+        ("ort-fp32.size_mb_max", 1.6, 6.1, "FAIL"),
+        ("trt-fp16.wall_ms_max", 9.0, None, "NOT MEASURED"),
+    ],
+)
+def test_a_budget_is_judged_on_its_figure(
+    run: Run, budget: str, limit: float, value: float | None, verdict: str
+) -> None:
+    edge = summary(run, {budget: limit})
+    (found,) = edge["budgets"]
+    assert (found["value"], found["verdict"]) == (value, verdict)
+    assert (edge["verdict"]["status"] == "FAIL") == (verdict in ("FAIL", "NOT MEASURED"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "fastest", "verdict"),
+    [([], 0.9, "FAIL"), (["NOISY", "load"], 0.9, "INCONCLUSIVE"), (["NOISY", "load"], 1.1, "FAIL")],
+)
+def test_noise_alone_breaks_no_latency_budget(
+    run: Run, flags: list[str], fastest: float, verdict: str
+) -> None:
+    wall = {"p50": 1.2, "p90": None, "p99": None, "min": fastest, "n": 90}
+    change_row(run, "ort-fp32", wall_ms=wall, flags=flags)
+    edge = summary(run, {"ort-fp32.wall_ms_max": 1.0})
+    assert edge["budgets"][0]["verdict"] == verdict
+    assert (edge["verdict"]["status"] == "PASS") == (verdict == "INCONCLUSIVE")
+
+
+def test_the_speed_up_is_a_ratio_of_one_run_at_the_fewest_threads(run: Run) -> None:
+    rows = run.read("bench/ov-default.json")["rows"]
+    edge = summary(run)
+    ratio = rows[1]["wall_ms"]["p50"] / rows[0]["wall_ms"]["p50"]
+    assert rows[1]["model"] == "teacher" and rows[1]["threads"] == 1
+    assert edge["targets"][4]["speedup"] == pytest.approx(ratio)
+    assert cells(render.markdown([edge]), "ov-default")[3] == f"{ratio:.2f}"
+
+
+def test_what_was_not_measured_says_so(run: Run) -> None:
+    text = render.markdown([summary(run)])
+    row = cells(text, "trt-fp16")
+    assert row[1:4] == ["not measured"] * 3 and row[5:7] == ["not measured"] * 2
+    assert row[7] == "skipped: no module named tensorrt"
+    assert "None" not in text and "None" not in render.page([summary(run)])
+
+
+def test_a_row_says_what_it_computes_in_and_why_not_what_was_asked(run: Run) -> None:
+    text = render.markdown([summary(run)])
+    assert cells(text, "ov-default")[4] == "bf16"
+    assert cells(text, "ov-int8")[4] == "fp32 (asked int8)"
+    assert cells(text, "ov-int8")[7] == "fell back: int8 lost 2.1 points, allowed 1.0"
+
+
+def test_a_teacher_in_another_precision_is_told_beside_the_ratio(run: Run) -> None:
+    change_row(run, "ort-fp32", precision_effective="bf16", precision_requested="bf16")
+    assert cells(render.markdown([summary(run)]), "ort-fp32")[4] == "bf16 (teacher fp32)"
+
+
+def test_a_noisy_row_is_marked_in_the_table_and_explained_in_a_note(run: Run) -> None:
+    change_row(run, "ort-fp32", flags=["NOISY", "cpu/wall 0.71 below 0.9"])
+    text = render.markdown([summary(run)])
+    assert cells(text, "ort-fp32")[1].endswith(" NOISY")
+    assert "- ort-fp32 student: NOISY, cpu/wall 0.71 below 0.9" in text
+
+
+def test_students_stand_beside_the_teacher_with_labels_and_points(run: Run) -> None:
+    text = render.markdown([summary(run)])
+    row = cells(text, "cakd (shipped)")
+    assert row[1] == "50 of 1,297" and row[2] == "88.5 ± 1.6"
+    assert row[-2:] == ["+7.5", "+2.2"]
+    assert cells(text, "logits")[-2:] == ["+5.2", "–"]
+    assert cells(text, "teacher")[-2:] == ["–", "–"]
+    assert "The teacher saw 1,297 of 1,297 labels (100.0 %)." in text
+    assert "plain, logits, cakd and cakd+logits saw 50 of 1,297 labels (3.9 %)." in text
+    assert "cakd attention 0.914, tokens 0.873" in text
+
+
+def test_a_shipped_student_below_its_baseline_is_told(run: Run) -> None:
+    found = accuracy()
+    found["models"]["cakd"]["clean"]["top1"] = 0.80
+    run.write("accuracy.json", found)
+    assert "the shipped cakd is 6.2 points below logits" in summary(run)["verdict"]["notes"]
+
+
+def test_names_and_reasons_cannot_leave_their_place(run: Run) -> None:
+    evil = "x|y `z` <script>alert(1)</script>\n# $w$ [a](b) *c* &amp; "
+    change_row(run, "ort-fp32", status="skipped", reason=evil, samples_ms=[])
+    found = accuracy()
+    found["models"][evil] = found["models"].pop("plain")
+    run.write("accuracy.json", found)
+    perf = train_perf()
+    perf["methods"][evil] = perf["methods"].pop("plain")
+    perf["methods"][evil]["curves"][evil] = [[0, 1.0], [1, 0.5]]
+    run.write("train_perf.json", perf)
+    edge = summary(run)
+    text, page = render.markdown([edge]), render.page([edge])
+    assert len({len(cells(text, t)) for t in ENABLED}) == 1
+    for character in "<`$[*#":
+        assert not re.search(rf"(?<!\\)\{character}\s*(script|z|w|a|c|\\\$)", text)
+    assert "<script" not in page and "alert(1)" in page
+    assert "script" not in Tags(page).tags
+
+
+class Tags(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(k, v or "") for k, v in attrs]
+
+
+def test_the_page_needs_nothing_but_itself(run: Run) -> None:
+    page = render.page([summary(run), summary(run)])
+    parsed = Tags(page)
+    assert not {"script", "link", "img", "iframe", "object"} & set(parsed.tags)
+    links = [v for k, v in parsed.attributes if k in ("href", "xlink:href", "src")]
+    assert links and all(v.startswith("#") for v in links)
+    assert set(re.findall(r"https?://[^\s\"'<]+", page)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert ("content", policy) in parsed.attributes
+
+
+def test_pictures_on_one_page_share_no_id(run: Run) -> None:
+    parsed = Tags(render.page([summary(run), summary(run)]))
+    ids = [v for k, v in parsed.attributes if k == "id"]
+    assert ids and len(ids) == len(set(ids))
+    used = {v[1:] for k, v in parsed.attributes if k == "xlink:href"}
+    used |= {i for _, v in parsed.attributes for i in re.findall(r"url\(#([^)]+)\)", v)}
+    assert used <= set(ids)
+
+
+def test_pictures_take_every_colour_from_the_page(run: Run) -> None:
+    edge = summary(run)
+    curves = dict(charts.curves(edge["training"]))
+    assert list(curves) == ["cross_entropy", "kl", "attention", "tokens", "adversarial"]
+    for picture in (charts.scatter(edge), charts.strips(edge), *curves.values()):
+        assert picture and 'role="img"' in picture
+        assert not re.findall(r"(?:fill|stroke): ?#", picture)
+        assert "var(--ink)" in picture
+
+
+def test_labels_of_the_scatter_stay_apart_and_inside(run: Run) -> None:
+    for target in TARGETS:  # the worst case: all targets equally fast
+        wall = {"p50": 1.0, "p90": None, "p99": None, "min": 1.0, "n": 90}
+        change_row(run, target, wall_ms=wall)
+    picture = charts.scatter(summary(run))
+    assert picture
+    place = r'(?:translate\(([\d.]+) ([\d.]+)\)|x="([\d.]+)" y="([\d.]+)")'
+    found = [
+        [g for g in t if g] for t in re.findall(rf"{place}[^>]*>([a-z]+-[^<]+)</text>", picture)
+    ]
+    labels = [(float(x), float(y), text) for x, y, text in found]
+    assert len(labels) == 2 * len(TARGETS)
+    heights = sorted(y for _, y, _ in labels)
+    assert min(b - a for a, b in zip(heights, heights[1:])) > 10
+    assert all(x + charts.LETTER * len(t) <= charts.WIDTH for x, _, t in labels)
+
+
+def test_a_run_without_measurements_still_has_a_report(run: Run) -> None:
+    for target in ENABLED:
+        run.write(f"bench/{target}.json", {**bench("trt-fp16"), "target": target})
+    run.write("train_perf.json", {**train_perf(), "methods": {}})
+    edge = summary(run)
+    assert charts.scatter(edge) is None and charts.strips(edge) is None
+    assert "cakd reaches" in render.markdown([edge]) and "<svg" not in render.page([edge])
+
+
+def test_thinned_samples_keep_their_extremes_and_their_order() -> None:
+    samples = np.random.default_rng(0).permutation(1000).astype(float).tolist()
+    kept = report.thin(samples)
+    assert len(kept) == report.KEPT_SAMPLES and kept == sorted(kept)
+    assert (kept[0], kept[-1]) == (0.0, 999.0)
+    assert report.thin([3.0, 1.0]) == [1.0, 3.0]
+
+
+def board(run: Run, name: str = "student.onnx") -> Path:
+    """A bench JSON as `exporters.bench --json` writes it on another machine."""
+    found = bench("ort-fp32")
+    for row in found["rows"]:
+        row["model"] = name if row["model"] == "student" else "teacher.onnx"
+    found["machine"] = {**MACHINE, "board": "Example Board Nano"}
+    run.write("board.json", found)
+    return run.folder / "board.json"
+
+
+def test_merged_machines_share_one_table(run: Run) -> None:
+    assert stage(run).returncode == 0
+    edge = run.folder / OUT / "edge.json"
+    done = command(["--merge", edge, board(run)])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("**PASS** on Example CPU 7")
+    assert "**NOT JUDGED** on Example Board Nano" in done.stdout
+    assert cells(done.stdout, "Example Board Nano, 2 of 4 cores")[1] == "ort-fp32"
+    assert done.stdout.count("| Example CPU 7, 2 of 4 cores | ") == len(ENABLED)
+    done = command(["--merge", edge, board(run), "--out", run.folder / "both"])
+    page = (run.folder / "both/index.html").read_text()
+    assert done.returncode == 0 and page.count("Where the calls fell") == 2
+
+
+def test_merge_repeats_a_failed_verdict(run: Run) -> None:
+    run.params({"top1_min": 0.95})
+    assert stage(run).returncode == 3
+    done = command(["--merge", run.folder / OUT / "edge.json", board(run)])
+    assert done.returncode == 3 and done.stdout.startswith("**FAIL**")
+
+
+def test_merge_refuses_what_it_cannot_place(run: Run) -> None:
+    done = command(["--merge", run.folder / "accuracy.json"])
+    assert done.returncode == 2 and "allowed: cakd.edge/1, cakd.bench/1" in done.stderr
+    done = command(["--merge", board(run, "mobilenet.onnx")])
+    assert done.returncode == 2 and "'mobilenet.onnx'" in done.stderr
+
+
+def test_the_report_needs_no_torch(run: Run) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import stages.report\n"
+        "from pipeline import charts, render, report"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium on PATH to render the page with")
+def test_the_page_is_light_on_light_dark_on_dark_and_fits_a_phone(run: Run) -> None:
+    page = run.folder / "page.html"
+    page.write_text(render.page([summary(run)]))
+    phone = run.folder / "phone.html"  # a headless window is at least 500 px wide, a frame is not
+    frame = '<iframe src="page.html" style="width:390px;height:2000px;border:0"></iframe>'
+    phone.write_text(f'<body style="margin:0;background:#f0f">{frame}')
+    light = screenshot(page)
+    dark = screenshot(page, "--blink-settings=preferredColorScheme=0")
+    assert light.mean() > 220 and dark.mean() < 60
+    assert np.ptp(light.astype(int)) > 150 and np.ptp(dark.astype(int)) > 150
+    small = screenshot(phone)[:, :390]
+    assert (small[:, 388].astype(int).std(axis=0) < 8).all()  # nothing runs over the right edge
+
+
+def screenshot(page: Path, *flags: str) -> Any:
+    """The page's first 2,000 rows as (H, W, 3) uint8."""
+    picture = page.with_suffix(".png")
+    quiet = "headless no-sandbox disable-gpu disable-quic no-first-run hide-scrollbars disable-sync"
+    quiet += " disable-background-networking disable-component-update"
+    profile = page.parent / "profile"
+    line = [CHROMIUM, *(f"--{flag}" for flag in quiet.split()), f"--user-data-dir={profile}"]
+    line += ["--window-size=1200,2000", f"--screenshot={picture}", *flags, page.as_uri()]
+    subprocess.run(list(map(str, line)), check=True, capture_output=True, timeout=120)
+    return np.asarray(Image.open(picture).convert("RGB"))
