@@ -118,12 +118,11 @@ def compare(
     """
     before = conditions()
     with warmed([candidate, baseline] * PROCESSES, reference) as runners:
+        _all_run(runners)
         rounds = 0
         for attempt in (seed, seed + 1):
             run_rounds(runners, COMPARE_ROUNDS, latency.BLOCK_SECONDS, attempt)
-            for runner in runners:
-                if runner.reason:
-                    raise UserError(f"{runner.subject.artefact}: not comparable: {runner.reason}")
+            _all_run(runners)
             rounds += COMPARE_ROUNDS
             sides = [
                 [[float(np.median(b.cpu_ms)) for b in r.blocks] for r in runners[s::2]]
@@ -141,6 +140,12 @@ def compare(
             "process_spread": {"candidate": _spread(sides[0]), "baseline": _spread(sides[1])},
             "rows": [row(runners[0::2], before, after), row(runners[1::2], before, after)],
         }
+
+
+def _all_run(runners: Sequence[Runner]) -> None:
+    for runner in runners:
+        if runner.reason:
+            raise UserError(f"{runner.subject.artefact}: not comparable: {runner.reason}")
 
 
 def _spread(side: Sequence[Sequence[float]]) -> float:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE
 from typing import IO, Any, TextIO
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -192,7 +193,7 @@ def read_reference(path: Path) -> Array:
     try:
         with np.load(path, allow_pickle=False) as file:
             x: Array = file["x"].astype(np.float32)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, BadZipFile, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not an .npz with an array 'x' ({error}); export again") from None
     if x.ndim != 4 or not len(x):
         raise UserError(f"{path}: x is {x.shape}, expected (N, 3, S, S) with N >= 1; export again")
