@@ -85,7 +85,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return parse(hint, value, where)  # type: ignore[arg-type]
     if origin is tuple:
-        if not isinstance(value, list):
+        if not isinstance(value, (list, tuple)):
             raise UserError(f"{where}: expected a list, got {value!r}")
         if args[-1] is not Ellipsis and len(value) != len(args):
             raise UserError(f"{where}: expected a list of {len(args)}, got {value!r}")

@@ -306,6 +306,12 @@ class Prepared:
         return np.flatnonzero(self.splits == split)
 
 
+def permutation(n: int, seed: int, stream: str, epoch: int) -> NDArray[np.int64]:
+    """The order of `n` items in one pass of a named stream: a function of its arguments alone."""
+    key = hashlib.blake2b(f"{seed}/{stream}/{epoch}".encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(key, "little")).permutation(n)
+
+
 def normalised(images: NDArray[np.uint8], preprocess: dict[str, Any]) -> NDArray[np.float32]:
     """uint8 (B, S, S, 3) -> float32 (B, 3, S, S): /255, minus mean, over std; the same arithmetic everywhere."""
     x = images.astype(np.float32) / np.float32(255)

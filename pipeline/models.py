@@ -50,7 +50,7 @@ def _similar(name: str) -> str:
 
 def preprocessing(model: nn.Module, image_size: int) -> dict[str, Any]:
     """What must be done to a uint8 RGB picture before the model: it travels into the ONNX metadata."""
-    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    config = resolve_model_data_config(model)
     return {
         "image_size": image_size,
         "interpolation": "bicubic",

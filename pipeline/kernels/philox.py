@@ -1,0 +1,75 @@
+"""Counter-based random bits (Philox 4x32-10, Salmon et al., SC 2011): a mask is a function of what it masks.
+
+Counter layout: c0 = head * N + token, c1 = tensor + 4 * (16 * block + plane), c2 = sample id, c3 = step; the key
+is the seed. So a mask depends neither on batch order, batch size, world size nor device. 32-bit words are kept
+in int64 tensors, torch having no unsigned arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOW = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+PLANES = 16  # binary digits of a probability
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a random draw is keyed by: the run's seed, each sample's id (B,) int64, the optimiser step."""
+
+    seed: int
+    ids: Tensor
+    step: int
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> list[Tensor]:
+    """Four counter words (broadcastable int64 in [0, 2^32)) and a 64-bit seed -> four random words."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = seed & LOW, (seed >> 32) & LOW
+    for _ in range(ROUNDS):
+        high0, low0 = _multiply(c0, MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + WEYL[0]) & LOW, (k1 + WEYL[1]) & LOW
+    return [c0, c1, c2, c3]
+
+
+def _multiply(word: Tensor, by: int) -> tuple[Tensor, Tensor]:
+    """32 x 32 -> high and low 32 bits, through 16-bit halves that never pass 2^63."""
+    low = (word & 0xFFFF) * by
+    high = (word >> 16) * by + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def bernoulli(key: Key, rows: int, width: int, tensor: int, p: float) -> Tensor:
+    """Masks (B, rows, width) bool, each element True with probability `p`, rounded to 16 binary digits.
+
+    `tensor` (0..3) separates independent masks of one step. Bits are compared with p digit by digit, all
+    elements of a word at once: p = 0.5 costs one word for 32 elements.
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"p is {p}; allowed: 0 to 1")
+    device, shape = key.ids.device, (len(key.ids), rows, width)
+    digits = round(p * (1 << PLANES))
+    if digits in (0, 1 << PLANES):
+        return torch.full(shape, digits > 0, device=device)
+    blocks = -(-width // 128)
+    row = torch.arange(rows, device=device)[None, :, None]
+    block = torch.arange(blocks, device=device)[None, None, :]
+    sample = (key.ids.to(torch.int64) & LOW)[:, None, None]
+    step = torch.tensor(key.step & LOW, device=device)
+    words = min(4, -(-width // 32))  # of the four of a counter, those that are needed
+    bits = torch.zeros(len(key.ids), rows, blocks, words, dtype=torch.int64, device=device)
+    first = (digits & -digits).bit_length() - 1  # planes below the last 1 of p decide nothing
+    for plane in range(first, PLANES):
+        c1 = tensor + 4 * (16 * block + (PLANES - 1 - plane))
+        word = torch.stack(philox((row, c1, sample, step), key.seed)[:words], dim=-1)
+        bits = (bits | word) if digits >> plane & 1 else (bits & word)
+    positions = 1 << torch.arange(min(32, width), device=device)
+    return ((bits[..., None] & positions) != 0).reshape(len(key.ids), rows, -1)[:, :, :width]

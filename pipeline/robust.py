@@ -1,0 +1,63 @@
+"""Multi-view robust training: the student-only transform of eq. 7 and the discriminator of eq. 8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Trans:
+    """Trans of eq. 7, on pixels only: no crop, no rotation, so tokens stay paired with pixels (decision 13).
+
+    Contrast, JPEG, shot noise, pixelation and lines are left to the robust evaluation, which must be disjoint.
+    """
+
+    probability: float = 0.5  # of an image to be transformed at all
+    brightness: float = 0.2  # shift of all channels, up to this share of the range
+    colour: float = 0.3  # gain of each channel between 1 - colour and 1 + colour
+    patch: float = 0.4  # largest side of the masked patch, share of the image's side
+    noise: float = 0.1  # largest standard deviation of Gaussian noise, share of the range
+
+    def __post_init__(self) -> None:
+        for name in ("probability", "brightness", "colour", "patch", "noise"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"trans.{name} is {value}; allowed: 0 to 1")
+
+    def __call__(self, views: Tensor, generator: torch.Generator) -> Tensor:
+        """uint8 views (B, 3, S, S) -> float views (B, 3, S, S) in [0, 255]; untouched images keep their values."""
+        pixels = views.float()
+        batch, _, size, _ = pixels.shape
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(batch, *shape, generator=generator).to(pixels.device)
+
+        changed = pixels * (1 + self.colour * (2 * uniform(3, 1, 1) - 1))
+        changed = changed + 255 * self.brightness * (2 * uniform(1, 1, 1) - 1)
+        noise = torch.randn(pixels.shape, generator=generator).to(pixels.device)
+        changed = changed + 255 * self.noise * uniform(1, 1, 1) * noise
+        side = self.patch * uniform(1)
+        low = uniform(2) * (1 - side)
+        at = (torch.arange(size, device=pixels.device) + 0.5) / size
+        inside = (at >= low[:, :, None]) & (at < (low + side)[:, :, None])  # (B, 2, S)
+        mask = inside[:, 0, :, None] & inside[:, 1, None, :]
+        mean = pixels.mean(dim=(2, 3), keepdim=True)
+        changed = torch.where(mask[:, None], mean, changed)
+        chosen = uniform(1, 1, 1) < self.probability
+        return torch.where(chosen, changed.clamp(0, 255), pixels)
+
+
+class Discriminator(nn.Sequential):
+    """D of eq. 8, token-wise (decision 11): D -> 256 -> 64 -> 1, LeakyReLU 0.2, no batch norm; a logit a token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(
+            nn.Linear(width, 256),
+            nn.LeakyReLU(0.2),
+            nn.Linear(256, 64),
+            nn.LeakyReLU(0.2),
+            nn.Linear(64, 1),
+        )

@@ -1,0 +1,181 @@
+"""A run that can be killed: one writer a work folder, checkpoints without pickle, signals that save and leave."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipeline import files
+from pipeline.errors import UserError
+
+PR_SET_PDEATHSIG = 1
+
+
+@contextmanager
+def work_folder(root: Path, fingerprint: str) -> Iterator[Path]:
+    """The folder of one run's unfinished work, `root/<fingerprint>`, locked against a second writer.
+
+    Raises UserError: another process holds it.
+    """
+    folder = root / fingerprint[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    die_with_parent()
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is writing it; wait for it or stop it, then run again"
+            ) from None
+        yield folder
+
+
+def die_with_parent() -> None:
+    """Ask Linux to terminate this process when its parent dies: `kill -9` of dvc leaves no orphan training."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Interrupts:
+    """Turns SIGINT and SIGTERM into a flag the loop can ask for, so that it saves before it leaves."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> Interrupts:
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.signal = number
+
+    def leave_if_asked(self, saved: Path) -> None:
+        """Exit with 128 + signal, saying where the work is saved."""
+        if self.signal is not None:
+            print(
+                f"stopped by signal {self.signal}; saved {saved}; run again to go on",
+                file=sys.stderr,
+            )
+            sys.exit(128 + self.signal)
+
+
+def save_checkpoint(
+    path: Path,
+    step: int,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    notes: dict[str, Any],
+) -> None:
+    """Write parameters, buffers, optimiser moments and JSON-able `notes` after `step` steps, atomically."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        for key, value in module.state_dict().items():
+            tensors[f"module/{name}/{key}"] = value.detach().cpu().contiguous()
+    for name, optimizer in optimizers.items():
+        for index, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                tensors[f"optimizer/{name}/{index}/{key}"] = (
+                    torch.as_tensor(value).cpu().contiguous()
+                )
+    with files.atomic(path) as temporary:
+        save_file(tensors, temporary, metadata={"cakd": json.dumps({"step": step, **notes})})
+
+
+def load_checkpoint(
+    path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
+) -> tuple[int, dict[str, Any]]:
+    """Restore what `save_checkpoint` wrote; (0, {}) where there is none. Raises UserError: damaged."""
+    if not path.is_file():
+        return 0, {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = json.loads(file.metadata()["cakd"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged checkpoint ({error}); remove it and run again") from None
+    for name, module in modules.items():
+        module.load_state_dict(_below(tensors, f"module/{name}/"))
+    for name, optimizer in optimizers.items():
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in _below(tensors, f"optimizer/{name}/").items():
+            index, what = key.split("/")
+            state.setdefault(int(index), {})[what] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return int(notes.pop("step")), notes
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+class Stopwatch:
+    """Milliseconds of each named stage of a training step, kept for every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = [{}]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the body to `name` of the current step."""
+        start = time.perf_counter()
+        yield
+        now = self.steps[-1]
+        now[name] = now.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
+
+    def next_step(self) -> None:
+        """Close the current step."""
+        self.steps.append({})
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Progress:
+    """One plain line every few seconds (or at the end): step, share, rate and the figures given."""
+
+    def __init__(self, what: str, total: int, every: float = 5.0) -> None:
+        self.what, self.total, self.every = what, total, every
+        self._start = self._last = time.monotonic()
+        self._first: int | None = None
+
+    def __call__(self, done: int, **figures: float) -> None:
+        """Note that `done` of `total` is done."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done - 1
+        if now - self._last < self.every and done < self.total:
+            return
+        self._last = now
+        rate = (done - self._first) / max(now - self._start, 1e-9)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
+        print(f"{self.what} {done}/{self.total}  {rate:.1f}/s  {shown}", flush=True)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process so far, in MB: allocated on the GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    import resource
+
+    scale = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale

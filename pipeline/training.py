@@ -1,0 +1,404 @@
+"""The loop of Algorithm 1: student and projectors every iteration, the discriminator every fifth, then only the
+student is kept. Every draw is a function of (seed, step), so a killed run goes on to the same bits.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipeline import config as configs
+from pipeline import data, files, losses, models, runtime, store, teacher, views
+from pipeline.errors import UserError, nearest
+from pipeline.kernels.philox import Key
+from pipeline.methods import METHODS, CakdConfig, LogitsConfig, Objective, Step, TeacherSpace
+from pipeline.students import Tap, Taps, find_tap
+
+PERF_SCHEMA = "cakd.train/1"
+STAGES = ("read", "view", "replay", "student", "projector", "adversarial", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Distill:
+    """`distill:` which student, by which methods, with one recipe for all of them."""
+
+    methods: tuple[str, ...]
+    student: str
+    student_kwargs: dict[str, Any] = field(default_factory=dict)  # timm's: output_stride, ...
+    epochs: int = 30  # passes over all training images; fixes the steps of every method
+    batch: int = 64
+    lr: float = 2e-3  # peak; linear warm-up over 5 % of the steps, then cosine to 0
+    weight_decay: float = 0.05
+    labelled_share: float = 0.125  # of a batch, where not every image shows its label (decision 17)
+    seed: int = 0
+    checkpoint_every: int = 200  # steps
+    logits: LogitsConfig = LogitsConfig()
+    cakd: CakdConfig = CakdConfig()
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(f"methods has {method!r}; {nearest(method, METHODS)}")
+        for name in ("epochs", "batch", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+        if not 0 < self.labelled_share < 1:
+            raise ValueError(f"labelled_share is {self.labelled_share}; allowed: between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An endless order of rows, pass after pass, each pass a permutation: a function of (seed, name, position)."""
+
+    rows: NDArray[np.int64]
+    seed: int
+    name: str
+
+    def take(self, start: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows at positions start .. start + count, and the pass each belongs to."""
+        passes, places = np.divmod(np.arange(start, start + count), len(self.rows))
+        order = np.array(
+            [
+                _order(len(self.rows), self.seed, self.name, int(e))[p]
+                for e, p in zip(passes, places)
+            ],
+            dtype=np.int64,
+        )
+        return self.rows[order], passes
+
+
+@lru_cache(maxsize=4)
+def _order(n: int, seed: int, name: str, epoch: int) -> NDArray[np.int64]:
+    return data.permutation(n, seed, name, epoch)
+
+
+class Batches:
+    """Which rows and views make the batch of a step, and which of them show a label (decision 17)."""
+
+    def __init__(
+        self, config: Distill, prepared: data.Prepared, distilled: bool, n_views: int
+    ) -> None:
+        rows = prepared.rows("train")
+        shown = rows[prepared.student_label[rows]]
+        self.prepared, self.batch, self.n_views = prepared, config.batch, n_views
+        self.steps = config.epochs * -(-len(rows) // config.batch)
+        self.distilled = distilled
+        self.labels_seen = len(shown)
+        if not distilled:
+            self.parts = [(Stream(shown, config.seed, "labelled"), config.batch, True)]
+        elif len(shown) == len(rows):
+            self.parts = [(Stream(rows, config.seed, "all"), config.batch, True)]
+        else:
+            labelled = max(1, round(config.labelled_share * config.batch))
+            self.parts = [
+                (Stream(shown, config.seed, "labelled"), labelled, True),
+                (Stream(rows, config.seed, "all"), config.batch - labelled, False),
+            ]
+
+    def __call__(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor]:
+        """Rows (B,), view numbers (B,) and labels (B,), -1 where the student is shown none.
+
+        With a teacher the view is one of the V the store knows; `plain` draws a fresh view at every pass.
+        """
+        rows, ks, labels = [], [], []
+        for stream, count, with_label in self.parts:
+            part, passes = stream.take(step * count, count)
+            rows.append(part)
+            ks.append(passes % self.n_views if self.distilled else passes)
+            known = self.prepared.labels[part]
+            labels.append(known if with_label else np.full_like(known, data.UNLABELLED))
+        return np.concatenate(rows), np.concatenate(ks), torch.from_numpy(np.concatenate(labels))
+
+
+class Features:
+    """The teacher's tokens of a batch: from the store and its replayed block, or from the live teacher."""
+
+    CHECK_EVERY = 50  # steps between two comparisons of view hashes
+
+    def __init__(self, opened: store.Store, teacher_path: Path) -> None:
+        self.store = opened
+        self.live = None if self.store.cached else teacher.load(teacher_path)
+        self.tail = self.live.tail if self.live else teacher.load_tail(teacher_path)
+
+    def tokens(
+        self,
+        step: int,
+        rows: NDArray[np.int64],
+        ks: NDArray[np.int64],
+        batch: Tensor,
+        watch: runtime.Stopwatch,
+    ) -> teacher.Tokens:
+        """Tokens of views (B, 3, S, S). Raises UserError where a cached view is not these pixels."""
+        if self.live is not None:
+            with watch.stage("replay"):
+                return self.live(batch)  # type: ignore[no-any-return]
+        with watch.stage("read"):
+            x, hashes = self.store.read(self.store.records(rows, ks))
+        if step % self.CHECK_EVERY == 0:
+            views.check_hashes(batch, hashes, rows)
+        with watch.stage("replay"):
+            return self.tail(x)  # type: ignore[no-any-return]
+
+    def space(self) -> TeacherSpace:
+        """The dimensions of the teacher's space."""
+        manifest = self.store.manifest
+        mean, std = (torch.tensor(manifest[k], dtype=torch.float32) for k in ("h_mean", "h_std"))
+        return TeacherSpace(self.tail.n_heads, self.tail.width, mean, std)
+
+
+def learning_rate(config: Distill, step: int, steps: int) -> float:
+    """Linear warm-up over 5 % of the steps, then cosine to 0."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    return config.lr * 0.5 * (1 + float(np.cos(np.pi * (step - warm) / max(1, steps - warm))))
+
+
+class Trainer:
+    """One student, one method: everything a step needs, and the step."""
+
+    def __init__(
+        self,
+        config: Distill,
+        method: str,
+        prepared: data.Prepared,
+        teacher_path: Path,
+        features: Path,
+    ) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.method, self.prepared = config, method, prepared
+        self.student = models.create(config.student, config.student_kwargs, len(prepared.classes))
+        self.preprocess = models.preprocessing(self.student, prepared.image_size)
+        taught = METHODS[method] != METHODS["plain"]
+        policy = store.Store(features, prepared, teacher_path)
+        self.geometry, self.view_seed = policy.geometry, policy.seed
+        self.features = Features(policy, teacher_path) if taught else None
+        self.batches = Batches(config, prepared, taught, policy.views)
+        tap: Tap | None = None
+        space: TeacherSpace | None = None
+        if "tokens" in METHODS[method] and self.features is not None:
+            grid = tuple(models.describe(teacher_path)["grid"])
+            tap = find_tap(self.student, prepared.image_size, grid, config.cakd.tap)
+            space = self.features.space()
+        self.objective = Objective(method, config.logits, config.cakd, tap, space)
+        self._taps = Taps(self.student, [tap.module] if tap else [])
+        self.optimizers = self._make_optimizers()
+        self.curves: list[dict[str, float]] = []
+
+    def _make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        config = self.config
+        trained = [*self.student.parameters(), *self.objective.projectors.parameters()]
+        made: dict[str, torch.optim.Optimizer] = {
+            "student": torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+        }
+        if self.objective.discriminator is not None:
+            made["discriminator"] = torch.optim.Adam(
+                self.objective.discriminator.parameters(),
+                lr=config.cakd.discriminator_lr,
+                betas=(0.5, 0.999),
+            )
+        return made
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds."""
+        return {"student": self.student, "objective": self.objective}
+
+    def step(self, step: int, watch: runtime.Stopwatch) -> dict[str, float]:
+        """One iteration of Algorithm 1; the unweighted loss terms."""
+        seen, taught, fake = self._student_step(step, watch)
+        if (
+            fake is not None
+            and taught is not None
+            and step % self.config.cakd.discriminator_every == 0
+        ):
+            with watch.stage("adversarial"):
+                seen |= self._discriminator_step(self.objective.target(taught.h), fake)
+        watch.next_step()
+        return seen
+
+    def _student_step(
+        self, step: int, watch: runtime.Stopwatch
+    ) -> tuple[dict[str, float], teacher.Tokens | None, Tensor | None]:
+        config, objective = self.config, self.objective
+        rows, ks, labels = self.batches(step)
+        with watch.stage("view"):
+            batch = views.view_batch(self.prepared.images, self.geometry, self.view_seed, rows, ks)
+        taught = self.features.tokens(step, rows, ks, batch, watch) if self.features else None
+        # Modules with random numbers of their own (drop-out in the student) draw from this step's seed.
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        pixels = batch.float()
+        if "trans" in objective.terms:
+            with watch.stage("view"):
+                generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+                pixels = config.cakd.trans(batch, generator)
+        with watch.stage("student"):
+            logits = self.student(views.normalise(pixels, self.preprocess))
+        feature = self._taps.features.get(objective.tap.module) if objective.tap else None
+        progress = step / self.batches.steps
+        key = Key(config.seed, torch.from_numpy(rows), step)
+        found, fake = objective(Step(logits, feature, labels, taught, key, progress), watch)
+        weights = objective.weights(progress)
+        total = torch.stack([weights[t] * loss for t, loss in found.items()]).sum()
+        with watch.stage("backward"):
+            self.optimizers["student"].zero_grad(set_to_none=True)
+            total.backward()
+        with watch.stage("optimizer"):
+            for group in self.optimizers["student"].param_groups:
+                group["lr"] = learning_rate(config, step, self.batches.steps)
+            self.optimizers["student"].step()
+        seen = {term: loss.item() for term, loss in found.items()}
+        return seen, taught, fake.detach() if fake is not None else None
+
+    def _discriminator_step(self, real: Tensor, fake: Tensor) -> dict[str, float]:
+        """Eq. 8 on detached fakes, after the student's backward (decision 11)."""
+        assert self.objective.discriminator is not None
+        loss, accuracy = losses.discriminator(self.objective.discriminator, real, fake)
+        self.optimizers["discriminator"].zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizers["discriminator"].step()
+        return {"discriminator": loss.item(), "discriminator_accuracy": accuracy.item()}
+
+
+def distill(
+    config: Distill,
+    method: str,
+    prepared: data.Prepared,
+    teacher_path: Path,
+    features: Path,
+    out: Path,
+    work: Path,
+) -> dict[str, Any]:
+    """Train one student by one method, publish it at `out`; the figures of train/<method>.json.
+
+    `out` receives student.safetensors (plain timm keys), student.json and, where the method has projectors,
+    projectors.safetensors. Resumes from the last checkpoint in `work`.
+    Raises UserError: unknown method, stale store, a student without a fit tap.
+    """
+    if method not in METHODS:
+        raise UserError(f"method: got {method!r}; {nearest(method, METHODS)}")
+    trainer = Trainer(config, method, prepared, teacher_path, features)
+    recipe = {k: v for k, v in asdict(config).items() if k != "methods"}
+    inputs = {"teacher": teacher_path, "features": features / "manifest.json"}
+    made_by = files.provenance(recipe, **inputs) | {
+        "images": prepared.images_sha256,
+        "method": method,
+    }
+    with runtime.work_folder(work, files.digest(made_by)) as folder:
+        watch = runtime.Stopwatch()
+        _run(trainer, folder / "checkpoint.safetensors", watch)
+        figures = _figures(trainer, watch)
+        with files.atomic_dir(out) as finished:
+            _publish(trainer, finished, made_by)
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    return figures
+
+
+def _run(trainer: Trainer, checkpoint: Path, watch: runtime.Stopwatch) -> None:
+    steps, every = trainer.batches.steps, trainer.config.checkpoint_every
+    start, notes = runtime.load_checkpoint(checkpoint, trainer.modules, trainer.optimizers)
+    trainer.curves = notes.get("curves", [])
+    trainer.student.train()
+    trainer.objective.train()
+    progress = runtime.Progress(f"distill {trainer.method}", steps)
+    with runtime.Interrupts() as interrupts:
+        for step in range(start, steps):
+            seen = trainer.step(step, watch)
+            trainer.curves.append({"step": step, **seen})
+            progress(step + 1, **seen)
+            if interrupts.signal or ((step + 1) % every == 0 and step + 1 < steps):
+                runtime.save_checkpoint(
+                    checkpoint,
+                    step + 1,
+                    trainer.modules,
+                    trainer.optimizers,
+                    {"curves": trainer.curves},
+                )
+                interrupts.leave_if_asked(checkpoint)
+    trainer.student.eval()
+    trainer.objective.eval()
+
+
+def _publish(trainer: Trainer, folder: Path, made_by: dict[str, Any]) -> None:
+    config, prepared = trainer.config, trainer.prepared
+    tap = trainer.objective.tap
+    models.save(
+        folder / "student.safetensors",
+        trainer.student,
+        {
+            "role": "student",
+            "method": trainer.method,
+            "model": config.student,
+            "kwargs": config.student_kwargs,
+            "num_classes": len(prepared.classes),
+            "classes": list(prepared.classes),
+            "preprocess": trainer.preprocess,
+            "labels_seen": trainer.batches.labels_seen,
+            "labels_total": int((prepared.labels[prepared.rows("train")] >= 0).sum()),
+            "seed": config.seed,
+            "tap": asdict(tap) if tap else None,
+            "cakd": asdict(config.cakd) if tap else None,
+            "provenance": made_by,
+        },
+    )
+    if tap:
+        state = {k: v.contiguous() for k, v in trainer.objective.projectors.state_dict().items()}
+        save_file(state, folder / "projectors.safetensors")
+
+
+def load_projectors(
+    folder: Path, description: dict[str, Any], space: TeacherSpace
+) -> Objective | None:
+    """The projectors beside a CAKD student, for evaluation only; None where the method has none."""
+    if description["tap"] is None:
+        return None
+    cakd = configs.parse(CakdConfig, description["cakd"], f"{folder}: cakd")
+    tap = configs.parse(Tap, description["tap"], f"{folder}: tap")
+    objective = Objective(description["method"], LogitsConfig(), cakd, tap, space)
+    models.load_weights(objective.projectors, folder / "projectors.safetensors")
+    return objective.eval()
+
+
+def _figures(trainer: Trainer, watch: runtime.Stopwatch) -> dict[str, Any]:
+    """Speed and curves of one training, as train/<method>.json holds them."""
+    timed = [s for s in watch.steps if s][2:] or [s for s in watch.steps if s]
+    totals = [sum(s.values()) for s in timed] or [float("nan")]
+    rates = [1e3 * trainer.config.batch / t for t in totals]
+    quartiles = statistics.quantiles(rates, n=4) if len(rates) > 1 else [rates[0]] * 3
+    stage_ms = {
+        n: statistics.median(s.get(n, 0.0) for s in timed) if timed else 0.0 for n in STAGES
+    }
+    waiting = sum(s.get("read", 0.0) + s.get("view", 0.0) for s in timed)
+    return {
+        "img_per_s": {"median": statistics.median(rates), "iqr": quartiles[2] - quartiles[0]},
+        "stage_ms": stage_ms,
+        "stall_fraction": waiting / sum(totals),
+        "peak_mb": runtime.peak_memory_mb(runtime.pick_device()),
+        "steps": trainer.batches.steps,
+        "batch": trainer.config.batch,
+        "labels_seen": trainer.batches.labels_seen,
+        "curves": _thinned(trainer.curves),
+    }
+
+
+def _thinned(curves: list[dict[str, float]], points: int = 200) -> dict[str, list[list[float]]]:
+    """term -> [[step, mean], ...]: each of at most `points` windows by its mean."""
+    terms = sorted({t for row in curves for t in row} - {"step"})
+    window = max(1, -(-len(curves) // points))
+    thin: dict[str, list[list[float]]] = {t: [] for t in terms}
+    for at in range(0, len(curves), window):
+        rows = curves[at : at + window]
+        for term in terms:
+            values = [r[term] for r in rows if term in r]
+            if values:
+                thin[term].append([rows[-1]["step"] + 1, statistics.fmean(values)])
+    return thin
