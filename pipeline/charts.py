@@ -191,7 +191,7 @@ def _series(i: int) -> str:
 
 
 def curves(training: Mapping[str, Any], name: str = "curves") -> list[tuple[str, str]]:
-    """(term, picture) for each loss term: its course over the steps, a line for each method that has it."""
+    """(term, picture) of each loss term, or accuracy kept beside them: a line for each method that has it."""
     methods = list(training)
     terms = dict.fromkeys(t for m in methods for t in training[m].get("curves", {}))
     pictures = []
@@ -218,5 +218,5 @@ def _curve(lines: Mapping[str, Any], methods: Sequence[str], name: str, term: st
         axis.grid(axis="y")
         axis.set_axisbelow(True)
         axis.set_xlabel("step")
-        axis.set_ylabel("loss")
+        axis.set_ylabel("fraction" if term.endswith("accuracy") else "loss")
         return _svg(figure, name, f"Training curve of the loss term {term}: {', '.join(lines)}")

@@ -37,6 +37,11 @@ def escape_markdown(value: object) -> str:
     return MARKDOWN.sub(r"\\\1", " ".join(str(value).replace("&", "&amp;").split()))
 
 
+def unbroken(text: str) -> str:
+    """Text whose names (`ort-fp32`) and units stay on the line of what they belong to."""
+    return re.sub(r"(?<=\d) (?=%|ms)", "\u00a0", text).replace("-", "\u2011")
+
+
 def _fill(template: str, summaries: Sequence[Mapping[str, Any]], **escaping: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -47,6 +52,7 @@ def _fill(template: str, summaries: Sequence[Mapping[str, Any]], **escaping: Any
         **escaping,
     )
     environment.filters.update({name: getattr(wording, name) for name in FILTERS})
+    environment.filters["unbroken"] = unbroken
     return environment.get_template(template).render(
         runs=[_worded(s) for s in summaries],
         several=len(summaries) > 1,

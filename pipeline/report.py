@@ -300,6 +300,12 @@ def _notes(summary: Mapping[str, Any]) -> Iterable[str]:
                 said.setdefault(remark, []).append(model)
         for remark, models in said.items():
             yield f"{found['target']} {' and '.join(models)}: {remark}"
+    disturbed = [found[m] for found in summary["targets"] for m in MODELS if noisy(found[m])]
+    if disturbed:
+        yield (
+            f"{len(disturbed)} of {2 * len(summary['targets'])} rows are NOISY: the machine was disturbed, their "
+            "milliseconds are not to be trusted"
+        )
     for budget in summary["budgets"]:
         if budget["verdict"] == "INCONCLUSIVE":
             yield f"budget {budget['name']} is inconclusive: only noise stands above {budget['limit']}"
@@ -315,5 +321,3 @@ def _remarks(row: Mapping[str, Any]) -> Iterable[str]:
         )
     if row["parity"] in ("FAIL", "UNDECIDED"):
         yield f"parity {row['parity']}"
-    if noisy(row):
-        yield f"NOISY, {', '.join(row['flags'][1:])}"

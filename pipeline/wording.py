@@ -117,13 +117,17 @@ def precision(target: Block) -> str:
 
 
 def status(target: Block) -> str:
-    """One phrase a target: measured, or why not; the reason of a fall-back."""
+    """One phrase a target: measured, or why not; the reason of a fall-back; what disturbed a NOISY row."""
     said: dict[str, list[str]] = {}
     for model in MODELS:
-        row = target[model]
-        state = "fell back" if fell_back(row) else row["status"]
-        said.setdefault(state + (f": {row['reason']}" if row["reason"] else ""), []).append(model)
+        said.setdefault(_state(target[model]), []).append(model)
     return "; ".join(f"{m[0]} {text}" if len(said) > 1 else text for text, m in said.items())
+
+
+def _state(row: Block) -> str:
+    text = "fell back" if fell_back(row) else str(row["status"])
+    text += f": {row['reason']}" if row["reason"] else ""
+    return text + (f", NOISY: {', '.join(row['flags'][1:])}" if noisy(row) else "")
 
 
 def machine_name(machine: Block) -> str:

@@ -72,8 +72,8 @@ def train_perf() -> dict[str, Any]:
     terms = {
         "plain": ["cross_entropy"],
         "logits": ["cross_entropy", "kl"],
-        "cakd": ["cross_entropy", "attention", "tokens", "adversarial"],
-        "cakd+logits": ["cross_entropy", "kl", "attention", "tokens", "adversarial"],
+        "cakd": ["cross_entropy", "attention", "tokens", "discriminator_accuracy"],
+        "cakd+logits": ["cross_entropy", "kl", "attention", "tokens", "discriminator_accuracy"],
     }
     generator = np.random.default_rng(0)
     methods = {}
@@ -402,11 +402,14 @@ def test_a_teacher_in_another_precision_is_told_beside_the_ratio(run: Run) -> No
     assert cells(render.markdown([summary(run)]), "ort-fp32")[4] == "bf16 (teacher fp32)"
 
 
-def test_a_noisy_row_is_marked_in_the_table_and_explained_in_a_note(run: Run) -> None:
+def test_a_noisy_row_is_marked_explained_and_counted(run: Run) -> None:
     change_row(run, "ort-fp32", flags=["NOISY", "cpu/wall 0.71 below 0.9"])
     text = render.markdown([summary(run)])
     assert cells(text, "ort-fp32")[1].endswith(" NOISY")
-    assert "- ort-fp32 student: NOISY, cpu/wall 0.71 below 0.9" in text
+    assert cells(text, "ort-fp32")[7].startswith(
+        "student measured, NOISY: cpu/wall 0.71 below 0.9;"
+    )
+    assert "- 1 of 14 rows are NOISY" in text
 
 
 def test_students_stand_beside_the_teacher_with_labels_and_points(run: Run) -> None:
@@ -485,7 +488,8 @@ def test_pictures_on_one_page_share_no_id(run: Run) -> None:
 def test_pictures_take_every_colour_from_the_page(run: Run) -> None:
     edge = summary(run)
     curves = dict(charts.curves(edge["training"]))
-    assert list(curves) == ["cross_entropy", "kl", "attention", "tokens", "adversarial"]
+    assert list(curves) == ["cross_entropy", "kl", "attention", "tokens", "discriminator_accuracy"]
+    assert ">fraction<" in curves["discriminator_accuracy"] and ">loss<" in curves["kl"]
     for picture in (charts.scatter(edge), charts.strips(edge), *curves.values()):
         assert picture and 'role="img"' in picture
         assert not re.findall(r"(?:fill|stroke): ?#", picture)
