@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 IMAGES = 8
 SHOWN = 8
 DEQUANTIZED = "_DequantizeLinear_Output"  # ONNX Runtime's suffix of the tensor as int8 leaves it
-PARTED_DB = 40.0  # below fp16 rounding: something else than the arithmetic differs
+PARTED_DB = {"fp32": 80.0, "fp16": 35.0, "bf16": 25.0, "int8": 15.0}  # below: more than rounding
 
 
 def report(a: Path, b: Path, images: Path | None) -> None:
@@ -32,7 +32,9 @@ def report(a: Path, b: Path, images: Path | None) -> None:
     pairs = common(first, second)
     if not pairs:
         raise UserError(f"--layers: {a} and {b} name no node output alike; compare them whole")
-    x = parity.pictures(OrtSession(a, 1), OrtSession(b, 1), images)[:IMAGES]
+    sessions = OrtSession(a, 1), OrtSession(b, 1)
+    x = parity.pictures(*sessions, images)[:IMAGES]
+    floor = PARTED_DB[parity.coarsest(*sessions)]
     left = outputs(first, [pair[0] for pair in pairs.values()], x)
     right = outputs(second, [pair[1] for pair in pairs.values()], x)
     found = {
@@ -40,8 +42,8 @@ def report(a: Path, b: Path, images: Path | None) -> None:
         for name, (i, j) in pairs.items()
         if left[i].dtype.kind == right[j].dtype.kind == "f"
     }
-    parted = [(name, db) for name, db in found.items() if db < PARTED_DB]
-    print(f"{len(found)} node outputs named alike, {len(parted)} below {PARTED_DB:g} dB")
+    parted = [(name, db) for name, db in found.items() if db < floor]
+    print(f"{len(found)} node outputs named alike, {len(parted)} below {floor:g} dB")
     if parted:
         print(f"they part at {parted[0][0]}")
     worst = parted[:SHOWN] or sorted(found.items(), key=lambda item: item[1])[:SHOWN]

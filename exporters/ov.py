@@ -95,10 +95,10 @@ class OvSession:
         for node in self._compiled.get_runtime_model().get_ops():
             info = node.get_rt_info()
             if "layerType" in info and info["layerType"].astype(str) in _PRODUCTS:
-                kinds[info["runtimePrecision"].astype(str)] += 1
+                # `brgconv_avx512_1x1_bf16`: the kernel; `runtimePrecision` would name the stored weights
+                kinds[info["primitiveType"].astype(str).split("_")[-1].lower()] += 1
         if not kinds:
-            hint = self._compiled.get_property("INFERENCE_PRECISION_HINT")
-            return _KINDS.get(hint.to_string(), hint.to_string())
+            kinds[self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()] = 1
         most = kinds.most_common(1)[0][0]
         return _KINDS.get(most, most)
 
