@@ -79,6 +79,21 @@ class TeacherSpace:
     mean: Tensor
     std: Tensor
 
+    @classmethod
+    def of(cls, described: dict[str, Any]) -> TeacherSpace:
+        """From the JSON-able keys n_heads, width, h_mean, h_std."""
+        mean, std = (torch.tensor(described[k], dtype=torch.float32) for k in ("h_mean", "h_std"))
+        return cls(described["n_heads"], described["width"], mean, std)
+
+    def described(self) -> dict[str, Any]:
+        """The JSON-able form that `of` reads."""
+        return {
+            "n_heads": self.n_heads,
+            "width": self.width,
+            "h_mean": self.mean.tolist(),
+            "h_std": self.std.tolist(),
+        }
+
 
 @dataclass(frozen=True)
 class Step:
@@ -108,7 +123,7 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.terms = METHODS[method]
-        self.distilled, self.cakd, self.tap = distilled, cakd, tap
+        self.distilled, self.cakd, self.tap, self.space = distilled, cakd, tap, space
         self.projectors = nn.ModuleDict()
         self.discriminator: nn.Module | None = None
         if tap is not None and space is not None:

@@ -150,9 +150,8 @@ class Features:
 
     def space(self) -> TeacherSpace:
         """The dimensions of the teacher's space."""
-        manifest = self.store.manifest
-        mean, std = (torch.tensor(manifest[k], dtype=torch.float32) for k in ("h_mean", "h_std"))
-        return TeacherSpace(self.tail.n_heads, self.tail.width, mean, std)
+        kept = {k: self.store.manifest[k] for k in ("h_mean", "h_std")}
+        return TeacherSpace.of({"n_heads": self.tail.n_heads, "width": self.tail.width, **kept})
 
 
 def learning_rate(config: Distill, step: int, steps: int) -> float:
@@ -347,6 +346,7 @@ def _publish(trainer: Trainer, folder: Path, made_by: dict[str, Any]) -> None:
             "seed": config.seed,
             "tap": asdict(tap) if tap else None,
             "cakd": asdict(config.cakd) if tap else None,
+            "space": trainer.objective.space.described() if trainer.objective.space else None,
             "provenance": made_by,
         },
     )
@@ -355,14 +355,13 @@ def _publish(trainer: Trainer, folder: Path, made_by: dict[str, Any]) -> None:
         save_file(state, folder / "projectors.safetensors")
 
 
-def load_projectors(
-    folder: Path, description: dict[str, Any], space: TeacherSpace
-) -> Objective | None:
+def load_projectors(folder: Path, description: dict[str, Any]) -> Objective | None:
     """The projectors beside a CAKD student, for evaluation only; None where the method has none."""
     if description["tap"] is None:
         return None
     cakd = configs.parse(CakdConfig, description["cakd"], f"{folder}: cakd")
     tap = configs.parse(Tap, description["tap"], f"{folder}: tap")
+    space = TeacherSpace.of(description["space"])
     objective = Objective(description["method"], LogitsConfig(), cakd, tap, space)
     models.load_weights(objective.projectors, folder / "projectors.safetensors")
     return objective.eval()

@@ -1,0 +1,42 @@
+"""cache: prepared images and the teacher -> the feature store, or with `mode: off` only its view policy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pipeline import cli, config, data, runtime, store, teacher
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the store of params.yaml's `cache:`."""
+    settings = config.load(store.Cache, args.params)
+    prepared = data.Prepared.open(args.prepared)
+    total = settings.views * len(prepared.rows("train"))
+    manifest = store.write(
+        settings,
+        prepared,
+        teacher.load(args.teacher),
+        args.out,
+        args.work,
+        runtime.Progress("cache", total),
+    )
+    if settings.mode == "off":
+        print(f"{args.out}: mode off, the teacher will run while distilling")
+        return
+    worst = max(manifest["error"].values())
+    size = sum(s["bytes"] for s in manifest["shards"]) / 1e6
+    print(
+        f"{args.out}: {manifest['records']} views, {size:.1f} MB, {manifest['dtype']}, "
+        f"worst relative error {worst:.1e}"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="stages.cache", description=__doc__)
+    parser.add_argument("prepared", type=Path, help="the prepared folder")
+    parser.add_argument("teacher", type=Path, help="teacher.safetensors")
+    parser.add_argument("out", type=Path, help="the store to write")
+    parser.add_argument("--work", type=Path, default=Path(".work/cache"), help="unfinished work")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    cli.run(main, parser)

@@ -1,0 +1,48 @@
+"""evaluate: the teacher and every student, clean and under noise -> accuracy.json and train_perf.json."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pipeline import cli, config, data, device, evaluate, files, training
+
+TRAIN_PERF_SCHEMA = "cakd.train_perf/1"
+
+
+def main(args: argparse.Namespace) -> None:
+    """Judge the students of `distill.methods`; folders of other methods are not read."""
+    settings = config.load(evaluate.Evaluate, args.params)
+    methods = config.load(training.Distill, args.params).methods
+    students = [args.students / m / "student.safetensors" for m in methods]
+    prepared = data.Prepared.open(args.prepared)
+    machine = device.machine()
+    found = evaluate.evaluate(settings, prepared, args.teacher, students)
+    files.write_json(args.accuracy, {"schema": evaluate.SCHEMA, **found, "machine": machine})
+    trained = {m: files.read_json(args.train / f"{m}.json", training.PERF_SCHEMA) for m in methods}
+    files.write_json(
+        args.perf,
+        {
+            "schema": TRAIN_PERF_SCHEMA,
+            "methods": {
+                m: {k: v for k, v in t.items() if k not in ("schema", "machine", "provenance")}
+                for m, t in trained.items()
+            },
+            "machine": machine,
+            "provenance": {m: t["provenance"] for m, t in trained.items()},
+        },
+    )
+    shown = ", ".join(f"{m} {f['clean']['top1']:.4f}" for m, f in found["models"].items())
+    print(f"{args.accuracy}: {settings.split} top-1: {shown}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="stages.evaluate", description=__doc__)
+    parser.add_argument("prepared", type=Path, help="the prepared folder")
+    parser.add_argument("teacher", type=Path, help="teacher.safetensors")
+    parser.add_argument("students", type=Path, help="the folder of the students, one a method")
+    parser.add_argument("train", type=Path, help="the folder of train/<method>.json")
+    parser.add_argument("accuracy", type=Path, help="accuracy.json to write")
+    parser.add_argument("perf", type=Path, help="train_perf.json to write")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    cli.run(main, parser)

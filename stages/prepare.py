@@ -1,0 +1,25 @@
+"""prepare: a data source -> prepared images with their index."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pipeline import cli, config, data
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prepare the images of params.yaml's `prepare:`."""
+    index = data.prepare(config.load(data.Prepare, args.params), args.out)
+    counts = ", ".join(f"{n} {split}" for split, n in index["counts"].items())
+    print(
+        f"{args.out}: {counts}; {len(index['classes'])} classes, {index['image_size']} px; the student sees "
+        f"{index['student_labels']} of {index['labelled_train']} training labels"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="stages.prepare", description=__doc__)
+    parser.add_argument("out", type=Path, help="the prepared folder to write")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    cli.run(main, parser)

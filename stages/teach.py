@@ -1,0 +1,38 @@
+"""teach: prepared images -> a ViT teacher, trained or fine-tuned on every label."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pipeline import cli, config, data, files, models, runtime, teacher
+
+
+def main(args: argparse.Namespace) -> None:
+    """Make the teacher of params.yaml's `teach:`."""
+    settings = config.load(teacher.Teach, args.params)
+    prepared = data.Prepared.open(args.prepared)
+    progress = runtime.Progress("teach", 0)
+
+    def log(step: int, steps: int, loss: float) -> None:
+        progress.total = steps
+        progress(step, loss=loss)
+
+    vit, description = teacher.teach(settings, prepared, log)
+    made_by = files.provenance(settings.__dict__ | {"geometry": settings.geometry.__dict__})
+    with files.atomic_dir(args.out) as folder:
+        models.save(
+            folder / "teacher.safetensors",
+            vit,
+            description | {"provenance": made_by | {"images": prepared.images_sha256}},
+        )
+    size = (args.out / "teacher.safetensors").stat().st_size / 1e6
+    print(f"{args.out}: {settings.model}, {size:.1f} MB, {description['labels_seen']} labels seen")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="stages.teach", description=__doc__)
+    parser.add_argument("prepared", type=Path, help="the prepared folder")
+    parser.add_argument("out", type=Path, help="the teacher's folder to write")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    cli.run(main, parser)
