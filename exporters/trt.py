@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from exporters import cuda, inputs, onnx_file, ort, parity, quantize
 from exporters.session import Array, Unavailable
 from pipeline import cli, files
@@ -244,7 +246,8 @@ class TrtSession:
         self._input = next(n for n in names if modes[n] == trt.TensorIOMode.INPUT)
         self._output = next(n for n in names if modes[n] == trt.TensorIOMode.OUTPUT)
         self._stream = torch.cuda.Stream()
-        self._largest = sidecar["shapes"][2]
+        self._shapes = sidecar["shapes"]
+        self._largest = self._shapes[2]
         self.runtime = f"{MODULES[name]} {trt.__version__}"
         self.precision_effective = str(sidecar["precision"])  # strongly typed: as the graph says
         self.metadata: Mapping[str, str] = sidecar["notes"]
@@ -252,10 +255,16 @@ class TrtSession:
         self.input_shape: tuple[int | None, int, int, int] = (b, c, h, w)
 
     def run(self, x: Array) -> Array:
-        """x (B, 3, S, S) float32 -> logits (B, K) float32; B within the plan's shapes, else UserError."""
+        """x (B, 3, S, S) float32 -> logits (B, K) float32; above the plan's largest batch in parts.
+
+        Raises UserError: B below the plan's smallest batch, or the engine fails.
+        """
+        if len(x) > self._largest:
+            parts = range(0, len(x), self._largest)
+            return np.concatenate([self.run(x[i : i + self._largest]) for i in parts])
         torch, context = self._torch, self._context
         if not context.set_input_shape(self._input, x.shape):
-            raise UserError(f"batch {len(x)} is outside the plan's shapes, at most {self._largest}")
+            raise UserError(f"batch {len(x)} is not among the plan's; it takes {self._shapes}")
         with torch.cuda.stream(self._stream):
             taken = torch.from_numpy(x).to("cuda", non_blocking=True)
             shape = tuple(context.get_tensor_shape(self._output))

@@ -1,0 +1,183 @@
+"""One target's artefacts from the exported models, each held against torch's own logits.
+
+A lower precision that fails its gate is not shipped: fp32 takes its place, and the reason says so.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporters import inputs, onnx_file, ov, parity, quantize, trt
+from exporters.session import Array, Target, Unavailable, open_session
+from pipeline.errors import UserError
+
+BACKENDS = {
+    "rtx": "rtx",
+    "trt": "tensorrt",
+}  # first word of a target's name -> exporters.trt's name
+
+
+@dataclass(frozen=True)
+class Build(parity.Gates):
+    """`build:` the parity gates, what int8 may cost, and the batches of an engine."""
+
+    int8_drop: float = 0.01  # top-1 on the reference images, as a fraction
+    trt_shapes: tuple[int, int, int] = trt.SHAPES
+
+
+@dataclass(frozen=True)
+class Exported:
+    """artifacts/export, opened: x (N, 3, S, S), labels (N,), logits by model (N, K), calibration (M, 3, S, S)."""
+
+    folder: Path
+    x: Array
+    labels: NDArray[np.int64]
+    logits: dict[str, Array]
+    calibration: Array
+
+    @classmethod
+    def open(cls, folder: Path) -> Exported:
+        """Read reference.npz and calibration.npy. Raises UserError: missing or damaged."""
+        try:
+            with np.load(folder / "reference.npz", allow_pickle=False) as held:
+                found = {key: held[key] for key in ("x", "labels", "student", "teacher")}
+            calibration = np.load(folder / "calibration.npy", allow_pickle=False)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{folder}: not an export ({error}); run `dvc repro export`") from None
+        logits = {model: found[model] for model in ("student", "teacher")}
+        return cls(folder, found["x"], found["labels"], logits, calibration)
+
+
+def build_model(
+    target: Target, model: str, exported: Exported, out: Path, gates: Build
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Build one model into `out` -> (its entry of build.json, its rows of parity.json)."""
+    if target.precision == "int8" and model == "teacher":
+        reason = "int8 is built for the student only: the teacher does not ship"
+        return _left_out(target, model, reason)
+    start = time.perf_counter()
+    try:
+        artefact = make(target, target.precision, model, exported, out, gates)
+        row = check(target, artefact, model, exported, gates)
+    except Unavailable as error:
+        return _left_out(target, model, str(error))
+    rows, reason = [row], row["reason"]
+    if row["verdict"] == "FAIL" and row["precision_effective"] != "fp32":
+        row["verdict"] = "REJECTED"
+        _remove(artefact)
+        if target.precision == "default":
+            reason = f"{row['precision_effective']}: {reason}; {target.name} offers nothing else"
+            return _left_out(target, model, reason, rows)
+        artefact = make(target, "fp32", model, exported, out, gates)
+        rows.insert(0, check(target, artefact, model, exported, gates))
+        reason = f"fell back to fp32: {reason}"
+    entry = {
+        "status": "built",
+        "reason": reason,
+        "artefact": artefact.name,
+        "precision_requested": target.precision,
+        "precision_effective": rows[0]["precision_effective"],
+        "size_mb": sum(p.stat().st_size for p in _parts(artefact)) / 1e6,
+        "seconds": time.perf_counter() - start,
+    }
+    return entry, rows
+
+
+def make(
+    target: Target, precision: str, model: str, exported: Exported, out: Path, gates: Build
+) -> Path:
+    """Write the artefact of that precision; returns its path. Raises Unavailable as its exporter."""
+    source = exported.folder / f"{model}.onnx"
+    int8 = precision == "int8"
+    if target.runtime == "torch":
+        for suffix in (".json", ".safetensors"):
+            shutil.copy(source.with_suffix(suffix), out)
+        return out / f"{model}.safetensors"
+    if target.runtime == "trt":
+        made, _ = trt.make(
+            source,
+            out / f"{model}.plan",
+            precision,
+            BACKENDS[target.name.split("-")[0]],
+            gates.trt_shapes,
+            exported.calibration,
+        )
+        return made
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / (f"{model}-int8.onnx" if int8 else source.name)
+        proto = onnx_file.read(source)
+        onnx_file.save(quantize.to_int8(proto, exported.calibration) if int8 else proto, graph)
+        if target.runtime == "ov":
+            ov.convert(graph, out / f"{graph.stem}.xml")
+            return out / f"{graph.stem}.xml"
+        return Path(shutil.copy(graph, out))
+
+
+def check(
+    target: Target, artefact: Path, model: str, exported: Exported, gates: Build
+) -> dict[str, Any]:
+    """The artefact's parity row against torch's logits; for int8 the loss of top-1 too.
+
+    An engine that cannot run here is a skipped row: it was built, nothing more is known.
+    """
+    try:
+        session = open_session(target, artefact, 1)
+    except Unavailable as error:
+        if target.runtime != "trt":
+            raise
+        precision = trt.read_sidecar(artefact)["precision"]
+        return parity.skipped(artefact.name, precision, str(error))
+    reference = exported.logits[model]
+    got = inputs.run(session, exported.x)
+    row = parity.row(artefact, session, reference, got, gates)
+    known = exported.labels >= 0
+    if row["precision_effective"] == "int8" and known.any() and np.isfinite(got).all():
+        hits = [(y.argmax(axis=1) == exported.labels)[known].mean() for y in (reference, got)]
+        row["top1_drop"] = float(hits[0] - hits[1])
+        if row["verdict"] == "PASS" and row["top1_drop"] > gates.int8_drop + 1e-9:
+            row["verdict"] = "FAIL"
+            row["reason"] = (
+                f"top-1 falls from {hits[0]:.3f} to {hits[1]:.3f}, gate {gates.int8_drop:g}"
+            )
+    return row
+
+
+def _left_out(
+    target: Target, model: str, reason: str, rows: list[dict[str, Any]] | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The entry and the row of a model that is not built for this target."""
+    entry: dict[str, Any] = {
+        "status": "skipped",
+        "reason": reason,
+        "artefact": None,
+        "precision_requested": target.precision,
+        "precision_effective": None,
+        "size_mb": None,
+        "seconds": None,
+    }
+    artefact = target.artefact.format(model=model)
+    return entry, rows or [parity.skipped(artefact, target.precision, reason)]
+
+
+def _parts(artefact: Path) -> list[Path]:
+    """The files an artefact cannot run without: an IR's weights lie beside it."""
+    return [artefact, artefact.with_suffix(".bin")] if artefact.suffix == ".xml" else [artefact]
+
+
+def _remove(artefact: Path) -> None:
+    for part in (*_parts(artefact), trt.sidecar_of(artefact)):
+        part.unlink(missing_ok=True)
+
+
+def failures(rows: list[dict[str, Any]]) -> str:
+    """The rows that break a hard gate, in words; empty where none does."""
+    return "; ".join(f"{r['artifact']}: {r['reason']}" for r in rows if r["verdict"] == "FAIL")

@@ -1,0 +1,124 @@
+"""Stage export: the student that ships and its teacher as ONNX, with the images and logits that prove them."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporters import inputs, onnx_file, ort
+from exporters.eager import EagerSession
+from exporters.ort import Export
+from exporters.session import Array
+from pipeline import cli, config, files
+from pipeline.data import Prepared, normalised
+from pipeline.device import machine, usable_cores
+from pipeline.errors import UserError
+
+SCHEMA = "cakd.export/1"
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write `args.out`. Raises UserError: models that disagree on size or classes; GateFailed: ONNX parity."""
+    began = time.monotonic()
+    params = config.load(Export, args.params)
+    prepared = Prepared.open(args.prepared)
+    checkpoints = {"student": args.student, "teacher": args.teacher}
+    with files.atomic_dir(args.out) as folder:
+        models = {
+            name: export(name, path, folder, params.opset) for name, path in checkpoints.items()
+        }
+        preprocess = agreed(models, prepared, args)
+        x, labels = reference(prepared, preprocess, params.reference_images)
+        logits = {name: eager(path, x) for name, path in checkpoints.items()}
+        np.savez(folder / "reference.npz", x=x, labels=labels, **logits)  # type: ignore[arg-type]
+        shown = pick(prepared.rows("train"), params.calibration_images)
+        np.save(folder / "calibration.npy", normalised(prepared.images[shown], preprocess))
+        document = {
+            "schema": SCHEMA,
+            "method": params.method,
+            "opset": params.opset,
+            "models": models,
+            "reference_images": len(x),
+            "calibration_images": len(shown),
+            "machine": machine(),
+            "provenance": files.provenance(
+                params.__dict__, **checkpoints, index=args.prepared / "index.json"
+            ),
+        }
+        files.write_json(folder / "export.json", document)
+    student = models["student"]
+    print(
+        f"{args.out}: student {student['size_mb']:.2f} MB, opset {params.opset}, max abs "
+        f"{student['parity']['max_abs']:.1e} from torch ({time.monotonic() - began:.0f} s)"
+    )
+
+
+def export(name: str, checkpoint: Path, folder: Path, opset: int) -> dict[str, Any]:
+    """One checkpoint -> NAME.onnx with a copy of the checkpoint beside it; its block of export.json."""
+    from pipeline import models
+
+    out = folder / f"{name}.onnx"
+    row = ort.export(checkpoint, out, opset)
+    for suffix in (".safetensors", ".json"):
+        shutil.copyfile(checkpoint.with_suffix(suffix), out.with_suffix(suffix))
+    model, description = models.load(checkpoint)
+    return {
+        "onnx": out.name,
+        "sha256": files.sha256(out),
+        "weights_sha256": description["weights_sha256"],
+        "size_mb": out.stat().st_size / 1e6,
+        **models.count(model, description["preprocess"]["image_size"]),
+        "ops": onnx_file.histogram(onnx_file.read(out)),
+        "preprocess": description["preprocess"],
+        "num_classes": description["num_classes"],
+        "parity": {key: row[key] for key in ("max_abs", "rel_between_std", "verdict")},
+    }
+
+
+def agreed(models: dict[str, Any], prepared: Prepared, args: argparse.Namespace) -> dict[str, Any]:
+    """The student's preprocessing, once both models and the images are of one size."""
+    sizes = {name: block["preprocess"]["image_size"] for name, block in models.items()}
+    if set(sizes.values()) != {prepared.image_size}:
+        raise UserError(
+            f"image size: {args.student} takes {sizes['student']}, {args.teacher} {sizes['teacher']}, "
+            f"{args.prepared} holds {prepared.image_size}; prepare, teach and distill at one size"
+        )
+    preprocess: dict[str, Any] = models["student"]["preprocess"]
+    return preprocess
+
+
+def reference(
+    prepared: Prepared, preprocess: dict[str, Any], count: int
+) -> tuple[Array, NDArray[np.int64]]:
+    """x (n, 3, S, S) and labels (n,) of the val split, normalised for the student."""
+    rows = pick(prepared.rows("val"), count)
+    return normalised(prepared.images[rows], preprocess), prepared.labels[rows]
+
+
+def pick(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """At most `count` rows, evenly spaced: the index is in class order for image folders."""
+    if len(rows) <= count:
+        return rows
+    chosen: NDArray[np.int64] = rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
+    return chosen
+
+
+def eager(checkpoint: Path, x: Array) -> Array:
+    """Torch's own logits (n, K), the truth of every later comparison."""
+    return inputs.run(EagerSession(checkpoint, usable_cores()), x)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m stages.export", description=__doc__)
+    parser.add_argument("student", type=Path, help="the student.safetensors that ships")
+    parser.add_argument("teacher", type=Path, help="teacher.safetensors")
+    parser.add_argument("prepared", type=Path, help="data/prepared")
+    parser.add_argument("out", type=Path, help="artifacts/export")
+    parser.add_argument("--params", type=Path, default="params.yaml")
+    cli.run(main, parser)
