@@ -17,12 +17,7 @@ from pipeline.device import machine
 from pipeline.errors import GateFailed, UserError, nearest
 
 SCHEMA = "cakd.bench/1"
-SUFFIXES = {
-    "torch": (".safetensors",),
-    "ort": (".onnx",),
-    "ov": (".xml", ".onnx"),
-    "trt": (".plan", ".engine"),
-}
+SUFFIXES = {"torch": ".safetensors", "ort": ".onnx", "ov": ".xml", "trt": ".plan"}
 COLUMNS = (
     *("model", "target", "threads", "precision", "p50_ms", "p90_ms", "p99_ms", "min_ms"),
     *("cpu_p50_ms", "load_ms", "first_ms", "size_mb", "rss_mb"),
@@ -75,7 +70,7 @@ def subjects_of(
 
 def reads(target: Target, artefact: Path) -> bool:
     """Whether the target's runtime takes this kind of file."""
-    return artefact.suffix in SUFFIXES[target.runtime]
+    return artefact.suffix == SUFFIXES[target.runtime]
 
 
 def _target(name: str) -> Target:

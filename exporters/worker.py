@@ -54,13 +54,13 @@ def started(
     """
     command = [
         *COMMAND,
-        str(artefact.resolve()),
+        str(artefact),
         "--target",
         target.name,
         "--threads",
         str(threads),
     ]
-    command += ["--reference", str(reference.resolve())] if reference else []
+    command += ["--reference", str(reference)] if reference else []
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, **dict.fromkeys(POOLS, str(threads))}
     with (

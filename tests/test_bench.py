@@ -298,8 +298,6 @@ def test_every_model_meets_every_target_that_reads_it(tmp_path: Path) -> None:
     assert [(s.model, s.target.name, s.threads) for s in found] == [
         ("m.onnx", "ort-fp32", 1),
         ("m.onnx", "ort-fp32", 2),
-        ("m.onnx", "ov-fp32", 1),
-        ("m.onnx", "ov-fp32", 2),
         ("m.xml", "ov-fp32", 1),
         ("m.xml", "ov-fp32", 2),
     ]
