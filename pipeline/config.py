@@ -45,6 +45,16 @@ def read(path: Path | str) -> dict[str, Any]:
     return params
 
 
+def value(key: str, path: Path | str = "params.yaml") -> Any:
+    """One value of another stage's section by its dotted name (`bench.enabled`). Raises UserError: not there."""
+    found: Any = read(path)
+    for part in key.split("."):
+        if not isinstance(found, dict) or part not in found:
+            raise UserError(f"{path}: no key '{key}'; add it")
+        found = found[part]
+    return found
+
+
 def parse(section: type[C], values: Any, where: str) -> C:
     """A mapping -> the dataclass `section`; `where` names the place in messages (`distill.cakd`)."""
     if not isinstance(values, dict):

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline import config as configs
-from pipeline import data, files, losses, models, runtime, store, teacher, views
+from pipeline import data, files, losses, models, progress, runtime, store, teacher, views
 from pipeline.errors import UserError, nearest
 from pipeline.kernels.philox import Key
 from pipeline.methods import METHODS, CakdConfig, LogitsConfig, Objective, Step, TeacherSpace
@@ -243,10 +243,10 @@ class Trainer:
         with watch.stage("student"):
             logits = self.student(views.normalise(pixels, self.preprocess))
         feature = self._taps.features.get(objective.tap.module) if objective.tap else None
-        progress = step / self.batches.steps
+        done = step / self.batches.steps
         key = Key(config.seed, torch.from_numpy(rows), step)
-        found, fake = objective(Step(logits, feature, labels, taught, key, progress), watch)
-        weights = objective.weights(progress)
+        found, fake = objective(Step(logits, feature, labels, taught, key, done), watch)
+        weights = objective.weights(done)
         total = torch.stack([weights[t] * loss for t, loss in found.items()]).sum()
         with watch.stage("backward"):
             self.optimizers["student"].zero_grad(set_to_none=True)
@@ -308,12 +308,12 @@ def _run(trainer: Trainer, checkpoint: Path, watch: runtime.Stopwatch) -> None:
     trainer.curves = notes.get("curves", [])
     trainer.student.train()
     trainer.objective.train()
-    progress = runtime.Progress(f"distill {trainer.method}", steps)
+    tell = progress.Progress(f"distill {trainer.method}", steps)
     with runtime.Interrupts() as interrupts:
         for step in range(start, steps):
             seen = trainer.step(step, watch)
             trainer.curves.append({"step": step, **seen})
-            progress(step + 1, **seen)
+            tell(step + 1, **seen)
             if interrupts.signal or ((step + 1) % every == 0 and step + 1 < steps):
                 runtime.save_checkpoint(
                     checkpoint,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipeline import cli, config, data, runtime, store, teacher
+from pipeline import cli, config, data, progress, store, teacher
 
 
 def main(args: argparse.Namespace) -> None:
@@ -19,7 +19,7 @@ def main(args: argparse.Namespace) -> None:
         teacher.load(args.teacher),
         args.out,
         args.work,
-        runtime.Progress("cache", total),
+        progress.Progress("cache", total),
     )
     if settings.mode == "off":
         print(f"{args.out}: mode off, the teacher will run while distilling")

@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipeline import cli, config, data, files, models, runtime, teacher
+from pipeline import cli, config, data, files, models, progress, teacher
 
 
 def main(args: argparse.Namespace) -> None:
     """Make the teacher of params.yaml's `teach:`."""
     settings = config.load(teacher.Teach, args.params)
     prepared = data.Prepared.open(args.prepared)
-    progress = runtime.Progress("teach", 0)
+    bar = progress.Progress("teach", 0)
 
     def log(step: int, steps: int, loss: float) -> None:
-        progress.total = steps
-        progress(step, loss=loss)
+        bar.total = steps
+        bar(step, loss=loss)
 
     vit, description = teacher.teach(settings, prepared, log)
     made_by = files.provenance(settings.__dict__ | {"geometry": settings.geometry.__dict__})

@@ -1,0 +1,45 @@
+# Two commands set a newcomer up: `make repro` and `make test`. Everything runs from .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONUNBUFFERED := 1
+PACKAGES := pipeline exporters stages benchmarks
+
+.DEFAULT_GOAL := help
+.PHONY: help repro test test-all check format size clean
+
+help:  ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
+
+$(VENV)/.installed: pyproject.toml
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[openvino,trt-rtx,dev]'
+	@touch $@
+
+repro: $(VENV)/.installed  ## the whole chain on params.yaml; prints where the report is
+	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "repro: not a git repository; run 'git init' here first (DVC needs it)" >&2; exit 2; }
+	@$(BIN)/dvc repro
+	@echo "report: $(CURDIR)/reports/index.html (for CI: reports/edge.md)"
+
+test: $(VENV)/.installed  ## the CPU suite, at most 6 minutes on 2 cores
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/.installed  ## with the slow and the GPU tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed  ## ruff, mypy strict, house tests
+	$(BIN)/ruff format --check $(PACKAGES) tests
+	$(BIN)/ruff check $(PACKAGES) tests
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_house.py
+
+format: $(VENV)/.installed  ## ruff format and the safe fixes
+	$(BIN)/ruff format $(PACKAGES) tests
+	$(BIN)/ruff check --fix $(PACKAGES) tests
+
+size:  ## lines by package, tests apart
+	@for p in $(PACKAGES) tests; do printf '%-12s %s\n' $$p "$$(find $$p -name '*.py' -exec cat {} + | wc -l)"; done
+
+clean:  ## everything a run made, not .venv
+	rm -rf data artifacts .work .dvc/cache .dvc/tmp reports/index.html

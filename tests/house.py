@@ -1,0 +1,72 @@
+"""The house as its imports show it: every module of ours and what it imports, read from the source alone."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FLOORS = ("pipeline", "exporters", "stages", "benchmarks")  # each may import those before it
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file of every module of ours; a package is its __init__.py."""
+    found = {}
+    for floor in FLOORS:
+        for path in sorted((ROOT / floor).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path, top_level: bool = False) -> set[str]:
+    """Our modules that a file imports; with `top_level` only those that load when it is imported."""
+    known = modules()
+    found: set[str] = set()
+    for node in _nodes(ast.parse(path.read_text(encoding="utf-8")), top_level):
+        if isinstance(node, ast.Import):
+            names = {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            found |= {p for i in range(len(parts)) if (p := ".".join(parts[: i + 1])) in known}
+    return found
+
+
+def _nodes(tree: ast.AST, top_level: bool) -> list[ast.AST]:
+    if not top_level:
+        return list(ast.walk(tree))
+    nodes: list[ast.AST] = []
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) or _type_checking(child):
+            continue
+        nodes += [child, *_nodes(child, top_level=True)]
+    return nodes
+
+
+def _type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def closure(name: str) -> set[str]:
+    """A module and all of ours that it can come to import, function-level imports included."""
+    known, seen, todo = modules(), set(), [name]
+    while todo:
+        current = todo.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        todo += imports(known[current]) - seen
+    return seen
+
+
+def code_files(name: str) -> set[str]:
+    """The files behind a module's closure, without the packages' bare __init__.py, and templates beside them."""
+    known = modules()
+    files = {known[m] for m in closure(name) if known[m].name != "__init__.py"}
+    if "pipeline.render" in closure(name):
+        files |= set((ROOT / "pipeline" / "templates").iterdir())
+    return {path.relative_to(ROOT).as_posix() for path in files}
