@@ -56,8 +56,7 @@ def _canvas(width: float, height: float, left: float, right: float, below: float
 def _svg(figure: Any, name: str, label: str) -> str:
     """The figure as an `<svg>` element: same figure, same bytes; no date, no links, ids that begin with `name`."""
     buffer = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    figure.savefig(buffer, format="svg", transparent=True)
     drop = r"<!--.*?-->\s*|<metadata>.*?</metadata>\s*|<defs>\s*<style.*?</style>\s*</defs>\s*"
     svg = re.sub(drop, "", buffer.getvalue(), flags=re.S)
     svg = svg[svg.index("<svg") :].replace("'DejaVu Sans'", "system-ui")

@@ -275,7 +275,7 @@ def judge(summary: Mapping[str, Any]) -> dict[str, Any]:
         if row["precision_effective"] == "fp32" and row["verdict"] == "FAIL"
     ]
     failures += [
-        f"budget {b['name']}: got {b['value'] if b['value'] is not None else 'no measurement'}, "
+        f"budget {b['name']}: got {'no measurement' if b['value'] is None else round(b['value'], 4)}, "
         f"limit {b['limit']}"
         for b in summary["budgets"]
         if b["verdict"] in ("FAIL", "NOT MEASURED")

@@ -170,7 +170,8 @@ def headline(summary: Block) -> str:
         beside = f" (teacher {percent(teacher['clean']['top1'])} %)" if teacher else ""
         parts.append(f"{summary['shipped']} reaches {own} % clean top-1{beside}")
     if best:
-        parts.append(f"{p50(best['student'])} ms on {best['target']}")
+        noise = " (NOISY)" * noisy(best["student"])
+        parts.append(f"{figure(best['student']['wall_ms']['p50'])} ms{noise} on {best['target']}")
         if best["speedup"]:
             parts.append(f"{figure(best['speedup'], 2)} times as fast as the teacher")
     if summary["budgets"]:
@@ -189,7 +190,8 @@ def cards(summary: Block) -> list[tuple[str, str, str]]:
             found.append((f"clean top-1, {name}", own, "%"))
     if best:
         where = f"{best['target']}, {threads(best['threads'])}"
-        found.append((f"student p50, {where}", p50(best["student"]), "ms"))
+        unit = "ms" + " NOISY" * noisy(best["student"])
+        found.append((f"student p50, {where}", figure(best["student"]["wall_ms"]["p50"]), unit))
         if best["speedup"]:
             found.append((f"teacher p50 / student p50, {where}", figure(best["speedup"]), "×"))
         found.append((f"student file, {best['target']}", figure(best["student"]["size_mb"]), "MB"))
