@@ -61,21 +61,28 @@ class Sources:
     device: Path
 
 
-def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[str, Any]:
-    """Read one run, of `targets` only, and judge it.
+def summarise(
+    sources: Sources, targets: Sequence[str], shipped: str, config: Report
+) -> dict[str, Any]:
+    """Read one run, of `targets` only, and judge it by its `shipped` method.
 
-    Raises UserError: a file missing or of another schema, a budget of a target that is not among `targets`.
+    Raises UserError: a file missing or of another schema, a method or a budget's target that is not there.
     """
     _refuse_unknown_targets(config.budgets, targets)
     accuracy = files.read_json(sources.accuracy, "cakd.accuracy/1")
+    if shipped not in accuracy["models"]:
+        raise UserError(
+            f"export.method is {shipped!r}, which {sources.accuracy} does not hold; "
+            f"{nearest(shipped, accuracy['models'])}"
+        )
     parity = read_parity(sources.build, targets)
     inputs = {name: getattr(sources, name) for name in ("accuracy", "train_perf", "device")}
     inputs |= {f"bench/{name}": sources.bench / f"{name}.json" for name in targets}
     summary = {
         "schema": SCHEMA,
         "title": config.title,
-        "shipped": accuracy["shipped"],
-        "classes": accuracy["classes"],
+        "shipped": shipped,
+        "noise": accuracy.get("noise", []),
         "models": compare(accuracy["models"]),
         "targets": [
             target(
@@ -135,6 +142,7 @@ def read_machine(path: Path) -> dict[str, Any]:
         "schema": SCHEMA,
         "title": path.stem,
         "shipped": None,
+        "noise": [],
         "models": {},
         "targets": [
             target(n, [r for r in found["rows"] if r["target"] == n], {}, []) for n in names
@@ -191,12 +199,13 @@ def _row(
     row = next((r for r in rows if model_of(r["model"]) == model), nothing)
     own = [p for p in parity if model_of(p["artifact"]) == model]
     shipped = [p for p in own if p["artifact"] == built.get("artefact")] or own
-    verdicts = [p["verdict"] for p in shipped]
+    first: Mapping[str, Any] = next(iter(shipped), {})
     return {
         **dict.fromkeys(("size_mb", "precision_requested", "precision_effective")),
         **_without_samples(row),
         "reason": row["reason"] or built.get("reason"),
-        "parity": "FAIL" if "FAIL" in verdicts else next(iter(verdicts), None),
+        "parity": first.get("verdict"),
+        "top1_drop": first.get("top1_drop"),
         "samples_ms": thin(row.get("samples_ms", [])),
     }
 
@@ -267,6 +276,12 @@ def fell_back(row: Mapping[str, Any]) -> bool:
     )
 
 
+def fall_back(row: Mapping[str, Any]) -> str:
+    """Why a row computes in another precision than it was asked for."""
+    asked, got = row["precision_requested"], row["precision_effective"]
+    return row["reason"] or f"asked for {asked}, runs in {got}, no reason given"
+
+
 def judge(summary: Mapping[str, Any]) -> dict[str, Any]:
     """PASS, FAIL or NOT JUDGED with the reasons, and notes: what a reader must know although it fails nothing."""
     failures = [
@@ -296,7 +311,7 @@ def _notes(summary: Mapping[str, Any]) -> Iterable[str]:
     for found in summary["targets"]:
         said: dict[str, list[str]] = {}  # what there is to say -> of which models
         for model in MODELS:
-            for remark in _remarks(found[model]):
+            for remark in _remarks(found[model], found["student"]):
                 said.setdefault(remark, []).append(model)
         for remark, models in said.items():
             yield f"{found['target']} {' and '.join(models)}: {remark}"
@@ -311,13 +326,10 @@ def _notes(summary: Mapping[str, Any]) -> Iterable[str]:
             yield f"budget {budget['name']} is inconclusive: only noise stands above {budget['limit']}"
 
 
-def _remarks(row: Mapping[str, Any]) -> Iterable[str]:
-    if row["status"] == "skipped":
+def _remarks(row: Mapping[str, Any], student: Mapping[str, Any]) -> Iterable[str]:
+    if "skipped" == row["status"] == student["status"]:  # a teacher left out alone is in the table
         yield f"skipped, {row['reason']}"
-    elif fell_back(row):
-        yield (
-            f"asked for {row['precision_requested']}, runs in {row['precision_effective']}, "
-            f"{row['reason'] or 'no reason given'}"
-        )
+    if fell_back(row):
+        yield fall_back(row)
     if row["parity"] in ("FAIL", "UNDECIDED"):
         yield f"parity {row['parity']}"

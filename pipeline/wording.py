@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.report import MODELS, fell_back, noisy
+from pipeline.report import MODELS, fall_back, fell_back, noisy
 
 NONE = "not measured"
 Block = Mapping[str, Any]
@@ -38,13 +38,16 @@ def millions(value: int | None) -> str:
 
 
 def top1(model: Block, split: str) -> str:
-    """Top-1 of a split in percent, with one binomial standard error of its n images: "90.2 ± 1.5"."""
+    """Top-1 of a split in percent, with one binomial standard error: "90.2 ± 1.5".
+
+    The error counts images: several kinds of noise on one image are not several images.
+    """
     score = model.get(split)
     if not score:
         return NONE
-    share, n = score["top1"], score.get("n")
-    error = f" ± {100 * math.sqrt(share * (1 - share) / n):.1f}" if n else ""
-    return percent(share) + error
+    share = score["top1"]
+    error = math.sqrt(share * (1 - share) / model["clean"]["n"])
+    return f"{percent(share)} ± {100 * error:.1f}"
 
 
 def labels(model: Block) -> str:
@@ -125,9 +128,16 @@ def status(target: Block) -> str:
 
 
 def _state(row: Block) -> str:
-    text = "fell back" if fell_back(row) else str(row["status"])
-    text += f": {row['reason']}" if row["reason"] else ""
+    text = str(row["status"]) + (f": {row['reason']}" if row["reason"] else "")
+    text = fall_back(row) if fell_back(row) else text
     return text + (f", NOISY: {', '.join(row['flags'][1:])}" if noisy(row) else "")
+
+
+def parity(row: Block) -> str:
+    """The verdict of an artefact, with what a lower precision costs on the reference images where it is known."""
+    verdict = str(row["parity"] or NONE)
+    drop = row["top1_drop"]
+    return verdict if drop is None else f"{verdict}, top-1 {points(-100 * drop)} points"
 
 
 def machine_name(machine: Block) -> str:

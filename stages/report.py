@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import cli, config, files, render, report, wording
-from pipeline.errors import GateFailed
+from pipeline.errors import GateFailed, UserError
 
 
 def main(args: argparse.Namespace) -> None:
@@ -21,7 +21,8 @@ def main(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     section = config.load(report.Report, args.params)
     sources = report.Sources(args.accuracy, args.train_perf, args.build, args.bench, args.device)
-    summary = report.summarise(sources, args.targets, section)
+    targets, shipped = key(args.params, "bench.enabled"), key(args.params, "export.method")
+    summary = report.summarise(sources, targets, shipped, section)
     files.write_json(args.edge_json, summary)
     files.write_json(args.parity, parity(summary))
     publish(args.edge_md, render.markdown([summary]))
@@ -69,9 +70,13 @@ def publish(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def names(text: str) -> list[str]:
-    """ "a,b,c" -> ["a", "b", "c"]."""
-    return [name for name in text.split(",") if name]
+def key(params: Path, name: str) -> Any:
+    """One value of another stage's section: the targets that are enabled, the method that is exported."""
+    section, _, own = name.partition(".")
+    try:
+        return config.read(params)[section][own]
+    except (KeyError, TypeError):
+        raise UserError(f"{params}: no key '{name}'; add it") from None
 
 
 def run_parser() -> argparse.ArgumentParser:
@@ -87,7 +92,6 @@ def run_parser() -> argparse.ArgumentParser:
     add("parity", type=Path, help="out: the parity rows of all targets")
     add("edge_md", type=Path, help="out: the report for CI")
     add("index_html", type=Path, help="out: the report for people")
-    add("--targets", type=names, required=True, metavar="A,B", help="the targets of bench.enabled")
     add("--params", type=Path, default=Path("params.yaml"))
     return parser
 
