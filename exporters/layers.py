@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     import onnx
 
-IMAGES = 8
+IMAGES = 4
 SHOWN = 8
 DEQUANTIZED = "_DequantizeLinear_Output"  # ONNX Runtime's suffix of the tensor as int8 leaves it
 PARTED_DB = {"fp32": 80.0, "fp16": 35.0, "bf16": 25.0, "int8": 15.0}  # below: more than rounding
@@ -33,15 +34,19 @@ def report(a: Path, b: Path, images: Path | None) -> None:
     if not pairs:
         raise UserError(f"--layers: {a} and {b} name no node output alike; compare them whole")
     sessions = OrtSession(a, 1), OrtSession(b, 1)
-    x = parity.pictures(*sessions, images)[:IMAGES]
+    x = parity.pictures(*sessions, images)
     floor = PARTED_DB[parity.coarsest(*sessions)]
-    left = outputs(first, [pair[0] for pair in pairs.values()], x)
-    right = outputs(second, [pair[1] for pair in pairs.values()], x)
-    found = {
-        name: sqnr(left[i], right[j])
-        for name, (i, j) in pairs.items()
-        if left[i].dtype.kind == right[j].dtype.kind == "f"
-    }
+    batches = {session.input_shape[0] for session in sessions} - {None}
+    if len(batches) > 1:
+        raise UserError(f"--layers: the batches {batches} are fixed and differ; compare them whole")
+    batch = batches.pop() or 1 if batches else 1
+    left = tapped(first, [pair[0] for pair in pairs.values()])
+    right = tapped(second, [pair[1] for pair in pairs.values()])
+    sums = {name: np.zeros(2) for name in pairs}
+    for part in np.split(x, range(batch, min(len(x), IMAGES), batch)):
+        for name, a_value, b_value in zip(pairs, left(part[:batch]), right(part[:batch])):
+            sums[name] += energies(a_value, b_value)
+    found = {name: decibel(*both) for name, both in sums.items() if not np.isnan(both).any()}
     parted = [(name, db) for name, db in found.items() if db < floor]
     print(f"{len(found)} node outputs named alike, {len(parted)} below {floor:g} dB")
     if parted:
@@ -73,33 +78,40 @@ def _dequantized(name: str, names: dict[str, None]) -> str:
     return name + DEQUANTIZED if name + DEQUANTIZED in names else name
 
 
-def outputs(model: onnx.ModelProto, names: list[str], x: Array) -> dict[str, NDArray[Any]]:
-    """The named intermediate results on x, computed without graph optimization."""
+def tapped(model: onnx.ModelProto, names: list[str]) -> Callable[[Array], list[NDArray[Any]]]:
+    """A function of x that returns the named intermediate results, run without graph optimization."""
     import onnx
     import onnxruntime as ort
 
     copy = type(model)()
     copy.CopyFrom(model)
     del copy.graph.output[:]
-    copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+    copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(n) for n in set(names))
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(
         copy.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    entry = session.get_inputs()[0]
-    step = entry.shape[0] if isinstance(entry.shape[0], int) else len(x)
-    parts = [session.run(names, {entry.name: x[i : i + step]}) for i in range(0, len(x), step)]
-    return {name: np.stack([part[i] for part in parts]) for i, name in enumerate(names)}
+    entry = session.get_inputs()[0].name
+    return lambda x: session.run(names, {entry: x})
 
 
-def sqnr(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Signal of A over the difference, in dB; -inf for another shape or a value that is not finite."""
+def energies(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float]:
+    """Energy of A and of the difference: infinite for another shape or a value that is not finite,
+
+    NaN where there is nothing to compare (shapes and indices, int8 codes).
+    """
+    if a.dtype.kind != "f" or b.dtype.kind != "f":
+        return math.nan, math.nan
     if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return float("-inf")
-    signal = float((a.astype(np.float64) ** 2).sum())
-    noise = float(((a.astype(np.float64) - b) ** 2).sum())
+        return 0.0, math.inf
+    signal, noise = a.astype(np.float32), a.astype(np.float32) - b
+    return float(np.vdot(signal, signal)), float(np.vdot(noise, noise))
+
+
+def decibel(signal: float, noise: float) -> float:
+    """SQNR in dB; equal tensors give the largest number, lost ones -inf."""
     if noise == 0:
         return parity.BIT_EQUAL_DB
-    return 10 * math.log10(signal / noise) if signal else float("-inf")
+    return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf

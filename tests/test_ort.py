@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +16,7 @@ from exporters.eager import EagerSession
 from exporters.ort import OrtSession
 from pipeline.errors import GateFailed, UserError
 
-ROOT = Path(__file__).parents[1]
-LIGHT = Path(onnx.__file__).parent / "backend/test/data/light/light_resnet50.onnx"
-WITHOUT_TORCH = (
-    "import runpy, sys; sys.modules['torch'] = None; "
-    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
-)
-
-
-def command(*argv: object, torch: bool = True) -> subprocess.CompletedProcess[str]:
-    start = ["-m"] if torch else ["-c", WITHOUT_TORCH]
-    line = [sys.executable, *start, *map(str, argv)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_the_onnx_says_its_opset_batch_axis_and_notes(exported: Path) -> None:
@@ -67,26 +56,17 @@ def test_an_opset_torch_replaces_in_silence_is_refused(exported: Path, tmp_path:
 
 
 def test_an_onnx_that_is_not_the_checkpoint_is_never_written(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Path, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = onnx_file.read(exported / "student.onnx")
-    damage(wrong)
+    wrong = onnx_file.read(damaged)
     monkeypatch.setattr(ort, "_trace", lambda *_: wrong)
     with pytest.raises(GateFailed, match="not the checkpoint"):
         ort.export(exported / "student.safetensors", tmp_path / "s.onnx")
     assert not list(tmp_path.iterdir())
 
 
-def damage(proto: onnx.ModelProto) -> None:
-    """Add half a standard deviation to one weight tensor."""
-    weight = next(w for w in proto.graph.initializer if len(w.dims) == 2)
-    values = onnx.numpy_helper.to_array(weight)
-    noise = np.random.default_rng(0).standard_normal(values.shape) * values.std() / 2
-    weight.CopyFrom(onnx.numpy_helper.from_array((values + noise).astype(np.float32), weight.name))
-
-
 def test_lower_precisions_are_made_checked_and_named_without_torch(
-    exported: Path, digits: Path, tmp_path: Path
+    exported: Path, digits: Path, tmp_path: Path, command: Command
 ) -> None:
     done = command(
         *("exporters.ort", exported / "student.onnx", tmp_path / "s.onnx"),
@@ -136,7 +116,7 @@ def test_int8_is_asymmetric_u8_for_cpus_and_symmetric_s8_for_tensorrt(exported: 
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_2(
-    argv: list[str], said: str, exported: Path, tmp_path: Path
+    argv: list[str], said: str, exported: Path, tmp_path: Path, command: Command
 ) -> None:
     done = command("exporters.ort", exported / "student.onnx", tmp_path / "s.onnx", *argv)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
@@ -150,9 +130,11 @@ def test_a_file_that_is_no_onnx_is_refused(tmp_path: Path) -> None:
             read(tmp_path / "x.onnx")
 
 
-def test_a_foreign_network_with_a_fixed_batch_is_converted_without_torch(tmp_path: Path) -> None:
+def test_a_foreign_network_with_a_fixed_batch_is_converted_without_torch(
+    light: Path, tmp_path: Path, command: Command
+) -> None:
     done = command(
-        *("exporters.ort", LIGHT, tmp_path / "l.onnx", "--precision", "fp32,fp16"), torch=False
+        *("exporters.ort", light, tmp_path / "l.onnx", "--precision", "fp32,fp16"), torch=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("does not react to its input") == 2
@@ -160,9 +142,11 @@ def test_a_foreign_network_with_a_fixed_batch_is_converted_without_torch(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_foreign_network_is_quantized_without_torch(digits: Path, tmp_path: Path) -> None:
+def test_a_foreign_network_is_quantized_without_torch(
+    light: Path, digits: Path, tmp_path: Path, command: Command
+) -> None:
     done = command(
-        *("exporters.ort", LIGHT, tmp_path / "l.onnx", "--precision", "int8", "--calib", digits),
+        *("exporters.ort", light, tmp_path / "l.onnx", "--precision", "int8", "--calib", digits),
         torch=False,
     )
     assert done.returncode == 0, done.stderr

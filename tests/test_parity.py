@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_ort import LIGHT, command, damage
 
 from exporters import layers, onnx_file, parity, quantize
 from exporters.parity import Gates, figures, judge
 from pipeline.errors import UserError
 
+Command = Callable[..., subprocess.CompletedProcess[str]]
 RNG = np.random.default_rng(0)
 LOGITS = RNG.standard_normal((32, 10)).astype(np.float32)
 
@@ -87,21 +89,15 @@ def test_the_gate_is_that_of_the_coarsest_storage_or_arithmetic() -> None:
     assert parity.coarsest(session("fp32"), session("bf16"), session("fp16")) == "bf16"
 
 
-def test_a_checkpoint_and_its_onnx_agree(exported: Path, digits: Path) -> None:
+def test_a_checkpoint_and_its_onnx_agree(exported: Path, digits: Path, command: Command) -> None:
     a, b = exported / "student.safetensors", exported / "student.onnx"
     done = command("exporters.parity", a, b, "--images", digits)
     assert done.returncode == 0 and "PASS" in done.stdout, done.stderr
 
 
-@pytest.fixture
-def damaged(exported: Path, tmp_path: Path) -> Path:
-    proto = onnx_file.read(exported / "student.onnx")
-    damage(proto)
-    onnx_file.save(proto, tmp_path / "damaged.onnx")
-    return tmp_path / "damaged.onnx"
-
-
-def test_another_network_is_exit_3_without_torch(exported: Path, damaged: Path) -> None:
+def test_another_network_is_exit_3_without_torch(
+    exported: Path, damaged: Path, command: Command
+) -> None:
     done = command("exporters.parity", exported / "student.onnx", damaged, torch=False)
     assert done.returncode == 3 and "FAIL" in done.stdout and done.stderr.count("\n") == 1
 
@@ -125,19 +121,21 @@ def test_layers_read_a_quantized_tensor_after_its_dequantization(
     assert ", 0 below 15 dB" in capsys.readouterr().out
 
 
-def test_networks_of_other_sizes_are_exit_2(exported: Path) -> None:
-    done = command("exporters.parity", exported / "student.onnx", LIGHT, torch=False)
+def test_networks_of_other_sizes_are_exit_2(exported: Path, light: Path, command: Command) -> None:
+    done = command("exporters.parity", exported / "student.onnx", light, torch=False)
     assert done.returncode == 2 and "not comparable" in done.stderr
 
 
-@pytest.mark.parametrize("argv", [[], ["--layers"]])
-def test_a_network_of_constant_weights_is_told_and_not_divided_by_zero(argv: list[str]) -> None:
-    done = command("exporters.parity", LIGHT, LIGHT, *argv, torch=False)
+@pytest.mark.parametrize("argv", [[], pytest.param(["--layers"], marks=pytest.mark.slow)])
+def test_a_network_of_constant_weights_is_told_and_not_divided_by_zero(
+    argv: list[str], light: Path, command: Command
+) -> None:
+    done = command("exporters.parity", light, light, *argv, torch=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "" and ("does not react" in done.stdout or ", 0 below" in done.stdout)
 
 
-def test_a_damaged_checkpoint_is_exit_2(exported: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_exit_2(exported: Path, tmp_path: Path, command: Command) -> None:
     for suffix in (".safetensors", ".json"):
         data = (exported / f"student{suffix}").read_bytes()
         (tmp_path / f"s{suffix}").write_bytes(data[:-2] + b"}\n")
