@@ -215,7 +215,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--threads", type=_counts, default=[1], metavar="N[,N]", help="default 1")
     add("--rounds", type=_count, default=Bench.rounds, help="blocks a row")
-    add("--seconds", type=_seconds, default=Bench.seconds_per_row, help="timed, a row")
+    add(
+        "--seconds",
+        type=_seconds,
+        default=Bench.seconds_per_row,
+        help="timed, a row; a block, SECONDS/ROUNDS, should stay near 0.15",
+    )
     add("--seed", type=int, default=0, help="of the order of the blocks")
     add("--reference", type=Path, metavar="NPZ", help="run its pictures x instead of smooth ones")
     add("--json", type=Path, metavar="F", help="write the rows, raw times included")

@@ -19,17 +19,12 @@ MODELS = ("student", "teacher")
 
 
 def subject(build: dict[str, Any], args: argparse.Namespace, model: str, threads: int) -> Subject:
-    """What build.json says of one model: its artefact, or why there is none.
-
-    A target that runs a file as it was exported leaves it in the export folder.
-    """
+    """What build.json says of one model: its artefact, or why there is none."""
     target: Target = TARGETS[args.target]
     made = build["models"].get(model, {"status": "skipped", "reason": "not in build.json"})
     name = made.get("artefact") or target.artefact.format(model=model)
-    places = [folder / name for folder in (args.build_dir, args.export_dir)]
-    artefact = next((path for path in places if path.is_file()), places[0])
     skip = made.get("reason") or "not built" if made["status"] == "skipped" else None
-    return Subject(model, artefact, target, threads, skip)
+    return Subject(model, args.build_dir / name, target, threads, skip)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -48,8 +43,12 @@ def main(args: argparse.Namespace) -> None:
     rows = measure(subjects, params.rounds, seconds, params.seed, reference)
     inputs = {"build": built, "reference": reference}
     files.write_json(args.out, document(args.target, params.__dict__, inputs, rows=rows))
-    said = [f"{r['model']} {r['wall_ms']['p50'] or r['reason']}" for r in rows]
-    print(f"{args.out}: wall ms p50: {', '.join(said)} ({time.monotonic() - began:.0f} s)")
+    print(f"{args.out}: p50 {', '.join(map(_said, rows))} ({time.monotonic() - began:.0f} s)")
+
+
+def _said(row: dict[str, Any]) -> str:
+    figure = f"{row['wall_ms']['p50']} ms on {row['threads']} threads"
+    return f"{row['model']} {row['reason'] or figure}"
 
 
 if __name__ == "__main__":

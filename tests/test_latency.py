@@ -58,7 +58,9 @@ def test_a_block_times_each_call_in_wall_and_cpu_until_its_time_is_up(
 
 
 def test_a_block_runs_once_however_slow_the_call(clock: Callable[..., Clock]) -> None:
-    assert run_block(clock(steady(900.0)).run, turns(PICTURES), 0.15).wall_ms == [900.0]
+    made = clock(steady(900.0))
+    assert run_block(made.run, turns(PICTURES), 0.15).wall_ms == [900.0]
+    assert run_block(made.run, turns(PICTURES), 0.0).wall_ms == [900.0]  # even out of time
 
 
 def test_a_block_gives_every_buffer_its_turn(clock: Callable[..., Clock]) -> None:
@@ -88,7 +90,7 @@ def test_warm_up_ends_when_three_block_medians_agree(clock: Callable[..., Clock]
 
 
 def test_warm_up_gives_up_after_its_limit_and_says_so(clock: Callable[..., Clock]) -> None:
-    rising = (150.0 * 1.04**i for i in range(100))
+    rising = (150.0 * 1.02**i for i in range(100))
     warm = warm_up(clock(rising).run, turns(PICTURES), limit=1.0)
     assert not warm.stable and 1.0 <= warm.seconds < 1.3
 
@@ -167,6 +169,19 @@ def test_the_verdict_sees_through_drift(slower: float, verdict: str) -> None:
     assert ratio.verdict == verdict
     assert ratio.median == pytest.approx(slower, rel=0.02)
     assert ratio.ci_low <= ratio.median <= ratio.ci_high
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.9, 1.04, "PASS"),
+        (0.9, 1.06, "INCONCLUSIVE"),
+        (1.04, 1.2, "INCONCLUSIVE"),
+        (1.06, 1.2, "FAIL"),
+    ],
+)
+def test_the_whole_interval_decides(low: float, high: float, verdict: str) -> None:
+    assert latency.Ratio((low + high) / 2, low, high, 0.05).verdict == verdict
 
 
 def test_processes_that_differ_widen_the_interval_that_rounds_alone_would_not() -> None:
