@@ -42,8 +42,16 @@ def main(args: argparse.Namespace) -> None:
     seconds = params.seconds_per_row / params.rounds
     rows = measure(subjects, params.rounds, seconds, params.seed, reference)
     inputs = {"build": built, "reference": reference}
-    files.write_json(args.out, document(args.target, params.__dict__, inputs, rows=rows))
+    used = {key: value for key, value in params.__dict__.items() if key != "enabled"}
+    content = {"p50_ms": headline(rows), "rows": rows}
+    files.write_json(args.out, document(args.target, used, inputs, **content))
     print(f"{args.out}: p50 {', '.join(map(_said, rows))} ({time.monotonic() - began:.0f} s)")
+
+
+def headline(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Wall p50 by model and thread count, for `dvc metrics show`, which passes lists over."""
+    measured = [r for r in rows if r["status"] == "measured"]
+    return {f"{r['model']}_{r['threads']}t": r["wall_ms"]["p50"] for r in measured}
 
 
 def _said(row: dict[str, Any]) -> str:

@@ -442,6 +442,7 @@ def test_stage_writes_student_and_teacher_the_skipped_one_with_its_reason(export
     assert (teacher["status"], teacher["reason"]) == ("skipped", "too large for this box")
     assert teacher["precision_requested"] == "fp32" and teacher["wall_ms"]["p50"] is None
     assert set(written["provenance"]["inputs"]) == {"build", "reference"}
+    assert written["p50_ms"] == {"student_1t": student["wall_ms"]["p50"]}
     assert "teacher too large for this box" in done.stdout
 
 
