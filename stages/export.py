@@ -29,11 +29,11 @@ def main(args: argparse.Namespace) -> None:
     params = config.load(Export, args.params)
     prepared = Prepared.open(args.prepared)
     checkpoints = {"student": args.student, "teacher": args.teacher}
+    preprocess = agreed(checkpoints, prepared)
     with files.atomic_dir(args.out) as folder:
         models = {
             name: export(name, path, folder, params.opset) for name, path in checkpoints.items()
         }
-        preprocess = agreed(models, prepared, args)
         x, labels = reference(prepared, preprocess, params.reference_images)
         logits = {name: eager(path, x) for name, path in checkpoints.items()}
         np.savez(folder / "reference.npz", x=x, labels=labels, **logits)  # type: ignore[arg-type]
@@ -81,15 +81,18 @@ def export(name: str, checkpoint: Path, folder: Path, opset: int) -> dict[str, A
     }
 
 
-def agreed(models: dict[str, Any], prepared: Prepared, args: argparse.Namespace) -> dict[str, Any]:
+def agreed(checkpoints: dict[str, Path], prepared: Prepared) -> dict[str, Any]:
     """The student's preprocessing, once both models and the images are of one size."""
-    sizes = {name: block["preprocess"]["image_size"] for name, block in models.items()}
+    from pipeline import models
+
+    found = {name: models.describe(path)["preprocess"] for name, path in checkpoints.items()}
+    sizes = {name: preprocess["image_size"] for name, preprocess in found.items()}
     if set(sizes.values()) != {prepared.image_size}:
         raise UserError(
-            f"image size: {args.student} takes {sizes['student']}, {args.teacher} {sizes['teacher']}, "
-            f"{args.prepared} holds {prepared.image_size}; prepare, teach and distill at one size"
+            f"image size: the student takes {sizes['student']}, the teacher {sizes['teacher']}, "
+            f"{prepared.folder} holds {prepared.image_size}; prepare, teach and distill at one size"
         )
-    preprocess: dict[str, Any] = models["student"]["preprocess"]
+    preprocess: dict[str, Any] = found["student"]
     return preprocess
 
 
