@@ -188,6 +188,7 @@ class Trainer:
             grid = tuple(models.describe(teacher_path)["grid"])
             tap = find_tap(self.student, prepared.image_size, grid, config.cakd.tap)
             space = self.features.space()
+        torch.manual_seed(config.seed)  # again: loading a teacher may or may not have drawn numbers
         self.objective = Objective(method, config.logits, config.cakd, tap, space)
         self._taps = Taps(self.student, [tap.module] if tap else [])
         self.optimizers = self._make_optimizers()

@@ -1,0 +1,89 @@
+"""The figures of the evaluation against their definitions, and a noise that is disjoint and seeded."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pipeline import evaluate, training
+from tests.test_training import QUICK, run
+
+
+def test_figures_are_their_definitions():
+    logits = torch.tensor([[9.0, 1, 0, 0, 0, 0], [0, 2, 1, 0, 0, 0], [5, 4, 3, 2, 1, 0.0]])
+    labels = torch.tensor([0, 2, 5])
+    found = evaluate.figures(logits, labels, bins=10)
+    assert found["top1"] == pytest.approx(1 / 3) and found["top5"] == pytest.approx(2 / 3)
+    assert found["nll"] == pytest.approx(F.cross_entropy(logits, labels).item())
+    assert found["n"] == 3
+
+
+def test_ece_of_a_calibrated_coin_is_zero_and_of_a_boaster_one():
+    half = torch.zeros(100, 2)
+    labels = torch.tensor([0, 1] * 50)
+    assert evaluate.figures(half + torch.tensor([1e-6, 0]), labels, 15)["ece"] == pytest.approx(0, abs=1e-4)
+    sure = torch.tensor([[50.0, 0.0]]).repeat(100, 1)
+    assert evaluate.figures(sure, torch.ones(100, dtype=torch.long), 15)["ece"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", evaluate.NOISE)
+def test_noise_changes_the_image_and_is_a_function_of_seed_and_id(kind, prepared):
+    images = np.asarray(prepared.images[:4])
+    a = evaluate.noisy(images, ("a", "b", "c", "d"), kind, 0)
+    b = evaluate.noisy(images[::-1], ("d", "c", "b", "a"), kind, 0)[::-1]
+    other = evaluate.noisy(images, ("a", "b", "c", "d"), kind, 1)
+    assert a.shape == images.shape and a.dtype == np.uint8
+    assert np.array_equal(a, b) and not np.array_equal(a, other)
+    assert all((x != y).any() for x, y in zip(a, images))
+
+
+def test_models_are_judged_clean_and_noisy_with_what_they_saw(prepared, teacher_path, features, tmp_path):
+    for method in ("plain", "cakd"):
+        run(QUICK, method, prepared, teacher_path, features, tmp_path)
+    students = [tmp_path / m / "student.safetensors" for m in ("plain", "cakd")]
+    found = evaluate.evaluate(evaluate.Evaluate(), prepared, teacher_path, students)
+    assert list(found["models"]) == ["teacher", "plain", "cakd"]
+    for judged in found["models"].values():
+        assert judged["clean"]["n"] == 400 and judged["noisy"]["n"] == 2000
+        kinds = [k["top1"] for k in judged["noisy_by_kind"].values()]
+        assert judged["noisy"]["top1"] == pytest.approx(np.mean(kinds), abs=1e-6)
+    assert found["models"]["teacher"]["labels_seen"] == 1297
+    assert found["models"]["cakd"]["labels_seen"] == 50
+    assert found["models"]["teacher"]["params"] > 0 and found["models"]["plain"]["macs"] > 0
+    assert set(found["models"]["cakd"]["cosine"]) == {"attention", "tokens"}
+    assert "cosine" not in found["models"]["plain"]
+    assert all(-1 <= c <= 1 for c in found["models"]["cakd"]["cosine"].values())
+
+
+def test_similarity_is_one_where_the_student_is_the_teacher(prepared, teacher_path, features, tmp_path, monkeypatch):
+    run(QUICK, "cakd", prepared, teacher_path, features, tmp_path)
+    from pipeline import teacher
+    from pipeline.kernels.reference import attention, heads
+
+    live = teacher.load(teacher_path)
+    seen = []
+    forward = live.forward
+
+    def spy(batch):
+        seen.append(forward(batch))
+        return seen[-1]
+
+    def projected(self, feature):
+        tokens = forward(current[0])
+        return attention(*heads(tokens.qkv)), tokens.h
+
+    current = [None]
+    whole = evaluate.views.whole
+
+    def keep(images):
+        current[0] = whole(images)
+        return current[0]
+
+    monkeypatch.setattr(evaluate.views, "whole", keep)
+    monkeypatch.setattr(training.Objective, "projected", projected)
+    path = tmp_path / "cakd" / "student.safetensors"
+    found = evaluate.similarity(path, live, prepared, evaluate.Evaluate())
+    assert found == {"attention": pytest.approx(1, abs=1e-5), "tokens": pytest.approx(1, abs=1e-5)}
+    assert spy is not None

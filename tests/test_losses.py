@@ -1,0 +1,97 @@
+"""Each loss term against its equation, and who gets a gradient from it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pipeline import losses
+from pipeline.robust import Discriminator
+
+
+def test_cross_entropy_is_the_mean_over_labelled_images_only():
+    logits = torch.randn(4, 3, requires_grad=True)
+    labels = torch.tensor([2, -1, 0, -1])
+    loss = losses.cross_entropy(logits, labels)
+    expected = F.cross_entropy(logits[[0, 2]], labels[[0, 2]])
+    assert loss.item() == pytest.approx(expected.item())
+    loss.backward()
+    assert logits.grad[[1, 3]].abs().sum() == 0
+
+
+def test_cross_entropy_of_an_unlabelled_batch_is_zero():
+    assert losses.cross_entropy(torch.randn(2, 3), torch.tensor([-1, -1])) == 0
+
+
+def test_logits_term_is_t_squared_kl_and_zero_at_agreement():
+    student, teacher = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    p, q = (teacher / 4).softmax(1), (student / 4).softmax(1)
+    expected = 16 * (p * (p / q).log()).sum(1).mean()
+    assert losses.logits(student, teacher, 4.0).item() == pytest.approx(expected.item())
+    assert losses.logits(teacher, teacher, 4.0).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_adversarial_term_leaves_the_discriminators_parameters_and_gradients_untouched():
+    network = Discriminator(6)
+    before = [p.detach().clone() for p in network.parameters()]
+    fake = torch.randn(2, 3, 6, requires_grad=True)
+    losses.adversarial(network, fake).backward()
+    assert fake.grad.abs().sum() > 0
+    assert all(p.grad is None and p.requires_grad for p in network.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters()))
+
+
+def test_adversarial_forms_are_equation_9_and_its_non_saturating_twin():
+    fake, score = torch.zeros(1), -5.0
+
+    class Constant(torch.nn.Module):
+        def forward(self, x):
+            return x + score
+
+    d = 1 / (1 + math.exp(-score))
+    saturating = losses.adversarial(Constant(), fake, "saturating").item()
+    assert saturating == pytest.approx(math.log(1 - d), rel=1e-5)
+    assert losses.adversarial(Constant(), fake).item() == pytest.approx(-math.log(d), rel=1e-5)
+
+
+def test_non_saturating_has_148_times_the_gradient_at_a_confident_discriminator():
+    grads = []
+    for form in ("non-saturating", "saturating"):
+        fake = torch.full((1,), -5.0, dtype=torch.float64, requires_grad=True)
+        losses.adversarial(torch.nn.Identity(), fake, form).backward()
+        grads.append(abs(fake.grad.item()))
+    assert grads[0] / grads[1] == pytest.approx(148, abs=1)
+
+
+def test_discriminator_sees_detached_fakes_and_learns_to_tell_real_from_fake():
+    torch.manual_seed(0)
+    network = Discriminator(8)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+    real = torch.randn(16, 4, 8) + 1
+    fake = torch.randn(16, 4, 8, requires_grad=True)
+
+    def parts():
+        on_real = F.softplus(-network(real)).mean().item()
+        return on_real, F.softplus(network(fake)).mean().item()
+
+    before, first = parts(), losses.discriminator(network, real, fake)[0].item()
+    for _ in range(60):
+        loss, accuracy = losses.discriminator(network, real, fake)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = parts()
+    assert fake.grad is None
+    assert after[0] < before[0] and after[1] < before[1]
+    assert first == pytest.approx(2 * math.log(2), abs=0.2)
+    assert accuracy > 0.9
+
+
+def test_discriminator_loss_is_equation_8():
+    network, real, fake = Discriminator(8), torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    d_real, d_fake = network(real).sigmoid(), network(fake).sigmoid()
+    expected = (-d_real.log()).mean() + (-(1 - d_fake).log()).mean()
+    assert losses.discriminator(network, real, fake)[0].item() == pytest.approx(expected.item(), rel=1e-5)

@@ -1,0 +1,53 @@
+"""Trans of eq. 7 and the discriminator's shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.robust import Discriminator, Trans
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def views(n: int = 64) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=generator(9))
+
+
+def test_trans_changes_about_half_of_the_images_and_leaves_the_others_exact():
+    batch = views(400)
+    changed = (Trans()(batch, generator()) != batch.float()).flatten(1).any(1)
+    assert 0.4 < changed.float().mean() < 0.6
+
+
+def test_trans_is_a_function_of_its_generator_and_stays_in_range():
+    batch = views()
+    a, b, c = (Trans()(batch, generator(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert a.min() >= 0 and a.max() <= 255
+
+
+def test_trans_with_probability_0_is_the_identity():
+    assert torch.equal(Trans(probability=0)(views(), generator()), views().float())
+
+
+def test_trans_moves_no_pixel():
+    """A position-coded image with every colour change off but the patch: the rest stays where it was."""
+    batch = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(8, 3, 16, 16)
+    found = Trans(probability=1, brightness=0, colour=0, noise=0)(batch, generator())
+    kept = found == batch.float()
+    assert 0.5 < kept.float().mean() < 1
+
+
+def test_trans_refuses_a_share_above_1():
+    with pytest.raises(ValueError, match=r"trans.patch is 1.5; allowed: 0 to 1"):
+        Trans(patch=1.5)
+
+
+def test_discriminator_is_token_wise_with_three_layers():
+    network = Discriminator(12)
+    assert [m.out_features for m in network if isinstance(m, torch.nn.Linear)] == [256, 64, 1]
+    x = torch.randn(2, 5, 12)
+    torch.testing.assert_close(network(x)[:, 3], network(x[:, 3]))

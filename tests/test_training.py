@@ -1,0 +1,268 @@
+"""The method as it trains: who gets a gradient from which term, cached against online, resume, what is kept."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+
+from pipeline import files, methods, models, runtime, store, teacher, training
+from pipeline.errors import UserError
+from pipeline.methods import METHODS, CakdConfig
+from pipeline.training import Batches, Distill, Trainer, distill
+from tests.conftest import CNN, ROOT
+
+LOSS_TERMS = ("cross_entropy", "logits", "attention", "gram", "tokens", "adversarial")
+QUICK = Distill(methods=tuple(METHODS), student="test_resnet", student_kwargs=CNN, epochs=1, checkpoint_every=5)
+
+
+@pytest.fixture
+def make(prepared, teacher_path, features):
+    return lambda method, config=QUICK: Trainer(config, method, prepared, teacher_path, features)
+
+
+def run(config, method, prepared, teacher_path, features, folder):
+    args = (prepared, teacher_path, features, folder / method, folder / "work")
+    return distill(config, method, *args)
+
+
+def loss_terms(trainer, step=0):
+    """The terms of one batch, with their graph."""
+    kept = {}
+    forward = trainer.objective.forward
+
+    def spy(*args):
+        found, fake = forward(*args)
+        kept.update(found)
+        raise StopIteration
+
+    trainer.objective.forward = spy
+    with pytest.raises(StopIteration):
+        trainer._student_step(step, runtime.Stopwatch())
+    trainer.objective.forward = forward
+    return kept
+
+
+@pytest.mark.parametrize("term", LOSS_TERMS)
+def test_each_loss_term_alone_reaches_the_students_backbone(term, make):
+    trainer = make("cakd+logits")
+    trainer.step(0, runtime.Stopwatch())  # timm starts each residual branch at zero: one step opens them
+    trainer.student.zero_grad()
+    trainer.objective.zero_grad()
+    loss_terms(trainer, step=7)[term].backward()
+    reached = [p.grad is not None and p.grad.abs().sum() > 0 for p in trainer.student.parameters()]
+    names = [n for n, _ in trainer.student.named_parameters()]
+    if term in ("cross_entropy", "logits"):
+        assert all(reached)
+    else:
+        backbone = [r for r, n in zip(reached, names) if not n.startswith("fc.")]
+        assert sum(backbone) >= 0.8 * len(backbone)
+    assert all(p.grad is None for p in trainer.features.tail.parameters())
+    assert all(p.grad is None for p in trainer.objective.discriminator.parameters())
+
+
+def test_the_students_step_leaves_the_discriminator_alone_and_its_own_step_moves_only_it(make):
+    trainer = make("cakd")
+    network = trainer.objective.discriminator
+
+    def copy(module):
+        return [p.detach().clone() for p in module.parameters()]
+
+    before, student_before = copy(network), copy(trainer.student)
+    _, taught, fake = trainer._student_step(0, runtime.Stopwatch())
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters()))
+    assert all(p.grad is None for p in network.parameters())
+    assert not all(torch.equal(a, b) for a, b in zip(student_before, trainer.student.parameters()))
+    student_after = copy(trainer.student)
+    assert not fake.requires_grad
+    trainer._discriminator_step(taught.h, fake)
+    assert not all(torch.equal(a, b) for a, b in zip(before, network.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(student_after, trainer.student.parameters()))
+
+
+def test_the_discriminator_steps_every_fifth_iteration(make):
+    trainer = make("cakd")
+    watch = runtime.Stopwatch()
+    stepped = ["discriminator" in trainer.step(step, watch) for step in range(11)]
+    assert [i for i, s in enumerate(stepped) if s] == [0, 5, 10]
+
+
+def test_cached_and_online_teacher_give_the_same_losses(prepared, teacher_path, features, tmp_path):
+    cache = store.Cache(mode="off", dtype="float32", views=2)
+    store.write(cache, prepared, teacher.load(teacher_path), tmp_path / "off", tmp_path / "w", lambda _: None)
+    cached = Trainer(QUICK, "cakd+logits", prepared, teacher_path, features)
+    online = Trainer(QUICK, "cakd+logits", prepared, teacher_path, tmp_path / "off")
+    assert online.features.live is not None and cached.features.live is None
+    for step in (0, 3):
+        a, b = loss_terms(cached, step), loss_terms(online, step)
+        for term in LOSS_TERMS:
+            assert a[term].item() == pytest.approx(b[term].item(), rel=1e-6), term
+
+
+def test_warm_up_brings_the_distillation_terms_in_over_the_first_tenth(make):
+    objective = make("cakd+logits").objective
+    assert objective.weights(0.0)["attention"] == 0 and objective.weights(0.0)["cross_entropy"] == 1
+    assert objective.weights(0.05)["adversarial"] == pytest.approx(0.05)
+    assert objective.weights(0.5) == {
+        "cross_entropy": 1.0,
+        "logits": 1.0,
+        "attention": 1.0,
+        "gram": 0.05,
+        "tokens": 1.0,
+        "adversarial": 0.1,
+    }
+
+
+def test_cakd_holds_no_logit_term_and_plain_holds_nothing_of_the_teacher(make):
+    assert set(loss_terms(make("cakd"))) == {"cross_entropy", "attention", "gram", "tokens", "adversarial"}
+    plain = make("plain")
+    assert set(loss_terms(plain)) == {"cross_entropy"}
+    assert plain.features is None and not list(plain.objective.parameters())
+
+
+def test_with_scarce_labels_a_batch_holds_an_eighth_of_labelled_images(prepared):
+    batches = Batches(QUICK, prepared, distilled=True, n_views=2)
+    for step in range(30):
+        rows, ks, labels = batches(step)
+        shown = labels >= 0
+        assert len(rows) == 64 and shown.sum() == 8
+        assert prepared.student_label[rows[shown.numpy()]].all()
+        assert (torch.from_numpy(prepared.labels[rows])[shown] == labels[shown]).all()
+        assert set(ks) <= {0, 1}
+    assert batches.labels_seen == 50
+
+
+def test_plain_trains_on_labelled_images_only_for_the_same_number_of_steps(prepared):
+    plain, distilled = (Batches(QUICK, prepared, d, 2) for d in (False, True))
+    rows, ks, labels = plain(20)
+    assert plain.steps == distilled.steps == 21
+    assert (labels >= 0).all() and prepared.student_label[rows].all()
+    assert ks.max() > 2  # a fresh view at every pass
+
+
+def test_with_all_labels_every_image_of_the_batch_is_labelled(prepared):
+    every = replace(prepared, student_label=prepared.splits == "train")
+    rows, _, labels = Batches(QUICK, every, True, 2)(0)
+    assert (labels.numpy() == every.labels[rows]).all()
+
+
+def test_one_pass_of_a_stream_is_a_permutation(prepared):
+    rows = prepared.rows("train")
+    taken, passes = training.Stream(rows, 0, "all").take(0, len(rows))
+    assert sorted(taken) == sorted(rows) and not passes.any()
+    again, _ = training.Stream(rows, 1, "all").take(0, len(rows))
+    assert not (again == taken).all()
+
+
+@pytest.mark.parametrize("method", ["plain", "cakd+logits"])
+def test_same_seed_same_bits_and_the_student_is_the_plain_timm_model(
+    method, prepared, teacher_path, features, tmp_path
+):
+    first, second = tmp_path / "a", tmp_path / "b"
+    for folder in (first, second):
+        run(QUICK, method, prepared, teacher_path, features, folder)
+    for path in (first / method).iterdir():
+        assert path.read_bytes() == (second / method / path.name).read_bytes(), path.name
+    model, description = models.load(first / method / "student.safetensors")
+    plain = timm.create_model("test_resnet", num_classes=10, **CNN)
+    assert set(model.state_dict()) == set(plain.state_dict())
+    assert description["labels_seen"] == 50 and description["method"] == method
+    assert (first / method / "projectors.safetensors").exists() == (method != "plain")
+
+
+def test_a_run_killed_at_any_step_goes_on_to_the_same_bits(prepared, teacher_path, features, tmp_path, monkeypatch):
+    run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    exact = Trainer.step
+    for kill_at in (3, 7, 12, 20):
+
+        def step(self, number, watch, kill_at=kill_at):
+            if number == kill_at:
+                raise Killed
+            return exact(self, number, watch)
+
+        monkeypatch.setattr(Trainer, "step", step)
+        with pytest.raises(Killed):
+            run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "killed")
+    monkeypatch.setattr(Trainer, "step", exact)
+    run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "killed")
+    for name in ("student.safetensors", "projectors.safetensors"):
+        whole, killed = (tmp_path / k / "cakd+logits" / name for k in ("whole", "killed"))
+        assert files.sha256(whole) == files.sha256(killed)
+
+
+def test_every_term_is_logged_and_the_figures_have_their_units(prepared, teacher_path, features, tmp_path):
+    figures = run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path)
+    assert {*LOSS_TERMS, "discriminator", "discriminator_accuracy"} == set(figures["curves"])
+    assert figures["curves"]["attention"][-1][0] == figures["steps"] == 21
+    assert set(figures["stage_ms"]) == set(training.STAGES)
+    assert figures["img_per_s"]["median"] > 0 and 0 <= figures["stall_fraction"] < 1
+
+
+def test_a_changed_view_is_noticed_while_training(prepared, teacher_path, features, monkeypatch):
+    trainer = Trainer(QUICK, "logits", prepared, teacher_path, features)
+    trainer.view_seed += 1
+    with pytest.raises(UserError, match="are not the pixels the teacher saw"):
+        trainer.step(0, runtime.Stopwatch())
+
+
+def test_the_saved_projectors_come_back_as_they_were(prepared, teacher_path, features, tmp_path):
+    run(QUICK, "cakd", prepared, teacher_path, features, tmp_path)
+    _, description = models.load(tmp_path / "cakd" / "student.safetensors")
+    objective = training.load_projectors(tmp_path / "cakd", description)
+    attended, tokens = objective.projected(torch.randn(2, 24, 4, 4))
+    assert attended.shape == (2, 2, 64, 16) and tokens.shape == (2, 64, 32)
+
+
+def test_learning_rate_warms_up_and_ends_near_zero():
+    rates = [training.learning_rate(QUICK, step, 400) for step in range(400)]
+    assert rates[0] == pytest.approx(QUICK.lr / 20) and max(rates) == QUICK.lr
+    assert rates[-1] < QUICK.lr / 1000 and rates[19] == pytest.approx(QUICK.lr)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ("plane",)}, r"methods has 'plane'; did you mean 'plain'\?"),
+        ({"epochs": 0}, "epochs is 0; allowed: 1 or more"),
+        ({"labelled_share": 1.5}, "labelled_share is 1.5"),
+    ],
+)
+def test_impossible_recipes_are_refused_with_the_value(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(QUICK, **change)
+    with pytest.raises(ValueError, match="cakd.swap_p is 2; allowed: 0 to 1"):
+        CakdConfig(swap_p=2)
+
+
+def test_standardising_brings_the_target_to_unit_scale(make):
+    config = replace(QUICK, cakd=CakdConfig(standardise=True))
+    trainer = make("cakd", config)
+    h = trainer.objective.mean + 3 * trainer.objective.std
+    torch.testing.assert_close(trainer.objective.target(h), torch.full_like(h, 3.0))
+    assert methods.TeacherSpace.of(trainer.objective.space.described()).width == 32
+
+
+def test_a_signal_saves_leaves_and_the_next_run_goes_on(digits, teacher_path, features, tmp_path):
+    params = tmp_path / "params.yaml"
+    params.write_text(
+        "distill:\n  methods: [plain]\n  student: test_resnet\n  epochs: 400\n"
+        "  student_kwargs: {channels: [8, 12, 16, 24], output_stride: 8}\n"
+    )
+    out, work = tmp_path / "student", tmp_path / "work"
+    command = [sys.executable, "-u", "-m", "stages.distill", *map(str, (digits, teacher_path, features, out))]
+    command += [str(tmp_path / "perf.json"), "--method", "plain", "--work", str(work), "--params", str(params)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "distill plain" in process.stdout.readline()  # after 5 seconds of training
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + 15
+    assert "saved" in errors and "run again to go on" in errors and not out.exists()
+    assert list(work.rglob("checkpoint.safetensors"))

@@ -1,0 +1,85 @@
+"""Views as a pure function of (seed, image, view), and the check that they are the teacher's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import views
+from pipeline.errors import UserError
+from pipeline.views import Geometry
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (6, 24, 24, 3), dtype=np.uint8)
+
+
+def test_a_view_has_the_same_bits_in_any_batch_and_order(images):
+    geometry = Geometry(rotate=20)
+    together = views.view_batch(images, geometry, 3, [0, 1, 2, 5], [0, 1, 2, 3])
+    turned = views.view_batch(images, geometry, 3, [5, 2, 1, 0], [3, 2, 1, 0])
+    alone = views.view_batch(images, geometry, 3, [2], [2])
+    assert torch.equal(together.flip(0), turned)
+    assert torch.equal(together[2:3], alone)
+
+
+def test_seed_image_and_view_each_change_the_geometry():
+    base = views.parameters(Geometry(), 0, [4], [1])
+    for seed, row, view in ((1, 4, 1), (0, 5, 1), (0, 4, 2)):
+        assert not np.array_equal(base, views.parameters(Geometry(), seed, [row], [view]))
+
+
+def test_the_whole_image_without_any_freedom_is_itself(images):
+    still = Geometry(crop=(1.0, 1.0), aspect=1.0, rotate=0.0, flip=False)
+    assert torch.equal(views.view_batch(images, still, 0, range(6), [0] * 6), views.whole(images))
+
+
+def test_flip_mirrors_half_of_the_views_left_to_right(images):
+    mirror = Geometry(crop=(1.0, 1.0), aspect=1.0, rotate=0.0, flip=True)
+    rows = [0] * 200
+    batch = views.view_batch(images, mirror, 0, rows, range(200))
+    whole = views.whole(images)[0]
+    kinds = [torch.equal(v, whole) for v in batch]
+    assert all(torch.equal(v, whole.flip(2)) for v, same in zip(batch, kinds) if not same)
+    assert 70 < sum(kinds) < 130
+
+
+def test_a_half_crop_shows_a_quarter_of_the_image_at_twice_the_scale():
+    ramp = np.broadcast_to(np.arange(0, 240, 10, dtype=np.uint8)[None, None, :, None], (1, 24, 24, 3))
+    geometry = Geometry(crop=(0.25, 0.25), aspect=1.0, flip=False)
+    view = views.view_batch(ramp, geometry, 0, [0], [0])[0, 0, 0].float()
+    steps = view.diff()
+    assert steps[2:-2].mean().item() == pytest.approx(5, abs=0.3)
+
+
+def test_normalise_matches_the_numpy_preprocessing_of_the_exporters(images):
+    from pipeline import data
+
+    preprocess = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+    ours = views.normalise(views.whole(images), preprocess).numpy()
+    np.testing.assert_allclose(ours, data.normalised(images, preprocess), rtol=1e-6, atol=1e-6)
+
+
+def test_a_changed_pixel_is_refused_by_its_hash_naming_the_row(images):
+    batch = views.view_batch(images, Geometry(), 0, [3, 4], [0, 0])
+    hashes = views.view_hashes(batch)
+    views.check_hashes(batch, hashes, [3, 4])
+    batch[1, 0, 0, 0] ^= 1
+    with pytest.raises(UserError, match=r"1 of 2 checked views.*image row 4"):
+        views.check_hashes(batch, hashes, [3, 4])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"crop": (0.0, 1.0)}, r"crop is \[0.0, 1.0\]"),
+        ({"crop": (0.9, 0.5)}, r"crop is \[0.9, 0.5\]"),
+        ({"aspect": 0.5}, "aspect is 0.5"),
+        ({"rotate": 200.0}, "rotate is 200.0"),
+    ],
+)
+def test_impossible_geometries_are_refused_with_the_value(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Geometry(**kwargs)
