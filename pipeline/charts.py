@@ -205,7 +205,7 @@ def _curve(lines: Mapping[str, Any], methods: Sequence[str], name: str, term: st
     from matplotlib.ticker import MaxNLocator
 
     with _styled():
-        figure, axis = _canvas(300, 190, 46, 10, 36)
+        figure, axis = _canvas(310, 190, 58, 10, 36)
         for method, line in lines.items():
             i = methods.index(method)
             steps, values = zip(*line)

@@ -16,7 +16,7 @@ from pipeline.report import BASELINES
 TEMPLATES = Path(__file__).parent / "templates"
 FILTERS = (
     *("figure", "percent", "points", "millions", "top1"),
-    *("labels", "p50", "precision", "parity", "status", "flat"),
+    *("labels", "p50", "speedup", "precision", "parity", "status", "flat"),
 )
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 

@@ -29,7 +29,10 @@ def percent(fraction: float | None) -> str:
 
 def points(value: float | None) -> str:
     """A difference in percentage points, signed: "+1.3"; a dash where there is nothing to compare."""
-    return "–" if value is None else f"{value:+.1f}".replace("-", "−")
+    if value is None:
+        return "–"
+    rounded = round(value, 1) + 0.0  # no minus zero
+    return f"{rounded:+.1f}".replace("-", "−")
 
 
 def millions(value: int | None) -> str:
@@ -105,6 +108,13 @@ def p50(row: Block) -> str:
     if row["status"] != "measured":
         return NONE
     return figure(row["wall_ms"]["p50"]) + (" NOISY" if noisy(row) else "")
+
+
+def speedup(target: Block) -> str:
+    """How many times faster the student is, NOISY where either of the two rows is."""
+    if target["speedup"] is None:
+        return NONE
+    return figure(target["speedup"]) + " NOISY" * any(noisy(target[m]) for m in MODELS)
 
 
 def precision(target: Block) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import charts, render, report
+from pipeline import charts, render, report, wording
 
 ROOT = Path(__file__).parents[1]
 OUT = Path("out")
@@ -437,7 +437,8 @@ def test_a_teacher_in_another_precision_is_told_beside_the_ratio(run: Run) -> No
 def test_a_noisy_row_is_marked_explained_and_counted(run: Run) -> None:
     change_row(run, "ort-fp32", flags=["NOISY", "cpu/wall 0.71 below 0.9"])
     text = render.markdown([summary(run)])
-    assert cells(text, "ort-fp32")[1].endswith(" NOISY")
+    row = cells(text, "ort-fp32")
+    assert [cell.endswith(" NOISY") for cell in row[1:4]] == [True, False, True]
     assert cells(text, "ort-fp32")[7].startswith(
         "student measured, NOISY: cpu/wall 0.71 below 0.9;"
     )
@@ -553,6 +554,19 @@ def test_a_run_without_measurements_still_has_a_report(run: Run) -> None:
     edge = summary(run)
     assert charts.scatter(edge) is None and charts.strips(edge) is None
     assert "cakd reaches" in render.markdown([edge]) and "<svg" not in render.page([edge])
+
+
+def test_a_difference_of_nothing_has_no_minus() -> None:
+    shown = [wording.points(v) for v in (-0.0, -0.04, -0.06, 1.26, None)]
+    assert shown == ["+0.0", "+0.0", "−0.1", "+1.3", "–"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.0834, "0.0834"), (0.5, "0.500"), (12.345, "12.3"), (1234.5, "1,234"), (0.0, "0")],
+)
+def test_a_figure_has_three_digits_and_no_exponent(value: float, shown: str) -> None:
+    assert wording.figure(value) == shown
 
 
 def test_thinned_samples_keep_their_extremes_and_their_order() -> None:
