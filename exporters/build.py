@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters import inputs, onnx_file, ov, parity, quantize, trt
+from exporters import engine, inputs, onnx_file, ov, parity, quantize, trt
 from exporters.session import Array, Target, Unavailable, open_session
 from pipeline.errors import UserError
 
@@ -134,7 +134,7 @@ def check(
     except Unavailable as error:
         if target.runtime != "trt":
             raise
-        precision = trt.read_sidecar(artefact)["precision"]
+        precision = engine.read_sidecar(artefact)["precision"]
         return parity.skipped(artefact.name, precision, str(error))
     reference = exported.logits[model]
     got = inputs.run(session, exported.x)
@@ -174,7 +174,7 @@ def _parts(artefact: Path) -> list[Path]:
 
 
 def _remove(artefact: Path) -> None:
-    for part in (*_parts(artefact), trt.sidecar_of(artefact)):
+    for part in (*_parts(artefact), engine.sidecar_of(artefact)):
         part.unlink(missing_ok=True)
 
 

@@ -9,7 +9,6 @@ Full TensorRT builds on its GPU only; RTX builds on any machine and compiles for
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 import tempfile
 import time
@@ -19,55 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from exporters import cuda, inputs, onnx_file, ort, parity, quantize
+from exporters import cuda, engine, inputs, onnx_file, ort, parity, quantize
 from exporters.session import Array, Unavailable
 from pipeline import cli, files
-from pipeline.errors import GateFailed, UserError, nearest
+from pipeline.errors import GateFailed, UserError
 
-SCHEMA = "cakd.plan/1"
-OLDEST = (
-    10,
-    12,
-)  # of full TensorRT: the first with everything used here in its strongly typed form
-MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
-EXTRAS = {"tensorrt": "trt", "rtx": "trt-rtx"}
 SHAPES = (1, 1, 8)  # smallest, usual and largest batch
 WORKSPACE = 1 << 30  # bytes
-
-
-def backend(name: str) -> tuple[str, Any]:
-    """(`tensorrt` | `rtx`, its module). `auto`: full TensorRT where it and a GPU are present, else RTX.
-
-    Raises UserError on another name; Unavailable: package missing, too old, full TensorRT without a GPU.
-    """
-    if name not in ("auto", *MODULES):
-        raise UserError(f"--backend: got {name!r}; {nearest(name, ('auto', *MODULES))}")
-    if name == "auto":
-        try:
-            return backend("tensorrt")
-        except Unavailable:
-            return backend("rtx")
-    try:
-        trt = importlib.import_module(MODULES[name])
-    except (ImportError, OSError) as error:
-        other = "" if name == "rtx" else "; --backend rtx builds without a GPU"
-        why = f"{MODULES[name]} is missing ({error}); `pip install '.[{EXTRAS[name]}]'`{other}"
-        raise Unavailable(why) from None
-    version = tuple(int(part) for part in trt.__version__.split(".")[:2])
-    if name == "tensorrt" and version < OLDEST:
-        raise Unavailable(
-            f"TensorRT {trt.__version__} is older than 10.12; `pip install 'tensorrt>=10.12'`"
-        )
-    if name == "tensorrt" and cuda.device() is None:
-        raise Unavailable("full TensorRT builds on its GPU: no CUDA device; use --backend rtx")
-    return name, trt
-
-
-def label(name: str, trt: Any) -> str:
-    """`rtx1.7`, or `trt11.4-sm90`: a full TensorRT engine runs on the GPU generation it was built on."""
-    version = ".".join(trt.__version__.split(".")[:2])
-    gpu = cuda.device()
-    return f"rtx{version}" if name == "rtx" or gpu is None else f"trt{version}-sm{gpu.sm}"
 
 
 def build(trt: Any, source: Path, shapes: Sequence[int]) -> bytes:
@@ -75,7 +32,7 @@ def build(trt: Any, source: Path, shapes: Sequence[int]) -> bytes:
 
     Raises UserError with the parser's and the logger's own errors.
     """
-    log = _logger(trt)
+    log = engine.logger(trt)
     try:
         builder = trt.Builder(log)
     except TypeError as error:  # "factory function returned nullptr": no driver, or one too old
@@ -105,24 +62,6 @@ def _add_profile(builder: Any, config: Any, entry: Any, shapes: Sequence[int], l
         raise UserError(f"--shapes: TensorRT refuses {list(shapes)} for {entry.name}: {log.told()}")
 
 
-def _logger(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors for the message that is raised, drops the rest."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if int(severity) <= int(trt.ILogger.Severity.ERROR):
-                self.errors.append(" ".join(message.split()))
-
-        def told(self) -> str:
-            return "; ".join(self.errors[-3:])
-
-    return Log()
-
-
 def make(
     source: Path,
     plan: Path | None,
@@ -135,19 +74,19 @@ def make(
 
     Raises UserError: not parsed, not built, int8 without images; Unavailable as `backend`.
     """
-    name, trt = backend(name)
+    name, trt = engine.backend(name)
     start = time.perf_counter()
     proto = onnx_file.read(source)
-    plan = plan or source.with_name(f"{source.stem}.{label(name, trt)}-{precision}.plan")
+    plan = plan or source.with_name(f"{source.stem}.{engine.label(name, trt)}-{precision}.plan")
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / source.name
         onnx_file.save(_at(proto, precision, calibration), graph)
-        engine = build(trt, graph, shapes)
+        built = build(trt, graph, shapes)
     with files.atomic(plan) as temporary:
-        temporary.write_bytes(engine)
+        temporary.write_bytes(built)
     dims = [d.dim_value or None for d in proto.graph.input[0].type.tensor_type.shape.dim]
     sidecar = {
-        "schema": SCHEMA,
+        "schema": engine.SCHEMA,
         "backend": name,
         "version": trt.__version__,
         "gpu": vars(gpu) if (gpu := cuda.device()) else None,
@@ -160,14 +99,14 @@ def make(
             "opset": onnx_file.opset(proto),
         },
         "plan_sha256": files.sha256(plan),
-        "size_mb": len(engine) / 1e6,
+        "size_mb": len(built) / 1e6,
         "seconds": time.perf_counter() - start,
         "notes": {**onnx_file.notes(proto), "precision": precision},
         "provenance": files.provenance(
             {"precision": precision, "backend": name, "shapes": list(shapes)}, onnx=source
         ),
     }
-    files.write_json(sidecar_of(plan), sidecar)
+    files.write_json(engine.sidecar_of(plan), sidecar)
     return plan, sidecar
 
 
@@ -182,58 +121,19 @@ def _at(proto: Any, precision: str, calibration: Array | None) -> Any:
     return proto
 
 
-def sidecar_of(plan: Path) -> Path:
-    """student.plan -> student.plan.json."""
-    return plan.with_name(f"{plan.name}.json")
-
-
-def read_sidecar(plan: Path) -> dict[str, Any]:
-    """The sidecar, checked against the plan's bytes.
-
-    Raises UserError: plan or sidecar missing, or not made together.
-    """
-    again = "build it with `python -m exporters.trt`"
-    if not plan.is_file():
-        raise UserError(f"{plan}: no such plan; {again}")
-    if not sidecar_of(plan).is_file():
-        raise UserError(
-            f"{plan}: {sidecar_of(plan).name} is missing: its maker is unknown; {again}"
-        )
-    sidecar = files.read_json(sidecar_of(plan), SCHEMA)
-    if files.sha256(plan) != sidecar["plan_sha256"]:
-        raise UserError(f"{plan}: not the plan of {sidecar_of(plan).name}; {again}")
-    return sidecar
-
-
-def obstacle(sidecar: Mapping[str, Any]) -> str | None:
-    """Why this plan cannot run here, and what to do; None where it can."""
-    gpu = cuda.device()
-    if gpu is None:
-        return "no CUDA device"
-    try:
-        name, trt = backend(sidecar["backend"])
-    except Unavailable as error:
-        return str(error)
-    if trt.__version__ != sidecar["version"]:
-        return f"built by {name} {sidecar['version']}, here is {trt.__version__}: build it again"
-    if name == "tensorrt" and sidecar["gpu"]["sm"] != gpu.sm:
-        return f"built for SM {sidecar['gpu']['sm']}, this GPU is SM {gpu.sm}: build it on this GPU"
-    return None
-
-
 class TrtSession:
     """An engine over torch CUDA tensors on its own stream; the copies in and out are part of `run`."""
 
     def __init__(self, plan: Path) -> None:
-        sidecar = read_sidecar(plan)
-        if reason := obstacle(sidecar):
+        sidecar = engine.read_sidecar(plan)
+        if reason := engine.obstacle(sidecar):
             raise Unavailable(reason)
         try:
             import torch
         except ImportError as error:
             raise Unavailable(f"engines run over torch CUDA tensors: {error}") from None
-        name, trt = backend(sidecar["backend"])
-        self._torch, self._log = torch, _logger(trt)
+        name, trt = engine.backend(sidecar["backend"])
+        self._torch, self._log = torch, engine.logger(trt)
         self._runtime = trt.Runtime(self._log)
         self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if self._engine is None:
@@ -248,7 +148,7 @@ class TrtSession:
         self._stream = torch.cuda.Stream()
         self._shapes = sidecar["shapes"]
         self._largest = self._shapes[2]
-        self.runtime = f"{MODULES[name]} {trt.__version__}"
+        self.runtime = f"{engine.MODULES[name]} {trt.__version__}"
         self.precision_effective = str(sidecar["precision"])  # strongly typed: as the graph says
         self.metadata: Mapping[str, str] = sidecar["notes"]
         b, c, h, w = sidecar["input_shape"]
@@ -327,7 +227,7 @@ def _ran(source: Path, plan: Path) -> tuple[str, str]:
 
 def show(args: argparse.Namespace) -> None:
     """`info PLAN`: what it is, where it was built, whether it can run here."""
-    sidecar = read_sidecar(args.plan)
+    sidecar = engine.read_sidecar(args.plan)
     gpu = sidecar["gpu"]
     print(f"{args.plan}: {sidecar['backend']} {sidecar['version']}, {sidecar['size_mb']:.2f} MB")
     print(
@@ -340,7 +240,7 @@ def show(args: argparse.Namespace) -> None:
         if gpu
         else "  built without a GPU"
     )
-    reason = obstacle(sidecar)
+    reason = engine.obstacle(sidecar)
     print(f"  runs here: {'no, ' + reason if reason else 'yes'}")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 
-from exporters import cuda, inputs, onnx_file, parity, trt
+from exporters import cuda, engine, inputs, onnx_file, parity, trt
 from exporters.ort import OrtSession
 from exporters.session import Unavailable
 from pipeline.errors import UserError
@@ -46,7 +46,7 @@ def plans(
 def test_every_precision_is_built_and_told_in_its_sidecar(plans: dict[str, Path]) -> None:
     assert plans.keys() == {"fp32", "fp16", "int8"}
     for precision, plan in plans.items():
-        sidecar = trt.read_sidecar(plan)
+        sidecar = engine.read_sidecar(plan)
         assert sidecar["precision"] == sidecar["notes"]["precision"] == precision
         assert sidecar["backend"] == "rtx" and f"rtx{sidecar['version'][:3]}" in plan.name
         assert sidecar["shapes"] == [1, 1, 8] and sidecar["input_shape"] == [None, 3, 32, 32]
@@ -72,28 +72,28 @@ def test_without_a_gpu_a_plan_says_what_it_is_and_that_it_cannot_run(
 def test_a_plan_without_its_own_sidecar_is_refused(plans: dict[str, Path], tmp_path: Path) -> None:
     plan = Path(shutil.copy(plans["fp32"], tmp_path / "s.plan"))
     with pytest.raises(UserError, match="its maker is unknown"):
-        trt.read_sidecar(plan)
-    shutil.copy(trt.sidecar_of(plans["fp16"]), trt.sidecar_of(plan))
+        engine.read_sidecar(plan)
+    shutil.copy(engine.sidecar_of(plans["fp16"]), engine.sidecar_of(plan))
     with pytest.raises(UserError, match="not the plan of"):
-        trt.read_sidecar(plan)
+        engine.read_sidecar(plan)
 
 
 @rtx
 def test_a_plan_of_another_version_or_gpu_says_what_to_build(
     plans: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sidecar = trt.read_sidecar(plans["fp32"])
+    sidecar = engine.read_sidecar(plans["fp32"])
     monkeypatch.setattr(cuda, "device", lambda: cuda.Device("A GPU", "90", "13.0"))
-    assert trt.obstacle(sidecar) is None
-    assert "build it again" in str(trt.obstacle({**sidecar, "version": "1.2.0.1"}))
+    assert engine.obstacle(sidecar) is None
+    assert "build it again" in str(engine.obstacle({**sidecar, "version": "1.2.0.1"}))
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.13.0"))
     other = {**sidecar, "backend": "tensorrt", "version": "10.13.0", "gpu": {"sm": "87"}}
-    assert "built for SM 87, this GPU is SM 90" in str(trt.obstacle(other))
+    assert "built for SM 87, this GPU is SM 90" in str(engine.obstacle(other))
 
 
 @rtx
 def test_what_tensorrt_refuses_comes_with_its_own_words(exported: Path, tmp_path: Path) -> None:
-    _, module = trt.backend("rtx")
+    _, module = engine.backend("rtx")
     with pytest.raises(UserError, match=r"--shapes: TensorRT refuses \[8, 1, 1\].*\w"):
         trt.build(module, exported / "student.onnx", (8, 1, 1))
     proto = onnx_file.read(exported / "student.onnx")
@@ -116,7 +116,7 @@ def test_onnx_runtimes_cpu_int8_is_refused_by_name_not_by_a_crash(
     )
     onnx.save(proto, tmp_path / "cpu.onnx")
     with pytest.raises(UserError, match=r"cpu\.onnx: TensorRT cannot"):
-        trt.build(trt.backend("rtx")[1], tmp_path / "cpu.onnx", (1, 1, 8))
+        trt.build(engine.backend("rtx")[1], tmp_path / "cpu.onnx", (1, 1, 8))
 
 
 def test_full_tensorrt_that_is_missing_old_or_without_gpu_is_told(
@@ -125,13 +125,13 @@ def test_full_tensorrt_that_is_missing_old_or_without_gpu_is_told(
     monkeypatch.setattr(cuda, "device", lambda: None)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(Unavailable, match=r"pip install '\.\[trt\]'.*--backend rtx"):
-        trt.backend("tensorrt")
+        engine.backend("tensorrt")
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.9.0.34"))
     with pytest.raises(Unavailable, match=r"10\.9\.0\.34 is older than 10\.12"):
-        trt.backend("tensorrt")
+        engine.backend("tensorrt")
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.4.0"))
     with pytest.raises(Unavailable, match="no CUDA device"):
-        trt.backend("tensorrt")
+        engine.backend("tensorrt")
 
 
 @pytest.mark.parametrize("text", ["8,1,1", "1,1", "0,1,8", "a,b,c", "1,8,4"])
@@ -162,7 +162,7 @@ def test_a_foreign_network_becomes_an_engine_without_torch(
     plan = tmp_path / "light.plan"
     done = command("exporters.trt", light, "-o", plan, "--backend", "rtx", torch=False)
     assert done.returncode == 0, done.stderr
-    assert trt.read_sidecar(plan)["shapes"] == [1, 1, 1]
+    assert engine.read_sidecar(plan)["shapes"] == [1, 1, 1]
 
 
 @pytest.mark.gpu
