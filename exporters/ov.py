@@ -85,7 +85,7 @@ class OvSession:
 
     def run(self, x: Array) -> Array:
         """x (B, 3, S, S) float32 -> the first output, (B, K) float32, copied out of the runtime."""
-        logits: Array = self._request.infer([x])[0].copy()
+        logits: Array = self._request.infer([x], share_inputs=False, share_outputs=False)[0]
         return logits
 
     @cached_property
