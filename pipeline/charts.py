@@ -202,7 +202,7 @@ def curves(training: Mapping[str, Any], name: str = "curves") -> list[tuple[str,
 
 
 def _curve(lines: Mapping[str, Any], methods: Sequence[str], name: str, term: str) -> str:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     with _styled():
         figure, axis = _canvas(310, 190, 58, 10, 36)
@@ -213,6 +213,7 @@ def _curve(lines: Mapping[str, Any], methods: Sequence[str], name: str, term: st
         low, high = axis.dataLim.y0, axis.dataLim.y1
         if low > 0 and high / low > 30:
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axis.grid(axis="y")
         axis.set_axisbelow(True)

@@ -83,7 +83,7 @@ def imagefolder(config: Prepare) -> tuple[list[str], list[Sample]]:
     """
     if config.path is None:
         raise UserError(
-            "prepare.path: got nothing; source 'imagefolder' needs the folder of your images"
+            f"prepare.path: got {config.path}; source 'imagefolder' needs the folder of your images"
         )
     root = Path(config.path)
     if not root.is_dir():

@@ -27,7 +27,11 @@ METHODS: dict[str, tuple[str, ...]] = {
     "logits": ("cross_entropy", "logits"),
     "cakd": ("cross_entropy", *CAKD),
     "cakd+logits": ("cross_entropy", "logits", *CAKD),
+    # Controls: what the student-only transform does by itself, without any projector.
+    "plain+trans": ("cross_entropy", "trans"),
+    "logits+trans": ("cross_entropy", "logits", "trans"),
 }
+TAUGHT = {"logits", "tokens"}  # terms that need the teacher
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,15 @@ from pipeline import config as configs
 from pipeline import data, files, losses, models, progress, runtime, store, teacher, views
 from pipeline.errors import UserError, nearest
 from pipeline.kernels.philox import Key
-from pipeline.methods import METHODS, CakdConfig, LogitsConfig, Objective, Step, TeacherSpace
+from pipeline.methods import (
+    METHODS,
+    TAUGHT,
+    CakdConfig,
+    LogitsConfig,
+    Objective,
+    Step,
+    TeacherSpace,
+)
 from pipeline.students import Tap, Taps, find_tap
 
 PERF_SCHEMA = "cakd.train/1"
@@ -107,7 +115,7 @@ class Batches:
     def __call__(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor]:
         """Rows (B,), view numbers (B,) and labels (B,), -1 where the student is shown none.
 
-        With a teacher the view is one of the V the store knows; `plain` draws a fresh view at every pass.
+        With a teacher the view is one of the V the store knows; without one every pass draws a fresh view.
         """
         rows, ks, labels = [], [], []
         for stream, count, with_label in self.parts:
@@ -177,7 +185,7 @@ class Trainer:
         self.config, self.method, self.prepared = config, method, prepared
         self.student = models.create(config.student, config.student_kwargs, len(prepared.classes))
         self.preprocess = models.preprocessing(self.student, prepared.image_size)
-        taught = METHODS[method] != METHODS["plain"]
+        taught = bool(TAUGHT & set(METHODS[method]))
         policy = store.Store(features, prepared, teacher_path)
         self.geometry, self.view_seed = policy.geometry, policy.seed
         self.features = Features(policy, teacher_path) if taught else None

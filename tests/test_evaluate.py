@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline import evaluate, training
+from pipeline import evaluate, methods, teacher
+from pipeline.kernels.reference import attention, heads
 from tests.test_training import QUICK, run
 
 
@@ -23,7 +24,9 @@ def test_figures_are_their_definitions():
 def test_ece_of_a_calibrated_coin_is_zero_and_of_a_boaster_one():
     half = torch.zeros(100, 2)
     labels = torch.tensor([0, 1] * 50)
-    assert evaluate.figures(half + torch.tensor([1e-6, 0]), labels, 15)["ece"] == pytest.approx(0, abs=1e-4)
+    assert evaluate.figures(half + torch.tensor([1e-6, 0]), labels, 15)["ece"] == pytest.approx(
+        0, abs=1e-4
+    )
     sure = torch.tensor([[50.0, 0.0]]).repeat(100, 1)
     assert evaluate.figures(sure, torch.ones(100, dtype=torch.long), 15)["ece"] == pytest.approx(1)
 
@@ -39,7 +42,9 @@ def test_noise_changes_the_image_and_is_a_function_of_seed_and_id(kind, prepared
     assert all((x != y).any() for x, y in zip(a, images))
 
 
-def test_models_are_judged_clean_and_noisy_with_what_they_saw(prepared, teacher_path, features, tmp_path):
+def test_models_are_judged_clean_and_noisy_with_what_they_saw(
+    prepared, teacher_path, features, tmp_path
+):
     for method in ("plain", "cakd"):
         run(QUICK, method, prepared, teacher_path, features, tmp_path)
     students = [tmp_path / m / "student.safetensors" for m in ("plain", "cakd")]
@@ -57,33 +62,24 @@ def test_models_are_judged_clean_and_noisy_with_what_they_saw(prepared, teacher_
     assert all(-1 <= c <= 1 for c in found["models"]["cakd"]["cosine"].values())
 
 
-def test_similarity_is_one_where_the_student_is_the_teacher(prepared, teacher_path, features, tmp_path, monkeypatch):
+def test_similarity_is_one_where_the_student_projects_the_teachers_own(
+    prepared, teacher_path, features, tmp_path, monkeypatch
+):
     run(QUICK, "cakd", prepared, teacher_path, features, tmp_path)
-    from pipeline import teacher
-    from pipeline.kernels.reference import attention, heads
-
     live = teacher.load(teacher_path)
-    seen = []
-    forward = live.forward
-
-    def spy(batch):
-        seen.append(forward(batch))
-        return seen[-1]
-
-    def projected(self, feature):
-        tokens = forward(current[0])
-        return attention(*heads(tokens.qkv)), tokens.h
-
-    current = [None]
+    shown: list[torch.Tensor] = []
     whole = evaluate.views.whole
 
     def keep(images):
-        current[0] = whole(images)
-        return current[0]
+        shown.append(whole(images))
+        return shown[-1]
+
+    def projected(self, feature):
+        tokens = live(shown[-1])
+        return attention(*heads(tokens.qkv)), tokens.h
 
     monkeypatch.setattr(evaluate.views, "whole", keep)
-    monkeypatch.setattr(training.Objective, "projected", projected)
+    monkeypatch.setattr(methods.Objective, "projected", projected)
     path = tmp_path / "cakd" / "student.safetensors"
     found = evaluate.similarity(path, live, prepared, evaluate.Evaluate())
     assert found == {"attention": pytest.approx(1, abs=1e-5), "tokens": pytest.approx(1, abs=1e-5)}
-    assert spy is not None

@@ -107,7 +107,9 @@ def test_pca_loss_is_equation_4():
         return v @ v.mT / D**0.5
 
     attention_loss, gram_loss = reference.pca_loss(s, t, key(), 0.5)
-    assert attention_loss.item() == pytest.approx(F.mse_loss(attend(mixed), attend(t)).item(), rel=1e-12)
+    assert attention_loss.item() == pytest.approx(
+        F.mse_loss(attend(mixed), attend(t)).item(), rel=1e-12
+    )
     assert gram_loss.item() == pytest.approx(F.mse_loss(gram(s), gram(t)).item(), rel=1e-12)
 
 
@@ -127,7 +129,11 @@ def test_gram_gradient_is_that_of_the_definition():
 
 def textbook_gram(v_s: Tensor, v_t: Tensor) -> Tensor:
     """||A^T A||^2 + ||B^T B||^2 - 2 ||A^T B||^2: equal on paper, and cancelling near convergence."""
-    return (v_t.mT @ v_t).square().sum() + (v_s.mT @ v_s).square().sum() - 2 * (v_t.mT @ v_s).square().sum()
+    return (
+        (v_t.mT @ v_t).square().sum()
+        + (v_s.mT @ v_s).square().sum()
+        - 2 * (v_t.mT @ v_s).square().sum()
+    )
 
 
 def gram_gradient_error(loss, distance: float) -> float:

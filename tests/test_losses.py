@@ -27,7 +27,10 @@ def test_cross_entropy_of_an_unlabelled_batch_is_zero():
 
 
 def test_logits_term_is_t_squared_kl_and_zero_at_agreement():
-    student, teacher = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    student, teacher = (
+        torch.randn(5, 4, dtype=torch.float64),
+        torch.randn(5, 4, dtype=torch.float64),
+    )
     p, q = (teacher / 4).softmax(1), (student / 4).softmax(1)
     expected = 16 * (p * (p / q).log()).sum(1).mean()
     assert losses.logits(student, teacher, 4.0).item() == pytest.approx(expected.item())
@@ -94,4 +97,6 @@ def test_discriminator_loss_is_equation_8():
     network, real, fake = Discriminator(8), torch.randn(2, 4, 8), torch.randn(2, 4, 8)
     d_real, d_fake = network(real).sigmoid(), network(fake).sigmoid()
     expected = (-d_real.log()).mean() + (-(1 - d_fake).log()).mean()
-    assert losses.discriminator(network, real, fake)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert losses.discriminator(network, real, fake)[0].item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )

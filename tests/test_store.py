@@ -35,11 +35,15 @@ def test_a_float32_record_replays_to_the_live_teachers_tokens(features, prepared
     x, hashes = opened.read(opened.records(rows, ks))
     batch = views.view_batch(prepared.images, opened.geometry, opened.seed, rows, ks)
     views.check_hashes(batch, hashes, rows)
-    errors = store.relative_errors(teacher.load_tail(teacher_path)(x), teacher.load(teacher_path)(batch))
+    errors = store.relative_errors(
+        teacher.load_tail(teacher_path)(x), teacher.load(teacher_path)(batch)
+    )
     assert max(errors.values()) <= 1e-6
 
 
-def test_records_of_one_write_batch_are_bit_identical_to_the_live_teacher(features, prepared, teacher_path):
+def test_records_of_one_write_batch_are_bit_identical_to_the_live_teacher(
+    features, prepared, teacher_path
+):
     opened, live = store.Store(features, prepared, teacher_path), teacher.load(teacher_path)
     records = np.arange(64)
     rows, ks = prepared.rows("train")[records // 2], records % 2
@@ -69,7 +73,9 @@ def test_mode_off_writes_the_policy_and_no_record(prepared, teacher_path, tmp_pa
     assert not store.Store(tmp_path / "store", prepared, teacher_path).cached
 
 
-def test_a_killed_write_goes_on_and_gives_the_same_bytes(features, prepared, teacher_path, tmp_path):
+def test_a_killed_write_goes_on_and_gives_the_same_bytes(
+    features, prepared, teacher_path, tmp_path
+):
     class Killed(Exception):
         pass
 
@@ -155,15 +161,23 @@ def test_plan_refuses_a_disk_that_is_short(prepared, teacher_path, tmp_path, mon
 
 def test_info_and_verify_on_the_command_line(features, digits, teacher_path):
     base = [sys.executable, "-m", "pipeline.store"]
-    done = subprocess.run([*base, "info", str(features), "--json"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [*base, "info", str(features), "--json"], capture_output=True, text=True, cwd=ROOT
+    )
     found = json.loads(done.stdout)
-    assert {"bytes_per_view", "views", "records", "dtype", "layout", "fingerprint", "error"} <= set(found)
+    assert {"bytes_per_view", "views", "records", "dtype", "layout", "fingerprint", "error"} <= set(
+        found
+    )
     assert found["records"] == 2594 and found["layout"] == "block_input"
     args = ["verify", str(features), "--prepared", str(digits), "--teacher", str(teacher_path)]
     done = subprocess.run([*base, *args], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "relative_error" in done.stdout
     done = subprocess.run([*base, "info", "nowhere"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere/manifest.json" in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "nowhere/manifest.json" in done.stderr
+    )
 
 
 def test_a_missing_index_is_one_line(tmp_path):

@@ -39,7 +39,9 @@ def test_an_unknown_tap_is_refused_with_the_maps():
         find_tap(timm.create_model("resnet18"), 32, (8, 8), "layer9")
 
 
-@pytest.mark.parametrize("name", ["mobilenetv3_small_100", "efficientnet_lite0", "repvgg_a0", "convnext_atto"])
+@pytest.mark.parametrize(
+    "name", ["mobilenetv3_small_100", "efficientnet_lite0", "repvgg_a0", "convnext_atto"]
+)
 def test_other_families_have_a_tap_in_their_deep_half(name):
     tap = find_tap(timm.create_model(name), 64, (4, 4))
     assert min(tap.grid) >= 2

@@ -16,7 +16,10 @@ FAMILIES = {
     "class token": ("vit_tiny_patch16_224", VIT),
     "average pool": ("vit_tiny_patch16_224", VIT | {"global_pool": "avg", "class_token": False}),
     "registers": ("vit_tiny_patch16_224", VIT | {"reg_tokens": 4}),
-    "layer scale and qk-norm": ("vit_tiny_patch16_224", VIT | {"init_values": 0.1, "qk_norm": True}),
+    "layer scale and qk-norm": (
+        "vit_tiny_patch16_224",
+        VIT | {"init_values": 0.1, "qk_norm": True},
+    ),
     "pre-norm": ("vit_tiny_patch16_224", VIT | {"pre_norm": True}),
 }
 
@@ -37,7 +40,9 @@ def saved(path, name, kwargs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replaying_the_last_block_gives_timms_own_logits_tokens_and_attention(family, tmp_path, prepared):
+def test_replaying_the_last_block_gives_timms_own_logits_tokens_and_attention(
+    family, tmp_path, prepared
+):
     path = tmp_path / "teacher.safetensors"
     vit = saved(path, *FAMILIES[family])
     live = teacher.load(path)
@@ -55,7 +60,11 @@ def test_replaying_the_last_block_gives_timms_own_logits_tokens_and_attention(fa
 
 def test_q_k_v_are_the_ones_timm_feeds_its_attention(tmp_path, prepared, monkeypatch):
     path = tmp_path / "teacher.safetensors"
-    saved(path, "vit_tiny_patch16_224", VIT | {"qk_norm": True, "class_token": False, "global_pool": "avg"})
+    saved(
+        path,
+        "vit_tiny_patch16_224",
+        VIT | {"qk_norm": True, "class_token": False, "global_pool": "avg"},
+    )
     live = teacher.load(path)
     seen = []
     exact = F.scaled_dot_product_attention
@@ -68,7 +77,9 @@ def test_q_k_v_are_the_ones_timm_feeds_its_attention(tmp_path, prepared, monkeyp
     tokens = live(views.whole(prepared.images[:4]))
     for ours, timms in zip(heads(tokens.qkv), seen[-1]):
         torch.testing.assert_close(ours, timms)
-    torch.testing.assert_close(attention(*heads(tokens.qkv)), exact(*seen[-1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        attention(*heads(tokens.qkv)), exact(*seen[-1]), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_only_the_last_block_is_read_for_the_replay(teacher_path):
@@ -88,7 +99,9 @@ def test_the_teacher_never_trains_and_never_gets_a_gradient(teacher_path, prepar
 
 
 def test_a_teacher_without_global_attention_is_refused_by_name():
-    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(1, 1, 1, 1))
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(1, 1, 1, 1)
+    )
     with pytest.raises(UserError, match="SwinTransformer has no global attention"):
         teacher.check_supported(swin)
 
@@ -100,7 +113,9 @@ def test_a_grid_that_does_not_fit_the_images_is_refused_with_both_sizes(prepared
 
 
 def test_a_misspelt_model_is_refused_with_the_nearest_names():
-    with pytest.raises(UserError, match="no model 'vit_tinny_patch16_224'; nearest: vit_tiny_patch16_224"):
+    with pytest.raises(
+        UserError, match="no model 'vit_tinny_patch16_224'; nearest: vit_tiny_patch16_224"
+    ):
         models.create("vit_tinny_patch16_224", {}, 10)
 
 

@@ -17,7 +17,9 @@ from pipeline.training import Batches, Distill, Trainer, distill
 from tests.conftest import CNN, ROOT
 
 LOSS_TERMS = ("cross_entropy", "logits", "attention", "gram", "tokens", "adversarial")
-QUICK = Distill(methods=tuple(METHODS), student="test_resnet", student_kwargs=CNN, epochs=1, checkpoint_every=5)
+QUICK = Distill(
+    methods=tuple(METHODS), student="test_resnet", student_kwargs=CNN, epochs=1, checkpoint_every=5
+)
 
 
 @pytest.fixture
@@ -50,7 +52,8 @@ def loss_terms(trainer, step=0):
 @pytest.mark.parametrize("term", LOSS_TERMS)
 def test_each_loss_term_alone_reaches_the_students_backbone(term, make):
     trainer = make("cakd+logits")
-    trainer.step(0, runtime.Stopwatch())  # timm starts each residual branch at zero: one step opens them
+    # timm starts each residual branch at zero: one step opens them.
+    trainer.step(0, runtime.Stopwatch())
     trainer.student.zero_grad()
     trainer.objective.zero_grad()
     loss_terms(trainer, step=7)[term].backward()
@@ -93,7 +96,14 @@ def test_the_discriminator_steps_every_fifth_iteration(make):
 
 def test_cached_and_online_teacher_give_the_same_losses(prepared, teacher_path, features, tmp_path):
     cache = store.Cache(mode="off", dtype="float32", views=2)
-    store.write(cache, prepared, teacher.load(teacher_path), tmp_path / "off", tmp_path / "w", lambda _: None)
+    store.write(
+        cache,
+        prepared,
+        teacher.load(teacher_path),
+        tmp_path / "off",
+        tmp_path / "w",
+        lambda _: None,
+    )
     cached = Trainer(QUICK, "cakd+logits", prepared, teacher_path, features)
     online = Trainer(QUICK, "cakd+logits", prepared, teacher_path, tmp_path / "off")
     assert online.features.live is not None and cached.features.live is None
@@ -118,7 +128,13 @@ def test_warm_up_brings_the_distillation_terms_in_over_the_first_tenth(make):
 
 
 def test_cakd_holds_no_logit_term_and_plain_holds_nothing_of_the_teacher(make):
-    assert set(loss_terms(make("cakd"))) == {"cross_entropy", "attention", "gram", "tokens", "adversarial"}
+    assert set(loss_terms(make("cakd"))) == {
+        "cross_entropy",
+        "attention",
+        "gram",
+        "tokens",
+        "adversarial",
+    }
     plain = make("plain")
     assert set(loss_terms(plain)) == {"cross_entropy"}
     assert plain.features is None and not list(plain.objective.parameters())
@@ -174,7 +190,9 @@ def test_same_seed_same_bits_and_the_student_is_the_plain_timm_model(
     assert (first / method / "projectors.safetensors").exists() == (method != "plain")
 
 
-def test_a_run_killed_at_any_step_goes_on_to_the_same_bits(prepared, teacher_path, features, tmp_path, monkeypatch):
+def test_a_run_killed_at_any_step_goes_on_to_the_same_bits(
+    prepared, teacher_path, features, tmp_path, monkeypatch
+):
     run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "whole")
 
     class Killed(Exception):
@@ -198,7 +216,9 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_bits(prepared, teacher_pat
         assert files.sha256(whole) == files.sha256(killed)
 
 
-def test_every_term_is_logged_and_the_figures_have_their_units(prepared, teacher_path, features, tmp_path):
+def test_every_term_is_logged_and_the_figures_have_their_units(
+    prepared, teacher_path, features, tmp_path
+):
     figures = run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path)
     assert {*LOSS_TERMS, "discriminator", "discriminator_accuracy"} == set(figures["curves"])
     assert figures["curves"]["attention"][-1][0] == figures["steps"] == 21
@@ -257,9 +277,25 @@ def test_a_signal_saves_leaves_and_the_next_run_goes_on(digits, teacher_path, fe
         "  student_kwargs: {channels: [8, 12, 16, 24], output_stride: 8}\n"
     )
     out, work = tmp_path / "student", tmp_path / "work"
-    command = [sys.executable, "-u", "-m", "stages.distill", *map(str, (digits, teacher_path, features, out))]
-    command += [str(tmp_path / "perf.json"), "--method", "plain", "--work", str(work), "--params", str(params)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "stages.distill",
+        *map(str, (digits, teacher_path, features, out)),
+    ]
+    command += [
+        str(tmp_path / "perf.json"),
+        "--method",
+        "plain",
+        "--work",
+        str(work),
+        "--params",
+        str(params),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert "distill plain" in process.stdout.readline()  # after 5 seconds of training
     process.terminate()
     _, errors = process.communicate(timeout=60)

@@ -47,7 +47,9 @@ def test_flip_mirrors_half_of_the_views_left_to_right(images):
 
 
 def test_a_half_crop_shows_a_quarter_of_the_image_at_twice_the_scale():
-    ramp = np.broadcast_to(np.arange(0, 240, 10, dtype=np.uint8)[None, None, :, None], (1, 24, 24, 3))
+    ramp = np.broadcast_to(
+        np.arange(0, 240, 10, dtype=np.uint8)[None, None, :, None], (1, 24, 24, 3)
+    )
     geometry = Geometry(crop=(0.25, 0.25), aspect=1.0, flip=False)
     view = views.view_batch(ramp, geometry, 0, [0], [0])[0, 0, 0].float()
     steps = view.diff()

@@ -1,0 +1,98 @@
+"""params.yaml is read strictly: what is wrong is named with what was got and what is allowed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+
+from pipeline import config
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Inner:
+    low: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    epochs: int
+    lr: float = 0.1
+    mode: Literal["on", "off"] = "on"
+    labels: int | str = "all"
+    path: str | None = None
+    pair: tuple[float, float] = (0.0, 1.0)
+    names: tuple[str, ...] = ()
+    inner: Inner = Inner()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise ValueError(f"epochs is {self.epochs}; allowed: 0 or more")
+
+
+def load(tmp_path, text):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    return config.load(Sample, path)
+
+
+def test_a_section_becomes_its_dataclass_with_yaml_1_2_numbers(tmp_path):
+    found = load(
+        tmp_path,
+        "sample: {epochs: 3, lr: 1e-3, mode: off, labels: 5, pair: [1, 2], names: [a], inner: {low: 2},"
+        " kwargs: {a: [1]}, limits: {b: 1}}",
+    )
+    assert found == Sample(
+        3, 1e-3, "off", 5, None, (1.0, 2.0), ("a",), Inner(2.0), {"a": [1]}, {"b": 1.0}
+    )
+    assert isinstance(found.lr, float) and isinstance(found.inner.low, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sample: {epoch: 3}", "sample: unknown key 'epoch'; did you mean 'epochs'?"),
+        ("sample: {lr: 1}", "sample: key 'epochs' is missing"),
+        ("sample: {epochs: 3, lr: fast}", "sample.lr: expected a number, got 'fast'"),
+        ("sample: {epochs: 2.5}", "sample.epochs: expected a whole number, got 2.5"),
+        ("sample: {epochs: true}", "sample.epochs: expected a whole number, got True"),
+        ("sample: {epochs: -1}", "sample: epochs is -1; allowed: 0 or more"),
+        (
+            "sample: {epochs: 1, mode: of}",
+            "sample.mode: got 'of'; did you mean 'off'? allowed: on, off",
+        ),
+        ("sample: {epochs: 1, pair: [1]}", "sample.pair: expected a list of 2, got [1]"),
+        ("sample: {epochs: 1, names: a}", "sample.names: expected a list, got 'a'"),
+        (
+            "sample: {epochs: 1, inner: {lo: 1}}",
+            "sample.inner: unknown key 'lo'; did you mean 'low'?",
+        ),
+        ("sample: {epochs: 1, inner: 3}", "sample.inner: expected keys and values, got 3"),
+        ("sample: {epochs: 1, limits: {b: x}}", "sample.limits.b: expected a number, got 'x'"),
+        ("sampel: {epochs: 1}", "no section 'sample:'; it has: sampel"),
+        ("- 1", "expected sections at the top level, got list"),
+        ("sample: {epochs: 1", "not YAML"),
+        ("sample: {epochs: 1, epochs: 2}", "not YAML"),
+    ],
+)
+def test_what_is_wrong_is_named(text, message, tmp_path):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, text)
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="params.yaml: no such file"):
+        config.load(Sample, tmp_path / "params.yaml")
+
+
+def test_one_value_of_another_section(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text("bench: {enabled: [a, b]}")
+    assert config.value("bench.enabled", path) == ["a", "b"]
+    with pytest.raises(UserError, match="no key 'bench.threads'"):
+        config.value("bench.threads", path)

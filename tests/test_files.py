@@ -1,0 +1,102 @@
+"""Files are whole or absent, and a command line tells a mistake in one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+
+import pytest
+
+from pipeline import cli, files
+from pipeline.errors import GateFailed, UserError
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"schema": "x", "value": 1})
+    with pytest.raises(RuntimeError), files.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    with pytest.raises(ValueError):
+        files.write_json(path, {"value": float("nan")})
+    assert files.read_json(path, "x")["value"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_replaces_the_old_one_only_when_finished(tmp_path):
+    out = tmp_path / "out"
+    for text in ("one", "two"):
+        with files.atomic_dir(out) as folder:
+            (folder / "f").write_text(text)
+    with pytest.raises(RuntimeError), files.atomic_dir(out) as folder:
+        (folder / "f").write_text("half")
+        raise RuntimeError
+    assert (out / "f").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert stat.S_IMODE(out.stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("{", "not readable as JSON"),
+        ("[1]", "got list"),
+        ('{"schema": "b"}', "schema is 'b'"),
+    ],
+)
+def test_unreadable_json_is_named(content, message, tmp_path):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        files.read_json(path, "a")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_not_writable_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="not writable"):
+        files.write_json(tmp_path / "a.json", {})
+
+
+def test_a_file_where_a_folder_must_be_is_named(tmp_path):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(UserError, match="cannot create its folder"):
+        files.write_json(tmp_path / "a" / "b.json", {})
+
+
+def test_a_digest_does_not_depend_on_key_order():
+    assert (
+        files.digest({"a": 1, "b": [2]})
+        == files.digest({"b": [2], "a": 1})
+        != files.digest({"a": 1})
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("x: got 1\nallowed 2"), 2),
+        (GateFailed("over"), 3),
+        (None, 0),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes_and_one_line_on_stderr(error, code, capsys):
+    def main(_: argparse.Namespace) -> None:
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as left:
+        cli.run(main, argparse.ArgumentParser(prog="tool"), [])
+    assert left.value.code == code
+    assert capsys.readouterr().err.count("\n") == (code != 0)
+
+
+def test_a_bug_keeps_its_traceback():
+    def main(_: argparse.Namespace) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.run(main, argparse.ArgumentParser(), [])

@@ -1,0 +1,113 @@
+"""`dvc repro` from an empty cache to the report, with tiny parameters, in a copy of the repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests.house import FLOORS, ROOT
+
+TINY = {
+    "teach": {"epochs": 1},
+    "cache": {"views": 1},
+    "distill": {"epochs": 1, "methods": ["plain", "logits", "cakd+logits"]},
+    "export": {"reference_images": 32, "calibration_images": 32},
+    "bench": {"enabled": ["ort-fp32", "rtx-fp16"], "seconds_per_row": 0.2, "rounds": 4},
+    "report": {"budgets": {}},
+}
+
+
+def dvc(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *args],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def stages_run(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [
+        line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")
+    ]
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """A finished tiny run."""
+    folder = tmp_path_factory.mktemp("house with a space")
+    for name in (*FLOORS, ".dvc"):
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "cache", "tmp")
+        )
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
+    yaml = YAML()
+    params = yaml.load(ROOT / "params.yaml")
+    for section, values in TINY.items():
+        params[section].update(values)
+    yaml.dump(params, folder / "params.yaml")
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    done = dvc(folder, "repro")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    return folder
+
+
+def test_the_chain_ends_in_a_report_with_a_row_for_every_target(house):
+    edge = (house / "reports" / "edge.md").read_text()
+    assert "| ort-fp32 |" in edge and "| rtx-fp16 |" in edge and "skipped" in edge
+    accuracy = json.loads((house / "reports" / "accuracy.json").read_text())
+    assert set(accuracy["models"]) == {"teacher", "plain", "logits", "cakd+logits"}
+    assert accuracy["models"]["plain"]["labels_seen"] == 50
+    assert {"schema", "machine", "provenance"} <= set(accuracy)
+    bench = json.loads((house / "reports" / "bench" / "rtx-fp16.json").read_text())
+    assert all(r["status"] == "skipped" and r["reason"] for r in bench["rows"])
+    assert (house / "reports" / "index.html").stat().st_size > 20_000
+    keys = {"img_per_s", "stage_ms", "stall_fraction", "peak_mb"}
+    perf = json.loads((house / "reports" / "train_perf.json").read_text())
+    assert all(keys <= set(m) for m in perf["methods"].values())
+
+
+def test_a_second_repro_runs_nothing_but_the_look_at_the_device(house):
+    assert stages_run(dvc(house, "repro")) == ["device"]
+
+
+@pytest.mark.parametrize(
+    ("edited", "first", "spared"),
+    [
+        ("pipeline/report.py", {"report"}, None),
+        (
+            "pipeline/kernels/reference.py",
+            {"distill@plain", "evaluate"},
+            {"prepare", "teach", "cache"},
+        ),
+        (
+            "pipeline/latency.py",
+            {"bench@ort-fp32"},
+            {"distill@plain", "evaluate", "export", "build@ort-fp32"},
+        ),
+    ],
+)
+def test_editing_code_reruns_the_stages_that_run_it(edited, first, spared, house):
+    path = house / edited
+    before = path.read_text()
+    try:
+        path.write_text(before + "\n# edited\n")
+        done = dvc(house, "status", "--json")
+        changed = {
+            name for name, why in json.loads(done.stdout).items() if "always changed" not in why
+        }
+    finally:
+        path.write_text(before)
+    assert first <= changed
+    assert changed == first if spared is None else not (changed & spared)
