@@ -1,0 +1,75 @@
+"""Fills the README's result table from the last run: `python -m benchmarks.readme`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pipeline import cli, files, report
+from pipeline.errors import UserError
+
+START, END = "<!-- results: python -m benchmarks.readme -->", "<!-- end of results -->"
+
+
+def table(edge: dict[str, Any]) -> str:
+    """Accuracy of every model, then latency of the shipped student and the teacher by target."""
+    lines = [
+        "| model | labels seen | clean top-1 (%) | under noise (%) | parameters |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for name, judged in edge["models"].items():
+        shown = f"**{name}** (shipped)" if name == edge["shipped"] else name
+        clean, noisy = (f"{100 * judged[k]['top1']:.1f}" for k in ("clean", "noisy"))
+        lines.append(
+            f"| {shown} | {judged['labels_seen']:,} | {clean} | {noisy} | {judged['params']:,} |"
+        )
+    lines += [
+        "",
+        "| target | precision in effect | student p50 (ms) | teacher p50 (ms) | student faster by |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for target in edge["targets"]:
+        lines.append(_latency(target))
+    machine = edge["machine"]
+    gpu = machine["gpu"]["name"] if machine["gpu"] else "no GPU"
+    lines += [
+        "",
+        f"Measured by `make repro` on {machine['cpu']}, {machine['cores']['usable']} cores, {gpu}: "
+        "batch 1, 1 thread, wall time; one training run a model.",
+    ]
+    return "\n".join(lines)
+
+
+def _latency(target: dict[str, Any]) -> str:
+    student, teacher = target["student"], target["teacher"]
+    if student["status"] != "measured":
+        return f"| {target['target']} | – | not measured: {student['reason']} | | |"
+    cells = [f"{student['wall_ms']['p50']:.3g}"]
+    if teacher["status"] == "measured":
+        ratio = teacher["wall_ms"]["p50"] / student["wall_ms"]["p50"]
+        cells += [f"{teacher['wall_ms']['p50']:.3g}", f"{ratio:.1f}×"]
+    else:
+        cells += ["not measured", ""]
+    return f"| {target['target']} | {student['precision_effective']} | {' | '.join(cells)} |"
+
+
+def main(args: argparse.Namespace) -> None:
+    """Replace what stands between the two marks of the README."""
+    edge = report.read_machine(args.edge)
+    text = args.readme.read_text(encoding="utf-8")
+    if START not in text or END not in text:
+        raise UserError(
+            f"{args.readme}: the marks {START!r} and {END!r} are not there; restore them"
+        )
+    before, after = text.split(START)[0], text.split(END)[1]
+    with files.atomic(args.readme) as temporary:
+        temporary.write_text(f"{before}{START}\n{table(edge)}\n{END}{after}", encoding="utf-8")
+    print(f"{args.readme}: results of {edge['machine']['cpu']}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="benchmarks.readme", description=__doc__)
+    parser.add_argument("edge", type=Path, nargs="?", default=Path("reports/edge.json"))
+    parser.add_argument("readme", type=Path, nargs="?", default=Path("README.md"))
+    cli.run(main, parser)
