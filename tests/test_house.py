@@ -158,3 +158,24 @@ def test_no_pickle_is_ever_loaded():
         assert not re.search(
             r"import pickle|torch\.load\(|allow_pickle=True|import dill|joblib", source
         ), path
+
+
+def test_the_readmes_tree_is_the_real_tree_and_its_commands_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text.split("## The house")[1].split("```")[1]
+    shown = {line.split()[0] for line in tree.splitlines() if line.strip()}
+    folder = ROOT
+    for line in filter(str.strip, tree.splitlines()):
+        name = line.split()[0]
+        folder = ROOT if not line.startswith(" ") else folder
+        assert (folder / name).exists(), line
+        folder = ROOT / name if not line.startswith(" ") and name.endswith("/") else folder
+    assert {f"{p.name}/" for p in ROOT.iterdir() if (p / "__init__.py").exists()} <= shown
+    modules = set(re.findall(r"python -m ([a-z.]+)[ `]", text)) - {"stages."}
+    assert modules, "no command shown"
+    for module in modules:
+        assert module in house.modules(), module
+    for target in re.findall(r"make ([a-z-]+)", text):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert (ROOT / link).exists(), link
