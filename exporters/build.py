@@ -26,6 +26,9 @@ BACKENDS = {
 }  # first word of a target's name -> exporters.trt's name
 
 
+IMAGES = {"student": "x", "teacher": "teacher_x"}  # in reference.npz, each normalised for its model
+
+
 @dataclass(frozen=True)
 class Build(parity.Gates):
     """`build:` the parity gates, what int8 may cost, and the batches of an engine."""
@@ -36,10 +39,10 @@ class Build(parity.Gates):
 
 @dataclass(frozen=True)
 class Exported:
-    """artifacts/export, opened: x (N, 3, S, S), labels (N,), logits by model (N, K), calibration (M, 3, S, S)."""
+    """artifacts/export, opened: labels (N,); by model x (N, 3, S, S), logits (N, K); calibration (M, 3, S, S)."""
 
     folder: Path
-    x: Array
+    x: dict[str, Array]  # each model's own normalisation of the same pictures
     labels: NDArray[np.int64]
     logits: dict[str, Array]
     calibration: Array
@@ -49,12 +52,13 @@ class Exported:
         """Read reference.npz and calibration.npy. Raises UserError: missing or damaged."""
         try:
             with np.load(folder / "reference.npz", allow_pickle=False) as held:
-                found = {key: held[key] for key in ("x", "labels", "student", "teacher")}
+                found = {key: held[key] for key in ("labels", *IMAGES, *IMAGES.values())}
             calibration = np.load(folder / "calibration.npy", allow_pickle=False)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{folder}: not an export ({error}); run `dvc repro export`") from None
-        logits = {model: found[model] for model in ("student", "teacher")}
-        return cls(folder, found["x"], found["labels"], logits, calibration)
+        x = {model: found[key] for model, key in IMAGES.items()}
+        logits = {model: found[model] for model in IMAGES}
+        return cls(folder, x, found["labels"], logits, calibration)
 
 
 def build_model(
@@ -137,7 +141,7 @@ def check(
         precision = engine.read_sidecar(artefact)["precision"]
         return parity.skipped(artefact.name, precision, str(error))
     reference = exported.logits[model]
-    got = inputs.run(session, exported.x)
+    got = inputs.run(session, exported.x[model])
     row = parity.row(artefact, session, reference, got, gates)
     known = exported.labels >= 0
     if row["precision_effective"] == "int8" and known.any() and np.isfinite(got).all():

@@ -276,7 +276,8 @@ class Prepared:
     student_label: NDArray[np.bool_]
     classes: tuple[str, ...]
     image_size: int
-    images_sha256: str
+    images_sha256: str  # of the pixels
+    index_sha256: str  # of the index: ids, labels, splits, which labels the student may see
 
     @classmethod
     def open(cls, folder: Path | str, check: bool = True) -> Prepared:
@@ -299,7 +300,12 @@ class Prepared:
             classes=tuple(index["classes"]),
             image_size=index["image_size"],
             images_sha256=index["images_sha256"],
+            index_sha256=files.sha256(folder / "index.json"),
         )
+
+    def made_of(self) -> dict[str, str]:
+        """The hashes that tell this data set from any other: for provenance and fingerprints."""
+        return {"images": self.images_sha256, "index": self.index_sha256}
 
     def rows(self, split: str) -> NDArray[np.int64]:
         """Row numbers of one split, in index order."""
@@ -310,6 +316,14 @@ def permutation(n: int, seed: int, stream: str, epoch: int) -> NDArray[np.int64]
     """The order of `n` items in one pass of a named stream: a function of its arguments alone."""
     key = hashlib.blake2b(f"{seed}/{stream}/{epoch}".encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(key, "little")).permutation(n)
+
+
+def spread(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """At most `count` rows, evenly spaced: the index of an image folder is in class order."""
+    if len(rows) <= count:
+        return rows
+    chosen: NDArray[np.int64] = rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
+    return chosen
 
 
 def normalised(images: NDArray[np.uint8], preprocess: dict[str, Any]) -> NDArray[np.float32]:

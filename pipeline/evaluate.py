@@ -34,6 +34,9 @@ class Evaluate:
     seed: int = 0  # of the noise
 
     def __post_init__(self) -> None:
+        for name in ("batch", "ece_bins"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
         if self.split not in data.SPLITS:
             raise ValueError(f"split is {self.split!r}; allowed: {', '.join(data.SPLITS)}")
 
@@ -199,8 +202,7 @@ def evaluate(
         "classes": list(prepared.classes),
         "noise": list(NOISE),
         "models": found,
-        "provenance": files.provenance(config.__dict__, **inputs)
-        | {"images": prepared.images_sha256},
+        "provenance": files.provenance(config.__dict__, **inputs) | prepared.made_of(),
     }
 
 

@@ -38,7 +38,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary sibling folder; on success it replaces `path` in one rename."""
+    """Yield a temporary sibling folder; on success it takes the place of `path`, which is never half-written."""
     path = Path(path)
     _make_parent(path)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -51,8 +51,13 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
 
 
 def publish(folder: Path, path: Path) -> None:
-    """Rename a finished `folder` onto `path`, replacing what stands there."""
+    """Rename a finished `folder` onto `path`. What stood there goes aside first: for a moment `path` is absent."""
     _make_parent(path)
+    if folder.stat().st_dev != path.parent.stat().st_dev:
+        near = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        shutil.copytree(folder, near, dirs_exist_ok=True)
+        shutil.rmtree(folder)
+        folder = near
     if path.exists():
         old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
         path.replace(old / "was")
@@ -120,6 +125,12 @@ def _hash_stream(f: BinaryIO) -> str:
 def digest(value: Any) -> str:
     """Hex SHA-256 of a JSON-able value, independent of key order: the fingerprint of parameters and inputs."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def code() -> str:
+    """Hex SHA-256 over the library's source: unfinished work of other code is not gone on with."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    return digest({path.name: sha256(path) for path in sources})
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:

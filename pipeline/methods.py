@@ -41,6 +41,10 @@ class LogitsConfig:
     weight: float = 1.0
     temperature: float = 4.0
 
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"logits.temperature is {self.temperature}; allowed: above 0")
+
 
 @dataclass(frozen=True)
 class CakdConfig:
@@ -65,13 +69,16 @@ class CakdConfig:
     impl: Literal["auto", "eager", "sdpa"] = "auto"  # who computes the projector losses
 
     def __post_init__(self) -> None:
-        for name in ("swap_p", "warmup", "dropout"):
+        for name in ("swap_p", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"cakd.{name} is {getattr(self, name)}; allowed: 0 to 1")
-        if self.discriminator_every < 1:
-            raise ValueError(
-                f"cakd.discriminator_every is {self.discriminator_every}; allowed: 1 or more"
-            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"cakd.dropout is {self.dropout}; allowed: 0 to below 1")
+        for name in ("discriminator_every", "reduce"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"cakd.{name} is {getattr(self, name)}; allowed: 1 or more")
+        if self.discriminator_lr <= 0:
+            raise ValueError(f"cakd.discriminator_lr is {self.discriminator_lr}; allowed: above 0")
 
 
 @dataclass(frozen=True)

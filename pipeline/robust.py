@@ -16,8 +16,8 @@ class Trans:
     """
 
     probability: float = 0.5  # of an image to be transformed at all
-    brightness: float = 0.2  # shift of all channels, up to this share of the range
-    colour: float = 0.3  # gain of each channel between 1 - colour and 1 + colour
+    brightness: float = 0.2  # shift of all channels together, up to this share of the range
+    colour: float = 0.2  # shift of each channel by itself, up to this share of the range
     patch: float = 0.4  # largest side of the masked patch, share of the image's side
     noise: float = 0.1  # largest standard deviation of Gaussian noise, share of the range
 
@@ -35,7 +35,7 @@ class Trans:
         def uniform(*shape: int) -> Tensor:
             return torch.rand(batch, *shape, generator=generator).to(pixels.device)
 
-        changed = pixels * (1 + self.colour * (2 * uniform(3, 1, 1) - 1))
+        changed = pixels + 255 * self.colour * (2 * uniform(3, 1, 1) - 1)
         changed = changed + 255 * self.brightness * (2 * uniform(1, 1, 1) - 1)
         noise = torch.randn(pixels.shape, generator=generator).to(pixels.device)
         changed = changed + 255 * self.noise * uniform(1, 1, 1) * noise

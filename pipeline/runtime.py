@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import json
+import os
+import shutil
 import signal
 import sys
 import time
@@ -12,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,12 +29,14 @@ PR_SET_PDEATHSIG = 1
 def work_folder(root: Path, fingerprint: str) -> Iterator[Path]:
     """The folder of one run's unfinished work, `root/<fingerprint>`, locked against a second writer.
 
+    Removed when the body ends well, kept when it does not. The lock stands beside it and is never removed.
     Raises UserError: another process holds it.
     """
     folder = root / fingerprint[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    die_with_parent()
-    with (folder / "lock").open("w") as lock:
+    if "DVC_STAGE" in os.environ:
+        die_with_parent()
+    with folder.with_suffix(".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -42,10 +44,11 @@ def work_folder(root: Path, fingerprint: str) -> Iterator[Path]:
                 f"{folder}: another process is writing it; wait for it or stop it, then run again"
             ) from None
         yield folder
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def die_with_parent() -> None:
-    """Ask Linux to terminate this process when its parent dies: `kill -9` of dvc leaves no orphan training."""
+    """Ask Linux to terminate this process when its parent dies: a killed dvc leaves no orphan training."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -82,10 +85,13 @@ def save_checkpoint(
     step: int,
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, torch.optim.Optimizer],
-    notes: dict[str, Any],
+    logged: Mapping[str, Tensor],
 ) -> None:
-    """Write parameters, buffers, optimiser moments and JSON-able `notes` after `step` steps, atomically."""
-    tensors: dict[str, Tensor] = {}
+    """Write parameters, buffers, optimiser moments and the `logged` tensors after `step` steps, atomically.
+
+    Raises UserError: cannot write, disk full.
+    """
+    tensors = {f"logged/{name}": value for name, value in logged.items()}
     for name, module in modules.items():
         for key, value in module.state_dict().items():
             tensors[f"module/{name}/{key}"] = value.detach().cpu().contiguous()
@@ -95,19 +101,25 @@ def save_checkpoint(
                 tensors[f"optimizer/{name}/{index}/{key}"] = (
                     torch.as_tensor(value).cpu().contiguous()
                 )
-    with files.atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={"cakd": json.dumps({"step": step, **notes})})
+    try:
+        with files.atomic(path) as temporary:
+            save_file(tensors, temporary, metadata={"step": str(step)})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot write ({error}); free space, then run again") from None
 
 
 def load_checkpoint(
     path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
-) -> tuple[int, dict[str, Any]]:
-    """Restore what `save_checkpoint` wrote; (0, {}) where there is none. Raises UserError: damaged."""
+) -> tuple[int, dict[str, Tensor]]:
+    """Restore what `save_checkpoint` wrote -> (steps done, `logged`); (0, {}) where there is none.
+
+    Raises UserError: damaged.
+    """
     if not path.is_file():
         return 0, {}
     try:
         with safe_open(path, framework="pt") as file:
-            notes = json.loads(file.metadata()["cakd"])
+            step = int(file.metadata()["step"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error}); remove it and run again") from None
@@ -119,7 +131,7 @@ def load_checkpoint(
             index, what = key.split("/")
             state.setdefault(int(index), {})[what] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return int(notes.pop("step")), notes
+    return step, _below(tensors, "logged/")
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -11,13 +11,14 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,6 +34,7 @@ ERROR_GATE = {
     "float16": 5e-4,
     "bfloat16": 4e-3,
 }  # relative, worst of q, k, v, h, logits
+MEASURE_EVERY = 8  # write batches: the error is that of each eighth
 STATISTICS = 512  # records behind the per-channel mean and standard deviation of h
 
 
@@ -61,6 +63,7 @@ def fingerprint(
     return {
         "teacher": teacher_description["weights_sha256"],
         "images": prepared.images_sha256,
+        "order": _order(prepared),
         "view_backend": views.BACKEND,
         "geometry": {
             k: list(v) if isinstance(v, tuple) else v for k, v in asdict(cache.geometry).items()
@@ -72,6 +75,11 @@ def fingerprint(
         "torch": files.versions()["torch"],
         "timm": files.versions()["timm"],
     }
+
+
+def _order(prepared: data.Prepared) -> str:
+    """Which image each record belongs to: the rows of train, in order."""
+    return files.digest(prepared.rows("train").tolist())
 
 
 def write(
@@ -88,16 +96,17 @@ def write(
     """
     marks = fingerprint(cache, prepared, live.description)
     rows = prepared.rows("train")
-    with runtime.work_folder(work, files.digest(marks)) as folder:
+    if cache.mode == "on":
+        plan(cache, prepared, live, out)
+    unfinished = {**marks, "batch": cache.batch, "shard_mb": cache.shard_mb, "code": files.code()}
+    with runtime.work_folder(work, files.digest(unfinished)) as folder:
         shards: list[dict[str, Any]] = []
         if cache.mode == "on":
             shards = _write_shards(cache, prepared, live, rows, folder, progress)
         manifest = _manifest(cache, prepared, live, marks, rows, shards)
-        with files.atomic_dir(out) as finished:
-            for shard in shards:
-                shutil.move(folder / shard["file"], finished / shard["file"])
-            files.write_json(finished / "manifest.json", manifest)
-    shutil.rmtree(folder, ignore_errors=True)
+        (folder / "store").mkdir(exist_ok=True)
+        files.write_json(folder / "store" / "manifest.json", manifest)
+        files.publish(folder / "store", out)
     return manifest
 
 
@@ -113,18 +122,18 @@ def _write_shards(
     shards = []
     for number, start in enumerate(range(0, len(images), per_shard)):
         records = np.arange(start, min(start + per_shard, len(images)))
-        note = folder / f"shard-{number:05d}.json"
-        if not _whole(note):
+        note = folder / "notes" / f"shard-{number:05d}.json"
+        shard = folder / "store" / f"shard-{number:05d}.safetensors"
+        if not _whole(note, shard):
             made = _make_shard(cache, prepared, live, images, records, progress)
-            _save_shard(note, *made)
+            _save_shard(note, shard, *made)
         shards.append(files.read_json(note))
         progress(int(records[-1]) + 1)
     return shards
 
 
-def _whole(note: Path) -> bool:
+def _whole(note: Path, shard: Path) -> bool:
     """True where an earlier run left this shard complete: its note is there and its bytes have the noted hash."""
-    shard = note.with_suffix(".safetensors")
     if not (note.is_file() and shard.is_file()):
         return False
     return bool(files.read_json(note)["sha256"] == files.sha256(shard))
@@ -156,8 +165,9 @@ def _make_shard(
         x = live.block_input(batch)
         stored = _stored(x, cache.dtype)
         exact = live.tail(x)
-        if at == 0:
-            worst = relative_errors(live.tail(stored.float()), exact)
+        if at % (MEASURE_EVERY * cache.batch) == 0:
+            errors = relative_errors(live.tail(stored.float()), exact)
+            worst = {n: max(e, worst.get(n, 0.0)) for n, e in errors.items()}
         parts["x"].append(stored)
         parts["logits"].append(exact.logits)
         parts["view_hash"].append(torch.from_numpy(views.view_hashes(batch).astype(np.int64)))
@@ -185,15 +195,14 @@ def relative_errors(got: teacher.Tokens, exact: teacher.Tokens) -> dict[str, flo
     return {n: ((a - b).norm() / b.norm().clamp(min=1e-12)).item() for n, (a, b) in pairs.items()}
 
 
-def _save_shard(note: Path, tensors: dict[str, Tensor], errors: dict[str, float]) -> None:
-    path = note.with_suffix(".safetensors")
+def _save_shard(
+    note: Path, path: Path, tensors: dict[str, Tensor], errors: dict[str, float]
+) -> None:
     try:
         with files.atomic(path) as temporary:
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot write ({error.strerror}); free space, then run again"
-        ) from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot write ({error}); free space, then run again") from None
     files.write_json(
         note,
         {
@@ -214,6 +223,11 @@ def _manifest(
     rows: NDArray[np.int64],
     shards: list[dict[str, Any]],
 ) -> dict[str, Any]:
+    records = sum(s["records"] for s in shards)
+    if shards and records != len(rows) * cache.views:
+        raise UserError(
+            f"cache: {records} records for {len(rows) * cache.views} views; remove .work and run again"
+        )
     errors = {n: max(s["error"][n] for s in shards) for n in (*"qkv", "h", "logits") if shards}
     gate = ERROR_GATE[cache.dtype]
     if errors and max(errors.values()) > gate:
@@ -223,7 +237,6 @@ def _manifest(
             "use float32"
         )
     mean, std = _statistics(cache, prepared, live, rows)
-    records = sum(s["records"] for s in shards)
     return {
         "schema": SCHEMA,
         "mode": cache.mode,
@@ -246,8 +259,8 @@ def _manifest(
 def _statistics(
     cache: Cache, prepared: data.Prepared, live: teacher.Teacher, rows: NDArray[np.int64]
 ) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation of h over view 0 of the first images; the same cached or not."""
-    chosen = rows[:STATISTICS]
+    """Per-channel mean and standard deviation of h over view 0 of spread images; the same cached or not."""
+    chosen = data.spread(rows, STATISTICS)
     tokens = []
     for at in range(0, len(chosen), cache.batch):
         part = chosen[at : at + cache.batch]
@@ -287,18 +300,18 @@ class Store:
         """Record numbers of view k of each image row."""
         return np.array([self.position[int(r)] * self.views + int(k) for r, k in zip(rows, ks)])
 
-    def read(self, records: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.uint64]]:
-        """x_L (B, P+N, D) float32 and the view hashes (B,) of the given records."""
+    def read(self, records: NDArray[np.int64]) -> tuple[Tensor, Tensor, NDArray[np.uint64]]:
+        """x_L (B, P+N, D) float32, logits (B, K) and the view hashes (B,) of the given records."""
         shard_of = np.searchsorted(self._starts, records, side="right") - 1
-        xs, hashes = [], []
-        for shard, record in zip(shard_of, records):
-            at = record - self._starts[shard]
-            xs.append(self._shards[shard]["x"][at])
-            hashes.append(self._shards[shard]["view_hash"][at])
-        x = torch.from_numpy(np.stack(xs))
+        places = list(zip(shard_of, records - self._starts[shard_of]))
+        x, logits, hashes = (
+            np.stack([self._shards[shard][name][at] for shard, at in places])
+            for name in ("x", "logits", "view_hash")
+        )
+        stored = torch.from_numpy(x)
         if self.manifest["dtype"] == "bfloat16":
-            x = x.view(torch.bfloat16)
-        return x.float(), np.array(hashes).astype(np.uint64)
+            stored = stored.view(torch.bfloat16)
+        return stored.float(), torch.from_numpy(logits), hashes.astype(np.uint64)
 
 
 def _open_manifest(folder: Path) -> dict[str, Any]:
@@ -322,6 +335,7 @@ def _refuse_stale(
     now = {
         "teacher": description["weights_sha256"],
         "images": prepared.images_sha256,
+        "order": _order(prepared),
         "view_backend": views.BACKEND,
         "layout": LAYOUT,
         "torch": files.versions()["torch"],
@@ -358,6 +372,8 @@ def verify(folder: Path, prepared: data.Prepared, teacher_path: Path, n: int) ->
 
     Raises GateFailed: over the gate of its dtype. UserError: damaged, stale, or nothing stored.
     """
+    if n < 1:
+        raise UserError(f"-n: got {n}; allowed: 1 record or more")
     store = Store(folder, prepared, teacher_path)
     if not store.cached:
         raise UserError(
@@ -368,9 +384,9 @@ def verify(folder: Path, prepared: data.Prepared, teacher_path: Path, n: int) ->
     records = np.sort(np.random.default_rng(0).choice(total, min(n, total), replace=False))
     rows, ks = prepared.rows("train")[records // store.views], records % store.views
     batch = views.view_batch(prepared.images, store.geometry, store.seed, rows, ks)
-    x, hashes = store.read(records)
+    x, logits, hashes = store.read(records)
     views.check_hashes(batch, hashes, rows)
-    errors = relative_errors(live.tail(x), live(batch))
+    errors = relative_errors(replace(live.tail(x), logits=logits), live(batch))
     gate = ERROR_GATE[store.manifest["dtype"]]
     worst = max(errors, key=lambda name: errors[name])
     if errors[worst] > gate:

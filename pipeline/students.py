@@ -36,8 +36,9 @@ def find_tap(
     """The tap by the rule of decision 4, from one dry run.
 
     `auto`: the deepest map whose grid is at least the token grid, if it belongs to the last two stages; else the
-    deepest map with at least half the token grid's side. `wanted` may name a module of timm's feature_info.
-    Raises UserError: the model tells no feature maps, the name is unknown, no map is fine enough.
+    deepest of those two stages with at least half the token grid's side; never a shallower one, which the loss
+    would leave the deep stages out of. `wanted` may name any module of timm's feature_info.
+    Raises UserError: the model tells no feature maps, the name is unknown, no deep map is fine enough.
     """
     maps = _feature_maps(student, image_size)
     name = type(student).__name__
@@ -51,13 +52,14 @@ def find_tap(
     for module, (channels, grid) in deepest_first[:2]:
         if min(grid) >= max(tokens):
             return Tap(module, channels, grid, tokens)
-    for module, (channels, grid) in deepest_first:
+    for module, (channels, grid) in deepest_first[:2]:
         if 2 * min(grid) >= max(tokens):
             return Tap(module, channels, grid, tokens)
     sizes = ", ".join(f"{m} {h}x{w}" for m, (_, (h, w)) in maps.items())
     raise UserError(
-        f"distill.student: at {image_size} px {name} has maps {sizes}; none reaches half of the teacher's "
-        f"{tokens[0]}x{tokens[1]} tokens; set distill.student_kwargs.output_stride or a larger image_size"
+        f"distill.student: at {image_size} px {name} has maps {sizes}; neither of the last two reaches half of "
+        f"the teacher's {tokens[0]}x{tokens[1]} tokens; set distill.student_kwargs.output_stride, or a larger "
+        "image_size"
     )
 
 

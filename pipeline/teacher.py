@@ -44,6 +44,10 @@ class Teach:
             raise ValueError(
                 f"epochs, batch are {self.epochs}, {self.batch}; allowed: epochs >= 0, batch >= 1"
             )
+        if self.lr <= 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"lr, weight_decay are {self.lr}, {self.weight_decay}; allowed: lr > 0, decay >= 0"
+            )
         if self.weights == "scratch" and self.epochs == 0:
             raise ValueError(
                 "epochs is 0 with weights 'scratch': an untrained teacher; raise epochs"
@@ -130,9 +134,10 @@ def check_supported(vit: nn.Module) -> None:
             "allowed: models of timm's VisionTransformer class (vit_*, deit3_*, dinov2)"
         )
     block = vit.blocks[-1]
-    if not isinstance(block, Block) or not isinstance(block.attn, Attention):
+    attn = getattr(block, "attn", None)
+    if not isinstance(block, Block) or not isinstance(attn, Attention):
         raise UserError(
-            f"teach.model: last block is {type(block).__name__} with {type(block.attn).__name__}; "
+            f"teach.model: last block is {type(block).__name__} with {type(attn).__name__}; "
             "allowed: timm's pre-norm Block with Attention; choose another ViT"
         )
 
@@ -215,7 +220,10 @@ def _train(
     preprocess: dict[str, Any],
     log: Callable[[int, int, float], None],
 ) -> None:
-    """AdamW under a one-cycle schedule; the view of image i in epoch e is view e of its geometry."""
+    """AdamW under a one-cycle schedule. The view in epoch e is number -1 - e: what the cache numbers from 0 is
+
+    never what the teacher learned by heart, even at one seed and geometry.
+    """
     rows = prepared.rows("train")
     rows = rows[prepared.labels[rows] >= 0]
     per_epoch = -(-len(rows) // config.batch)
@@ -228,7 +236,7 @@ def _train(
         order = data.permutation(len(rows), config.seed, "teach", epoch)
         chosen = rows[order[position * config.batch : (position + 1) * config.batch]]
         batch = views.view_batch(
-            prepared.images, config.geometry, config.seed, chosen, [epoch] * len(chosen)
+            prepared.images, config.geometry, config.seed, chosen, [-1 - epoch] * len(chosen)
         )
         logits = vit(views.normalise(batch, preprocess))
         loss = F.cross_entropy(

@@ -5,7 +5,7 @@ student is kept. Every draw is a function of (seed, step), so a killed run goes 
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,13 @@ class Distill:
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"methods has {method!r}; {nearest(method, METHODS)}")
-        for name in ("epochs", "batch", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+        for name, least in (("epochs", 1), ("batch", 2), ("checkpoint_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} or more")
+        if self.lr <= 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"lr, weight_decay are {self.lr}, {self.weight_decay}; allowed: lr > 0, decay >= 0"
+            )
         if not 0 < self.labelled_share < 1:
             raise ValueError(f"labelled_share is {self.labelled_share}; allowed: between 0 and 1")
 
@@ -106,7 +110,8 @@ class Batches:
         elif len(shown) == len(rows):
             self.parts = [(Stream(rows, config.seed, "all"), config.batch, True)]
         else:
-            labelled = max(1, round(config.labelled_share * config.batch))
+            share = max(config.labelled_share, len(shown) / len(rows))
+            labelled = min(max(1, round(share * config.batch)), config.batch - 1)
             self.parts = [
                 (Stream(shown, config.seed, "labelled"), labelled, True),
                 (Stream(rows, config.seed, "all"), config.batch - labelled, False),
@@ -150,16 +155,22 @@ class Features:
             with watch.stage("replay"):
                 return self.live(batch)  # type: ignore[no-any-return]
         with watch.stage("read"):
-            x, hashes = self.store.read(self.store.records(rows, ks))
+            x, logits, hashes = self.store.read(self.store.records(rows, ks))
         if step % self.CHECK_EVERY == 0:
             views.check_hashes(batch, hashes, rows)
         with watch.stage("replay"):
-            return self.tail(x)  # type: ignore[no-any-return]
+            replayed: teacher.Tokens = self.tail(x)
+            return replace(replayed, logits=logits)
 
     def space(self) -> TeacherSpace:
         """The dimensions of the teacher's space."""
         kept = {k: self.store.manifest[k] for k in ("h_mean", "h_std")}
         return TeacherSpace.of({"n_heads": self.tail.n_heads, "width": self.tail.width, **kept})
+
+
+def _seed(config: Distill, step: int, stream: str) -> int:
+    """The seed of one named stream of random numbers in one step."""
+    return int(files.digest([config.seed, step, stream])[:15], 16)
 
 
 def learning_rate(config: Distill, step: int, steps: int) -> float:
@@ -186,7 +197,7 @@ class Trainer:
         self.student = models.create(config.student, config.student_kwargs, len(prepared.classes))
         self.preprocess = models.preprocessing(self.student, prepared.image_size)
         taught = bool(TAUGHT & set(METHODS[method]))
-        policy = store.Store(features, prepared, teacher_path)
+        self.policy = policy = store.Store(features, prepared, teacher_path)
         self.geometry, self.view_seed = policy.geometry, policy.seed
         self.features = Features(policy, teacher_path) if taught else None
         self.batches = Batches(config, prepared, taught, policy.views)
@@ -243,17 +254,17 @@ class Trainer:
             batch = views.view_batch(self.prepared.images, self.geometry, self.view_seed, rows, ks)
         taught = self.features.tokens(step, rows, ks, batch, watch) if self.features else None
         # Modules with random numbers of their own (drop-out in the student) draw from this step's seed.
-        torch.manual_seed(config.seed * 1_000_003 + step)
+        torch.manual_seed(_seed(config, step, "student"))
         pixels = batch.float()
         if "trans" in objective.terms:
             with watch.stage("view"):
-                generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+                generator = torch.Generator().manual_seed(_seed(config, step, "trans"))
                 pixels = config.cakd.trans(batch, generator)
         with watch.stage("student"):
             logits = self.student(views.normalise(pixels, self.preprocess))
         feature = self._taps.features.get(objective.tap.module) if objective.tap else None
         done = step / self.batches.steps
-        key = Key(config.seed, torch.from_numpy(rows), step)
+        key = Key(config.seed, torch.from_numpy(self.policy.records(rows, ks)), step)
         found, fake = objective(Step(logits, feature, labels, taught, key, done), watch)
         weights = objective.weights(done)
         total = torch.stack([weights[t] * loss for t, loss in found.items()]).sum()
@@ -265,7 +276,16 @@ class Trainer:
                 group["lr"] = learning_rate(config, step, self.batches.steps)
             self.optimizers["student"].step()
         seen = {term: loss.item() for term, loss in found.items()}
+        self._refuse_divergence(seen, step)
         return seen, taught, fake.detach() if fake is not None else None
+
+    def _refuse_divergence(self, seen: dict[str, float], step: int) -> None:
+        for term, value in seen.items():
+            if not np.isfinite(value):
+                raise UserError(
+                    f"distill {self.method}: {term} is {value} at step {step}: the training diverged; lower "
+                    f"distill.lr (it is {self.config.lr:g}), remove .work/distill, run again"
+                )
 
     def _discriminator_step(self, real: Tensor, fake: Tensor) -> dict[str, float]:
         """Eq. 8 on detached fakes, after the student's backward (decision 11)."""
@@ -297,24 +317,20 @@ def distill(
     trainer = Trainer(config, method, prepared, teacher_path, features)
     recipe = {k: v for k, v in asdict(config).items() if k != "methods"}
     inputs = {"teacher": teacher_path, "features": features / "manifest.json"}
-    made_by = files.provenance(recipe, **inputs) | {
-        "images": prepared.images_sha256,
-        "method": method,
-    }
-    with runtime.work_folder(work, files.digest(made_by)) as folder:
+    made_by = files.provenance(recipe, **inputs) | prepared.made_of() | {"method": method}
+    with runtime.work_folder(work, files.digest([made_by, files.code()])) as folder:
         watch = runtime.Stopwatch()
         _run(trainer, folder / "checkpoint.safetensors", watch)
         figures = _figures(trainer, watch)
         with files.atomic_dir(out) as finished:
             _publish(trainer, finished, made_by)
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     return figures
 
 
 def _run(trainer: Trainer, checkpoint: Path, watch: runtime.Stopwatch) -> None:
     steps, every = trainer.batches.steps, trainer.config.checkpoint_every
-    start, notes = runtime.load_checkpoint(checkpoint, trainer.modules, trainer.optimizers)
-    trainer.curves = notes.get("curves", [])
+    start, logged = runtime.load_checkpoint(checkpoint, trainer.modules, trainer.optimizers)
+    trainer.curves = _from_columns(logged)
     trainer.student.train()
     trainer.objective.train()
     tell = progress.Progress(f"distill {trainer.method}", steps)
@@ -323,13 +339,13 @@ def _run(trainer: Trainer, checkpoint: Path, watch: runtime.Stopwatch) -> None:
             seen = trainer.step(step, watch)
             trainer.curves.append({"step": step, **seen})
             tell(step + 1, **seen)
-            if interrupts.signal or ((step + 1) % every == 0 and step + 1 < steps):
+            if step + 1 < steps and (interrupts.signal or (step + 1) % every == 0):
                 runtime.save_checkpoint(
                     checkpoint,
                     step + 1,
                     trainer.modules,
                     trainer.optimizers,
-                    {"curves": trainer.curves},
+                    _columns(trainer.curves),
                 )
                 interrupts.leave_if_asked(checkpoint)
     trainer.student.eval()
@@ -396,6 +412,17 @@ def _figures(trainer: Trainer, watch: runtime.Stopwatch) -> dict[str, Any]:
         "labels_seen": trainer.batches.labels_seen,
         "curves": _thinned(trainer.curves),
     }
+
+
+def _columns(curves: list[dict[str, float]]) -> dict[str, Tensor]:
+    """One float64 tensor a term over the steps so far, NaN where a step has no such figure."""
+    terms = sorted({t for row in curves for t in row})
+    return {t: torch.tensor([r.get(t, np.nan) for r in curves], dtype=torch.float64) for t in terms}
+
+
+def _from_columns(columns: dict[str, Tensor]) -> list[dict[str, float]]:
+    rows = zip(*(column.tolist() for column in columns.values()))
+    return [{t: v for t, v in zip(columns, row) if not np.isnan(v)} for row in rows]
 
 
 def _thinned(curves: list[dict[str, float]], points: int = 200) -> dict[str, list[list[float]]]:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from exporters import inputs, onnx_file, ort
+from exporters.build import IMAGES
 from exporters.eager import EagerSession
 from exporters.ort import Export
 from exporters.session import Array
 from pipeline import cli, config, files
-from pipeline.data import Prepared, normalised
+from pipeline.data import Prepared, normalised, spread
 from pipeline.device import machine, usable_cores
 from pipeline.errors import UserError
 
@@ -30,21 +30,25 @@ def main(args: argparse.Namespace) -> None:
     prepared = Prepared.open(args.prepared)
     checkpoints = {"student": args.student, "teacher": args.teacher}
     preprocess = agreed(checkpoints, prepared)
+    rows = spread(prepared.rows("val"), params.reference_images)
+    shown = spread(prepared.rows("train"), params.calibration_images)
     with files.atomic_dir(args.out) as folder:
         models = {
             name: export(name, path, folder, params.opset) for name, path in checkpoints.items()
         }
-        x, labels = reference(prepared, preprocess, params.reference_images)
-        logits = {name: eager(path, x) for name, path in checkpoints.items()}
-        np.savez(folder / "reference.npz", x=x, labels=labels, **logits)  # type: ignore[arg-type]
-        shown = pick(prepared.rows("train"), params.calibration_images)
-        np.save(folder / "calibration.npy", normalised(prepared.images[shown], preprocess))
+        held = {"labels": prepared.labels[rows]}
+        for name, path in checkpoints.items():
+            x = normalised(prepared.images[rows], preprocess[name])
+            held |= {IMAGES[name]: x, name: eager(path, x)}  # type: ignore[dict-item]
+        np.savez(folder / "reference.npz", **held)  # type: ignore[arg-type]
+        calibration = normalised(prepared.images[shown], preprocess["student"])
+        np.save(folder / "calibration.npy", calibration)
         document = {
             "schema": SCHEMA,
             "method": params.method,
             "opset": params.opset,
             "models": models,
-            "reference_images": len(x),
+            "reference_images": len(rows),
             "calibration_images": len(shown),
             "machine": machine(),
             "provenance": files.provenance(
@@ -81,8 +85,8 @@ def export(name: str, checkpoint: Path, folder: Path, opset: int) -> dict[str, A
     }
 
 
-def agreed(checkpoints: dict[str, Path], prepared: Prepared) -> dict[str, Any]:
-    """The student's preprocessing, once both models and the images are of one size."""
+def agreed(checkpoints: dict[str, Path], prepared: Prepared) -> dict[str, dict[str, Any]]:
+    """The preprocessing of each model, once both and the images are of one size."""
     from pipeline import models
 
     found = {name: models.describe(path)["preprocess"] for name, path in checkpoints.items()}
@@ -92,24 +96,7 @@ def agreed(checkpoints: dict[str, Path], prepared: Prepared) -> dict[str, Any]:
             f"image size: the student takes {sizes['student']}, the teacher {sizes['teacher']}, "
             f"{prepared.folder} holds {prepared.image_size}; prepare, teach and distill at one size"
         )
-    preprocess: dict[str, Any] = found["student"]
-    return preprocess
-
-
-def reference(
-    prepared: Prepared, preprocess: dict[str, Any], count: int
-) -> tuple[Array, NDArray[np.int64]]:
-    """x (n, 3, S, S) and labels (n,) of the val split, normalised for the student."""
-    rows = pick(prepared.rows("val"), count)
-    return normalised(prepared.images[rows], preprocess), prepared.labels[rows]
-
-
-def pick(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """At most `count` rows, evenly spaced: the index is in class order for image folders."""
-    if len(rows) <= count:
-        return rows
-    chosen: NDArray[np.int64] = rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
-    return chosen
+    return found
 
 
 def eager(checkpoint: Path, x: Array) -> Array:

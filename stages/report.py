@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import cli, config, files, render, report, wording
-from pipeline.errors import GateFailed, UserError
+from pipeline.errors import GateFailed
 
 
 def main(args: argparse.Namespace) -> None:
@@ -21,7 +21,10 @@ def main(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     section = config.load(report.Report, args.params)
     sources = report.Sources(args.accuracy, args.train_perf, args.build, args.bench, args.device)
-    targets, shipped = key(args.params, "bench.enabled"), key(args.params, "export.method")
+    targets, shipped = (
+        config.value("bench.enabled", args.params),
+        config.value("export.method", args.params),
+    )
     summary = report.summarise(sources, targets, shipped, section)
     files.write_json(args.edge_json, summary)
     files.write_json(args.parity, parity(summary))
@@ -68,15 +71,6 @@ def publish(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with files.atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def key(params: Path, name: str) -> Any:
-    """One value of another stage's section: the targets that are enabled, the method that is exported."""
-    section, _, own = name.partition(".")
-    try:
-        return config.read(params)[section][own]
-    except (KeyError, TypeError):
-        raise UserError(f"{params}: no key '{name}'; add it") from None
 
 
 def run_parser() -> argparse.ArgumentParser:

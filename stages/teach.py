@@ -24,7 +24,7 @@ def main(args: argparse.Namespace) -> None:
         models.save(
             folder / "teacher.safetensors",
             vit,
-            description | {"provenance": made_by | {"images": prepared.images_sha256}},
+            description | {"provenance": made_by | prepared.made_of()},
         )
     size = (args.out / "teacher.safetensors").stat().st_size / 1e6
     print(f"{args.out}: {settings.model}, {size:.1f} MB, {description['labels_seen']} labels seen")

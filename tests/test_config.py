@@ -58,6 +58,7 @@ def test_a_section_becomes_its_dataclass_with_yaml_1_2_numbers(tmp_path):
         ("sample: {epoch: 3}", "sample: unknown key 'epoch'; did you mean 'epochs'?"),
         ("sample: {lr: 1}", "sample: key 'epochs' is missing"),
         ("sample: {epochs: 3, lr: fast}", "sample.lr: expected a number, got 'fast'"),
+        ("sample: {epochs: 1, lr: .nan}", "sample.lr: expected a finite number, got nan"),
         ("sample: {epochs: 2.5}", "sample.epochs: expected a whole number, got 2.5"),
         ("sample: {epochs: true}", "sample.epochs: expected a whole number, got True"),
         ("sample: {epochs: -1}", "sample: epochs is -1; allowed: 0 or more"),

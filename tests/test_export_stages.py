@@ -52,7 +52,7 @@ def test_the_reference_is_the_val_split_with_torchs_own_logits(
     assert all((val == image).all(axis=(1, 2, 3)).any() for image in held["x"])
     for model in ("student", "teacher"):
         session = open_session(TARGETS["torch-eager"], exported / f"{model}.safetensors", 1)
-        assert np.abs(inputs.run(session, held["x"]) - held[model]).max() < 1e-5
+        assert np.abs(inputs.run(session, held[builder.IMAGES[model]]) - held[model]).max() < 1e-5
     assert len(set(held["labels"])) == 10
 
 

@@ -29,6 +29,13 @@ def test_trans_is_a_function_of_its_generator_and_stays_in_range():
     assert a.min() >= 0 and a.max() <= 255
 
 
+def test_trans_leaves_contrast_to_the_evaluation():
+    """Shifts only: with noise and patch off, an image's deviation stays what it was where nothing clips."""
+    batch = torch.randint(110, 146, (32, 3, 16, 16), dtype=torch.uint8, generator=generator(9))
+    found = Trans(probability=1, noise=0, patch=0)(batch, generator())
+    torch.testing.assert_close(found.std(dim=(2, 3)), batch.float().std(dim=(2, 3)))
+
+
 def test_trans_with_probability_0_is_the_identity():
     assert torch.equal(Trans(probability=0)(views(), generator()), views().float())
 

@@ -32,13 +32,16 @@ def test_a_float32_record_replays_to_the_live_teachers_tokens(features, prepared
     opened = store.Store(features, prepared, teacher_path)
     rows = prepared.rows("train")[[0, 5, 1296, 640]]
     ks = np.array([1, 0, 1, 1])
-    x, hashes = opened.read(opened.records(rows, ks))
+    x, logits, hashes = opened.read(opened.records(rows, ks))
     batch = views.view_batch(prepared.images, opened.geometry, opened.seed, rows, ks)
     views.check_hashes(batch, hashes, rows)
     errors = store.relative_errors(
         teacher.load_tail(teacher_path)(x), teacher.load(teacher_path)(batch)
     )
     assert max(errors.values()) <= 1e-6
+    torch.testing.assert_close(
+        logits, teacher.load(teacher_path)(batch).logits, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_records_of_one_write_batch_are_bit_identical_to_the_live_teacher(
@@ -128,7 +131,70 @@ def test_a_truncated_and_a_missing_shard_are_named_and_refused(broken, prepared,
         store.Store(broken, prepared, teacher_path)
 
 
-@pytest.mark.parametrize("line", ["teacher", "images", "view_backend", "layout", "torch", "timm"])
+def test_a_store_of_another_split_is_refused(features, prepared, teacher_path):
+    splits = prepared.splits.copy()
+    splits[prepared.rows("test")[0]] = "train"
+    with pytest.raises(UserError, match="stale feature store: order was"):
+        store.Store(features, replace(prepared, splits=splits), teacher_path)
+
+
+def test_shards_of_another_size_are_not_gone_on_with(features, prepared, teacher_path, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(done: int) -> None:
+        if done > 1300:
+            raise Killed
+
+    live = teacher.load(teacher_path)
+    args = (prepared, live, tmp_path / "store", tmp_path / "work")
+    with pytest.raises(Killed):
+        store.write(store.Cache(dtype="float32", views=2, shard_mb=9), *args, kill)
+    manifest = store.write(
+        store.Cache(dtype="float32", views=2, shard_mb=20), *args, lambda _: None
+    )
+    assert manifest["records"] == 2594
+    assert max(store.verify(tmp_path / "store", prepared, teacher_path, 64).values()) <= 1e-6
+
+
+def test_a_full_disk_is_one_line_and_publishes_nothing(
+    prepared, teacher_path, tmp_path, monkeypatch
+):
+    from safetensors import SafetensorError
+
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(UserError, match="No space left on device.*free space"):
+        write(prepared, teacher_path, tmp_path)
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_statistics_of_h_are_taken_over_all_classes(prepared, teacher_path, monkeypatch):
+    seen: list[int] = []
+    exact = views.view_batch
+
+    def spy(images, geometry, seed, rows, ks):
+        seen.extend(rows)
+        return exact(images, geometry, seed, rows, ks)
+
+    order = np.argsort(prepared.labels, kind="stable")  # as an image folder's index is
+    by_class = replace(
+        prepared,
+        images=np.asarray(prepared.images)[order],
+        labels=prepared.labels[order],
+        splits=prepared.splits[order],
+    )
+    monkeypatch.setattr(store.views, "view_batch", spy)
+    live = teacher.load(teacher_path)
+    store._statistics(store.Cache(), by_class, live, by_class.rows("train"))
+    assert len(seen) == 512 and set(by_class.labels[seen]) == set(range(10))
+
+
+@pytest.mark.parametrize(
+    "line", ["teacher", "images", "order", "view_backend", "layout", "torch", "timm"]
+)
 def test_a_stale_store_is_refused_with_the_line_that_differs(line, broken, prepared, teacher_path):
     path = broken / "manifest.json"
     manifest = json.loads(path.read_text())

@@ -30,7 +30,9 @@ def test_a_shallow_map_is_never_taken_because_its_stride_fits():
 
 
 def test_a_student_without_a_fine_enough_map_is_refused_with_its_grids():
-    with pytest.raises(UserError, match=r"layer4 1x1.*none reaches half of the teacher's 64x64"):
+    with pytest.raises(
+        UserError, match=r"layer4 1x1; neither of the last two reaches half of the teacher's 64x64"
+    ):
         find_tap(timm.create_model("resnet18"), 32, (64, 64))
 
 
@@ -40,11 +42,25 @@ def test_an_unknown_tap_is_refused_with_the_maps():
 
 
 @pytest.mark.parametrize(
-    "name", ["mobilenetv3_small_100", "efficientnet_lite0", "repvgg_a0", "convnext_atto"]
+    "name",
+    ["resnet18", "mobilenetv3_small_100", "efficientnet_lite0", "repvgg_a0", "convnext_atto"],
 )
-def test_other_families_have_a_tap_in_their_deep_half(name):
-    tap = find_tap(timm.create_model(name), 64, (4, 4))
-    assert min(tap.grid) >= 2
+def test_the_tap_of_every_family_reaches_two_thirds_of_the_backbones_tensors(name):
+    student = timm.create_model(name, num_classes=0)
+    tap = find_tap(student, 128, (8, 8))
+    with Taps(student, [tap.module]) as taps:
+        student.train()(torch.randn(4, 3, 128, 128))
+        taps.features[tap.module].square().mean().backward()
+    reached = [p.grad is not None for p in student.parameters()]
+    assert sum(reached) >= 0.66 * len(reached)  # 67 % efficientnet_lite0 to 96 % repvgg_a0
+    assert tap.module in [f["module"] for f in student.feature_info][-2:]
+
+
+def test_a_plain_resnet_at_32_px_is_refused_instead_of_tapped_where_little_is_taught():
+    with pytest.raises(
+        UserError, match=r"layer4 1x1; neither of the last two.*8x8 tokens; set .*output_stride"
+    ):
+        find_tap(timm.create_model("resnet18"), 32, (8, 8))
 
 
 def test_the_tap_leaves_the_student_a_plain_timm_model():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,9 +10,13 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
 
-from pipeline import files, methods, models, runtime, store, teacher, training
+from pipeline import files, methods, models, runtime, store, teacher, training, views
 from pipeline.errors import UserError
+from pipeline.kernels.philox import Key
+from pipeline.kernels.reference import attention, dropout, gl_project, heads, swap_masks
 from pipeline.methods import METHODS, CakdConfig
 from pipeline.training import Batches, Distill, Trainer, distill
 from tests.conftest import CNN, ROOT
@@ -66,6 +71,130 @@ def test_each_loss_term_alone_reaches_the_students_backbone(term, make):
         assert sum(backbone) >= 0.8 * len(backbone)
     assert all(p.grad is None for p in trainer.features.tail.parameters())
     assert all(p.grad is None for p in trainer.objective.discriminator.parameters())
+
+
+def test_a_step_computes_every_term_from_its_own_rows_views_masks_and_trans(
+    prepared, teacher_path, make
+):
+    """The whole wiring, done again by hand from (seed, step): rows, views, Trans, swap, drop-out, scales."""
+    config = replace(QUICK, seed=3, cakd=CakdConfig(standardise=True, swap_anneal=True))
+    trainer, step = make("cakd+logits", config), 9
+    student = copy.deepcopy(trainer.student).train()
+    projectors, space = trainer.objective.projectors, trainer.objective.space
+    found = loss_terms(trainer, step)
+
+    rows, ks, labels = trainer.batches(step)
+    batch = views.view_batch(prepared.images, trainer.geometry, trainer.view_seed, rows, ks)
+    taught = teacher.load(teacher_path)(batch)
+    draw = torch.Generator().manual_seed(training._seed(config, step, "trans"))
+    pixels = config.cakd.trans(batch, draw)
+    assert not torch.equal(pixels, batch.float())
+    with training.Taps(student, ["layer4"]) as taps:
+        logits = student(views.normalise(pixels, trainer.preprocess))
+        feature = F.interpolate(taps.features["layer4"], (8, 8), mode="bilinear")
+    records = [list(prepared.rows("train")).index(r) * 2 + k for r, k in zip(rows, ks)]
+    key = Key(3, torch.tensor(records), step)
+    qkv_s, p = projectors["pca"](feature), 0.5 * (1 - step / 21)
+    mixed = torch.where(swap_masks(key, qkv_s.shape, p, "element"), taught.qkv, qkv_s)
+    x = dropout(feature.flatten(2).transpose(1, 2), key, 0.1)
+    gl = projectors["gl"]
+    h_s = gl_project(x, gl.weight, gl.bias, gl.groups)
+    v_s, v_t = qkv_s[:, :, 2].transpose(1, 2), taught.qkv[:, :, 2].transpose(1, 2)
+    expected = {
+        "cross_entropy": F.cross_entropy(logits[:8], labels[:8]),
+        "logits": 16
+        * F.kl_div(
+            (logits / 4).log_softmax(1), (taught.logits / 4).softmax(1), reduction="batchmean"
+        ),
+        "attention": F.mse_loss(attention(*heads(mixed)), attention(*heads(taught.qkv))),
+        "gram": F.mse_loss(v_s @ v_s.mT / 4, v_t @ v_t.mT / 4),
+        "tokens": F.mse_loss(h_s, (taught.h - space.mean) / space.std),
+        "adversarial": -trainer.objective.discriminator(h_s).sigmoid().log().mean(),
+    }
+    assert set(found) == set(expected)
+    for term, value in expected.items():
+        assert found[term].item() == pytest.approx(value.item(), rel=1e-4), term
+
+
+def test_the_step_follows_warm_up_and_schedule(make):
+    trainer = make("cakd")
+    watch = runtime.Stopwatch()
+    for step, moved in ((0, False), (5, True)):
+        trainer._student_step(step, watch)
+        gradient = trainer.objective.projectors["pca"].q.weight.grad
+        assert (gradient.abs().sum() > 0) == moved
+        rate = trainer.optimizers["student"].param_groups[0]["lr"]
+        assert rate == training.learning_rate(QUICK, step, 21)
+
+
+def test_the_discriminator_is_shown_what_the_student_is_held_against(make, monkeypatch):
+    trainer = make("cakd", replace(QUICK, cakd=CakdConfig(standardise=True)))
+    shown = []
+    exact = training.losses.discriminator
+
+    def spy(network, real, fake):
+        shown.append(real)
+        return exact(network, real, fake)
+
+    monkeypatch.setattr(training.losses, "discriminator", spy)
+    trainer.step(0, runtime.Stopwatch())
+    assert shown[0].mean().abs() < 0.2 and shown[0].std() == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("granularity", ["token", "matrix", "none"])
+def test_the_granularity_asked_is_the_one_used(granularity, make, monkeypatch):
+    asked = []
+    exact = methods.ops.pca_loss
+
+    def spy(*args):
+        asked.append(args[3:])
+        return exact(*args)
+
+    monkeypatch.setattr(methods.ops, "pca_loss", spy)
+    loss_terms(make("cakd", replace(QUICK, cakd=CakdConfig(granularity=granularity))))
+    assert asked == [(0.5, granularity, "auto")]
+
+
+def test_unfinished_work_of_other_labels_is_not_gone_on_with(
+    prepared, teacher_path, features, tmp_path, monkeypatch
+):
+    class Killed(Exception):
+        pass
+
+    exact = Trainer.step
+
+    def step(self, number, watch):
+        if number == 12:
+            raise Killed
+        return exact(self, number, watch)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(Killed):
+        run(QUICK, "plain", prepared, teacher_path, features, tmp_path / "killed")
+    monkeypatch.setattr(Trainer, "step", exact)
+    every = replace(prepared, student_label=prepared.splits == "train", index_sha256="other")
+    for folder in ("killed", "whole"):
+        run(QUICK, "plain", every, teacher_path, features, tmp_path / folder)
+    name = "plain/student.safetensors"
+    assert files.sha256(tmp_path / "killed" / name) == files.sha256(tmp_path / "whole" / name)
+
+
+def test_a_diverged_training_is_named_and_publishes_nothing(
+    prepared, teacher_path, features, tmp_path
+):
+    config = replace(QUICK, lr=1e30)
+    with pytest.raises(
+        UserError, match=r"cross_entropy is (nan|inf) at step \d+.*lower distill.lr"
+    ):
+        run(config, "plain", prepared, teacher_path, features, tmp_path)
+    assert not (tmp_path / "plain").exists()
+
+
+def test_a_few_unlabelled_images_do_not_change_the_share_of_labels(prepared):
+    shown = prepared.splits == "train"
+    shown[prepared.rows("train")[0]] = False
+    labels = Batches(QUICK, replace(prepared, student_label=shown), True, 2)(0)[2]
+    assert (labels >= 0).sum() == 63
 
 
 def test_the_students_step_leaves_the_discriminator_alone_and_its_own_step_moves_only_it(make):
@@ -209,8 +338,15 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_bits(
         monkeypatch.setattr(Trainer, "step", step)
         with pytest.raises(Killed):
             run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "killed")
-    monkeypatch.setattr(Trainer, "step", exact)
+    resumed = []
+
+    def watch_step(self, number, watch):
+        resumed.append(number)
+        return exact(self, number, watch)
+
+    monkeypatch.setattr(Trainer, "step", watch_step)
     run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "killed")
+    assert resumed == [20]  # the last checkpoint, not the beginning
     for name in ("student.safetensors", "projectors.safetensors"):
         whole, killed = (tmp_path / k / "cakd+logits" / name for k in ("whole", "killed"))
         assert files.sha256(whole) == files.sha256(killed)
@@ -237,6 +373,9 @@ def test_the_saved_projectors_come_back_as_they_were(prepared, teacher_path, fea
     run(QUICK, "cakd", prepared, teacher_path, features, tmp_path)
     _, description = models.load(tmp_path / "cakd" / "student.safetensors")
     objective = training.load_projectors(tmp_path / "cakd", description)
+    stored = load_file(tmp_path / "cakd" / "projectors.safetensors")
+    found = objective.projectors.state_dict()
+    assert set(found) == set(stored) and all(torch.equal(found[k], stored[k]) for k in stored)
     attended, tokens = objective.projected(torch.randn(2, 24, 4, 4))
     assert attended.shape == (2, 2, 64, 16) and tokens.shape == (2, 64, 32)
 
@@ -253,13 +392,26 @@ def test_learning_rate_warms_up_and_ends_near_zero():
         ({"methods": ("plane",)}, r"methods has 'plane'; did you mean 'plain'\?"),
         ({"epochs": 0}, "epochs is 0; allowed: 1 or more"),
         ({"labelled_share": 1.5}, "labelled_share is 1.5"),
+        ({"lr": -1.0}, "lr, weight_decay are -1.0"),
     ],
 )
 def test_impossible_recipes_are_refused_with_the_value(change, message):
     with pytest.raises(ValueError, match=message):
         replace(QUICK, **change)
-    with pytest.raises(ValueError, match="cakd.swap_p is 2; allowed: 0 to 1"):
-        CakdConfig(swap_p=2)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"swap_p": 2}, "cakd.swap_p is 2; allowed: 0 to 1"),
+        ({"dropout": 1.0}, "cakd.dropout is 1.0; allowed: 0 to below 1"),
+        ({"reduce": 0}, "cakd.reduce is 0; allowed: 1 or more"),
+        ({"discriminator_lr": 0.0}, "cakd.discriminator_lr is 0.0"),
+    ],
+)
+def test_impossible_decisions_are_refused_with_the_value(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        CakdConfig(**kwargs)
 
 
 def test_standardising_brings_the_target_to_unit_scale(make):

@@ -31,6 +31,12 @@ def test_seed_image_and_view_each_change_the_geometry():
         assert not np.array_equal(base, views.parameters(Geometry(), seed, [row], [view]))
 
 
+def test_the_teachers_own_training_views_are_none_of_the_cached_ones():
+    cached = views.parameters(Geometry(), 0, [4] * 50, range(50))
+    own = views.parameters(Geometry(), 0, [4] * 50, [-1 - epoch for epoch in range(50)])
+    assert not {a.tobytes() for a in cached} & {b.tobytes() for b in own}
+
+
 def test_the_whole_image_without_any_freedom_is_itself(images):
     still = Geometry(crop=(1.0, 1.0), aspect=1.0, rotate=0.0, flip=False)
     assert torch.equal(views.view_batch(images, still, 0, range(6), [0] * 6), views.whole(images))
