@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from exporters import engine
 from exporters.bench import Bench, document
 from exporters.measure import Subject, measure
 from exporters.session import TARGETS, Target
@@ -22,9 +23,11 @@ def subject(build: dict[str, Any], args: argparse.Namespace, model: str, threads
     """What build.json says of one model: its artefact, or why there is none."""
     target: Target = TARGETS[args.target]
     made = build["models"].get(model, {"status": "skipped", "reason": "not in build.json"})
-    name = made.get("artefact") or target.artefact.format(model=model)
+    artefact = args.build_dir / (made.get("artefact") or target.artefact.format(model=model))
     skip = made.get("reason") or "not built" if made["status"] == "skipped" else None
-    return Subject(model, args.build_dir / name, target, threads, skip)
+    if target.runtime == "trt" and skip is None:
+        skip = engine.obstacle(engine.read_sidecar(artefact))
+    return Subject(model, artefact, target, threads, skip)
 
 
 def main(args: argparse.Namespace) -> None:
