@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PACKAGES := pipeline exporters stages benchmarks
 
 .DEFAULT_GOAL := help
@@ -23,10 +24,10 @@ repro: $(VENV)/.installed  ## the whole chain on params.yaml; prints where the r
 	@echo "report: $(CURDIR)/reports/index.html (for CI: reports/edge.md)"
 
 test: $(VENV)/.installed  ## the CPU suite, at most 6 minutes on 2 cores
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(VENV)/.installed  ## with the slow and the GPU tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(VENV)/.installed  ## ruff, mypy strict, house tests
 	$(BIN)/ruff format --check $(PACKAGES) tests

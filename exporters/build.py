@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters import engine, inputs, onnx_file, ov, parity, quantize, trt
-from exporters.session import Array, Target, Unavailable, open_session
+from exporters import agreement, engine, inputs, onnx_file, ov, quantize, trt
+from exporters.runtimes import open_session
+from exporters.session import Array, Target, Unavailable
 from pipeline.errors import UserError
 
 BACKENDS = {
@@ -30,7 +31,7 @@ IMAGES = {"student": "x", "teacher": "teacher_x"}  # in reference.npz, each norm
 
 
 @dataclass(frozen=True)
-class Build(parity.Gates):
+class Build(agreement.Gates):
     """`build:` the parity gates, what int8 may cost, and the batches of an engine."""
 
     int8_drop: float = 0.01  # top-1 on the reference images, as a fraction
@@ -139,10 +140,10 @@ def check(
         if target.runtime != "trt":
             raise
         precision = engine.read_sidecar(artefact)["precision"]
-        return parity.skipped(artefact.name, precision, str(error))
+        return agreement.skipped(artefact.name, precision, str(error))
     reference = exported.logits[model]
     got = inputs.run(session, exported.x[model])
-    row = parity.row(artefact, session, reference, got, gates)
+    row = agreement.row(artefact, session, reference, got, gates)
     known = exported.labels >= 0
     if row["precision_effective"] == "int8" and known.any() and np.isfinite(got).all():
         hits = [(y.argmax(axis=1) == exported.labels)[known].mean() for y in (reference, got)]
@@ -169,7 +170,7 @@ def _left_out(
         "seconds": None,
     }
     artefact = target.artefact.format(model=model)
-    return entry, rows or [parity.skipped(artefact, target.precision, reason)]
+    return entry, rows or [agreement.skipped(artefact, target.precision, reason)]
 
 
 def _parts(artefact: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters import onnx_file, parity
+from exporters import agreement, onnx_file
 from exporters.ort import OrtSession
 from exporters.session import Array
 from pipeline.errors import UserError
@@ -34,8 +34,8 @@ def report(a: Path, b: Path, images: Path | None) -> None:
     if not pairs:
         raise UserError(f"--layers: {a} and {b} name no node output alike; compare them whole")
     sessions = OrtSession(a, 1), OrtSession(b, 1)
-    x = parity.pictures(*sessions, images)
-    floor = PARTED_DB[parity.coarsest(*sessions)]
+    x = agreement.pictures(*sessions, images)
+    floor = PARTED_DB[agreement.coarsest(*sessions)]
     batches = {session.input_shape[0] for session in sessions} - {None}
     if len(batches) > 1:
         raise UserError(f"--layers: the batches {batches} are fixed and differ; compare them whole")
@@ -113,5 +113,5 @@ def energies(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float]:
 def decibel(signal: float, noise: float) -> float:
     """SQNR in dB; equal tensors give the largest number, lost ones -inf."""
     if noise == 0:
-        return parity.BIT_EQUAL_DB
+        return agreement.BIT_EQUAL_DB
     return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporters import inputs, metadata, onnx_file, parity, quantize
+from exporters import agreement, inputs, metadata, onnx_file, quantize
 from exporters.quiet import quiet
 from exporters.session import Array, Unavailable, checked_shape
 from pipeline import cli, files
@@ -113,7 +113,7 @@ def _check(model: nn.Module, written: Path, out: Path, size: int) -> dict[str, A
     with torch.inference_mode():
         reference = model(torch.from_numpy(np.concatenate(x))).numpy()
     got = np.concatenate([session.run(part) for part in x])
-    found = parity.row(out, session, reference, got, parity.Gates())
+    found = agreement.row(out, session, reference, got, agreement.Gates())
     if found["verdict"] == "FAIL":
         raise GateFailed(f"{out}: not the checkpoint: {found['reason']}; nothing was written")
     return found
@@ -231,7 +231,7 @@ def convert(source: Path, out: Path, precision: str, calib: Path | None) -> dict
         onnx_file.save(proto, temporary)
         session = OrtSession(temporary, 1)
         a, b = inputs.run(reference, x), inputs.run(session, x)
-        return parity.row(out, session, a, b, parity.Gates())
+        return agreement.row(out, session, a, b, agreement.Gates())
 
 
 def main(args: argparse.Namespace) -> None:
@@ -268,7 +268,7 @@ def _timed(out: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     row = make()
     seconds = time.perf_counter() - start
     line = f"{out}: {out.stat().st_size / 1e6:.2f} MB in {seconds:.1f} s, computes in "
-    return {**row, "line": f"{line}{row['precision_effective']}, {parity.describe(row)}"}
+    return {**row, "line": f"{line}{row['precision_effective']}, {agreement.describe(row)}"}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from exporters import inputs, onnx_file, ort, parity, quantize
+from exporters import agreement, inputs, onnx_file, ort, quantize
 from exporters.session import Array, Unavailable, checked_shape
 from pipeline import cli
 from pipeline.errors import GateFailed, UserError
@@ -134,7 +134,7 @@ def make(source: Path, out: Path, precision: str, calib: Path | None) -> dict[st
         x = inputs.shown(reference)
     session = OvSession(out, 1, "fp32")
     a, b = inputs.run(reference, x), inputs.run(session, x)
-    return parity.row(out, session, a, b, parity.Gates())
+    return agreement.row(out, session, a, b, agreement.Gates())
 
 
 def main(args: argparse.Namespace) -> None:
@@ -154,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - start
         print(
             f"{target}: {size:.2f} MB in {seconds:.1f} s, computes in "
-            f"{row['precision_effective']}, {parity.describe(row)}"
+            f"{row['precision_effective']}, {agreement.describe(row)}"
         )
         failed += [f"{target}: {row['reason']}"] if row["verdict"] == "FAIL" else []
     if failed:

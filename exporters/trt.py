@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters import cuda, engine, inputs, onnx_file, ort, parity, quantize
+from exporters import agreement, cuda, engine, inputs, onnx_file, ort, quantize
 from exporters.session import Array, Unavailable
 from pipeline import cli, files
 from pipeline.errors import GateFailed, UserError
@@ -221,8 +221,8 @@ def _ran(source: Path, plan: Path) -> tuple[str, str]:
     reference = ort.OrtSession(source, 1)
     x = inputs.shown(reference)
     a, b = inputs.run(reference, x), inputs.run(session, x)
-    row = parity.row(plan, session, a, b, parity.Gates())
-    return parity.describe(row), row["verdict"]
+    row = agreement.row(plan, session, a, b, agreement.Gates())
+    return agreement.describe(row), row["verdict"]
 
 
 def show(args: argparse.Namespace) -> None:

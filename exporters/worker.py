@@ -28,7 +28,8 @@ from zipfile import BadZipFile
 import numpy as np
 
 from exporters import inputs
-from exporters.session import TARGETS, Array, Session, Target, open_session
+from exporters.runtimes import open_session
+from exporters.session import TARGETS, Array, Session, Target
 from pipeline import latency
 from pipeline.errors import UserError
 

@@ -19,11 +19,11 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path, top_level: bool = False) -> set[str]:
-    """Our modules that a file imports; with `top_level` only those that load when it is imported."""
+def imports(path: Path) -> set[str]:
+    """Our modules that a file imports anywhere, in its functions too."""
     known = modules()
     found: set[str] = set()
-    for node in _nodes(ast.parse(path.read_text(encoding="utf-8")), top_level):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -34,21 +34,6 @@ def imports(path: Path, top_level: bool = False) -> set[str]:
             parts = name.split(".")
             found |= {p for i in range(len(parts)) if (p := ".".join(parts[: i + 1])) in known}
     return found
-
-
-def _nodes(tree: ast.AST, top_level: bool) -> list[ast.AST]:
-    if not top_level:
-        return list(ast.walk(tree))
-    nodes: list[ast.AST] = []
-    for child in ast.iter_child_nodes(tree):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) or _type_checking(child):
-            continue
-        nodes += [child, *_nodes(child, top_level=True)]
-    return nodes
-
-
-def _type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
 def closure(name: str) -> set[str]:

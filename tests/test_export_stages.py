@@ -16,7 +16,8 @@ import pytest
 from exporters import build as builder
 from exporters import cuda, inputs
 from exporters.build import Build, Exported
-from exporters.session import TARGETS, open_session
+from exporters.runtimes import open_session
+from exporters.session import TARGETS
 from pipeline.data import Prepared, normalised
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

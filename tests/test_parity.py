@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from exporters import layers, onnx_file, parity, quantize
-from exporters.parity import Gates, figures, judge
+from exporters import agreement, layers, onnx_file, quantize
+from exporters.agreement import Gates, figures, judge
 from pipeline.errors import UserError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -25,7 +25,7 @@ def verdict(a: np.ndarray, b: np.ndarray, precision: str = "fp32") -> str:
 
 def test_equal_outputs_pass_with_a_number_json_can_hold() -> None:
     found = figures(LOGITS, LOGITS)
-    assert found["max_abs"] == 0 and found["sqnr_centered_db"] == parity.BIT_EQUAL_DB
+    assert found["max_abs"] == 0 and found["sqnr_centered_db"] == agreement.BIT_EQUAL_DB
     assert verdict(LOGITS, LOGITS) == "PASS"
 
 
@@ -84,9 +84,9 @@ def test_the_gate_is_that_of_the_coarsest_storage_or_arithmetic() -> None:
     def session(effective: str, **notes: str) -> SimpleNamespace:
         return SimpleNamespace(precision_effective=effective, metadata=notes)
 
-    assert parity.coarsest(session("fp32")) == "fp32"
-    assert parity.coarsest(session("fp32", precision="fp16")) == "fp16"
-    assert parity.coarsest(session("fp32"), session("bf16"), session("fp16")) == "bf16"
+    assert agreement.coarsest(session("fp32")) == "fp32"
+    assert agreement.coarsest(session("fp32", precision="fp16")) == "fp16"
+    assert agreement.coarsest(session("fp32"), session("bf16"), session("fp16")) == "bf16"
 
 
 def test_a_checkpoint_and_its_onnx_agree(exported: Path, digits: Path, command: Command) -> None:

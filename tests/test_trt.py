@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 
-from exporters import cuda, engine, inputs, onnx_file, parity, trt
+from exporters import agreement, cuda, engine, inputs, onnx_file, trt
 from exporters.ort import OrtSession
 from exporters.session import Unavailable
 from pipeline.errors import UserError
@@ -175,4 +175,4 @@ def test_an_engine_agrees_with_its_onnx(precision: str, exported: Path, tmp_path
     session = trt.TrtSession(plan)
     x = np.load(exported / "reference.npz")["x"]
     a, b = inputs.run(OrtSession(source, 1), x), inputs.run(session, x)
-    assert parity.row(plan, session, a, b, parity.Gates())["verdict"] == "PASS"
+    assert agreement.row(plan, session, a, b, agreement.Gates())["verdict"] == "PASS"
