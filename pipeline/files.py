@@ -129,8 +129,8 @@ def digest(value: Any) -> str:
 
 def code() -> str:
     """Hex SHA-256 over the library's source: unfinished work of other code is not gone on with."""
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
-    return digest({path.name: sha256(path) for path in sources})
+    root = Path(__file__).parent
+    return digest({str(path.relative_to(root)): sha256(path) for path in root.rglob("*.py")})
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:

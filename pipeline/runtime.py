@@ -157,15 +157,8 @@ class Stopwatch:
         self.steps.append({})
 
 
-def pick_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of this process so far, in MB: allocated on the GPU, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process so far, in MB."""
     import resource
 
     scale = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes on Linux

@@ -61,16 +61,23 @@ def fingerprint(
 ) -> dict[str, Any]:
     """Every line that decides what the records hold; a store is usable only where all of them agree."""
     return {
-        "teacher": teacher_description["weights_sha256"],
-        "images": prepared.images_sha256,
-        "order": _order(prepared),
-        "view_backend": views.BACKEND,
+        **_surroundings(prepared, teacher_description),
         "geometry": {
             k: list(v) if isinstance(v, tuple) else v for k, v in asdict(cache.geometry).items()
         },
         "views": cache.views,
         "seed": cache.seed,
         "dtype": cache.dtype,
+    }
+
+
+def _surroundings(prepared: data.Prepared, teacher_description: dict[str, Any]) -> dict[str, Any]:
+    """The lines of a fingerprint that a reader can hold against what stands here now."""
+    return {
+        "teacher": teacher_description["weights_sha256"],
+        "images": prepared.images_sha256,
+        "order": _order(prepared),
+        "view_backend": views.BACKEND,
         "layout": LAYOUT,
         "torch": files.versions()["torch"],
         "timm": files.versions()["timm"],
@@ -332,16 +339,7 @@ def _refuse_stale(
     folder: Path, marks: dict[str, Any], prepared: data.Prepared, description: dict[str, Any]
 ) -> None:
     """Raise UserError with the one line of the fingerprint that differs from what stands here now."""
-    now = {
-        "teacher": description["weights_sha256"],
-        "images": prepared.images_sha256,
-        "order": _order(prepared),
-        "view_backend": views.BACKEND,
-        "layout": LAYOUT,
-        "torch": files.versions()["torch"],
-        "timm": files.versions()["timm"],
-    }
-    for line, value in now.items():
+    for line, value in _surroundings(prepared, description).items():
         if marks.get(line) != value:
             raise UserError(
                 f"{folder}: stale feature store: {line} was {marks.get(line)}, is {value}; run cache again"

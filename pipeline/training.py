@@ -406,7 +406,7 @@ def _figures(trainer: Trainer, watch: runtime.Stopwatch) -> dict[str, Any]:
         "img_per_s": {"median": statistics.median(rates), "iqr": quartiles[2] - quartiles[0]},
         "stage_ms": stage_ms,
         "stall_fraction": waiting / sum(totals),
-        "peak_mb": runtime.peak_memory_mb(runtime.pick_device()),
+        "peak_mb": runtime.peak_memory_mb(),
         "steps": trainer.batches.steps,
         "batch": trainer.config.batch,
         "labels_seen": trainer.batches.labels_seen,

@@ -100,3 +100,14 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         cli.run(main, argparse.ArgumentParser(), [])
+
+
+@pytest.mark.parametrize("name", ["__init__.py", "kernels/__init__.py", "kernels/ops.py"])
+def test_the_code_digest_covers_every_source_of_the_library(name, monkeypatch):
+    before, exact = files.code(), files.sha256
+    monkeypatch.setattr(
+        files,
+        "sha256",
+        lambda path: "edited" if str(path).endswith(f"pipeline/{name}") else exact(path),
+    )
+    assert files.code() != before

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,14 +52,4 @@ def pca_loss(
     return PCA_LOSSES[name](qkv_s, qkv_t, key, p, granularity)
 
 
-def gl_mse(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    target: Tensor,
-    groups: Sequence[Sequence[int]],
-    dropout_p: float,
-    key: Key,
-) -> tuple[Tensor, Tensor]:
-    """Eq. 5 and 6; see `reference.gl_mse`, the only implementation yet."""
-    return reference.gl_mse(x, weight, bias, target, groups, dropout_p, key)
+gl_mse = reference.gl_mse  # eq. 5 and 6: one implementation yet
