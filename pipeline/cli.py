@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -11,6 +14,14 @@ from typing import NoReturn
 from pipeline.errors import GateFailed, UserError
 
 DONE, BUG, USER_MISTAKE, GATE = 0, 1, 2, 3
+PLACE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+}  # no fault of the program
+PR_SET_PDEATHSIG = 1
 
 
 def run(
@@ -22,20 +33,32 @@ def run(
     args = parser.parse_args(argv)
     try:
         main(args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         _say(parser, error)
         sys.exit(USER_MISTAKE)
     except GateFailed as error:
         _say(parser, error)
         sys.exit(GATE)
+    except OSError as error:
+        if error.errno not in PLACE:
+            raise
+        where = error.filename or "writing"
+        _say(parser, f"{where}: {error.strerror}; free space or choose a writable place, run again")
+        sys.exit(USER_MISTAKE)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(DONE)
 
 
-def _say(parser: argparse.ArgumentParser, error: Exception) -> None:
+def die_with_parent() -> None:
+    """Ask Linux to terminate this process when its parent dies: a killed dvc leaves no orphan behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _say(parser: argparse.ArgumentParser, error: Exception | str) -> None:
     line = " ".join(str(error).split())
     print(f"{parser.prog}: error: {line}", file=sys.stderr)

@@ -18,5 +18,6 @@ def nearest(got: object, allowed: Iterable[str]) -> str:
     """`allowed: a, b, c` with `did you mean 'b'?` in front where one of them is close to `got`."""
     names = list(allowed)
     close = difflib.get_close_matches(str(got), names, n=1, cutoff=0.6)
+    close = close or [name for name in names if got and name.startswith(str(got))]
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}allowed: {', '.join(names) if names else 'nothing'}"

@@ -139,7 +139,7 @@ def accuracy(
     rows = prepared.rows(config.split)
     rows = rows[prepared.labels[rows] >= 0]
     images, labels = prepared.images[rows], torch.from_numpy(prepared.labels[rows])
-    ids = tuple(prepared.ids[r] for r in rows)
+    ids = tuple(prepared.sha256[r] for r in rows)
     by_kind = {
         kind: predict(model, noisy(images, ids, kind, config.seed), preprocess, config.batch)
         for kind in NOISE

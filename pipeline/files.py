@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -15,6 +16,12 @@ from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # no locks on this system: what a killed run left stays
+    fcntl = None  # type: ignore[assignment]
+
+PARTIAL = ".partial"  # the end of every unfinished name; git and DVC ignore it
 PACKAGES = ("torch", "timm", "numpy", "pillow", "safetensors")
 
 
@@ -23,10 +30,11 @@ def atomic(path: Path | str) -> Iterator[Path]:
     """Yield a temporary sibling; on success fsync it and rename it onto `path`, on failure remove it."""
     path = Path(path)
     _make_parent(path)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(fd)
+    sweep(path)
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
     temporary = Path(name)
     try:
+        _lock(fd)
         yield temporary
         temporary.chmod(0o644)
         with temporary.open("rb+") as f:
@@ -34,6 +42,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(fd)
 
 
 @contextmanager
@@ -41,25 +50,58 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
     """Yield a temporary sibling folder; on success it takes the place of `path`, which is never half-written."""
     path = Path(path)
     _make_parent(path)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    sweep(path)
+    temporary = _sibling(path)
+    fd = os.open(temporary, os.O_RDONLY)
     try:
+        _lock(fd)
         yield temporary
         temporary.chmod(0o755)
         publish(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(fd)
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed runs left half-written beside `path`; what a live process holds stays."""
+    for litter in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+        try:
+            fd = os.open(litter, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            _lock(fd)
+            if litter.is_dir():
+                shutil.rmtree(litter, ignore_errors=True)
+            else:
+                litter.unlink(missing_ok=True)
+        except OSError:
+            continue
+        finally:
+            os.close(fd)
+
+
+def _lock(fd: int) -> None:
+    """Hold an open file or folder while `fd` is open. Raises OSError: another process holds it."""
+    if fcntl is not None:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _sibling(path: Path) -> Path:
+    return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL))
 
 
 def publish(folder: Path, path: Path) -> None:
     """Rename a finished `folder` onto `path`. What stood there goes aside first: for a moment `path` is absent."""
     _make_parent(path)
     if folder.stat().st_dev != path.parent.stat().st_dev:
-        near = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        near = _sibling(path)
         shutil.copytree(folder, near, dirs_exist_ok=True)
         shutil.rmtree(folder)
         folder = near
     if path.exists():
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+        old = _sibling(path)
         path.replace(old / "was")
         folder.replace(path)
         shutil.rmtree(old, ignore_errors=True)

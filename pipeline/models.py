@@ -17,27 +17,43 @@ from pipeline import files
 from pipeline.errors import UserError, nearest
 
 SCHEMA = "cakd.model/1"
+KEYS = {"teach": "teach.model", "distill": "distill.student"}  # section -> key of the model's name
 
 
 def create(
-    name: str, kwargs: dict[str, Any], num_classes: int, pretrained: bool = False
+    name: str,
+    kwargs: dict[str, Any],
+    num_classes: int,
+    section: str = "model",
+    pretrained: bool = False,
 ) -> nn.Module:
-    """`timm.create_model` with the mistakes of a user told in one line.
+    """`timm.create_model` with the mistakes of a user told in one line; `section` of params.yaml names the model.
 
     Raises UserError: unknown name, no pretrained weights to be had, kwargs the model refuses.
     """
     if not timm.is_model(name):
-        raise UserError(f"model: timm {timm.__version__} has no model {name!r}; {_similar(name)}")
+        raise UserError(
+            f"{KEYS.get(section, section)}: timm {timm.__version__} has no model {name!r}; {_similar(name)}"
+        )
     try:
         model: nn.Module = timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, **kwargs
         )
     except Exception as error:  # timm raises whatever the constructor or the hub raised
-        what = "weights: pretrained" if pretrained else "kwargs"
+        where = KEYS.get(section, section)
+        if pretrained:
+            raise UserError(
+                f"{where}: no pretrained weights of {name} to be had ({_first_line(error)}); check the network, "
+                "or give a .safetensors file, or scratch, as teach.weights"
+            ) from error
         raise UserError(
-            f"model {name}: timm refused {what} {kwargs}: {error}; correct it"
+            f"{where}: timm refused {kwargs} for {name}: {_first_line(error)}; correct {section} kwargs"
         ) from error
     return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _similar(name: str) -> str:
@@ -65,9 +81,12 @@ def save(path: Path, model: nn.Module, description: dict[str, Any]) -> None:
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     # One metadata key only: safetensors writes several in no fixed order, and same seed = same bytes.
     note = {"cakd": json.dumps({k: description[k] for k in ("model", "kwargs")}, sort_keys=True)}
-    with files.atomic(path) as temporary:
-        save_file(state, temporary, metadata=note)
-        weights = files.sha256(temporary)
+    try:
+        with files.atomic(path) as temporary:
+            save_file(state, temporary, metadata=note)
+            weights = files.sha256(temporary)
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot write ({error}); free space, then run again") from None
     files.write_json(
         path.with_suffix(".json"), {"schema": SCHEMA, **description, "weights_sha256": weights}
     )

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
-import os
+import math
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline import files
+from pipeline import files, progress
 from pipeline.errors import UserError
 
-PR_SET_PDEATHSIG = 1
+PATIENCE = 10.0  # seconds a killed predecessor gets to save and leave
 
 
 @contextmanager
@@ -30,27 +30,28 @@ def work_folder(root: Path, fingerprint: str) -> Iterator[Path]:
     """The folder of one run's unfinished work, `root/<fingerprint>`, locked against a second writer.
 
     Removed when the body ends well, kept when it does not. The lock stands beside it and is never removed.
-    Raises UserError: another process holds it.
+    Raises UserError: another process holds it and does not leave within PATIENCE seconds.
     """
     folder = root / fingerprint[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    if "DVC_STAGE" in os.environ:
-        die_with_parent()
     with folder.with_suffix(".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is writing it; wait for it or stop it, then run again"
-            ) from None
+        until = time.monotonic() + PATIENCE
+        while not _locked(lock):
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{folder}: another process is writing it; wait for it or stop it, then run again"
+                )
+            time.sleep(0.1)
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def die_with_parent() -> None:
-    """Ask Linux to terminate this process when its parent dies: a killed dvc leaves no orphan training."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def _locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Interrupts:
@@ -78,6 +79,66 @@ class Interrupts:
                 file=sys.stderr,
             )
             sys.exit(128 + self.signal)
+
+
+Figures = dict[str, float]
+
+
+def run_steps(
+    name: str,
+    steps: int,
+    every: int,
+    checkpoint: Path,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    step: Callable[[int], Figures],
+) -> list[Figures]:
+    """Call `step(i)` for i up to `steps`, going on after the last checkpoint; the figures of every step.
+
+    Saves every `every` steps, and before it leaves on SIGINT or SIGTERM. A step must draw its random numbers from
+    its own number alone: then a killed run ends in the same bits. `name` begins with the section of params.yaml.
+    Raises UserError: a figure that is not finite, a damaged checkpoint, disk full.
+    """
+    start, logged = load_checkpoint(checkpoint, modules, optimizers)
+    curves = _from_columns(logged)
+    for module in modules.values():
+        module.train()
+    tell = progress.Progress(name, steps)
+    with Interrupts() as interrupts:
+        for i in range(start, steps):
+            seen = step(i)
+            _refuse_divergence(name, i, seen)
+            curves.append({"step": i, **seen})
+            tell(i + 1, **seen)
+            if i + 1 < steps and (interrupts.signal or (i + 1) % every == 0):
+                save_checkpoint(checkpoint, i + 1, modules, optimizers, _columns(curves))
+                interrupts.leave_if_asked(checkpoint)
+    for module in modules.values():
+        module.eval()
+    return curves
+
+
+def _refuse_divergence(name: str, step: int, seen: Figures) -> None:
+    for term, value in seen.items():
+        if not math.isfinite(value):
+            section = name.split()[0]
+            raise UserError(
+                f"{name}: {term} is {value} at step {step}: the training diverged; lower {section}.lr, remove "
+                f".work/{section}, run again"
+            )
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 5 % of the steps, then cosine to 0."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def step_seed(seed: int, step: int, stream: str) -> int:
+    """The seed of one named stream of random numbers in one step."""
+    return int(files.digest([seed, step, stream])[:15], 16)
 
 
 def save_checkpoint(
@@ -132,6 +193,18 @@ def load_checkpoint(
             state.setdefault(int(index), {})[what] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return step, _below(tensors, "logged/")
+
+
+def _columns(curves: list[Figures]) -> dict[str, Tensor]:
+    """One float64 tensor a term over the steps so far, NaN where a step has no such figure."""
+    terms = sorted({t for row in curves for t in row})
+    nan = math.nan
+    return {t: torch.tensor([r.get(t, nan) for r in curves], dtype=torch.float64) for t in terms}
+
+
+def _from_columns(columns: Mapping[str, Tensor]) -> list[Figures]:
+    rows = zip(*(column.tolist() for column in columns.values()))
+    return [{t: v for t, v in zip(columns, row) if not math.isnan(v)} for row in rows]
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

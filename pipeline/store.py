@@ -109,7 +109,13 @@ def write(
     with runtime.work_folder(work, files.digest(unfinished)) as folder:
         shards: list[dict[str, Any]] = []
         if cache.mode == "on":
-            shards = _write_shards(cache, prepared, live, rows, folder, progress)
+            with runtime.Interrupts() as interrupts:
+
+                def told(done: int) -> None:
+                    progress(done)
+                    interrupts.leave_if_asked(folder)
+
+                shards = _write_shards(cache, prepared, live, rows, folder, told)
         manifest = _manifest(cache, prepared, live, marks, rows, shards)
         (folder / "store").mkdir(exist_ok=True)
         files.write_json(folder / "store" / "manifest.json", manifest)

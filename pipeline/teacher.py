@@ -6,8 +6,7 @@ Q, K, V, h and the logits are all functions of x_L (B, P+N, D), the input of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +15,11 @@ from safetensors import safe_open
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from pipeline import data, models, views
+from pipeline import models, views
 from pipeline.errors import UserError
 
 TRUNK = ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre", "patch_drop", "pos_drop")
-
-
-@dataclass(frozen=True)
-class Teach:
-    """`teach:` which ViT, from which weights, trained how."""
-
-    model: str
-    weights: str = "scratch"  # scratch | pretrained | a path to safetensors
-    kwargs: dict[str, Any] = field(default_factory=dict)  # timm's: img_size, patch_size, depth, ...
-    epochs: int = 30  # 0 uses the weights as they are
-    batch: int = 64
-    lr: float = 2e-3  # peak of the one-cycle schedule
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.0
-    geometry: views.Geometry = views.Geometry()  # its training views
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.epochs < 0 or self.batch < 1:
-            raise ValueError(
-                f"epochs, batch are {self.epochs}, {self.batch}; allowed: epochs >= 0, batch >= 1"
-            )
-        if self.lr <= 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"lr, weight_decay are {self.lr}, {self.weight_decay}; allowed: lr > 0, decay >= 0"
-            )
-        if self.weights == "scratch" and self.epochs == 0:
-            raise ValueError(
-                "epochs is 0 with weights 'scratch': an untrained teacher; raise epochs"
-            )
 
 
 @dataclass(frozen=True)
@@ -174,78 +142,3 @@ def token_grid(vit: Any) -> tuple[int, int]:
     """Height and width of the patch grid."""
     rows, columns = vit.patch_embed.grid_size
     return int(rows), int(columns)
-
-
-def teach(
-    config: Teach, prepared: data.Prepared, log: Callable[[int, int, float], None]
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the ViT, train or fine-tune it on every label of train, return it with its description.
-
-    Raises UserError: unknown model, no replayable last block, a grid that does not fit the image size.
-    """
-    torch.manual_seed(config.seed)
-    classes = prepared.classes
-    vit = models.create(
-        config.model, config.kwargs, len(classes), pretrained=config.weights == "pretrained"
-    )
-    check_supported(vit)
-    expected = tuple(vit.patch_embed.img_size)  # type: ignore[union-attr,arg-type]
-    if expected != (prepared.image_size,) * 2:
-        raise UserError(
-            f"teach.model: {config.model} takes {expected[0]} px, the prepared images are {prepared.image_size} "
-            f"px; set teach.kwargs.img_size or prepare.image_size"
-        )
-    if config.weights not in ("scratch", "pretrained"):
-        models.load_weights(vit, Path(config.weights))
-    description: dict[str, Any] = {
-        "role": "teacher",
-        "model": config.model,
-        "kwargs": config.kwargs,
-        "num_classes": len(classes),
-        "classes": list(classes),
-        "preprocess": models.preprocessing(vit, prepared.image_size),
-        "grid": token_grid(vit),
-        "labels_seen": int((prepared.labels[prepared.rows("train")] >= 0).sum()),
-        "seed": config.seed,
-    }
-    if config.epochs:
-        _train(vit, config, prepared, description["preprocess"], log)
-    return vit.eval(), description
-
-
-def _train(
-    vit: nn.Module,
-    config: Teach,
-    prepared: data.Prepared,
-    preprocess: dict[str, Any],
-    log: Callable[[int, int, float], None],
-) -> None:
-    """AdamW under a one-cycle schedule. The view in epoch e is number -1 - e: what the cache numbers from 0 is
-
-    never what the teacher learned by heart, even at one seed and geometry.
-    """
-    rows = prepared.rows("train")
-    rows = rows[prepared.labels[rows] >= 0]
-    per_epoch = -(-len(rows) // config.batch)
-    steps = config.epochs * per_epoch
-    optimizer = torch.optim.AdamW(vit.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
-    vit.train()
-    for step in range(steps):
-        epoch, position = divmod(step, per_epoch)
-        order = data.permutation(len(rows), config.seed, "teach", epoch)
-        chosen = rows[order[position * config.batch : (position + 1) * config.batch]]
-        batch = views.view_batch(
-            prepared.images, config.geometry, config.seed, chosen, [-1 - epoch] * len(chosen)
-        )
-        logits = vit(views.normalise(batch, preprocess))
-        loss = F.cross_entropy(
-            logits,
-            torch.from_numpy(prepared.labels[chosen]),
-            label_smoothing=config.label_smoothing,
-        )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        log(step + 1, steps, loss.item())

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline import config as configs
-from pipeline import data, files, losses, models, progress, runtime, store, teacher, views
+from pipeline import data, files, losses, models, runtime, store, teacher, views
 from pipeline.errors import UserError, nearest
 from pipeline.kernels.philox import Key
 from pipeline.methods import (
@@ -168,19 +168,6 @@ class Features:
         return TeacherSpace.of({"n_heads": self.tail.n_heads, "width": self.tail.width, **kept})
 
 
-def _seed(config: Distill, step: int, stream: str) -> int:
-    """The seed of one named stream of random numbers in one step."""
-    return int(files.digest([config.seed, step, stream])[:15], 16)
-
-
-def learning_rate(config: Distill, step: int, steps: int) -> float:
-    """Linear warm-up over 5 % of the steps, then cosine to 0."""
-    warm = max(1, steps // 20)
-    if step < warm:
-        return config.lr * (step + 1) / warm
-    return config.lr * 0.5 * (1 + float(np.cos(np.pi * (step - warm) / max(1, steps - warm))))
-
-
 class Trainer:
     """One student, one method: everything a step needs, and the step."""
 
@@ -194,7 +181,9 @@ class Trainer:
     ) -> None:
         torch.manual_seed(config.seed)
         self.config, self.method, self.prepared = config, method, prepared
-        self.student = models.create(config.student, config.student_kwargs, len(prepared.classes))
+        self.student = models.create(
+            config.student, config.student_kwargs, len(prepared.classes), "distill"
+        )
         self.preprocess = models.preprocessing(self.student, prepared.image_size)
         taught = bool(TAUGHT & set(METHODS[method]))
         self.policy = policy = store.Store(features, prepared, teacher_path)
@@ -211,7 +200,6 @@ class Trainer:
         self.objective = Objective(method, config.logits, config.cakd, tap, space)
         self._taps = Taps(self.student, [tap.module] if tap else [])
         self.optimizers = self._make_optimizers()
-        self.curves: list[dict[str, float]] = []
 
     def _make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         config = self.config
@@ -254,11 +242,13 @@ class Trainer:
             batch = views.view_batch(self.prepared.images, self.geometry, self.view_seed, rows, ks)
         taught = self.features.tokens(step, rows, ks, batch, watch) if self.features else None
         # Modules with random numbers of their own (drop-out in the student) draw from this step's seed.
-        torch.manual_seed(_seed(config, step, "student"))
+        torch.manual_seed(runtime.step_seed(config.seed, step, "student"))
         pixels = batch.float()
         if "trans" in objective.terms:
             with watch.stage("view"):
-                generator = torch.Generator().manual_seed(_seed(config, step, "trans"))
+                generator = torch.Generator().manual_seed(
+                    runtime.step_seed(config.seed, step, "trans")
+                )
                 pixels = config.cakd.trans(batch, generator)
         with watch.stage("student"):
             logits = self.student(views.normalise(pixels, self.preprocess))
@@ -273,19 +263,10 @@ class Trainer:
             total.backward()
         with watch.stage("optimizer"):
             for group in self.optimizers["student"].param_groups:
-                group["lr"] = learning_rate(config, step, self.batches.steps)
+                group["lr"] = runtime.learning_rate(step, self.batches.steps, config.lr)
             self.optimizers["student"].step()
         seen = {term: loss.item() for term, loss in found.items()}
-        self._refuse_divergence(seen, step)
         return seen, taught, fake.detach() if fake is not None else None
-
-    def _refuse_divergence(self, seen: dict[str, float], step: int) -> None:
-        for term, value in seen.items():
-            if not np.isfinite(value):
-                raise UserError(
-                    f"distill {self.method}: {term} is {value} at step {step}: the training diverged; lower "
-                    f"distill.lr (it is {self.config.lr:g}), remove .work/distill, run again"
-                )
 
     def _discriminator_step(self, real: Tensor, fake: Tensor) -> dict[str, float]:
         """Eq. 8 on detached fakes, after the student's backward (decision 11)."""
@@ -320,36 +301,19 @@ def distill(
     made_by = files.provenance(recipe, **inputs) | prepared.made_of() | {"method": method}
     with runtime.work_folder(work, files.digest([made_by, files.code()])) as folder:
         watch = runtime.Stopwatch()
-        _run(trainer, folder / "checkpoint.safetensors", watch)
-        figures = _figures(trainer, watch)
+        curves = runtime.run_steps(
+            f"distill {method}",
+            trainer.batches.steps,
+            config.checkpoint_every,
+            folder / "checkpoint.safetensors",
+            trainer.modules,
+            trainer.optimizers,
+            lambda step: trainer.step(step, watch),
+        )
+        figures = _figures(trainer, watch, curves)
         with files.atomic_dir(out) as finished:
             _publish(trainer, finished, made_by)
     return figures
-
-
-def _run(trainer: Trainer, checkpoint: Path, watch: runtime.Stopwatch) -> None:
-    steps, every = trainer.batches.steps, trainer.config.checkpoint_every
-    start, logged = runtime.load_checkpoint(checkpoint, trainer.modules, trainer.optimizers)
-    trainer.curves = _from_columns(logged)
-    trainer.student.train()
-    trainer.objective.train()
-    tell = progress.Progress(f"distill {trainer.method}", steps)
-    with runtime.Interrupts() as interrupts:
-        for step in range(start, steps):
-            seen = trainer.step(step, watch)
-            trainer.curves.append({"step": step, **seen})
-            tell(step + 1, **seen)
-            if step + 1 < steps and (interrupts.signal or (step + 1) % every == 0):
-                runtime.save_checkpoint(
-                    checkpoint,
-                    step + 1,
-                    trainer.modules,
-                    trainer.optimizers,
-                    _columns(trainer.curves),
-                )
-                interrupts.leave_if_asked(checkpoint)
-    trainer.student.eval()
-    trainer.objective.eval()
 
 
 def _publish(trainer: Trainer, folder: Path, made_by: dict[str, Any]) -> None:
@@ -392,7 +356,9 @@ def load_projectors(folder: Path, description: dict[str, Any]) -> Objective | No
     return objective.eval()
 
 
-def _figures(trainer: Trainer, watch: runtime.Stopwatch) -> dict[str, Any]:
+def _figures(
+    trainer: Trainer, watch: runtime.Stopwatch, curves: list[runtime.Figures]
+) -> dict[str, Any]:
     """Speed and curves of one training, as train/<method>.json holds them."""
     timed = [s for s in watch.steps if s][2:] or [s for s in watch.steps if s]
     totals = [sum(s.values()) for s in timed] or [float("nan")]
@@ -410,19 +376,8 @@ def _figures(trainer: Trainer, watch: runtime.Stopwatch) -> dict[str, Any]:
         "steps": trainer.batches.steps,
         "batch": trainer.config.batch,
         "labels_seen": trainer.batches.labels_seen,
-        "curves": _thinned(trainer.curves),
+        "curves": _thinned(curves),
     }
-
-
-def _columns(curves: list[dict[str, float]]) -> dict[str, Tensor]:
-    """One float64 tensor a term over the steps so far, NaN where a step has no such figure."""
-    terms = sorted({t for row in curves for t in row})
-    return {t: torch.tensor([r.get(t, np.nan) for r in curves], dtype=torch.float64) for t in terms}
-
-
-def _from_columns(columns: dict[str, Tensor]) -> list[dict[str, float]]:
-    rows = zip(*(column.tolist() for column in columns.values()))
-    return [{t: v for t, v in zip(columns, row) if not np.isnan(v)} for row in rows]
 
 
 def _thinned(curves: list[dict[str, float]], points: int = 200) -> dict[str, list[list[float]]]:

@@ -1,1 +1,10 @@
-"""One thin file per DVC stage: paths in, paths out, one section of params.yaml, one call."""
+"""One thin file a DVC stage: paths in, paths out, one section of params, one call."""
+
+import os
+
+from pipeline import cli
+
+if (
+    "DVC_STAGE" in os.environ
+):  # before the slow imports, so that a killed dvc leaves no stage behind
+    cli.die_with_parent()

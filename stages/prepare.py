@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipeline import cli, config, data
+from pipeline import cli, config, prepare
 
 
 def main(args: argparse.Namespace) -> None:
     """Prepare the images of params.yaml's `prepare:`."""
-    index = data.prepare(config.load(data.Prepare, args.params), args.out)
+    index = prepare.prepare(config.load(prepare.Prepare, args.params), args.out)
     counts = ", ".join(f"{n} {split}" for split, n in index["counts"].items())
+    notes = [*index["notes"], *prepare.remarks(index)]
     print(
         f"{args.out}: {counts}; {len(index['classes'])} classes, {index['image_size']} px; the student sees "
-        f"{index['student_labels']} of {index['labelled_train']} training labels"
+        f"{index['student_labels']} of {index['labelled_train']} training labels",
+        *notes,
+        sep="\n  ",
     )
 
 

@@ -5,27 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipeline import cli, config, data, files, models, progress, teacher
+from pipeline import cli, config, data, teaching
 
 
 def main(args: argparse.Namespace) -> None:
     """Make the teacher of params.yaml's `teach:`."""
-    settings = config.load(teacher.Teach, args.params)
+    settings = config.load(teaching.Teach, args.params)
     prepared = data.Prepared.open(args.prepared)
-    bar = progress.Progress("teach", 0)
-
-    def log(step: int, steps: int, loss: float) -> None:
-        bar.total = steps
-        bar(step, loss=loss)
-
-    vit, description = teacher.teach(settings, prepared, log)
-    made_by = files.provenance(settings.__dict__ | {"geometry": settings.geometry.__dict__})
-    with files.atomic_dir(args.out) as folder:
-        models.save(
-            folder / "teacher.safetensors",
-            vit,
-            description | {"provenance": made_by | prepared.made_of()},
-        )
+    description = teaching.teach(settings, prepared, args.out, args.work)
     size = (args.out / "teacher.safetensors").stat().st_size / 1e6
     print(f"{args.out}: {settings.model}, {size:.1f} MB, {description['labels_seen']} labels seen")
 
@@ -34,5 +21,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="stages.teach", description=__doc__)
     parser.add_argument("prepared", type=Path, help="the prepared folder")
     parser.add_argument("out", type=Path, help="the teacher's folder to write")
+    parser.add_argument("--work", type=Path, default=Path(".work/teach"), help="unfinished work")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     cli.run(main, parser)

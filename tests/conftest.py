@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import Prepare, Prepared, prepare
+from pipeline.data import Prepared
+from pipeline.prepare import Prepare, prepare
 
 ROOT = Path(__file__).parents[1]
 VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -33,13 +34,12 @@ def prepared(digits: Path) -> Prepared:
 @pytest.fixture(scope="session")
 def teacher_path(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ViT of width 32 after two epochs on the digits: its features react to its input."""
-    from pipeline import models, teacher
+    from pipeline import teaching
 
-    config = teacher.Teach("vit_tiny_patch16_224", kwargs=VIT, epochs=2)
-    vit, description = teacher.teach(config, prepared, lambda *_: None)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    models.save(path, vit, description)
-    return path
+    config = teaching.Teach("vit_tiny_patch16_224", kwargs=VIT, epochs=2)
+    folder = tmp_path_factory.mktemp("teacher")
+    teaching.teach(config, prepared, folder / "teacher", folder / "work")
+    return folder / "teacher" / "teacher.safetensors"
 
 
 @pytest.fixture(scope="session")

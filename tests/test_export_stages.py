@@ -78,7 +78,7 @@ def test_export_json_holds_the_figures_of_the_hard_gates(exported: Path) -> None
 def test_images_of_another_size_than_the_models_are_exit_2(
     exported: Path, tmp_path: Path, command: Command
 ) -> None:
-    from pipeline.data import Prepare, prepare
+    from pipeline.prepare import Prepare, prepare
 
     other = tmp_path / "prepared"
     prepare(Prepare("digits", image_size=16, val=20, test=20), other)

@@ -13,6 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests.house import FLOORS, ROOT
+from tests.test_schemas import problems
 
 TINY = {
     "teach": {"epochs": 1},
@@ -76,6 +77,18 @@ def test_the_chain_ends_in_a_report_with_a_row_for_every_target(house):
     keys = {"img_per_s", "stage_ms", "stall_fraction", "peak_mb"}
     perf = json.loads((house / "reports" / "train_perf.json").read_text())
     assert all(keys <= set(m) for m in perf["methods"].values())
+
+
+def test_every_json_of_the_run_is_what_its_schema_says(house):
+    own = ("cakd.prepared/", "cakd.source/", "cakd.plan/")  # read by their writers alone
+    made = {
+        path.relative_to(house).as_posix(): json.loads(path.read_text())
+        for folder in ("artifacts", "data", "reports")
+        for path in (house / folder).rglob("*.json")
+    }
+    judged = {name: d for name, d in made.items() if not d["schema"].startswith(own)}
+    assert {"artifacts/export/export.json", "data/features/manifest.json"} < set(judged)
+    assert {name: found for name, d in judged.items() if (found := problems(d))} == {}
 
 
 def test_a_second_repro_runs_nothing_but_the_look_at_the_device(house):

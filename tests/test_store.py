@@ -100,7 +100,11 @@ def test_a_killed_write_goes_on_and_gives_the_same_bytes(
     assert {n: (out / n).stat().st_mtime_ns for n in kept} == kept
 
 
-def test_a_second_writer_of_the_same_store_is_refused(prepared, teacher_path, tmp_path):
+def test_a_second_writer_of_the_same_store_is_refused(
+    prepared, teacher_path, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(store.runtime, "PATIENCE", 0.0)
+
     def intrude(_: int) -> None:
         with pytest.raises(UserError, match="another process is writing it"):
             write(prepared, teacher_path, tmp_path)

@@ -106,32 +106,11 @@ def test_a_teacher_without_global_attention_is_refused_by_name():
         teacher.check_supported(swin)
 
 
-def test_a_grid_that_does_not_fit_the_images_is_refused_with_both_sizes(prepared):
-    config = teacher.Teach("vit_tiny_patch16_224", kwargs=VIT | {"img_size": 64})
-    with pytest.raises(UserError, match="takes 64 px, the prepared images are 32 px"):
-        teacher.teach(config, prepared, lambda *_: None)
-
-
 def test_a_misspelt_model_is_refused_with_the_nearest_names():
     with pytest.raises(
         UserError, match="no model 'vit_tinny_patch16_224'; nearest: vit_tiny_patch16_224"
     ):
         models.create("vit_tinny_patch16_224", {}, 10)
-
-
-def test_a_pickle_is_never_loaded_as_weights(tmp_path, prepared):
-    path = tmp_path / "weights.pth"
-    torch.save({"a": torch.zeros(1)}, path)
-    config = teacher.Teach("vit_tiny_patch16_224", weights=str(path), kwargs=VIT)
-    with pytest.raises(UserError, match="not a safetensors file.*never loaded"):
-        teacher.teach(config, prepared, lambda *_: None)
-
-
-def test_given_weights_are_used_as_they_are_when_epochs_is_0(teacher_path, prepared):
-    config = teacher.Teach("vit_tiny_patch16_224", weights=str(teacher_path), kwargs=VIT, epochs=0)
-    vit, _ = teacher.teach(config, prepared, lambda *_: None)
-    for name, value in models.load(teacher_path)[0].state_dict().items():
-        assert torch.equal(vit.state_dict()[name], value)
 
 
 def test_a_checkpoint_that_was_swapped_for_another_is_refused(tmp_path):

@@ -86,7 +86,7 @@ def test_a_step_computes_every_term_from_its_own_rows_views_masks_and_trans(
     rows, ks, labels = trainer.batches(step)
     batch = views.view_batch(prepared.images, trainer.geometry, trainer.view_seed, rows, ks)
     taught = teacher.load(teacher_path)(batch)
-    draw = torch.Generator().manual_seed(training._seed(config, step, "trans"))
+    draw = torch.Generator().manual_seed(runtime.step_seed(3, step, "trans"))
     pixels = config.cakd.trans(batch, draw)
     assert not torch.equal(pixels, batch.float())
     with training.Taps(student, ["layer4"]) as taps:
@@ -124,7 +124,7 @@ def test_the_step_follows_warm_up_and_schedule(make):
         gradient = trainer.objective.projectors["pca"].q.weight.grad
         assert (gradient.abs().sum() > 0) == moved
         rate = trainer.optimizers["student"].param_groups[0]["lr"]
-        assert rate == training.learning_rate(QUICK, step, 21)
+        assert rate == runtime.learning_rate(step, 21, QUICK.lr)
 
 
 def test_the_discriminator_is_shown_what_the_student_is_held_against(make, monkeypatch):
@@ -381,7 +381,7 @@ def test_the_saved_projectors_come_back_as_they_were(prepared, teacher_path, fea
 
 
 def test_learning_rate_warms_up_and_ends_near_zero():
-    rates = [training.learning_rate(QUICK, step, 400) for step in range(400)]
+    rates = [runtime.learning_rate(step, 400, QUICK.lr) for step in range(400)]
     assert rates[0] == pytest.approx(QUICK.lr / 20) and max(rates) == QUICK.lr
     assert rates[-1] < QUICK.lr / 1000 and rates[19] == pytest.approx(QUICK.lr)
 

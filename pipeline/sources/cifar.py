@@ -1,0 +1,165 @@
+"""The original Python archives of CIFAR-10 and -100 (Krizhevsky, 2009), packed or not; nothing is executed."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.errors import UserError, nearest
+from pipeline.sources import unpickle
+from pipeline.sources.sample import Found, Sample, existing
+
+WHAT = "cifar-10-python.tar.gz, cifar-100-python.tar.gz, or the folder one of them unpacks to"
+SIDE = 32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one archive names its members: split -> files, the file of names, label key -> key of its names."""
+
+    folder: str
+    files: dict[str | None, tuple[str, ...]]
+    meta: str
+    names: dict[str, str]
+
+
+LAYOUTS = (
+    Layout(
+        "cifar-10-batches-py",
+        {None: tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)},
+        "batches.meta",
+        {"labels": "label_names"},
+    ),
+    Layout(
+        "cifar-100-python",
+        {None: ("train",), "test": ("test",)},
+        "meta",
+        {"fine_labels": "fine_label_names", "coarse_labels": "coarse_label_names"},
+    ),
+)
+
+
+def read(path: str | None, label_column: str | None) -> Found:
+    """The train and the test split. `label_column` of CIFAR-100: `fine_labels` (the default) or `coarse_labels`.
+
+    Raises UserError: no such archive, a member missing or damaged, a pickle that names anything but arrays.
+    """
+    root = existing("cifar", path, WHAT)
+    layout, member = _folder(root) if root.is_dir() else _archive(root)
+    column = label_column or next(iter(layout.names))
+    if column not in layout.names:
+        raise UserError(
+            f"prepare.label_column: got {column!r}; {nearest(column, layout.names)}, or null for the first"
+        )
+    meta = unpickle.loads(member(layout.meta), f"{root}: {layout.meta}")
+    classes = _texts(_of(meta, layout.names[column], f"{root}: {layout.meta}"))
+    samples: list[Sample] = []
+    for split, names in layout.files.items():
+        for name in names:
+            batch = unpickle.loads(member(name), f"{root}: {name}")
+            samples += _samples(batch, column, split, f"{root}: {name}", len(classes))
+    others = [n for n in layout.names if n != column]
+    notes = [f"labels: {column} (prepare.label_column: also {', '.join(others)})"] if others else []
+    return Found(classes, samples, notes)
+
+
+Member = Callable[[str], bytes]
+
+
+def _folder(root: Path) -> tuple[Layout, Member]:
+    for layout in LAYOUTS:
+        for folder in (root / layout.folder, root):
+            if (folder / layout.meta).is_file():
+                return layout, partial(_read_file, folder)
+    raise UserError(
+        f"prepare.path: {root} holds no batches.meta (CIFAR-10) and no meta (CIFAR-100); give {WHAT}"
+    )
+
+
+def _read_file(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{folder / name}: {error.strerror}; unpack the whole archive again"
+        ) from None
+
+
+def _archive(path: Path) -> tuple[Layout, Member]:
+    """Members are read in memory, by name: nothing of the archive is written to the disk."""
+    try:
+        with tarfile.open(path) as tar:
+            there = {m.name: m for m in tar.getmembers() if m.isfile()}
+            wanted = {f"{layout.folder}/{layout.meta}": layout for layout in LAYOUTS}
+            layout = next((wanted[n] for n in there if n in wanted), None)
+            if layout is None:
+                shown = ", ".join(sorted(there)[:3]) or "nothing"
+                raise UserError(f"prepare.path: {path} holds {shown}; give {WHAT}")
+            inside = f"{layout.folder}/"
+            held = {
+                name.removeprefix(inside): _extracted(tar, m)
+                for name, m in there.items()
+                if name.startswith(inside)
+            }
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(
+            f"{path}: not a readable archive ({error}); give {WHAT}, or fetch it again"
+        ) from None
+
+    def member(name: str) -> bytes:
+        if name not in held:
+            raise UserError(f"{path}: {inside}{name} is missing; fetch the archive again")
+        return held[name]
+
+    return layout, member
+
+
+def _extracted(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    stream = tar.extractfile(member)
+    assert stream is not None
+    return stream.read()
+
+
+def _of(batch: Any, key: str, origin: str) -> Any:
+    if not isinstance(batch, dict) or key not in batch:
+        keys = ", ".join(map(str, batch)) if isinstance(batch, dict) else type(batch).__name__
+        raise UserError(f"{origin}: no {key!r} in it, got {keys}; fetch the archive again")
+    return batch[key]
+
+
+def _texts(names: list[Any]) -> list[str]:
+    return [n.decode() if isinstance(n, bytes) else str(n) for n in names]
+
+
+def _samples(
+    batch: Any, column: str, split: str | None, origin: str, n_classes: int
+) -> list[Sample]:
+    """One batch: `data` (n, 3072) uint8, rows of 1,024 red, green and blue values."""
+    pixels, labels = _of(batch, "data", origin), _of(batch, column, origin)
+    names = _texts(batch.get("filenames", range(len(labels))))
+    shape = pixels.shape if isinstance(pixels, np.ndarray) else type(pixels).__name__
+    if shape != (len(labels), 3 * SIDE * SIDE) or len(names) != len(labels):
+        raise UserError(
+            f"{origin}: data is {shape} for {len(labels)} labels; expected ({len(labels)}, 3072); fetch it again"
+        )
+    pictures = pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
+    samples = []
+    for name, picture, label in zip(names, pictures, labels):
+        if not (isinstance(label, int) and 0 <= label < n_classes):
+            raise UserError(
+                f"{origin}: label {label!r} of {name}; allowed: 0 to {n_classes - 1}; fetch it again"
+            )
+        read = partial(_picture, picture)
+        samples.append(Sample(f"{origin.rpartition(': ')[2]}/{name}", read, label, split))
+    return samples
+
+
+def _picture(pixels: Any) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(pixels))

@@ -1,0 +1,146 @@
+"""Making the teacher: a timm ViT from its weights, trained or fine-tuned on every label; killed, it goes on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline import data, files, models, runtime, views
+from pipeline.errors import UserError
+from pipeline.teacher import check_supported, token_grid
+
+
+@dataclass(frozen=True)
+class Teach:
+    """`teach:` which ViT, from which weights, trained how."""
+
+    model: str
+    weights: str = "scratch"  # scratch | pretrained | a path to safetensors
+    kwargs: dict[str, Any] = field(default_factory=dict)  # timm's: img_size, patch_size, depth, ...
+    epochs: int = 30  # 0 uses the weights as they are
+    batch: int = 64
+    lr: float = 2e-3  # peak; linear warm-up over 5 % of the steps, then cosine to 0
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.0
+    geometry: views.Geometry = views.Geometry()  # its training views
+    seed: int = 0
+    checkpoint_every: int = 200  # steps
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 0), ("batch", 1), ("checkpoint_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} or more")
+        if self.lr <= 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"lr, weight_decay are {self.lr}, {self.weight_decay}; allowed: lr > 0, decay >= 0"
+            )
+        if self.weights == "scratch" and self.epochs == 0:
+            raise ValueError(
+                "epochs is 0 with weights 'scratch': an untrained teacher; raise epochs"
+            )
+
+
+def teach(config: Teach, prepared: data.Prepared, out: Path, work: Path) -> dict[str, Any]:
+    """Build the ViT, train it on every label of train, publish it at `out`; its description.
+
+    Resumes from the last checkpoint in `work`.
+    Raises UserError: unknown model, no replayable last block, a grid that does not fit the image size, a
+    training that diverged.
+    """
+    torch.manual_seed(config.seed)
+    vit, described = _build(config, prepared)
+    made_by = files.provenance(asdict(config), **_given(config)) | prepared.made_of()
+    with runtime.work_folder(work, files.digest([made_by, files.code()])) as folder:
+        if config.epochs:
+            _train(vit, config, prepared, described["preprocess"], folder)
+        with files.atomic_dir(out) as finished:
+            path = finished / "teacher.safetensors"
+            models.save(path, vit.eval(), described | {"provenance": made_by})
+    return described
+
+
+def _given(config: Teach) -> dict[str, Path]:
+    """The file the weights come from, where there is one."""
+    if config.weights in ("scratch", "pretrained"):
+        return {}
+    path = Path(config.weights)
+    if not path.is_file():
+        raise UserError(
+            f"teach.weights: {path} is no file; allowed: scratch, pretrained, or a .safetensors file"
+        )
+    return {"weights": path}
+
+
+def _build(config: Teach, prepared: data.Prepared) -> tuple[nn.Module, dict[str, Any]]:
+    """The ViT with its first weights, and the description that rebuilds it."""
+    classes = prepared.classes
+    vit = models.create(
+        config.model, config.kwargs, len(classes), "teach", config.weights == "pretrained"
+    )
+    check_supported(vit)
+    expected = tuple(vit.patch_embed.img_size)  # type: ignore[union-attr,arg-type]
+    if expected != (prepared.image_size,) * 2:
+        raise UserError(
+            f"teach.model: {config.model} takes {expected[0]} px, the prepared images are {prepared.image_size} "
+            f"px; set teach.kwargs.img_size or prepare.image_size"
+        )
+    for path in _given(config).values():
+        models.load_weights(vit, path)
+    return vit, {
+        "role": "teacher",
+        "model": config.model,
+        "kwargs": config.kwargs,
+        "num_classes": len(classes),
+        "classes": list(classes),
+        "preprocess": models.preprocessing(vit, prepared.image_size),
+        "grid": token_grid(vit),
+        "labels_seen": int((prepared.labels[prepared.rows("train")] >= 0).sum()),
+        "seed": config.seed,
+    }
+
+
+def _train(
+    vit: nn.Module,
+    config: Teach,
+    prepared: data.Prepared,
+    preprocess: dict[str, Any],
+    folder: Path,
+) -> None:
+    """AdamW. The view in epoch e is number -1 - e: what the cache numbers from 0 is never what the teacher
+
+    learned by heart, even at one seed and geometry.
+    """
+    rows = prepared.rows("train")
+    rows = rows[prepared.labels[rows] >= 0]
+    per_epoch = -(-len(rows) // config.batch)
+    steps = config.epochs * per_epoch
+    optimizer = torch.optim.AdamW(vit.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+
+    def step(number: int) -> runtime.Figures:
+        epoch, position = divmod(number, per_epoch)
+        order = data.permutation(len(rows), config.seed, "teach", epoch)
+        chosen = rows[order[position * config.batch : (position + 1) * config.batch]]
+        batch = views.view_batch(
+            prepared.images, config.geometry, config.seed, chosen, [-1 - epoch] * len(chosen)
+        )
+        torch.manual_seed(runtime.step_seed(config.seed, number, "teach"))  # for drop-out
+        loss = F.cross_entropy(
+            vit(views.normalise(batch, preprocess)),
+            torch.from_numpy(prepared.labels[chosen]),
+            label_smoothing=config.label_smoothing,
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = runtime.learning_rate(number, steps, config.lr)
+        optimizer.step()
+        return {"loss": loss.item()}
+
+    checkpoint = folder / "checkpoint.safetensors"
+    every = config.checkpoint_every
+    runtime.run_steps("teach", steps, every, checkpoint, {"vit": vit}, {"adamw": optimizer}, step)

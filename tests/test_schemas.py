@@ -1,0 +1,263 @@
+"""The schemas of docs/schemas: valid, true of every report file, refusing one that lost a key of the contract."""
+
+from __future__ import annotations
+
+import copy
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from referencing import Registry, Resource
+
+from exporters import bench, measure
+from pipeline import latency
+from pipeline.errors import GateFailed
+from stages import build, device
+
+ROOT = Path(__file__).parents[1]
+BASE = "https://cakd-edge.invalid/schemas/"  # a name, never fetched: `.invalid` cannot resolve
+SCHEMAS = {
+    path.name.removesuffix(".schema.json"): json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((ROOT / "docs" / "schemas").iterdir())
+}
+FILES = {name: schema for name, schema in SCHEMAS.items() if name != "common"}
+REGISTRY = Registry().with_resources(
+    (schema["$id"], Resource.from_contents(schema)) for schema in SCHEMAS.values()
+)
+REPORTS = sorted((ROOT / "reports").rglob("*.json"))
+CONDITIONS = ("if", "then", "else", "anyOf")  # they repeat properties to bound them, not to tell
+
+FIGURES = "top1 top5 nll ece n"
+LATENCY = (
+    "model threads batch status reason precision_requested precision_effective "
+    "wall_ms cpu_ms load_ms first_ms size_mb rss_mb flags"
+)
+PARITY = (
+    "artifact runtime precision_effective max_abs rel_between_std sqnr_centered_db "
+    "top1_agreement verdict"
+)
+TRAINING = "img_per_s stage_ms stall_fraction peak_mb"
+STAGE_MS = "read view replay student projector adversarial optimizer"
+FILE = "schema machine provenance"
+# File -> object in it ("" is the file itself) -> the keys that others read and that are never renamed.
+CONTRACT = {
+    "accuracy.json": {
+        "": f"{FILE} models",
+        "models": "teacher",
+        "models.teacher": "clean noisy params macs seed",
+        "models.cakd+logits": "clean noisy params macs seed",
+        "models.cakd.clean": FIGURES,
+        "models.cakd.noisy": FIGURES,
+    },
+    "parity.json": {"": f"{FILE} rows", "rows.0": f"{PARITY} target"},
+    "build/parity.json": {"": f"{FILE} target rows", "rows.0": PARITY},
+    "bench/ort-fp32.json": {
+        "": f"{FILE} target rows",
+        "rows.0": LATENCY,
+        "rows.0.wall_ms": "p50 p90 p99 min n",
+        "rows.0.cpu_ms": "p50",
+    },
+    "against.json": {
+        "": f"{FILE} target rows verdict ratio",
+        "rows.1": LATENCY,
+        "ratio": "median ci_low ci_high tol",
+    },
+    "train/cakd.json": {
+        "": f"{FILE} {TRAINING}",
+        "img_per_s": "median iqr",
+        "stage_ms": STAGE_MS,
+    },
+    "train_perf.json": {
+        "": f"{FILE} methods",
+        "methods.plain": TRAINING,
+        "methods.cakd.img_per_s": "median iqr",
+        "methods.cakd.stage_ms": STAGE_MS,
+    },
+    "device.json": {"": FILE},
+    "edge.json": {"": FILE},
+    "build/build.json": {"": FILE},
+    "export.json": {"": FILE},
+    "manifest.json": {
+        "": "schema provenance bytes_per_view views records dtype layout fingerprint error",
+        "error": "q k v h logits",
+    },
+}
+WRONG = {  # file -> (where, a value that must be refused)
+    "accuracy.json": [("schema", "cakd.accuracy/0"), ("models.cakd.clean.top1", 98.3)],
+    "parity.json": [
+        ("rows.0.verdict", "pass"),
+        ("rows.0.top1_agreement", 100.0),
+        ("rows.0.sqnr_centered_db", None),
+    ],
+    "bench/ort-fp32.json": [
+        ("rows.0.status", "ok"),
+        ("rows.0.status", "skipped"),
+        ("rows.0.wall_ms.p50", None),
+        ("rows.0.precision_effective", None),
+        ("rows.0.flags", "NOISY"),
+        ("rows", []),
+        ("machine.cores.usable", 0),
+        ("provenance.inputs.build", "build.json"),
+    ],
+    "bench.json": [("rows.1.reason", None), ("rows.1.reason", ""), ("rows.1.wall_ms.p50", 0.1)],
+    "against.json": [("verdict", "MAYBE"), ("ratio.median", "1.0"), ("rows.0.status", "skipped")],
+    "train/cakd.json": [
+        ("stall_fraction", 4.1),
+        ("stage_ms.projector", None),
+        ("curves.gram", [1]),
+    ],
+    "edge.json": [("verdict.status", "FAIL"), ("budgets.0.value", None), ("models.cakd.points", 1)],
+    "build/build.json": [("models.student.artefact", None), ("models.student.status", "skipped")],
+    "manifest.json": [("mode", "off"), ("shards", []), ("fingerprint.teacher", "vit")],
+    "teacher.json": [("role", "pupil"), ("preprocess.mean", [0.5]), ("weights_sha256", "")],
+}
+
+
+def problems(document: dict[str, Any]) -> list[str]:
+    """What a report file has against the schema that its `schema` field names."""
+    named = {s["properties"]["schema"]["const"]: s for s in FILES.values()}
+    if document.get("schema") not in named:
+        return [f"schema is {document.get('schema')!r}; docs/schemas has {', '.join(named)}"]
+    validator = Draft202012Validator(named[document["schema"]], registry=REGISTRY)
+    return [f"{e.json_path}: {e.message[:200]}" for e in validator.iter_errors(document)]
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.fixture(scope="session")
+def made(
+    exported: Path, teacher_path: Path, features: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """Files that the code wrote just now, by name; the committed reports beside them."""
+    folder = tmp_path_factory.mktemp("made")
+    params = folder / "params.yaml"
+    params.write_text("build: {}\n")
+    device.main(Namespace(out=folder / "device.json"))
+    args = Namespace(export_dir=exported, out=folder / "build", target="ort-fp32", params=params)
+    build.main(args)
+    student = exported / "student.onnx"
+    run_bench(student, "--threads", "1,4096", "--json", folder / "bench.json")
+    run_bench(student, "--self-test", "--json", folder / "against.json")
+    committed = {path.relative_to(ROOT / "reports").as_posix(): path for path in REPORTS}
+    fresh = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.json")}
+    beside = {
+        "manifest.json": features / "manifest.json",
+        "teacher.json": teacher_path.with_suffix(".json"),
+        "export.json": exported / "export.json",
+        "student.json": exported / "student.json",
+    }
+    return {name: read(path) for name, path in (committed | fresh | beside).items()}
+
+
+def run_bench(*argv: object) -> None:
+    """exporters.bench at its quickest: what it finds does not matter here, a failed self-test neither."""
+    with pytest.MonkeyPatch.context() as patch, suppress(GateFailed):
+        patch.setattr(measure, "PROCESSES", 1)
+        patch.setattr(measure, "COMPARE_ROUNDS", 2)
+        patch.setattr(latency, "BLOCK_SECONDS", 0.02)
+        quick = ("--rounds", "2", "--seconds", "0.1")
+        bench.main(bench.parser().parse_args([str(a) for a in (*argv, *quick)]))
+
+
+def parent_of(document: Any, path: str) -> tuple[Any, Any]:
+    """The object or list that holds the last part of a dotted path, and that part."""
+    *above, last = (int(part) if part.isdigit() else part for part in path.split("."))
+    for part in above:
+        document = document[part]
+    return document, last
+
+
+def untold(schema: Any, where: str) -> Iterator[str]:
+    """Properties without a description, conditions apart."""
+    if isinstance(schema, list):
+        for part in schema:
+            yield from untold(part, where)
+    if not isinstance(schema, dict):
+        return
+    for name, value in schema.get("properties", {}).items():
+        if not value.get("description"):
+            yield f"{where}.{name}"
+    for key, value in schema.items():
+        if key not in CONDITIONS:
+            yield from untold(value, f"{where}.{key}")
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_schema_is_valid_named_after_its_file_and_tells_every_property(name: str) -> None:
+    schema = SCHEMAS[name]
+    Draft202012Validator.check_schema(schema)
+    assert schema["$id"] == f"{BASE}{name}.schema.json"
+    assert schema["title"] and schema["description"]
+    assert not list(untold(schema, name))
+    if name in FILES:
+        assert schema["properties"]["schema"]["const"].split("/")[0] == f"cakd.{name}"
+        assert "schema" in schema["required"]
+
+
+def test_every_reference_between_the_schemas_resolves() -> None:
+    def references(part: Any) -> Iterator[str]:
+        if isinstance(part, dict):
+            yield from [part["$ref"]] if "$ref" in part else []
+            part = list(part.values())
+        for value in part if isinstance(part, list) else []:
+            yield from references(value)
+
+    for schema in SCHEMAS.values():
+        resolver = REGISTRY.resolver(base_uri=schema["$id"])
+        for reference in references(schema):
+            resolver.lookup(reference)
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_a_committed_report_is_what_its_schema_says(path: Path) -> None:
+    assert problems(read(path)) == []
+
+
+def test_what_the_code_writes_is_what_the_schemas_say(made: dict[str, dict[str, Any]]) -> None:
+    assert {name: found for name, d in made.items() if (found := problems(d))} == {}
+    assert [row["status"] for row in made["bench.json"]["rows"]] == ["measured", "skipped"]
+    assert {d["schema"].split("/")[0] for d in made.values()} == {f"cakd.{name}" for name in FILES}
+
+
+@pytest.mark.parametrize(
+    ("file", "path"),
+    [
+        (file, f"{where}.{key}".lstrip("."))
+        for file, objects in CONTRACT.items()
+        for where, keys in objects.items()
+        for key in keys.split()
+    ],
+)
+def test_a_file_without_a_key_of_the_contract_is_refused(
+    file: str, path: str, made: dict[str, dict[str, Any]]
+) -> None:
+    document = copy.deepcopy(made[file])
+    parent, key = parent_of(document, path)
+    del parent[key]
+    assert problems(document)
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value"),
+    [(file, path, value) for file, wrong in WRONG.items() for path, value in wrong],
+)
+def test_a_file_with_a_wrong_value_is_refused(
+    file: str, path: str, value: Any, made: dict[str, dict[str, Any]]
+) -> None:
+    document = copy.deepcopy(made[file])
+    parent, key = parent_of(document, path)
+    parent[key] = value
+    assert problems(document)
+
+
+def test_a_file_may_say_more_than_its_schema(made: dict[str, dict[str, Any]]) -> None:
+    for document in made.values():
+        assert problems({**document, "added_later": 1}) == []

@@ -1,0 +1,118 @@
+"""The teacher is trained on every label, and a killed training goes on to the same bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeline import files, models, runtime, teaching
+from pipeline.errors import UserError
+from pipeline.teaching import Teach
+from tests.conftest import VIT
+
+QUICK = Teach("vit_tiny_patch16_224", kwargs=VIT | {"drop_path_rate": 0.2}, epochs=1, batch=128)
+STEPS = 11  # of 1,297 images
+
+
+def teach(config, prepared, folder):
+    return teaching.teach(config, prepared, folder / "teacher", folder / "work")
+
+
+def test_a_training_killed_at_any_step_goes_on_to_the_same_bits(prepared, tmp_path, monkeypatch):
+    """With drop-path: random numbers of the model's own must come from the step too."""
+    config = replace(QUICK, checkpoint_every=2)
+    described = teach(config, prepared, tmp_path / "whole")
+    assert described["labels_seen"] == 1297
+
+    class Killed(Exception):
+        pass
+
+    exact, seen, doomed = runtime.step_seed, [], [9, 3]
+
+    def killing(seed, step, stream):
+        seen.append(step)
+        if step in doomed[-1:]:
+            raise Killed
+        return exact(seed, step, stream)
+
+    monkeypatch.setattr(runtime, "step_seed", killing)
+    while doomed:
+        with pytest.raises(Killed):
+            teach(config, prepared, tmp_path / "killed")
+        doomed.pop()
+    seen.clear()
+    teach(config, prepared, tmp_path / "killed")
+    assert seen == list(range(8, STEPS))  # from the last checkpoint, not from the beginning
+    for name in ("teacher.safetensors", "teacher.json"):
+        whole, killed = (tmp_path / k / "teacher" / name for k in ("whole", "killed"))
+        assert files.sha256(whole) == files.sha256(killed)
+    assert not list((tmp_path / "killed" / "work").glob("*/"))
+
+
+def test_unfinished_work_of_another_recipe_is_not_gone_on_with(prepared, tmp_path, monkeypatch):
+    config = replace(QUICK, checkpoint_every=2)
+
+    def stop(step, *_):
+        if step == 5:
+            raise KeyboardInterrupt
+        return 1e-3
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime, "learning_rate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            teach(config, prepared, tmp_path)
+    seen = []
+    exact = runtime.learning_rate
+    monkeypatch.setattr(runtime, "learning_rate", lambda *a: seen.append(a[0]) or exact(*a))
+    teach(replace(config, lr=1e-3), prepared, tmp_path)
+    assert seen[0] == 0
+
+
+def test_a_training_that_diverges_is_stopped_and_publishes_nothing(prepared, tmp_path):
+    config = replace(QUICK, lr=1e30, weight_decay=0.0)
+    with pytest.raises(UserError, match=r"teach: loss is .* at step \d+.*lower teach.lr"):
+        teach(config, prepared, tmp_path)
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_a_grid_that_does_not_fit_the_images_is_refused_with_both_sizes(prepared, tmp_path):
+    config = replace(QUICK, kwargs=VIT | {"img_size": 64})
+    with pytest.raises(UserError, match="takes 64 px, the prepared images are 32 px"):
+        teach(config, prepared, tmp_path)
+
+
+def test_a_pickle_is_never_loaded_as_weights(tmp_path, prepared):
+    path = tmp_path / "weights.pth"
+    torch.save({"a": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="not a safetensors file.*never loaded"):
+        teach(replace(QUICK, kwargs=VIT, weights=str(path)), prepared, tmp_path)
+
+
+def test_weights_that_are_not_there_are_named(prepared, tmp_path):
+    with pytest.raises(UserError, match="teach.weights: scrach is no file; allowed: scratch"):
+        teach(replace(QUICK, weights="scrach"), prepared, tmp_path)
+
+
+def test_given_weights_are_used_as_they_are_when_epochs_is_0(teacher_path, prepared, tmp_path):
+    teach(replace(QUICK, kwargs=VIT, weights=str(teacher_path), epochs=0), prepared, tmp_path)
+    given, ours = (
+        models.load(p)[0].state_dict()
+        for p in (teacher_path, tmp_path / "teacher" / "teacher.safetensors")
+    )
+    assert all(torch.equal(given[name], ours[name]) for name in given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": -1}, "epochs is -1; allowed: 0 or more"),
+        ({"epochs": 0}, "epochs is 0 with weights 'scratch'"),
+        ({"lr": 0.0}, "lr, weight_decay are 0.0"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0; allowed: 1 or more"),
+    ],
+)
+def test_impossible_recipes_are_refused_with_the_value(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(QUICK, **change)
