@@ -22,6 +22,7 @@ $(VENV)/.installed: pyproject.toml
 
 repro: $(VENV)/.installed  ## the whole chain on params.yaml; prints where the report is
 	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "repro: not a git repository; run 'git init' here first (DVC needs it)" >&2; exit 2; }
+	@$(BIN)/python -m stages
 	@$(BIN)/dvc repro
 	@echo "report: $(CURDIR)/reports/index.html (for CI: reports/edge.md)"
 

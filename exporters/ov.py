@@ -19,7 +19,7 @@ from typing import Any
 
 from exporters import agreement, inputs, onnx_file, ort, quantize
 from exporters.session import Array, Unavailable, checked_shape
-from pipeline import cli
+from pipeline import cli, files
 from pipeline.errors import GateFailed, UserError
 
 NOTES = "cakd"  # the branch of rt_info that holds the notes
@@ -52,7 +52,7 @@ def convert(source: Path, out: Path, half: bool = False) -> None:
         raise UserError(f"{source}: OpenVINO refuses it: {_short(error)}") from None
     for key, value in {**notes, **({"precision": "fp16"} if half else {})}.items():
         model.set_rt_info(value, [NOTES, key])
-    out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_parent(out)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
         made = Path(folder) / out.name
         ov.save_model(model, made, compress_to_fp16=half)

@@ -15,15 +15,29 @@ from ruamel.yaml.error import YAMLError
 from pipeline.errors import UserError, nearest
 
 C = TypeVar("C")
+SECTIONS = (
+    "prepare",
+    "teach",
+    "cache",
+    "distill",
+    "evaluate",
+    "export",
+    "build",
+    "bench",
+    "report",
+)
 
 
 def load(section: type[C], path: Path | str = "params.yaml") -> C:
     """Read the section named like the dataclass (`Distill` -> `distill:`) from a YAML 1.2 file.
 
-    Raises UserError: file missing or not YAML, section missing, unknown key, wrong type.
+    Raises UserError: file missing or not YAML, section missing or unknown, unknown key, wrong type.
     """
     name = section.__name__.lower()
     params = read(path)
+    for other in params:
+        if other not in (*SECTIONS, name):
+            raise UserError(f"{path}: unknown section '{other}:'; {nearest(other, SECTIONS)}")
     if name not in params:
         raise UserError(
             f"{path}: no section '{name}:'; it has: {', '.join(params)}; add the section"

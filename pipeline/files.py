@@ -29,7 +29,7 @@ PACKAGES = ("torch", "timm", "numpy", "pillow", "safetensors")
 def atomic(path: Path | str) -> Iterator[Path]:
     """Yield a temporary sibling; on success fsync it and rename it onto `path`, on failure remove it."""
     path = Path(path)
-    _make_parent(path)
+    make_parent(path)
     sweep(path)
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
     temporary = Path(name)
@@ -49,7 +49,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
 def atomic_dir(path: Path | str) -> Iterator[Path]:
     """Yield a temporary sibling folder; on success it takes the place of `path`, which is never half-written."""
     path = Path(path)
-    _make_parent(path)
+    make_parent(path)
     sweep(path)
     temporary = _sibling(path)
     fd = os.open(temporary, os.O_RDONLY)
@@ -94,7 +94,7 @@ def _sibling(path: Path) -> Path:
 
 def publish(folder: Path, path: Path) -> None:
     """Rename a finished `folder` onto `path`. What stood there goes aside first: for a moment `path` is absent."""
-    _make_parent(path)
+    make_parent(path)
     if folder.stat().st_dev != path.parent.stat().st_dev:
         near = _sibling(path)
         shutil.copytree(folder, near, dirs_exist_ok=True)
@@ -109,7 +109,8 @@ def publish(folder: Path, path: Path) -> None:
         folder.replace(path)
 
 
-def _make_parent(path: Path) -> None:
+def make_parent(path: Path) -> None:
+    """Create the folder that `path` will stand in. Raises UserError: impossible, or not writable."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

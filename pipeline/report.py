@@ -68,7 +68,7 @@ def summarise(
 
     Raises UserError: a file missing or of another schema, a method or a budget's target that is not there.
     """
-    _refuse_unknown_targets(config.budgets, targets)
+    refuse_unknown_targets(config.budgets, targets)
     accuracy = files.read_json(sources.accuracy, "cakd.accuracy/1")
     if shipped not in accuracy["models"]:
         raise UserError(
@@ -105,7 +105,8 @@ def summarise(
     }
 
 
-def _refuse_unknown_targets(budgets: Iterable[str], targets: Sequence[str]) -> None:
+def refuse_unknown_targets(budgets: Iterable[str], targets: Sequence[str]) -> None:
+    """Raise UserError where a budget names a target that is not measured."""
     for name in budgets:
         target = name.rpartition(".")[0]
         if target and target not in targets:

@@ -33,7 +33,7 @@ def work_folder(root: Path, fingerprint: str) -> Iterator[Path]:
     Raises UserError: another process holds it and does not leave within PATIENCE seconds.
     """
     folder = root / fingerprint[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_parent(folder / "checkpoint")
     with folder.with_suffix(".lock").open("w") as lock:
         until = time.monotonic() + PATIENCE
         while not _locked(lock):

@@ -82,13 +82,7 @@ def _build(config: Teach, prepared: data.Prepared) -> tuple[nn.Module, dict[str,
     vit = models.create(
         config.model, config.kwargs, len(classes), "teach", config.weights == "pretrained"
     )
-    check_supported(vit)
-    expected = tuple(vit.patch_embed.img_size)  # type: ignore[union-attr,arg-type]
-    if expected != (prepared.image_size,) * 2:
-        raise UserError(
-            f"teach.model: {config.model} takes {expected[0]} px, the prepared images are {prepared.image_size} "
-            f"px; set teach.kwargs.img_size or prepare.image_size"
-        )
+    check_fits(vit, config, prepared.image_size)
     for path in _given(config).values():
         models.load_weights(vit, path)
     return vit, {
@@ -102,6 +96,23 @@ def _build(config: Teach, prepared: data.Prepared) -> tuple[nn.Module, dict[str,
         "labels_seen": int((prepared.labels[prepared.rows("train")] >= 0).sum()),
         "seed": config.seed,
     }
+
+
+def check_fits(vit: Any, config: Teach, image_size: int) -> None:
+    """Raise UserError where the last block cannot be replayed, or the ViT takes images of another size."""
+    check_supported(vit)
+    expected = tuple(vit.patch_embed.img_size)
+    if expected != (image_size,) * 2:
+        raise UserError(
+            f"teach.model: {config.model} takes {expected[0]}x{expected[1]} px, the images are {image_size} px; "
+            "set teach.kwargs.img_size or prepare.image_size"
+        )
+    patch = tuple(vit.patch_embed.patch_size)
+    if image_size % patch[0] or image_size % patch[1]:
+        raise UserError(
+            f"teach.kwargs.patch_size: got {patch[0]}, which does not divide {image_size} px into whole patches; "
+            f"allowed: {', '.join(str(p) for p in range(2, image_size // 2 + 1) if image_size % p == 0)}"
+        )
 
 
 def _train(

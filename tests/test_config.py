@@ -74,7 +74,11 @@ def test_a_section_becomes_its_dataclass_with_yaml_1_2_numbers(tmp_path):
         ),
         ("sample: {epochs: 1, inner: 3}", "sample.inner: expected keys and values, got 3"),
         ("sample: {epochs: 1, limits: {b: x}}", "sample.limits.b: expected a number, got 'x'"),
-        ("sampel: {epochs: 1}", "no section 'sample:'; it has: sampel"),
+        (
+            "distil: {epochs: 1}",
+            "unknown section 'distil:'; did you mean 'distill'? allowed: prepare",
+        ),
+        ("teach: {epochs: 1}", "no section 'sample:'; it has: teach; add the section"),
         ("- 1", "expected sections at the top level, got list"),
         ("sample: {epochs: 1", "not YAML"),
         ("sample: {epochs: 1, epochs: 2}", "not YAML"),

@@ -1,0 +1,67 @@
+"""`python -m stages`: params.yaml checked as a whole: a mistake is told now and not after hours of training.
+
+Every section is read strictly, the sections are held against each other, and teacher and student are built once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from exporters.bench import Bench
+from exporters.build import Build
+from exporters.ort import Export
+from pipeline import cli, config, models, students, teaching, training
+from pipeline.errors import UserError, nearest
+from pipeline.evaluate import Evaluate
+from pipeline.methods import METHODS
+from pipeline.prepare import Prepare
+from pipeline.report import Report, refuse_unknown_targets
+from pipeline.store import Cache
+from pipeline.teacher import token_grid
+
+CLASSES = 10  # of the models built for the check; the shapes do not depend on it
+
+
+def main(args: argparse.Namespace) -> None:
+    """Raise the first UserError that `dvc repro` would meet."""
+    params = args.params
+    prepare = config.load(Prepare, params)
+    teach = config.load(teaching.Teach, params)
+    distill = config.load(training.Distill, params)
+    export = config.load(Export, params)
+    bench = config.load(Bench, params)
+    report = config.load(Report, params)
+    for section in (Cache, Evaluate, Build):
+        config.load(section, params)
+    if export.method not in distill.methods:
+        raise UserError(
+            f"export.method: got {export.method!r}, which distill.methods does not train; "
+            f"{nearest(export.method, distill.methods)}"
+        )
+    refuse_unknown_targets(report.budgets, bench.enabled)
+    tap = pair(prepare, teach, distill)
+    print(
+        f"{params}: correct; {teach.model} teaches {distill.student} at {prepare.image_size} px, {tap}"
+    )
+
+
+def pair(prepare: Prepare, teach: teaching.Teach, distill: training.Distill) -> str:
+    """Build teacher and student without weights; where their maps meet.
+
+    Raises UserError: unknown models, kwargs they refuse, another image size, no replayable block, no fit tap.
+    """
+    vit = models.create(teach.model, teach.kwargs, CLASSES, "teach")
+    teaching.check_fits(vit, teach, prepare.image_size)
+    student = models.create(distill.student, distill.student_kwargs, CLASSES, "distill")
+    if not any("tokens" in METHODS[method] for method in distill.methods):
+        return "no method reads a feature map"
+    tap = students.find_tap(student, prepare.image_size, token_grid(vit), distill.cakd.tap)
+    rows, columns = tap.grid
+    return f"tap {tap.module} {rows}x{columns} for {tap.tokens[0]}x{tap.tokens[1]} tokens"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="stages", description=__doc__)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    cli.run(main, parser)

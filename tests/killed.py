@@ -1,0 +1,85 @@
+"""`python -m tests.killed FOLDER KILLS SEED`: teach, cache and distill, killed at random moments, again and again.
+
+The slow imports are done once; each attempt is a forked child that runs the stages' own command lines, skips those
+whose output is there, as DVC does, and is killed with SIGKILL. Prints a JSON line: the hash of the student at the
+end of every chain, and in which stage each kill fell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import stages.cache
+import stages.distill
+import stages.teach  # noqa: F401 - imported here so that no child has to
+from pipeline import files
+
+OUTS = ("teacher", "features", "student")
+
+
+def command(stage: str, folder: Path) -> list[str]:
+    """The command line of a stage on the paths of one chain."""
+    teacher = folder / "teacher" / "teacher.safetensors"
+    paths = {
+        "teach": [folder / "prepared", folder / "teacher"],
+        "cache": [folder / "prepared", teacher, folder / "features"],
+        "distill": [
+            *(folder / "prepared", teacher, folder / "features"),
+            *(folder / "student", folder / "perf.json", "--method", "cakd+logits"),
+        ],
+    }[stage]
+    options = ["--params", folder / "params.yaml", "--work", folder / "work" / stage]
+    return [f"stages.{stage}", *map(str, (*paths, *options))]
+
+
+def attempt(folder: Path) -> None:
+    """Run what is missing of the chain, as a child: never returns."""
+    for stage, out in zip(("teach", "cache", "distill"), OUTS):
+        if (folder / out).exists():
+            continue
+        (folder / "now").write_text(stage)
+        sys.argv = command(stage, folder)
+        try:
+            runpy.run_module(f"stages.{stage}", run_name="__main__", alter_sys=True)
+        except SystemExit as left:
+            if left.code:
+                os._exit(int(left.code))
+    os._exit(0)
+
+
+def main(folder: Path, kills: int, seed: int) -> None:
+    """Chains until `kills` kills have fallen, then one more undisturbed."""
+    draw = random.Random(seed)
+    hashes, fell = [], []
+    while True:
+        child = os.fork()
+        if child == 0:
+            attempt(folder)
+        if len(fell) < kills:
+            time.sleep(draw.uniform(0.02, 1.0))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            fell.append((folder / "now").read_text())
+            continue
+        if os.waitstatus_to_exitcode(status):
+            sys.exit(f"a chain ended with {os.waitstatus_to_exitcode(status)}")
+        hashes.append(files.sha256(folder / "student" / "student.safetensors"))
+        if len(fell) == kills:
+            break
+        for out in OUTS:
+            shutil.rmtree(folder / out)
+    litter = [p.name for p in folder.iterdir() if p.name.startswith(".")]
+    print(json.dumps({"hashes": hashes, "fell": fell, "litter": litter}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

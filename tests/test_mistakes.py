@@ -1,0 +1,286 @@
+"""Every mistake of a user is one line on stderr, with what, got, allowed and what to do, and exit 2."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+
+from pipeline import files
+from pipeline.errors import nearest
+from tests.house import ROOT
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # runs in this process
+
+
+@pytest.fixture
+def tell(tmp_path, monkeypatch, capsys):
+    """`tell("stages.teach", ...)`: a module of ours as a command line -> its one line on stderr, after exit 2."""
+
+    def run(module, *argv):
+        monkeypatch.setattr(sys, "argv", [module, *map(str, argv)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        error = capsys.readouterr().err
+        assert left.value.code == 2, error
+        assert error.count("\n") == 1 and "Traceback" not in error
+        return error
+
+    return run
+
+
+@pytest.fixture
+def params(tmp_path):
+    """`params({"teach.lr": "fast"})`: the default params.yaml with these keys set, a file."""
+
+    def write(changes=(), drop=None):
+        yaml = YAML()
+        found = yaml.load(ROOT / "params.yaml")
+        for key, value in dict(changes).items():
+            *sections, last = key.split(".")
+            place = found
+            for section in sections:
+                place = place[section]
+            place[last] = value
+        if drop:
+            del found[drop]
+        yaml.dump(found, tmp_path / "params.yaml")
+        return tmp_path / "params.yaml"
+
+    return write
+
+
+TYPOS = {
+    "a section": (
+        "distil",
+        {"epochs": 3},
+        "unknown section 'distil:'; did you mean 'distill'? allowed: prepare, teach, cache, distill,",
+    ),
+    "a key": (
+        "distill.epoch",
+        3,
+        "distill: unknown key 'epoch'; did you mean 'epochs'? allowed: methods, student,",
+    ),
+    "a text for a number": ("distill.lr", "fast", "distill.lr: expected a number, got 'fast'"),
+    "a number for a list": ("distill.methods", 3, "distill.methods: expected a list, got 3"),
+    "a method": (
+        "distill.methods",
+        ["plane"],
+        "methods has 'plane'; did you mean 'plain'? allowed: plain, logits, cakd, cakd+logits",
+    ),
+    "a teacher": (
+        "teach.model",
+        "vit_tinny_patch16_224",
+        "teach.model: timm {timm} has no model 'vit_tinny_patch16_224'; nearest: vit_tiny_patch16_224",
+    ),
+    "a student": (
+        "distill.student",
+        "resnet81",
+        "distill.student: timm {timm} has no model 'resnet81'; nearest: resnet18",
+    ),
+    "an argument of the teacher": (
+        "teach.kwargs.img_sise",
+        32,
+        "teach.model: timm refused",
+    ),
+    "a source": ("prepare.source", "digit", "source is 'digit'; did you mean 'digits'?"),
+    "what to do with broken pictures": (
+        "prepare.on_error",
+        "ignore",
+        "prepare.on_error: got 'ignore'; allowed: stop, skip",
+    ),
+    "a target": (
+        "bench.enabled",
+        ["ort-fp23"],
+        "bench: enabled names 'ort-fp23'; did you mean 'ort-fp32'? allowed: torch-eager",
+    ),
+    "the method that ships": (
+        "export.method",
+        "cakd+logit",
+        "export.method: got 'cakd+logit', which distill.methods does not train; did you mean "
+        "'cakd+logits'?",
+    ),
+    "the target of a budget": (
+        "report.budgets",
+        {"ort-fp64.wall_ms_max": 1.0},
+        "report.budgets: 'ort-fp64.wall_ms_max' names a target that is not in bench.enabled; did you",
+    ),
+    "another image size": (
+        "prepare.image_size",
+        64,
+        "teach.model: vit_tiny_patch16_224 takes 32x32 px, the images are 64 px; set "
+        "teach.kwargs.img_size or prepare.image_size",
+    ),
+    "a patch that does not divide the image": (
+        "teach.kwargs.patch_size",
+        5,
+        "teach.kwargs.patch_size: got 5, which does not divide 32 px into whole patches; allowed: 2, "
+        "4, 8, 16",
+    ),
+    "a student whose maps are too coarse for the tokens": (
+        "distill.student_kwargs",
+        {"channels": [8, 12, 16, 24]},
+        "distill.student: at 32 px ResNet has maps",
+    ),
+    "a tap": (
+        "distill.cakd.tap",
+        "layer5",
+        "distill.cakd.tap: ResNet has no map 'layer5'; did you mean 'layer",
+    ),
+    "a teacher without global attention": (
+        "teach",
+        {
+            "model": "swin_tiny_patch4_window7_224",
+            "kwargs": {"img_size": 32, "window_size": 4, "depths": [1, 1, 1, 1]},
+        },
+        "teach.model: SwinTransformer has no global attention over one token grid that this release can "
+        "replay; allowed: models of timm's VisionTransformer class",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", TYPOS)
+def test_a_mistake_in_params_yaml_is_told_before_anything_runs(mistake, params, tell):
+    import timm
+
+    key, value, message = TYPOS[mistake]
+    said = tell("stages", "--params", params({key: value}))
+    assert message.format(timm=timm.__version__) in said
+
+
+def test_a_missing_section_and_a_missing_file_are_told(params, tell, tmp_path):
+    said = tell("stages", "--params", params(drop="cache"))
+    assert (
+        "no section 'cache:'; it has: prepare, teach, distill" in said and "add the section" in said
+    )
+    said = tell("stages", "--params", tmp_path / "none.yaml")
+    assert "none.yaml: no such file; run from the repository's root or pass --params" in said
+
+
+def test_the_default_parameters_are_correct(params, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["stages", "--params", str(params())])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("stages", run_name="__main__", alter_sys=True)
+    assert left.value.code == 0 and "tap layer4 4x4 for 8x8 tokens" in capsys.readouterr().out
+
+
+def pictures(folder, **classes):
+    for name, n in classes.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(n):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / name / f"{i}.png")
+    return folder
+
+
+FOLDERS = {
+    "missing": (
+        lambda f: None,
+        "does not exist; give the folder that holds train/ or the class folders",
+    ),
+    "one class": (
+        lambda f: pictures(f, cat=3),
+        "found 1 class folders (cat); at least 2 are needed",
+    ),
+    "no class": (
+        lambda f: pictures(f, **{".hidden": 3}),
+        "found 0 class folders (none); at least 2 are needed",
+    ),
+    "an empty class": (
+        lambda f: pictures(f, cat=3, dog=0),
+        "class 'dog' holds no image (.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp); add images or "
+        "remove the folder",
+    ),
+    "too few pictures to cut a test split": (
+        lambda f: pictures(f, cat=2, dog=2),
+        "prepare.test: cannot cut 400 of 4 images",
+    ),
+    "a broken picture": (
+        lambda f: (pictures(f, cat=3, dog=3) / "dog" / "1.png").write_bytes(b"no"),
+        "images/dog/1.png: not a readable image (empty, or no format that Pillow reads); repair or remove "
+        "it, or set prepare.on_error: skip",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", FOLDERS)
+def test_a_mistake_in_an_image_folder_is_told_and_nothing_is_written(
+    mistake, params, tell, tmp_path
+):
+    make, message = FOLDERS[mistake]
+    make(tmp_path / "images")
+    file = params({"prepare.source": "imagefolder", "prepare.path": str(tmp_path / "images")})
+    assert message in tell("stages.prepare", tmp_path / "out" / "p", "--params", file)
+    assert not (tmp_path / "out" / "p").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [
+        ("exporters.ov", "openvino", "openvino"),
+        ("exporters.trt", "tensorrt_rtx", "trt-rtx"),
+        ("stages.prepare", "pyarrow", "parquet"),
+    ],
+)
+def test_a_missing_package_is_told_with_its_extra(
+    module, package, extra, params, tell, light, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    argv = [light, "-o", tmp_path / "out"]
+    if module == "stages.prepare":
+        (tmp_path / "a.parquet").write_bytes(b"")
+        source = {"prepare.source": "parquet", "prepare.path": str(tmp_path / "a.parquet")}
+        argv = [tmp_path / "out", "--params", params(source)]
+    said = tell(module, *argv)
+    assert package in said and f"pip install '.[{extra}]'" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_gpu_is_told_where_one_is_needed(tell, light, tmp_path, monkeypatch):
+    from exporters import cuda, engine
+
+    monkeypatch.setattr(cuda, "device", lambda: None)
+    monkeypatch.setattr(engine.importlib, "import_module", lambda _: FullTensorRT)
+    said = tell("exporters.trt", light, "-o", tmp_path / "a.plan", "--backend", "tensorrt")
+    assert "full TensorRT builds on its GPU: no CUDA device; use --backend rtx" in said
+
+
+class FullTensorRT:
+    """What is asked of the package before a GPU is looked for."""
+
+    __version__ = "10.12.0"
+
+
+@pytest.mark.parametrize("module", ["stages.prepare", "exporters.ov", "exporters.trt"])
+def test_an_output_that_cannot_be_written_is_told(module, params, tell, light, tmp_path):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "below" / "out"
+    argv = [out, "--params", params()] if module == "stages.prepare" else [light, "-o", out]
+    said = tell(module, *argv)
+    assert "cannot create its folder (Not a directory); choose a writable path" in said
+    assert str(tmp_path / "file") in said
+
+
+def test_a_read_only_place_is_told(tell, params, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    said = tell("stages.prepare", tmp_path / "out", "--params", params())
+    assert f"the folder {tmp_path} is not writable; choose a writable path" in said
+
+
+def test_a_disk_that_fills_up_while_writing_is_told(tell, params, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", str(tmp_path / "out"))
+
+    monkeypatch.setattr(files, "write_json", full)
+    said = tell("stages.prepare", tmp_path / "out", "--params", params())
+    assert f"{tmp_path / 'out'}: No space left on device; free space or choose" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_a_name_that_begins_like_an_allowed_one_is_near_it():
+    assert nearest("fine", ["coarse_label", "fine_label"]).startswith("did you mean 'fine_label'?")
+    assert nearest("", ["a"]) == "allowed: a"
