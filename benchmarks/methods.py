@@ -26,7 +26,7 @@ WORK = Path(".work/benchmarks")
 
 
 def override(params: dict[str, Any], assignments: list[str]) -> None:
-    """Apply `distill.cakd.swap_p=0` and the like to the parameters; values are read as YAML."""
+    """Apply `distill.cakd.swap_p=0` and the like; values are read as YAML. Raises UserError: no such key."""
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         *folders, last = key.split(".")

@@ -34,7 +34,7 @@ def figures(reference: Array, other: Array) -> dict[str, float | None]:
 
     The reference's mean over the images is subtracted class by class first, so that a constant offset earns
     nothing. None where the figure does not exist: outputs that are not finite, or a reference that gives
-    every image the same answer.
+    every image the same answer. Raises UserError: shapes that differ, fewer than two images.
     """
     if reference.shape != other.shape:
         raise UserError(
@@ -134,7 +134,10 @@ def skipped(artefact: str, precision: str, reason: str) -> dict[str, Any]:
 
 
 def pictures(a: Session, b: Session, folder: Path | None) -> Array:
-    """The images both are shown: a folder's, prepared by the notes of whichever carries some, or smooth ones."""
+    """The images both are shown: a folder's, prepared by the notes of whichever carries some, or smooth ones.
+
+    Raises UserError: inputs of different shapes, no image in the folder.
+    """
     if a.input_shape[1:] != b.input_shape[1:]:
         raise UserError(f"inputs are {a.input_shape[1:]} and {b.input_shape[1:]}: not comparable")
     if folder is None:

@@ -25,7 +25,10 @@ PARTED_DB = {"fp32": 80.0, "fp16": 35.0, "bf16": 25.0, "int8": 15.0}  # below: m
 
 
 def report(a: Path, b: Path, images: Path | None) -> None:
-    """Print the common node outputs that differ, in A's order, the first one by name."""
+    """Print the common node outputs that differ, in A's order, the first one by name.
+
+    Raises UserError: not two ONNX files, no common output, fixed batches that differ.
+    """
     for path in (a, b):
         if path.suffix != ".onnx":
             raise UserError(f"--layers: {path} is not an .onnx file; it compares two ONNX files")

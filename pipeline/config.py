@@ -46,7 +46,7 @@ def load(section: type[C], path: Path | str = "params.yaml") -> C:
 
 
 def read(path: Path | str) -> dict[str, Any]:
-    """The whole file as a dict. YAML 1.2, as DVC reads it: `1e-3` is a number."""
+    """The whole file as a dict. YAML 1.2, as DVC reads it: `1e-3` is a number. Raises UserError: none, no YAML."""
     try:
         params = YAML(typ="safe", pure=True).load(Path(path))
     except FileNotFoundError:
@@ -71,7 +71,10 @@ def value(key: str, path: Path | str = "params.yaml") -> Any:
 
 
 def parse(section: type[C], values: Any, where: str) -> C:
-    """A mapping -> the dataclass `section`; `where` names the place in messages (`distill.cakd`)."""
+    """A mapping -> the dataclass `section`; `where` names the place in messages (`distill.cakd`).
+
+    Raises UserError: unknown or missing key, wrong type, a value that the dataclass refuses.
+    """
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected keys and values, got {values!r}")
     hints = typing.get_type_hints(section)

@@ -102,7 +102,10 @@ def normalised(images: NDArray[np.uint8], preprocess: dict[str, Any]) -> NDArray
 
 
 def read_folder(folder: Path, size: int, limit: int | None = None) -> Iterable[NDArray[np.uint8]]:
-    """The images of any folder (or of a prepared one, its val split) as (size, size, 3) uint8, in name order."""
+    """The images of any folder (or of a prepared one, its val split) as (size, size, 3) uint8, in name order.
+
+    Raises UserError: no image there, a broken one.
+    """
     if (folder / "index.json").is_file():
         prepared = Prepared.open(folder)
         for row in prepared.rows("val")[:limit]:

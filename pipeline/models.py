@@ -77,7 +77,10 @@ def preprocessing(model: nn.Module, image_size: int) -> dict[str, Any]:
 
 
 def save(path: Path, model: nn.Module, description: dict[str, Any]) -> None:
-    """Write `path` (.safetensors) and the JSON beside it; the JSON holds the hash of the weights."""
+    """Write `path` (.safetensors) and the JSON beside it; the JSON holds the hash of the weights.
+
+    Raises UserError: cannot write.
+    """
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     # One metadata key only: safetensors writes several in no fixed order, and same seed = same bytes.
     note = {"cakd": json.dumps({k: description[k] for k in ("model", "kwargs")}, sort_keys=True)}

@@ -126,7 +126,10 @@ def read_parity(build: Path, targets: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def read_machine(path: Path) -> dict[str, Any]:
-    """One machine's figures: a summary of this stage, or a `cakd.bench/1` file of `exporters.bench --json`."""
+    """One machine's figures: a summary of this stage, or a `cakd.bench/1` file of `exporters.bench --json`.
+
+    Raises UserError: another schema, a row about neither student nor teacher.
+    """
     found = files.read_json(path)
     if found.get("schema") == SCHEMA:
         return found

@@ -41,7 +41,7 @@ class Teach:
             )
         if self.weights == "scratch" and self.epochs == 0:
             raise ValueError(
-                "epochs is 0 with weights 'scratch': an untrained teacher; raise epochs"
+                f"epochs is {self.epochs} with weights 'scratch': an untrained teacher; raise epochs"
             )
 
 

@@ -86,7 +86,7 @@ def export(name: str, checkpoint: Path, folder: Path, opset: int) -> dict[str, A
 
 
 def agreed(checkpoints: dict[str, Path], prepared: Prepared) -> dict[str, dict[str, Any]]:
-    """The preprocessing of each model, once both and the images are of one size."""
+    """The preprocessing of each model. Raises UserError: models and images of different sizes."""
     from pipeline import models
 
     found = {name: models.describe(path)["preprocess"] for name, path in checkpoints.items()}

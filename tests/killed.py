@@ -17,10 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-import stages.cache
-import stages.distill
-import stages.teach  # noqa: F401 - imported here so that no child has to
-from pipeline import files
+from pipeline import files, store, teaching, training  # noqa: F401 - so that no child has to
 
 OUTS = ("teacher", "features", "student")
 

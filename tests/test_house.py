@@ -8,10 +8,12 @@ import importlib
 import re
 import subprocess
 import sys
+from pathlib import PurePosixPath
 
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline import config
 from tests import house
 from tests.house import FLOORS, ROOT
 
@@ -22,12 +24,13 @@ TORCH_FREE = (
     "pipeline.latency",
     "pipeline.report",
     "pipeline.data",
+    "pipeline.prepare",
     *(f"stages.{s}" for s in ("device", "export", "build", "bench", "report")),
     *(m for m in house.modules() if m.startswith("exporters.")),
 )
 OWNERS = {  # the dataclass of each section, beside the code it configures
-    "prepare": "pipeline.data",
-    "teach": "pipeline.teacher",
+    "prepare": "pipeline.prepare",
+    "teach": "pipeline.teaching",
     "cache": "pipeline.store",
     "distill": "pipeline.training",
     "evaluate": "pipeline.evaluate",
@@ -74,9 +77,10 @@ def test_modules_import_without_a_cycle():
 
 def test_stage_file_params_section_and_dataclass_have_one_name():
     assert set(dvc_stages()) == set(STAGES)
-    assert {p.stem for p in (ROOT / "stages").glob("*.py")} - {"__init__"} == set(STAGES)
+    files = {p.stem for p in (ROOT / "stages").glob("*.py")}
+    assert files - {"__init__", "__main__"} == set(STAGES)
     params = yaml("params.yaml")
-    assert set(params) == set(STAGES) - {"device"} == set(OWNERS)
+    assert set(params) == set(STAGES) - {"device"} == set(OWNERS) == set(config.SECTIONS)
     for section, module in OWNERS.items():
         owner = getattr(importlib.import_module(module), section.capitalize())
         assert set(params[section]) == {f.name for f in dataclasses.fields(owner)}, section
@@ -87,6 +91,24 @@ def test_stage_file_params_section_and_dataclass_have_one_name():
 def test_code_dependencies_of_a_stage_are_its_import_closure(stage):
     listed = {d for d in dvc_stages()[stage]["deps"] if d.endswith((".py", ".md", ".html"))}
     assert listed == house.code_files(f"stages.{stage}")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_path_on_a_stages_command_line_is_something_dvc_watches(stage):
+    block = dvc_stages()[stage]
+    named = [*block["deps"], *block.get("outs", []), *block.get("metrics", [])]
+    watched = {next(iter(n)) if isinstance(n, dict) else n for n in named}
+    words = re.sub(r"\$\{[a-z.]+\}", "*", block["cmd"]).split()
+    watched = {re.sub(r"\$\{[a-z.]+\}", "*", w) for w in watched}
+    for path in (w for w in words if "/" in w):
+        assert watched & {path, *(str(p) for p in PurePosixPath(path).parents)}, path
+
+
+def test_every_section_is_checked_before_a_run():
+    """`python -m stages` loads every dataclass that a section belongs to."""
+    source = (ROOT / "stages" / "__main__.py").read_text()
+    for section in OWNERS:
+        assert re.search(rf"\b{section.capitalize()}\b", source), section
 
 
 @pytest.mark.parametrize("stage", [s for s in STAGES if s != "device"])
@@ -141,24 +163,45 @@ def test_edge_modules_import_with_torch_blocked():
 
 
 def test_a_user_error_names_the_value_it_refuses():
-    """Every `raise UserError(...)` and GateFailed interpolates something: the value that was got."""
+    """Every `raise` of ours interpolates something, and so does every check of a parameter: the value got."""
     mute = []
     for name, path in house.modules().items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)):
-                continue
-            ours = getattr(node.exc.func, "id", "") in ("UserError", "GateFailed")
-            if ours and all(isinstance(a, ast.Constant) for a in node.exc.args):
-                mute.append(f"{name}:{node.lineno}: {ast.unparse(node.exc)}")
+        tree = ast.parse(path.read_text())
+        checks = [n for n in ast.walk(tree) if getattr(n, "name", "") == "__post_init__"]
+        of_checks = [r for check in checks for r in raised(check, "ValueError")]
+        for call in [*raised(tree, *OURS), *of_checks]:
+            if all(isinstance(a, ast.Constant) for a in call.args):
+                mute.append(f"{name}:{call.lineno}: {ast.unparse(call)}")
     assert not mute, "\n".join(mute)
 
 
+def test_a_public_function_that_refuses_something_says_what_in_its_docstring():
+    silent = []
+    for name, path in house.modules().items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name[0] != "_" and node.name != "main":
+                told = re.search("[Rr]aise", ast.get_docstring(node) or "")
+                if raised(node, *OURS) and not told:
+                    silent.append(f"{name}.{node.name}")
+    assert not silent, silent
+
+
+OURS = ("UserError", "GateFailed", "BrokenImage")
+
+
+def raised(tree: ast.AST, *names: str) -> list[ast.Call]:
+    """The calls behind `raise X(...)` of these exceptions."""
+    calls = [n.exc for n in ast.walk(tree) if isinstance(n, ast.Raise)]
+    return [c for c in calls if isinstance(c, ast.Call) and getattr(c.func, "id", "") in names]
+
+
 def test_no_pickle_is_ever_loaded():
-    for path in house.modules().values():
-        source = path.read_text()
-        assert not re.search(
-            r"import pickle|torch\.load\(|allow_pickle=True|import dill|joblib", source
-        ), path
+    """But for the archives of CIFAR, by a reader that can build nothing; its tests are in test_sources."""
+    loads = r"import pickle|torch\.load\(|allow_pickle=True|import dill|joblib"
+    found = {n for n, path in house.modules().items() if re.search(loads, path.read_text())}
+    assert found == {"pipeline.sources.unpickle"}
+    source = house.modules()["pipeline.sources.unpickle"].read_text()
+    assert re.findall(r"pickle\.(\w+)", source) == ["Unpickler"]
 
 
 def test_the_readmes_tree_is_the_real_tree_and_its_commands_exist():
@@ -178,5 +221,41 @@ def test_the_readmes_tree_is_the_real_tree_and_its_commands_exist():
         assert module in house.modules(), module
     for target in re.findall(r"make ([a-z-]+)", text):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
-    for link in re.findall(r"\]\(([^)#]+)", text):
-        assert (ROOT / link).exists(), link
+
+
+def test_every_option_the_readme_shows_is_one_the_command_takes():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"python -m ([a-z.]+) ([^`\n]*--[^`\n]*)", text)
+    assert len(shown) >= 5
+    for module, line in shown:
+        source = house.modules()[module].read_text()
+        for option in re.findall(r"--[a-z-]+", line):
+            assert f'"{option}"' in source, f"{module} {option}"
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_what_a_page_points_at_is_there(page):
+    """Links, headings behind a #, files and `file.py:name` in backticks."""
+    text = page.read_text(encoding="utf-8")
+    for link, heading in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", text):
+        if "://" in link:
+            continue
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        if heading:
+            assert heading in headings(target), f"{link}#{heading}"
+    for path, name in re.findall(r"`([\w/]+\.py)(?::([\w.]+))?`", text):
+        places = (ROOT / path, ROOT / "pipeline" / path, ROOT / "tests" / path)
+        file = next((f for f in places if f.exists()), None)
+        assert file, path
+        for part in filter(None, name.split(".")):
+            assert re.search(rf"\b{part}\b", file.read_text()), f"{path}:{name}"
+
+
+def headings(page):
+    """The anchors that a Markdown page's headings get."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in found}
