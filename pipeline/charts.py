@@ -41,6 +41,7 @@ STYLE = {
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
 }
+BARS = 30  # classes with a bar each
 WIDTH, LINE_HEIGHT, LETTER = 400, 15, 5.6  # CSS pixels, at 72 to the inch
 
 
@@ -178,6 +179,48 @@ def _strip(axis: Any, row: Mapping[str, Any], y: float, colour: str) -> None:
     axis.plot(samples, [y] * len(samples), "o", color=colour, alpha=0.3, markersize=4, mew=0)
     p50 = row["wall_ms"]["p50"]
     axis.plot([p50, p50], [y - 0.16, y + 0.16], color=INK, lw=1.6)
+
+
+def counts(by_series: Mapping[str, Sequence[int]], classes: Sequence[str], name: str) -> str:
+    """Pictures a class: a stacked bar each, or above BARS classes how many classes have how many pictures."""
+    series = {label: values for label, values in by_series.items() if any(values)}
+    if len(classes) > BARS:
+        return _histogram([sum(column) for column in zip(*series.values())], name)
+    names = [c if len(c) <= 18 else f"{c[:17]}…" for c in classes]
+    left = 16 + LETTER * 1.15 * max(map(len, names))
+    with _styled():
+        figure, axis = _canvas(WIDTH, 20 * len(names) + 46, left, RIGHT + 8, 38)
+        start = [0] * len(names)
+        for i, values in enumerate(series.values()):
+            axis.barh(range(len(names)), values, 0.7, left=start, color=_series(i))
+            start = [a + b for a, b in zip(start, values)]
+        axis.set_ylim(len(names) - 0.4, -0.6)
+        axis.set_yticks(range(len(names)), names)
+        axis.tick_params(axis="y", length=0)
+        _whole_numbers(axis.xaxis)
+        axis.grid(axis="x")
+        axis.set_axisbelow(True)
+        axis.set_xlabel("images")
+        return _svg(figure, name, f"Images a class: {', '.join(series)}")
+
+
+def _histogram(totals: Sequence[int], name: str) -> str:
+    with _styled():
+        figure, axis = _canvas(WIDTH, 220, LEFT, RIGHT + 8, 38)
+        axis.hist(totals, bins=min(20, max(totals) - min(totals) + 1), color=SERIES[1])
+        for scale in (axis.xaxis, axis.yaxis):
+            _whole_numbers(scale)
+        axis.grid(axis="y")
+        axis.set_axisbelow(True)
+        axis.set_xlabel("images a class")
+        axis.set_ylabel("classes")
+        return _svg(figure, name, "How many classes have how many images")
+
+
+def _whole_numbers(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(5, integer=True))
 
 
 def method_colours(methods: Sequence[str]) -> dict[str, str]:

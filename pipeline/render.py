@@ -26,10 +26,23 @@ def markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
     return _fill("edge.md", summaries, autoescape=False, finalize=escape_markdown)
 
 
-def page(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """The report as one HTML file: no script, no other file, nothing from the network."""
+def page(summaries: Sequence[Mapping[str, Any]], gallery: Mapping[str, Any] | None = None) -> str:
+    """The report as one HTML file: no script, no other file, nothing from the network.
+
+    `gallery` is that of a single run (`gallery.gallery`); a page of several machines has none.
+    """
     pictures = [_pictures(s, f"m{i}") for i, s in enumerate(summaries)]
-    return _fill("index.html", [{**s, **p} for s, p in zip(summaries, pictures)], autoescape=True)
+    runs = [{**s, **p} for s, p in zip(summaries, pictures)]
+    return _fill("index.html", runs, gallery and _drawn(gallery), autoescape=True)
+
+
+def _drawn(gallery: Mapping[str, Any]) -> dict[str, Any]:
+    """The gallery with the chart of its classes and the colours in it."""
+    by_series = gallery["data"]["counts"]
+    shown = [label for label, values in by_series.items() if any(values)]
+    chart = charts.counts(by_series, gallery["data"]["classes"], "classes")
+    drawn = {"chart": Markup(chart), "colours": charts.method_colours(shown)}
+    return {**gallery, "data": {**gallery["data"], **drawn}}
 
 
 def escape_markdown(value: object) -> str:
@@ -42,7 +55,12 @@ def unbroken(text: str) -> str:
     return re.sub(r"(?<=\d) (?=%|ms)", "\u00a0", text).replace("-", "\u2011")
 
 
-def _fill(template: str, summaries: Sequence[Mapping[str, Any]], **escaping: Any) -> str:
+def _fill(
+    template: str,
+    summaries: Sequence[Mapping[str, Any]],
+    gallery: Mapping[str, Any] | None = None,
+    **escaping: Any,
+) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
@@ -52,9 +70,10 @@ def _fill(template: str, summaries: Sequence[Mapping[str, Any]], **escaping: Any
         **escaping,
     )
     environment.filters.update({name: getattr(wording, name) for name in FILTERS})
-    environment.filters["unbroken"] = unbroken
+    environment.filters |= {"unbroken": unbroken, "thousands": "{:,}".format}
     return environment.get_template(template).render(
         runs=[_worded(s) for s in summaries],
+        gallery=gallery,
         several=len(summaries) > 1,
         baselines=BASELINES,
         unmeasured=wording.NONE,

@@ -1,11 +1,11 @@
-"""evaluate: the teacher and every student, clean and under noise -> accuracy.json and train_perf.json."""
+"""evaluate: teacher and students, clean and under noise -> accuracy.json, evidence.json, train_perf.json."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from pipeline import cli, config, data, device, evaluate, files, training
+from pipeline import cli, config, data, device, evaluate, evidence, files, training
 
 TRAIN_PERF_SCHEMA = "cakd.train_perf/1"
 
@@ -19,6 +19,8 @@ def main(args: argparse.Namespace) -> None:
     machine = device.machine()
     found = evaluate.evaluate(settings, prepared, args.teacher, students)
     files.write_json(args.accuracy, {"schema": evaluate.SCHEMA, **found, "machine": machine})
+    seen = evidence.gather(settings, prepared, args.teacher, students)
+    files.write_json(args.evidence, {"schema": evidence.SCHEMA, **seen, "machine": machine})
     trained = {m: files.read_json(args.train / f"{m}.json", training.PERF_SCHEMA) for m in methods}
     files.write_json(
         args.perf,
@@ -43,6 +45,7 @@ if __name__ == "__main__":
     parser.add_argument("students", type=Path, help="the folder of the students, one a method")
     parser.add_argument("train", type=Path, help="the folder of train/<method>.json")
     parser.add_argument("accuracy", type=Path, help="accuracy.json to write")
+    parser.add_argument("evidence", type=Path, help="evidence.json to write")
     parser.add_argument("perf", type=Path, help="train_perf.json to write")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     cli.run(main, parser)

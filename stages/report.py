@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli, config, files, render, report, wording
+from pipeline import cli, config, files, gallery, render, report, wording
+from pipeline.data import Prepared
 from pipeline.errors import GateFailed
 
 
@@ -29,7 +30,9 @@ def main(args: argparse.Namespace) -> None:
     files.write_json(args.edge_json, summary)
     files.write_json(args.parity, parity(summary))
     publish(args.edge_md, render.markdown([summary]))
-    publish(args.index_html, render.page([summary]))
+    seen = files.read_json(args.evidence, gallery.EVIDENCE)
+    shown = gallery.gallery(seen, Prepared.open(args.prepared), shipped)
+    publish(args.index_html, render.page([summary], shown))
     print(
         f"{args.index_html}: {args.index_html.stat().st_size / 1e6:.2f} MB, "
         f"{time.perf_counter() - started:.1f} s, {summary['verdict']['status']}: {wording.headline(summary)}"
@@ -82,6 +85,8 @@ def run_parser() -> argparse.ArgumentParser:
     add("build", type=Path, help="artifacts/build, a folder a target")
     add("bench", type=Path, help="reports/bench, a JSON a target")
     add("device", type=Path, help="reports/device.json")
+    add("prepared", type=Path, help="data/prepared")
+    add("evidence", type=Path, help="reports/evidence.json")
     add("edge_json", type=Path, help="out: the summary, for machines")
     add("parity", type=Path, help="out: the parity rows of all targets")
     add("edge_md", type=Path, help="out: the report for CI")
