@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -15,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from pipeline import charts, render, report, wording
+from pipeline import charts, gallery, render, report, wording
+from pipeline.data import Prepared
+from tests.test_gallery import evidence
 
 ROOT = Path(__file__).parents[1]
 OUT = Path("out")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 MACHINE = {
     "cpu": "Example CPU 7",
     "isa": ["avx2", "avx512_vnni"],
@@ -194,8 +193,9 @@ def parity_row(artifact: str, precision: str | None, verdict: str) -> dict[str, 
 class Run:
     """The files of one made-up run in a folder, to be changed and reported on."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, prepared: Path) -> None:
+        self.folder, self.prepared = folder, prepared
+        self.write("evidence.json", evidence(Prepared.open(prepared, check=False)))
         self.write("accuracy.json", accuracy())
         self.write("train_perf.json", train_perf())
         self.write("device.json", {"schema": "cakd.device/1", **HEAD})
@@ -226,14 +226,15 @@ class Run:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path)
+def run(tmp_path: Path, digits: Path) -> Run:
+    return Run(tmp_path, digits)
 
 
 def stage(run: Run, **environment: str) -> CompletedProcess[str]:
     inputs = [run.folder / n for n in ("accuracy.json", "train_perf.json", "build", "bench")]
     outputs = [OUT / n for n in ("edge.json", "parity.json", "edge.md", "index.html")]
-    paths = [*inputs, run.folder / "device.json", *(run.folder / o for o in outputs)]
+    seen = [run.folder / "device.json", run.prepared, run.folder / "evidence.json"]
+    paths = [*inputs, *seen, *(run.folder / o for o in outputs)]
     return command([*paths, "--params", run.folder / "params.yaml"], **environment)
 
 
@@ -510,6 +511,26 @@ def test_the_page_needs_nothing_but_itself(run: Run) -> None:
     assert ("content", policy) in parsed.attributes
 
 
+def test_the_gallery_brings_its_pictures_along_and_no_name_leaves_its_place(run: Run) -> None:
+    prepared = Prepared.open(run.prepared, check=False)
+    evil = "<img src=x onerror=alert(1)>"
+    shown = gallery.gallery(evidence(prepared), prepared, "cakd")
+    shown["data"]["classes"][0] = shown["mistakes"]["names"][0] = evil
+    shown["mistakes"]["surest"][0]["origin"] = shown["attention"]["pictures"][0]["name"] = evil
+    page = render.page([summary(run)], shown)
+    parsed = Tags(page)
+    sources = [v for k, v in parsed.attributes if k == "src"]
+    assert len(sources) == 3 + 1 + 3 * 3 + 10 * gallery.SAMPLES
+    assert all(v.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for v in sources)
+    assert "onerror" not in {k for k, _ in parsed.attributes} and evil not in page
+    for section in ("What the student gets wrong", "Where they look", "Data"):
+        assert f"<h2>{section}</h2>" in page
+
+
+def test_a_page_of_several_machines_has_no_gallery(run: Run) -> None:
+    assert "<h2>Data</h2>" not in render.page([summary(run), summary(run)])
+
+
 def test_pictures_on_one_page_share_no_id(run: Run) -> None:
     parsed = Tags(render.page([summary(run), summary(run)]))
     ids = [v for k, v in parsed.attributes if k == "id"]
@@ -622,31 +643,3 @@ def test_the_report_needs_no_torch(run: Run) -> None:
         "from pipeline import charts, render, report"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="no chromium on PATH to render the page with")
-def test_the_page_is_light_on_light_dark_on_dark_and_fits_a_phone(run: Run) -> None:
-    page = run.folder / "page.html"
-    page.write_text(render.page([summary(run)]))
-    phone = run.folder / "phone.html"  # a headless window is at least 500 px wide, a frame is not
-    frame = '<iframe src="page.html" style="width:390px;height:4000px;border:0"></iframe>'
-    phone.write_text(f'<body style="margin:0;background:#f0f">{frame}')
-    light = screenshot(page)
-    dark = screenshot(page, "--blink-settings=preferredColorScheme=0")
-    assert light.mean() > 220 and dark.mean() < 60
-    assert np.ptp(light.astype(int)) > 150 and np.ptp(dark.astype(int)) > 150
-    margin = screenshot(phone)[:, 375:388].astype(int)
-    assert np.ptp(margin) < 10  # nothing runs over the right edge
-
-
-def screenshot(page: Path, *flags: str) -> Any:
-    """The page's first 4,000 rows as (H, W, 3) uint8."""
-    picture = page.with_suffix(".png")
-    quiet = "headless no-sandbox disable-gpu disable-quic no-first-run hide-scrollbars disable-sync"
-    quiet += " disable-background-networking disable-component-update"
-    profile = page.parent / "profile"
-    line = [CHROMIUM, *(f"--{flag}" for flag in quiet.split()), f"--user-data-dir={profile}"]
-    line += ["--window-size=1200,4000", f"--screenshot={picture}", *flags, page.as_uri()]
-    subprocess.run(list(map(str, line)), check=True, capture_output=True, timeout=120)
-    return np.asarray(Image.open(picture).convert("RGB"))
