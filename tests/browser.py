@@ -90,7 +90,10 @@ class Browser:
             ready, _, _ = select.select([self._in], [], [], max(0.0, until - time.monotonic()))
             if not ready:
                 raise RuntimeError(f"no word from the browser in {PATIENCE:g} s")
-            self._rest += os.read(self._in, 1 << 20)
+            read = os.read(self._in, 1 << 20)
+            if not read:
+                raise RuntimeError("the browser has gone")
+            self._rest += read
         message, _, self._rest = self._rest.partition(b"\0")
         found: dict[str, Any] = json.loads(message)
         return found
