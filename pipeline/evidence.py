@@ -39,7 +39,7 @@ def gather(
     for path in students:
         model, description = models.load(path)
         judged[description["method"]] = errors(model, description, prepared, rows, config.batch)
-        projected = projected_attention(path, batch)
+        projected = projected_attention(path.parent, model, description, batch)
         if projected is not None:
             looks[description["method"]] = projected
     inputs = {"teacher": teacher_path} | {p.parent.name: p for p in students}
@@ -101,10 +101,14 @@ def received_attention(q: Tensor, k: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def projected_attention(student_path: Path, batch: Tensor) -> Tensor | None:
-    """The same of the student's projected Q_S, K_S (eq. 1) on views (B, 3, S, S); None without projectors."""
-    student, description = models.load(student_path)
-    objective = training.load_projectors(student_path.parent, description)
+def projected_attention(
+    folder: Path, student: torch.nn.Module, description: dict[str, Any], batch: Tensor
+) -> Tensor | None:
+    """The same of the student's projected Q_S, K_S (eq. 1) on views (B, 3, S, S); None without projectors.
+
+    `folder` holds the student's projectors.
+    """
+    objective = training.load_projectors(folder, description)
     if objective is None or objective.tap is None:
         return None
     with Taps(student, [objective.tap.module]) as taps:

@@ -17,7 +17,10 @@ from pipeline import files
 from pipeline.errors import UserError, nearest
 
 SCHEMA = "cakd.model/1"
-KEYS = {"teach": "teach.model", "distill": "distill.student"}  # section -> key of the model's name
+KEYS = {  # section -> where params.yaml names its model, and where the model's arguments
+    "teach": ("teach.model", "teach.kwargs"),
+    "distill": ("distill.student", "distill.student_kwargs"),
+}
 
 
 def create(
@@ -31,23 +34,21 @@ def create(
 
     Raises UserError: unknown name, no pretrained weights to be had, kwargs the model refuses.
     """
+    where, arguments = KEYS.get(section, (section, "its kwargs"))
     if not timm.is_model(name):
-        raise UserError(
-            f"{KEYS.get(section, section)}: timm {timm.__version__} has no model {name!r}; {_similar(name)}"
-        )
+        raise UserError(f"{where}: timm {timm.__version__} has no model {name!r}; {_similar(name)}")
     try:
         model: nn.Module = timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, **kwargs
         )
     except Exception as error:  # timm raises whatever the constructor or the hub raised
-        where = KEYS.get(section, section)
         if pretrained:
             raise UserError(
                 f"{where}: no pretrained weights of {name} to be had ({_first_line(error)}); check the network, "
                 "or give a .safetensors file, or scratch, as teach.weights"
             ) from error
         raise UserError(
-            f"{where}: timm refused {kwargs} for {name}: {_first_line(error)}; correct {section} kwargs"
+            f"{where}: timm refused {kwargs} for {name}: {_first_line(error)}; correct {arguments}"
         ) from error
     return model
 

@@ -83,11 +83,6 @@ TYPOS = {
         "resnet81",
         "distill.student: timm {timm} has no model 'resnet81'; nearest: resnet18",
     ),
-    "an argument of the teacher": (
-        "teach.kwargs.img_sise",
-        32,
-        "teach.model: timm refused",
-    ),
     "a source": ("prepare.source", "digit", "source is 'digit'; did you mean 'digits'?"),
     "what to do with broken pictures": (
         "prepare.on_error",
@@ -151,6 +146,16 @@ def test_a_mistake_in_params_yaml_is_told_before_anything_runs(mistake, params, 
     key, value, message = TYPOS[mistake]
     said = tell("stages", "--params", params({key: value}))
     assert message.format(timm=timm.__version__) in said
+
+
+@pytest.mark.parametrize(
+    ("key", "where"),
+    [("teach.kwargs", "teach.model"), ("distill.student_kwargs", "distill.student")],
+)
+def test_an_argument_that_a_model_does_not_take_is_told_with_its_key(key, where, params, tell):
+    said = tell("stages", "--params", params({f"{key}.img_sise": 32}))
+    assert f"{where}: timm refused" in said and "'img_sise'" in said
+    assert said.endswith(f"; correct {key}\n")
 
 
 def test_a_missing_section_and_a_missing_file_are_told(params, tell, tmp_path):
