@@ -104,7 +104,7 @@ def check_fits(vit: Any, config: Teach, image_size: int) -> None:
     expected = tuple(vit.patch_embed.img_size)
     if expected != (image_size,) * 2:
         raise UserError(
-            f"teach.model: {config.model} takes {expected[0]}x{expected[1]} px, the images are {image_size} px; "
+            f"teach.model: {config.model} takes {expected[0]} px, the prepared images are {image_size} px; "
             "set teach.kwargs.img_size or prepare.image_size"
         )
     patch = tuple(vit.patch_embed.patch_size)

@@ -108,7 +108,7 @@ TYPOS = {
     "another image size": (
         "prepare.image_size",
         64,
-        "teach.model: vit_tiny_patch16_224 takes 32x32 px, the images are 64 px; set "
+        "teach.model: vit_tiny_patch16_224 takes 32 px, the prepared images are 64 px; set "
         "teach.kwargs.img_size or prepare.image_size",
     ),
     "a patch that does not divide the image": (
