@@ -187,7 +187,7 @@ def counts(by_series: Mapping[str, Sequence[int]], classes: Sequence[str], name:
     if len(classes) > BARS:
         return _histogram([sum(column) for column in zip(*series.values())], name)
     names = [c if len(c) <= 18 else f"{c[:17]}…" for c in classes]
-    left = 16 + LETTER * 1.15 * max(map(len, names))
+    left = 32 + LETTER * 1.15 * max(map(len, names))
     with _styled():
         figure, axis = _canvas(WIDTH, 20 * len(names) + 46, left, RIGHT + 8, 38)
         start = [0] * len(names)
@@ -201,6 +201,7 @@ def counts(by_series: Mapping[str, Sequence[int]], classes: Sequence[str], name:
         axis.grid(axis="x")
         axis.set_axisbelow(True)
         axis.set_xlabel("images")
+        axis.set_ylabel("class")
         return _svg(figure, name, f"Images a class: {', '.join(series)}")
 
 
