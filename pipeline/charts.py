@@ -10,6 +10,7 @@ import html
 import io
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,9 @@ def _canvas(width: float, height: float, left: float, right: float, below: float
 def _svg(figure: Any, name: str, label: str) -> str:
     """The figure as an `<svg>` element: same figure, same bytes; no date, no links, ids that begin with `name`."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True)
+    with warnings.catch_warnings():  # the page's fonts draw the text, not matplotlib's
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(buffer, format="svg", transparent=True)
     drop = r"<!--.*?-->\s*|<metadata>.*?</metadata>\s*|<defs>\s*<style.*?</style>\s*</defs>\s*"
     svg = re.sub(drop, "", buffer.getvalue(), flags=re.S)
     svg = svg[svg.index("<svg") :].replace("'DejaVu Sans'", "system-ui")
@@ -208,7 +211,9 @@ def counts(by_series: Mapping[str, Sequence[int]], classes: Sequence[str], name:
 def _histogram(totals: Sequence[int], name: str) -> str:
     with _styled():
         figure, axis = _canvas(WIDTH, 220, LEFT, RIGHT + 8, 38)
-        axis.hist(totals, bins=min(20, max(totals) - min(totals) + 1), color=SERIES[1])
+        end = max(totals) * 1.05 + 1
+        axis.hist(totals, bins=[end * i / 30 for i in range(31)], color=SERIES[1])
+        axis.set_xlim(0, end)
         for scale in (axis.xaxis, axis.yaxis):
             _whole_numbers(scale)
         axis.grid(axis="y")

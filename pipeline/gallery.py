@@ -106,6 +106,7 @@ def mistakes(evidence: Mapping[str, Any], prepared: Prepared, shipped: str) -> d
         "split": evidence["split"],
         "names": names,
         "matrix": matrix,
+        "gathered": len(classes) - CLASSES + 1 if len(classes) > CLASSES else 0,
         "total": sum(entry[2] for entry in found["confusion"]),
         "wrong": sum(entry[2] for entry in wrong),
         "pairs": [(classes[true], classes[said], n) for true, said, n in pairs],
@@ -146,7 +147,10 @@ def confusion(
 def attention(
     evidence: Mapping[str, Any], prepared: Prepared, shipped: str
 ) -> dict[str, Any] | None:
-    """Test pictures beside the attention their patches receive in teacher and student; None without projectors."""
+    """Test pictures beside the attention their patches receive in teacher and student; None without projectors.
+
+    `top` ends the colour scale, in times uniform: the 99th percentile, at least 2: uniform is never bright.
+    """
     block = evidence["attention"]
     received = {n: np.asarray(maps) for n, maps in block["received"].items()}
     students = [name for name in received if name != "teacher"]
@@ -154,7 +158,7 @@ def attention(
         return None
     student = shipped if shipped in students else students[-1]
     shown = {name: received[name] for name in ("teacher", student)}
-    top = max(1.0, *(float(np.quantile(maps, 0.99)) for maps in shown.values()))
+    top = max(2.0, *(float(np.quantile(maps, 0.99)) for maps in shown.values()))
     pictures = []
     for i, row in enumerate(block["rows"]):
         pixels = prepared.images[row]

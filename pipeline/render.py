@@ -41,7 +41,10 @@ def _drawn(gallery: Mapping[str, Any]) -> dict[str, Any]:
     by_series = gallery["data"]["counts"]
     shown = [label for label, values in by_series.items() if any(values)]
     chart = charts.counts(by_series, gallery["data"]["classes"], "classes")
-    drawn = {"chart": Markup(chart), "colours": charts.method_colours(shown)}
+    barred = (
+        len(gallery["data"]["classes"]) <= charts.BARS
+    )  # a histogram has one colour and no legend
+    drawn = {"chart": Markup(chart), "colours": charts.method_colours(shown) if barred else {}}
     return {**gallery, "data": {**gallery["data"], **drawn}}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import re
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,6 +93,29 @@ def test_heat_is_bright_where_the_attention_is_and_dark_where_it_is_not():
     found = gallery.heated(np.full((32, 32, 3), 128, np.uint8), received, (8, 8), 3.0)
     assert found.shape == (96, 96, 3)
     assert found[:6].mean() > found[40:].mean() + 60
+
+
+def test_attention_that_is_uniform_everywhere_is_not_bright(prepared):
+    made = evidence(prepared)
+    for name in made["attention"]["received"]:
+        made["attention"]["received"][name] = [[1.0] * 64] * 3
+    assert gallery.attention(made, prepared, "cakd")["top"] == 2.0
+
+
+def test_the_names_of_many_classes_gathered_are_counted(prepared):
+    assert gallery.mistakes(evidence(prepared), prepared, "cakd")["gathered"] == 0
+    classes = tuple(f"class {i}" for i in range(100))
+    many = replace(prepared, classes=classes)
+    assert gallery.mistakes(evidence(prepared), many, "cakd")["gathered"] == 81
+
+
+def test_equal_counts_make_a_histogram_that_begins_at_nothing_and_script_of_any_kind_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        charts.counts({"train": [3, 4]}, ["教会", "äpfel"], "c")
+        picture = charts.counts({"train": [100] * 40}, [str(i) for i in range(40)], "c")
+    said = re.findall(r">([^<>]+)</text>", picture)
+    assert {"0", "100", "40"} <= set(said) and not [s for s in said if "." in s]
 
 
 def test_without_projectors_there_is_no_attention_to_show(prepared):
