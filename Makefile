@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PACKAGES := pipeline exporters stages benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help venv repro test test-all check format size clean
+.PHONY: help venv repro test test-all chaos check format size clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -29,10 +29,13 @@ repro: $(VENV)/.installed  ## the whole chain on params.yaml; prints where the r
 	@echo "report: $(CURDIR)/reports/index.html (for CI: reports/edge.md)"
 
 test: $(VENV)/.installed  ## the CPU suite, at most 6 minutes on 2 cores
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not chaos and not gpu"
 
 test-all: $(VENV)/.installed  ## with the slow and the GPU tests
-	$(PYTEST)
+	$(PYTEST) -m "not chaos"
+
+chaos: $(VENV)/.installed  ## killed at random moments, many times over
+	$(PYTEST) -m chaos
 
 check: $(VENV)/.installed  ## ruff, mypy strict, house tests
 	$(BIN)/ruff format --check $(PACKAGES) tests

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import math
+import os
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -17,22 +20,56 @@ from typing import TextIO
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from pipeline import files, progress
+from pipeline import cli, files, progress
 from pipeline.errors import UserError
 
 PATIENCE = 10.0  # seconds a killed predecessor gets to save and leave
+LONGEST_SHARE = timedelta(days=7)  # that a rank may wait for the others
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of one run: this one's number, and how many there are."""
+
+    rank: int = 0
+    size: int = 1
+
+    def wait(self) -> None:
+        """Until every rank has come here."""
+        if self.size > 1:
+            distributed.barrier()
+
+
+ALONE = Ranks()
 
 
 @contextmanager
-def work_folder(root: Path, fingerprint: str) -> Iterator[Path]:
+def ranks() -> Iterator[Ranks]:
+    """The ranks that torchrun started, joined over gloo; without torchrun this process alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    distributed.init_process_group("gloo", timeout=LONGEST_SHARE)
+    yield Ranks(distributed.get_rank(), distributed.get_world_size())
+    distributed.destroy_process_group()
+
+
+@contextmanager
+def work_folder(root: Path, fingerprint: str, among: Ranks = ALONE) -> Iterator[Path]:
     """The folder of one run's unfinished work, `root/<fingerprint>`, locked against a second writer.
 
-    Removed when the body ends well, kept when it does not. The lock stands beside it and is never removed.
+    Removed when the body ends well, kept when it does not. The lock stands beside it and is never removed. Of
+    several ranks the first holds the lock and clears up, when all are done.
     Raises UserError: another process holds it and does not leave within PATIENCE seconds.
     """
     folder = root / fingerprint[:16]
+    if among.rank:
+        among.wait()
+        yield folder
+        among.wait()
+        return
     files.make_parent(folder / "checkpoint")
     with folder.with_suffix(".lock").open("w") as lock:
         until = time.monotonic() + PATIENCE
@@ -42,7 +79,9 @@ def work_folder(root: Path, fingerprint: str) -> Iterator[Path]:
                     f"{folder}: another process is writing it; wait for it or stop it, then run again"
                 )
             time.sleep(0.1)
+        among.wait()
         yield folder
+        among.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -79,6 +118,12 @@ class Interrupts:
                 file=sys.stderr,
             )
             sys.exit(128 + self.signal)
+
+
+def as_worker(_: int) -> None:
+    """What a process that makes batches does first: it ends with its parent, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cli.die_with_parent()
 
 
 Figures = dict[str, float]

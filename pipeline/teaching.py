@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pipeline import data, files, models, runtime, views
 from pipeline.errors import UserError
-from pipeline.teacher import check_supported, token_grid
+from pipeline.teacher import anatomy, token_grid
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def _build(config: Teach, prepared: data.Prepared) -> tuple[nn.Module, dict[str,
 
 
 def check_fits(vit: Any, config: Teach, image_size: int) -> None:
-    """Raise UserError where the last block cannot be replayed, or the ViT takes images of another size."""
-    check_supported(vit)
+    """Raise UserError where the ViT is not fit to teach by its tokens, or takes images of another size."""
+    anatomy(vit)
     expected = tuple(vit.patch_embed.img_size)
     if expected != (image_size,) * 2:
         raise UserError(

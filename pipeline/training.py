@@ -5,7 +5,8 @@ student is kept. Every draw is a function of (seed, step), so a killed run goes 
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from pipeline import config as configs
-from pipeline import data, files, losses, models, runtime, store, teacher, views
+from pipeline import data, files, losses, models, runtime, teacher, views
 from pipeline.errors import UserError, nearest
 from pipeline.kernels.philox import Key
 from pipeline.methods import (
@@ -29,6 +31,8 @@ from pipeline.methods import (
     Step,
     TeacherSpace,
 )
+from pipeline.store.policy import Cache
+from pipeline.store.reading import Store
 from pipeline.students import Tap, Taps, find_tap
 
 PERF_SCHEMA = "cakd.train/1"
@@ -48,6 +52,7 @@ class Distill:
     weight_decay: float = 0.05
     labelled_share: float = 0.125  # of a batch, where not every image shows its label (decision 17)
     seed: int = 0
+    workers: int = 0  # processes that make the views of coming steps; 0: made when they are needed
     checkpoint_every: int = 200  # steps
     logits: LogitsConfig = LogitsConfig()
     cakd: CakdConfig = CakdConfig()
@@ -56,7 +61,7 @@ class Distill:
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"methods has {method!r}; {nearest(method, METHODS)}")
-        for name, least in (("epochs", 1), ("batch", 2), ("checkpoint_every", 1)):
+        for name, least in (("epochs", 1), ("batch", 2), ("workers", 0), ("checkpoint_every", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} or more")
         if self.lr <= 0 or self.weight_decay < 0:
@@ -132,40 +137,93 @@ class Batches:
         return np.concatenate(rows), np.concatenate(ks), torch.from_numpy(np.concatenate(labels))
 
 
+@dataclass(frozen=True)
+class Batch:
+    """One step's rows (B,), view numbers (B,), labels (B,) and views (B, 3, S, S) uint8."""
+
+    rows: NDArray[np.int64]
+    ks: NDArray[np.int64]
+    labels: Tensor
+    views: Tensor
+
+
+class Feed(Dataset[Batch]):
+    """The batch of every step, made ahead by `workers` processes, or here; the same bits either way."""
+
+    def __init__(self, batches: Batches, geometry: views.Geometry, seed: int, workers: int) -> None:
+        self.batches, self.geometry, self.seed, self.workers = batches, geometry, seed, workers
+        self._next = -1
+        self._coming: Iterator[Batch] = iter(())
+
+    def __getitem__(self, step: int) -> Batch:
+        rows, ks, labels = self.batches(step)
+        images = self.batches.prepared.images
+        return Batch(rows, ks, labels, views.view_batch(images, self.geometry, self.seed, rows, ks))
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step; cheapest when asked in turn."""
+        if self.workers == 0:
+            return self[step]
+        if step != self._next:
+            self._coming = iter(self._loader(step))
+        self._next = step + 1
+        return next(self._coming)
+
+    def _loader(self, start: int) -> DataLoader[Batch]:
+        return DataLoader(
+            self,
+            batch_size=None,
+            sampler=range(start, max(start + 1, self.batches.steps)),
+            num_workers=self.workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=runtime.as_worker,
+            generator=torch.Generator(),  # its own: the step's random numbers stay untouched
+        )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
 class Features:
     """The teacher's tokens of a batch: from the store and its replayed block, or from the live teacher."""
 
-    CHECK_EVERY = 50  # steps between two comparisons of view hashes
+    CHECK_EVERY = 1000  # records between two whose view is held against the stored hash
 
-    def __init__(self, opened: store.Store, teacher_path: Path) -> None:
+    def __init__(self, opened: Store, teacher_path: Path) -> None:
         self.store = opened
-        self.live = None if self.store.cached else teacher.load(teacher_path)
-        self.tail = self.live.tail if self.live else teacher.load_tail(teacher_path)
+        self.live = None if opened.cached else teacher.load(teacher_path)
+        replays = opened.cached and opened.replayed
+        self.tail = teacher.load_tail(teacher_path) if replays else None
+        self._checked = False
 
-    def tokens(
-        self,
-        step: int,
-        rows: NDArray[np.int64],
-        ks: NDArray[np.int64],
-        batch: Tensor,
-        watch: runtime.Stopwatch,
-    ) -> teacher.Tokens:
-        """Tokens of views (B, 3, S, S). Raises UserError where a cached view is not these pixels."""
+    def tokens(self, step: int, batch: Batch, watch: runtime.Stopwatch) -> teacher.Tokens:
+        """Tokens of the batch. Raises UserError: damaged records, or views that are not the cached ones."""
         if self.live is not None:
             with watch.stage("replay"):
-                return self.live(batch)  # type: ignore[no-any-return]
+                return self.live(batch.views)  # type: ignore[no-any-return]
         with watch.stage("read"):
-            x, logits, hashes = self.store.read(self.store.records(rows, ks))
-        if step % self.CHECK_EVERY == 0:
-            views.check_hashes(batch, hashes, rows)
+            found = self.store.read(self.store.records(batch.rows, batch.ks))
+            self._check(step, batch, found.view_hash)
         with watch.stage("replay"):
-            replayed: teacher.Tokens = self.tail(x)
-            return replace(replayed, logits=logits)
+            return found.tokens(self.tail)
+
+    def prefetch(self, rows: NDArray[np.int64], ks: NDArray[np.int64]) -> None:
+        """Let the store read what the next step will ask for."""
+        if self.live is None:
+            self.store.prefetch(self.store.records(rows, ks))
+
+    def _check(self, step: int, batch: Batch, hashes: NDArray[np.uint64]) -> None:
+        """Every view of the first batch, then one record in CHECK_EVERY."""
+        seen = step * len(hashes) + np.arange(len(hashes))
+        chosen = np.flatnonzero(seen % self.CHECK_EVERY == 0 if self._checked else seen >= 0)
+        self._checked = True
+        if len(chosen):
+            views.check_hashes(batch.views[chosen], hashes[chosen], batch.rows[chosen])
 
     def space(self) -> TeacherSpace:
         """The dimensions of the teacher's space."""
-        kept = {k: self.store.manifest[k] for k in ("h_mean", "h_std")}
-        return TeacherSpace.of({"n_heads": self.tail.n_heads, "width": self.tail.width, **kept})
+        return TeacherSpace.of(self.store.manifest)
 
 
 class Trainer:
@@ -178,6 +236,7 @@ class Trainer:
         prepared: data.Prepared,
         teacher_path: Path,
         features: Path,
+        policy: Cache | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
         self.config, self.method, self.prepared = config, method, prepared
@@ -186,10 +245,10 @@ class Trainer:
         )
         self.preprocess = models.preprocessing(self.student, prepared.image_size)
         taught = bool(TAUGHT & set(METHODS[method]))
-        self.policy = policy = store.Store(features, prepared, teacher_path)
-        self.geometry, self.view_seed = policy.geometry, policy.seed
-        self.features = Features(policy, teacher_path) if taught else None
-        self.batches = Batches(config, prepared, taught, policy.views)
+        self.store = opened = Store(features, prepared, teacher_path, policy)
+        self.features = Features(opened, teacher_path) if taught else None
+        self.batches = Batches(config, prepared, taught, opened.views)
+        self.feed = Feed(self.batches, opened.geometry, opened.seed, config.workers)
         tap: Tap | None = None
         space: TeacherSpace | None = None
         if "tokens" in METHODS[method] and self.features is not None:
@@ -237,25 +296,28 @@ class Trainer:
         self, step: int, watch: runtime.Stopwatch
     ) -> tuple[dict[str, float], teacher.Tokens | None, Tensor | None]:
         config, objective = self.config, self.objective
-        rows, ks, labels = self.batches(step)
         with watch.stage("view"):
-            batch = views.view_batch(self.prepared.images, self.geometry, self.view_seed, rows, ks)
-        taught = self.features.tokens(step, rows, ks, batch, watch) if self.features else None
+            batch = self.feed.at(step)
+        taught = None
+        if self.features is not None:
+            taught = self.features.tokens(step, batch, watch)
+            if step + 1 < self.batches.steps:
+                self.features.prefetch(*self.batches(step + 1)[:2])
         # Modules with random numbers of their own (drop-out in the student) draw from this step's seed.
         torch.manual_seed(runtime.step_seed(config.seed, step, "student"))
-        pixels = batch.float()
+        pixels = batch.views.float()
         if "trans" in objective.terms:
             with watch.stage("view"):
                 generator = torch.Generator().manual_seed(
                     runtime.step_seed(config.seed, step, "trans")
                 )
-                pixels = config.cakd.trans(batch, generator)
+                pixels = config.cakd.trans(batch.views, generator)
         with watch.stage("student"):
             logits = self.student(views.normalise(pixels, self.preprocess))
         feature = self._taps.features.get(objective.tap.module) if objective.tap else None
         done = step / self.batches.steps
-        key = Key(config.seed, torch.from_numpy(self.policy.records(rows, ks)), step)
-        found, fake = objective(Step(logits, feature, labels, taught, key, done), watch)
+        key = Key(config.seed, torch.from_numpy(self.store.records(batch.rows, batch.ks)), step)
+        found, fake = objective(Step(logits, feature, batch.labels, taught, key, done), watch)
         weights = objective.weights(done)
         total = torch.stack([weights[t] * loss for t, loss in found.items()]).sum()
         with watch.stage("backward"):
@@ -286,17 +348,19 @@ def distill(
     features: Path,
     out: Path,
     work: Path,
+    policy: Cache | None = None,
 ) -> dict[str, Any]:
     """Train one student by one method, publish it at `out`; the figures of train/<method>.json.
 
     `out` receives student.safetensors (plain timm keys), student.json and, where the method has projectors,
-    projectors.safetensors. Resumes from the last checkpoint in `work`.
+    projectors.safetensors. Resumes from the last checkpoint in `work`. `policy` is the `cache:` that the features
+    are expected to have; None takes theirs.
     Raises UserError: unknown method, stale store, a student without a fit tap.
     """
     if method not in METHODS:
         raise UserError(f"method: got {method!r}; {nearest(method, METHODS)}")
-    trainer = Trainer(config, method, prepared, teacher_path, features)
-    recipe = {k: v for k, v in asdict(config).items() if k != "methods"}
+    trainer = Trainer(config, method, prepared, teacher_path, features, policy)
+    recipe = {k: v for k, v in asdict(config).items() if k not in ("methods", "workers")}
     inputs = {"teacher": teacher_path, "features": features / "manifest.json"}
     made_by = files.provenance(recipe, **inputs) | prepared.made_of() | {"method": method}
     with runtime.work_folder(work, files.digest([made_by, files.code()])) as folder:

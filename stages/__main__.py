@@ -17,8 +17,8 @@ from pipeline.evaluate import Evaluate
 from pipeline.methods import METHODS
 from pipeline.prepare import Prepare
 from pipeline.report import Report, refuse_unknown_targets
-from pipeline.store import Cache
-from pipeline.teacher import token_grid
+from pipeline.store.policy import Cache, refuse_layout
+from pipeline.teacher import anatomy
 
 CLASSES = 10  # of the models built for the check; the shapes do not depend on it
 
@@ -32,7 +32,8 @@ def main(args: argparse.Namespace) -> None:
     export = config.load(Export, params)
     bench = config.load(Bench, params)
     report = config.load(Report, params)
-    for section in (Cache, Evaluate, Build):
+    cache = config.load(Cache, params)
+    for section in (Evaluate, Build):
         config.load(section, params)
     if export.method not in distill.methods:
         raise UserError(
@@ -40,23 +41,25 @@ def main(args: argparse.Namespace) -> None:
             f"{nearest(export.method, distill.methods)}"
         )
     refuse_unknown_targets(report.budgets, bench.enabled)
-    tap = pair(prepare, teach, distill)
+    tap = pair(prepare, teach, cache, distill)
     print(
         f"{params}: correct; {teach.model} teaches {distill.student} at {prepare.image_size} px, {tap}"
     )
 
 
-def pair(prepare: Prepare, teach: teaching.Teach, distill: training.Distill) -> str:
+def pair(prepare: Prepare, teach: teaching.Teach, cache: Cache, distill: training.Distill) -> str:
     """Build teacher and student without weights; where their maps meet.
 
     Raises UserError: unknown models, kwargs they refuse, another image size, no replayable block, no fit tap.
     """
     vit = models.create(teach.model, teach.kwargs, CLASSES, "teach")
     teaching.check_fits(vit, teach, prepare.image_size)
+    found = anatomy(vit)
+    refuse_layout(cache, found)
     student = models.create(distill.student, distill.student_kwargs, CLASSES, "distill")
     if not any("tokens" in METHODS[method] for method in distill.methods):
         return "no method reads a feature map"
-    tap = students.find_tap(student, prepare.image_size, token_grid(vit), distill.cakd.tap)
+    tap = students.find_tap(student, prepare.image_size, found.grid, distill.cakd.tap)
     rows, columns = tap.grid
     return f"tap {tap.module} {rows}x{columns} for {tap.tokens[0]}x{tap.tokens[1]} tokens"
 

@@ -1,26 +1,30 @@
-"""cache: prepared images and the teacher -> the feature store, or with `mode: off` only its view policy."""
+"""cache: prepared images and the teacher -> the feature store, or with `mode: off` only its view policy.
+
+On several cores or cards: `torchrun --nproc-per-node N -m stages.cache ...`, the same bytes.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from pipeline import cli, config, data, progress, store, teacher
+from pipeline import cli, config, data, progress, runtime, teacher
+from pipeline.store import writing
+from pipeline.store.policy import Cache
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the store of params.yaml's `cache:`."""
-    settings = config.load(store.Cache, args.params)
+    """Write the store of params.yaml's `cache:`; under torchrun every rank writes its share of the shards."""
+    settings = config.load(Cache, args.params)
     prepared = data.Prepared.open(args.prepared)
+    live = teacher.load(args.teacher)
     total = settings.views * len(prepared.rows("train"))
-    manifest = store.write(
-        settings,
-        prepared,
-        teacher.load(args.teacher),
-        args.out,
-        args.work,
-        progress.Progress("cache", total),
-    )
+    with runtime.ranks() as ranks:
+        name = "cache" if ranks.size == 1 else f"cache, rank {ranks.rank}"
+        told = progress.Progress(name, total // ranks.size)
+        manifest = writing.write(settings, prepared, live, args.out, args.work, told, ranks)
+    if ranks.rank:
+        return
     if settings.mode == "off":
         print(f"{args.out}: mode off, the teacher will run while distilling")
         return

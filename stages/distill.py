@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from pipeline import cli, config, data, device, files, training
+from pipeline.store.policy import Cache
 
 
 def main(args: argparse.Namespace) -> None:
@@ -18,6 +19,7 @@ def main(args: argparse.Namespace) -> None:
         args.features,
         args.out,
         args.work,
+        config.load(Cache, args.params),
     )
     files.write_json(
         args.perf,

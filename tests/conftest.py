@@ -47,11 +47,12 @@ def features(
     prepared: Prepared, teacher_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The teacher's store: 2 float32 views an image, three shards."""
-    from pipeline import store, teacher
+    from pipeline import teacher
+    from pipeline.store import policy, writing
 
     folder = tmp_path_factory.mktemp("features")
-    cache = store.Cache(dtype="float32", views=2, shard_mb=9)
-    store.write(
+    cache = policy.Cache(dtype="float32", views=2, shard_mb=9)
+    writing.write(
         cache,
         prepared,
         teacher.load(teacher_path),

@@ -1,8 +1,9 @@
-"""`python -m tests.killed FOLDER KILLS SEED`: teach, cache and distill, killed at random moments, again and again.
+"""`python -m tests.killed FOLDER KILLS SEED [STAGE...]`: stages killed at random moments, again and again.
 
 The slow imports are done once; each attempt is a forked child that runs the stages' own command lines, skips those
-whose output is there, as DVC does, and is killed with SIGKILL. Prints a JSON line: the hash of the student at the
-end of every chain, and in which stage each kill fell.
+whose output is there, as DVC does, and is killed with SIGKILL. Prints a JSON line: the hash of the last stage's
+output at the end of every chain, and in which stage each kill fell. A published output is never half there: each
+is hashed after every kill.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline import files, store, teaching, training  # noqa: F401 - so that no child has to
+from pipeline import files, teaching, training  # noqa: F401 - so that no child has to
+from pipeline.store import writing  # noqa: F401
 
-OUTS = ("teacher", "features", "student")
+OUTS = {"teach": "teacher", "cache": "features", "distill": "student"}
 
 
 def command(stage: str, folder: Path) -> list[str]:
@@ -37,10 +39,10 @@ def command(stage: str, folder: Path) -> list[str]:
     return [f"stages.{stage}", *map(str, (*paths, *options))]
 
 
-def attempt(folder: Path) -> None:
+def attempt(folder: Path, stages: list[str]) -> None:
     """Run what is missing of the chain, as a child: never returns."""
-    for stage, out in zip(("teach", "cache", "distill"), OUTS):
-        if (folder / out).exists():
+    for stage in stages:
+        if (folder / OUTS[stage]).exists():
             continue
         (folder / "now").write_text(stage)
         sys.argv = command(stage, folder)
@@ -52,31 +54,41 @@ def attempt(folder: Path) -> None:
     os._exit(0)
 
 
-def main(folder: Path, kills: int, seed: int) -> None:
+def contents(folder: Path) -> str:
+    """One hash over the bytes of every file of a folder."""
+    return files.digest({p.name: files.sha256(p) for p in folder.iterdir()})
+
+
+def main(folder: Path, kills: int, seed: int, stages: list[str]) -> None:
     """Chains until `kills` kills have fallen, then one more undisturbed."""
     draw = random.Random(seed)
     hashes, fell = [], []
+    seen: dict[str, set[str]] = {stage: set() for stage in stages}
     while True:
         child = os.fork()
         if child == 0:
-            attempt(folder)
+            attempt(folder, stages)
         if len(fell) < kills:
             time.sleep(draw.uniform(0.02, 1.0))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
+        for stage in stages:
+            if (folder / OUTS[stage]).exists():
+                seen[stage].add(contents(folder / OUTS[stage]))
         if os.WIFSIGNALED(status):
             fell.append((folder / "now").read_text())
             continue
         if os.waitstatus_to_exitcode(status):
             sys.exit(f"a chain ended with {os.waitstatus_to_exitcode(status)}")
-        hashes.append(files.sha256(folder / "student" / "student.safetensors"))
+        hashes.append(contents(folder / OUTS[stages[-1]]))
         if len(fell) == kills:
             break
-        for out in OUTS:
-            shutil.rmtree(folder / out)
+        for stage in stages:
+            shutil.rmtree(folder / OUTS[stage])
+    assert all(len(found) == 1 for found in seen.values()), seen
     litter = [p.name for p in folder.iterdir() if p.name.startswith(".")]
     print(json.dumps({"hashes": hashes, "fell": fell, "litter": litter}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] or list(OUTS))

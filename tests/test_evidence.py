@@ -68,9 +68,7 @@ def test_the_teachers_map_is_that_of_its_last_block_without_the_class_token(
     assert len(set(labels)) == len(labels) == evidence.PICTURES
     assert (prepared.splits[block["rows"]] == "test").all()
     attn = live.tail.vit.blocks[-1].attn
-    x = live.tail.vit.blocks[-1].norm1(
-        live.block_input(views.whole(prepared.images[block["rows"]]))
-    )
+    x = live.tail.vit.blocks[-1].norm1(live.look(views.whole(prepared.images[block["rows"]]))[0])
     q, k, _ = attn.qkv(x)[:, 1:].reshape(len(labels), 64, 3, 2, 16).permute(2, 0, 3, 1, 4)
     weights = (q @ k.mT / 4).softmax(-1).mean((1, 2)) * 64
     np.testing.assert_allclose(block["received"]["teacher"], weights, atol=1e-3)

@@ -12,15 +12,39 @@ from pipeline.errors import UserError
 from pipeline.kernels.reference import attention, heads
 from tests.conftest import VIT
 
-FAMILIES = {
-    "class token": ("vit_tiny_patch16_224", VIT),
-    "average pool": ("vit_tiny_patch16_224", VIT | {"global_pool": "avg", "class_token": False}),
-    "registers": ("vit_tiny_patch16_224", VIT | {"reg_tokens": 4}),
-    "layer scale and qk-norm": (
+SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
+FAMILIES = {  # what it shows -> timm's name, further kwargs, prefix tokens
+    "class token": ("vit_tiny_patch16_224", {}, 1),
+    "no prefix, average pool": (
         "vit_tiny_patch16_224",
-        VIT | {"init_values": 0.1, "qk_norm": True},
+        {"global_pool": "avg", "class_token": False},
+        0,
     ),
-    "pre-norm": ("vit_tiny_patch16_224", VIT | {"pre_norm": True}),
+    "LayerScale and qk-norm": ("vit_tiny_patch16_224", {"init_values": 0.1, "qk_norm": True}, 1),
+    "four registers": ("vit_base_patch16_reg4_gap_256", {}, 4),
+    "class token and four registers": ("vit_small_patch14_reg4_dinov2", {}, 5),
+    "distillation token, two heads": ("deit_tiny_distilled_patch16_224", {}, 2),
+    "deit3": ("deit3_small_patch16_224", {}, 1),
+    "pre-norm": ("vit_base_patch32_clip_224", {}, 1),
+    "attention pool": ("vit_base_patch16_siglip_224", {}, 0),
+    "norm behind attention and MLP": ("vit_base_patch16_rpn_224", {}, 0),
+    "attention and MLP side by side, split qkv": ("vit_base_patch16_xp_224", {}, 1),
+    "rotary, split qkv, SwiGLU": ("eva02_tiny_patch14_224", {}, 1),
+    "fused qkv with separate biases": ("eva_giant_patch14_224", {}, 1),
+    "rotary, registers": ("vit_small_patch16_dinov3", {}, 5),
+    "rotary, attention pool": ("vit_pe_core_tiny_patch16_384", {}, 1),
+}
+REFUSED = {
+    "swin_tiny_patch4_window7_224": "SwinTransformer cannot teach: it has no row of blocks with global",
+    "resnet18": "ResNet cannot teach: it has no row of blocks with global attention",
+    "beit_base_patch16_224": "Beit cannot teach: its attention adds a position bias",
+    "vit_relpos_small_patch16_224": "VisionTransformerRelPos cannot teach: its attention adds a position",
+    "samvit_base_patch16_224": "VisionTransformerSAM cannot teach: its attention adds a position bias",
+    "cait_xxs24_224": "Cait cannot teach: its last block makes 2 attention calls, not one",
+    "convit_tiny": "ConVit cannot teach: its last block makes 0 attention calls",
+    "hiera_tiny_224": "Hiera cannot teach: the order of its tokens is not known here",
+    "vit_small_patch16_18x2_224": "VisionTransformer cannot teach: its last block makes 2 attention calls",
+    "vit_dlittle_patch16_reg1_gap_256": "VisionTransformer cannot teach: its last block makes 2 attention",
 }
 
 
@@ -40,22 +64,43 @@ def saved(path, name, kwargs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replaying_the_last_block_gives_timms_own_logits_tokens_and_attention(
+def test_replaying_the_last_block_gives_timms_own_logits_tokens_and_attention_bit_by_bit(
     family, tmp_path, prepared
 ):
+    name, more, prefix = FAMILIES[family]
     path = tmp_path / "teacher.safetensors"
-    vit = saved(path, *FAMILIES[family])
+    vit = saved(path, name, SMALL | more)
     live = teacher.load(path)
     batch = views.whole(prepared.images[:8])
-    tokens = teacher.load_tail(path)(live.block_input(batch))
-    x = views.normalise(batch, live.description["preprocess"])
+    x_l, tokens = live.look(batch)
     with torch.no_grad():
-        torch.testing.assert_close(tokens.logits, vit(x), rtol=1e-5, atol=1e-6)
+        x = views.normalise(batch, live.description["preprocess"])
         final = vit.forward_features(x)
+        assert torch.equal(tokens.logits, vit(x))
         h = vit.fc_norm(final) if isinstance(vit.norm, torch.nn.Identity) else final
-        torch.testing.assert_close(tokens.h, h[:, vit.num_prefix_tokens :], rtol=1e-5, atol=1e-5)
-    assert tokens.h.shape == (8, 64, 32)
-    assert tokens.qkv.shape == (8, 64, 3, 2, 16)
+        assert torch.equal(tokens.h, h[:, prefix:])
+    assert live.anatomy.prefix == prefix and live.anatomy.grid == (8, 8)
+    assert x_l.shape == (8, 64 + prefix, 32) and tokens.qkv.shape == (8, 64, 3, 2, 16)
+    for tail in (live.tail, teacher.load_tail(path)):
+        replayed = tail(x_l)
+        for part in ("qkv", "h", "logits"):
+            assert torch.equal(getattr(tokens, part), getattr(replayed, part)), part
+
+
+def test_a_block_with_a_rotary_embedding_of_its_own_cannot_be_replayed_and_says_so(tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    saved(path, "vit_small_patch16_rope_mixed_224", SMALL)
+    assert "rotary embedding of its own depth" in teacher.load(path).anatomy.not_replayable
+    with pytest.raises(UserError, match="its own depth.*set cache.layout: qkvh"):
+        teacher.load_tail(path)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_teacher_without_one_global_attention_is_refused_by_name_and_reason(name):
+    with torch.device("meta"):
+        vit = timm.create_model(name, num_classes=10)
+    with pytest.raises(UserError, match=REFUSED[name]):
+        teacher.anatomy(vit)
 
 
 def test_q_k_v_are_the_ones_timm_feeds_its_attention(tmp_path, prepared, monkeypatch):
@@ -82,11 +127,39 @@ def test_q_k_v_are_the_ones_timm_feeds_its_attention(tmp_path, prepared, monkeyp
     )
 
 
-def test_only_the_last_block_is_read_for_the_replay(teacher_path):
+def test_only_the_last_block_is_built_and_read_for_the_replay(teacher_path, monkeypatch):
+    read = []
+    exact = teacher.safe_open
+
+    def spy(*args, **kwargs):
+        file = exact(*args, **kwargs)
+        return Spy(file)
+
+    class Spy:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def keys(self):
+            return self.file.keys()
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr(teacher, "safe_open", spy)
     tail = teacher.load_tail(teacher_path)
-    names = {n.split(".")[2] for n, _ in tail.named_parameters() if n.startswith("vit.blocks.")}
-    assert names == {"1"}
-    assert not any(n.startswith("vit.patch_embed") for n, _ in tail.named_parameters())
+    assert len(tail.vit.blocks) == 1 and len(read) == len(tail.state_dict())
+    assert {name.split(".")[1] for name in read if name.startswith("blocks.")} == {"1"}
+    assert {name.split(".")[0] for name in read} == {"blocks", "norm", "head"}
+    kept = sum(p.numel() for p in tail.parameters())
+    whole = sum(p.numel() for p in teacher.load(teacher_path).parameters())
+    assert kept < 0.55 * whole
 
 
 def test_the_teacher_never_trains_and_never_gets_a_gradient(teacher_path, prepared):
@@ -96,14 +169,6 @@ def test_the_teacher_never_trains_and_never_gets_a_gradient(teacher_path, prepar
     tokens = live(views.whole(prepared.images[:2]))
     assert not any(t.requires_grad for t in (tokens.qkv, tokens.h, tokens.logits))
     assert not any(p.requires_grad for p in live.parameters())
-
-
-def test_a_teacher_without_global_attention_is_refused_by_name():
-    swin = timm.create_model(
-        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(1, 1, 1, 1)
-    )
-    with pytest.raises(UserError, match="SwinTransformer has no global attention"):
-        teacher.check_supported(swin)
 
 
 def test_a_misspelt_model_is_refused_with_the_nearest_names():

@@ -7,17 +7,19 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from pipeline import files, methods, models, runtime, store, teacher, training, views
+from pipeline import files, methods, models, runtime, teacher, training, views
 from pipeline.errors import UserError
 from pipeline.kernels.philox import Key
 from pipeline.kernels.reference import attention, dropout, gl_project, heads, swap_masks
 from pipeline.methods import METHODS, CakdConfig
+from pipeline.store import policy, writing
 from pipeline.training import Batches, Distill, Trainer, distill
 from tests.conftest import CNN, ROOT
 
@@ -84,7 +86,7 @@ def test_a_step_computes_every_term_from_its_own_rows_views_masks_and_trans(
     found = loss_terms(trainer, step)
 
     rows, ks, labels = trainer.batches(step)
-    batch = views.view_batch(prepared.images, trainer.geometry, trainer.view_seed, rows, ks)
+    batch = views.view_batch(prepared.images, trainer.store.geometry, trainer.store.seed, rows, ks)
     taught = teacher.load(teacher_path)(batch)
     draw = torch.Generator().manual_seed(runtime.step_seed(3, step, "trans"))
     pixels = config.cakd.trans(batch, draw)
@@ -223,23 +225,85 @@ def test_the_discriminator_steps_every_fifth_iteration(make):
     assert [i for i, s in enumerate(stepped) if s] == [0, 5, 10]
 
 
-def test_cached_and_online_teacher_give_the_same_losses(prepared, teacher_path, features, tmp_path):
-    cache = store.Cache(mode="off", dtype="float32", views=2)
-    store.write(
-        cache,
-        prepared,
-        teacher.load(teacher_path),
-        tmp_path / "off",
-        tmp_path / "w",
-        lambda _: None,
-    )
-    cached = Trainer(QUICK, "cakd+logits", prepared, teacher_path, features)
-    online = Trainer(QUICK, "cakd+logits", prepared, teacher_path, tmp_path / "off")
-    assert online.features.live is not None and cached.features.live is None
+@pytest.fixture(scope="module")
+def online(prepared, teacher_path, tmp_path_factory):
+    """The policy of `features` with no record stored: the teacher runs while distilling."""
+    folder = tmp_path_factory.mktemp("online")
+    cache = policy.Cache(mode="off", dtype="float32", views=2)
+    live = teacher.load(teacher_path)
+    writing.write(cache, prepared, live, folder / "store", folder / "work", lambda _: None)
+    return folder / "store"
+
+
+def test_cached_and_online_teacher_give_the_same_losses(make, online, prepared, teacher_path):
+    cached = make("cakd+logits")
+    live = Trainer(QUICK, "cakd+logits", prepared, teacher_path, online)
+    assert live.features.live is not None and cached.features.live is None
     for step in (0, 3):
-        a, b = loss_terms(cached, step), loss_terms(online, step)
+        a, b = loss_terms(cached, step), loss_terms(live, step)
         for term in LOSS_TERMS:
             assert a[term].item() == pytest.approx(b[term].item(), rel=1e-6), term
+
+
+def test_in_the_stores_own_write_batches_the_losses_are_the_same_bits(
+    make, online, prepared, teacher_path, monkeypatch
+):
+    rows = prepared.rows("train")
+
+    def in_order(self, step):
+        records = np.arange(step * 64, step * 64 + 64)
+        return (
+            rows[records // 2],
+            records % 2,
+            torch.from_numpy(prepared.labels[rows[records // 2]]),
+        )
+
+    monkeypatch.setattr(Batches, "__call__", in_order)
+    cached, live = (
+        make("cakd+logits"),
+        Trainer(QUICK, "cakd+logits", prepared, teacher_path, online),
+    )
+    for step in (0, 7):
+        a, b = loss_terms(cached, step), loss_terms(live, step)
+        assert {t: v.item() for t, v in a.items()} == {t: v.item() for t, v in b.items()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [(d, "block_input") for d in ("float16", "bfloat16", "int8")] + [("float16", "qkvh")],
+)
+def test_a_coarser_store_changes_the_losses_by_no_more_than_its_manifest_says(
+    dtype, layout, make, prepared, teacher_path, tmp_path
+):
+    cache = policy.Cache(dtype=dtype, layout=layout, views=2)
+    live = teacher.load(teacher_path)
+    manifest = writing.write(cache, prepared, live, tmp_path / "s", tmp_path / "w", lambda _: None)
+    error = max(manifest["error"].values())
+    coarse = Trainer(QUICK, "cakd+logits", prepared, teacher_path, tmp_path / "s")
+    a, b = loss_terms(make("cakd+logits"), 0), loss_terms(coarse, 0)
+    assert a["logits"].item() == pytest.approx(b["logits"].item(), rel=1e-6)
+    for term in ("attention", "gram", "tokens"):
+        # A squared distance moves by twice the relative error of its target, a Gram matrix holds V twice: 4.
+        assert a[term].item() == pytest.approx(b[term].item(), rel=4 * error), term
+
+
+def test_batches_made_by_workers_train_to_the_same_bits(prepared, teacher_path, features, tmp_path):
+    for workers in (0, 2):
+        config = replace(QUICK, workers=workers)
+        run(config, "cakd+logits", prepared, teacher_path, features, tmp_path / str(workers))
+    for path in (tmp_path / "0" / "cakd+logits").iterdir():
+        assert path.read_bytes() == (tmp_path / "2" / "cakd+logits" / path.name).read_bytes()
+
+
+def test_one_record_in_a_thousand_is_held_against_its_view(make, monkeypatch):
+    trainer, checked = make("logits"), []
+    monkeypatch.setattr(
+        training.views, "check_hashes", lambda v, h, rows: checked.append(len(rows))
+    )
+    watch = runtime.Stopwatch()
+    for step in range(20):
+        trainer.features.tokens(step, trainer.feed.at(step), watch)
+    assert checked == [64, 1]  # the first batch, then record 1,000 of the 1,280
 
 
 def test_warm_up_brings_the_distillation_terms_in_over_the_first_tenth(make):
@@ -364,7 +428,7 @@ def test_every_term_is_logged_and_the_figures_have_their_units(
 
 def test_a_changed_view_is_noticed_while_training(prepared, teacher_path, features, monkeypatch):
     trainer = Trainer(QUICK, "logits", prepared, teacher_path, features)
-    trainer.view_seed += 1
+    trainer.feed.seed += 1
     with pytest.raises(UserError, match="are not the pixels the teacher saw"):
         trainer.step(0, runtime.Stopwatch())
 
@@ -427,6 +491,7 @@ def test_a_signal_saves_leaves_and_the_next_run_goes_on(digits, teacher_path, fe
     params.write_text(
         "distill:\n  methods: [plain]\n  student: test_resnet\n  epochs: 400\n"
         "  student_kwargs: {channels: [8, 12, 16, 24], output_stride: 8}\n"
+        "cache:\n  dtype: float32\n  views: 2\n"
     )
     out, work = tmp_path / "student", tmp_path / "work"
     command = [

@@ -1,0 +1,201 @@
+"""The feature store, measured: `python -m benchmarks.store formats` and `python -m benchmarks.store step`.
+
+`formats`: the same records through our shards and through what people use instead; `step`: a training step with
+cached features against the same step with the teacher running, in one run, taking turns. Everything is made on the
+spot: random pictures, a teacher with random weights. Ratios are what counts; the machine stands beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks import containers
+from exporters.inputs import smooth
+from pipeline import cli, data, device, files, models, runtime, teacher, training
+from pipeline.prepare import Prepare, prepare
+from pipeline.store import writing
+from pipeline.store.policy import Cache
+
+SCHEMA = "cakd.benchmark.store/1"
+CLASSES = 10
+WARM_UP = 1  # turns that are not counted
+
+
+def pictures(folder: Path, count: int, size: int) -> data.Prepared:
+    """`count` smooth random pictures of `size` px in CLASSES classes, prepared."""
+    pixels = (smooth(count, size, size).transpose(0, 2, 3, 1) * 40 + 128).clip(0, 255)
+    for number, picture in enumerate(pixels.astype(np.uint8)):
+        path = folder / "pictures" / f"class-{number % CLASSES}" / f"{number:05d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    wanted = Prepare(
+        "imagefolder", path=str(folder / "pictures"), image_size=size, val=CLASSES, test=CLASSES
+    )
+    prepare(wanted, folder / "prepared")
+    return data.Prepared.open(folder / "prepared")
+
+
+def random_teacher(name: str, prepared: data.Prepared, path: Path) -> Path:
+    """A teacher with random weights, saved as the stage teach saves one."""
+    torch.manual_seed(0)
+    vit: Any = models.create(name, {"img_size": prepared.image_size}, CLASSES)
+    description = {
+        "role": "teacher",
+        "model": name,
+        "kwargs": {"img_size": prepared.image_size},
+        "num_classes": CLASSES,
+        "classes": list(prepared.classes),
+        "preprocess": models.preprocessing(vit, prepared.image_size),
+        "grid": teacher.token_grid(vit),
+    }
+    models.save(path, vit, description)
+    return path
+
+
+@contextmanager
+def trainers(args: argparse.Namespace) -> Iterator[dict[str, training.Trainer]]:
+    """The same training twice: `cached` from a store written here, `online` with the teacher running."""
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        prepared = pictures(folder, args.images + 2 * CLASSES, args.size)
+        path = random_teacher(args.teacher, prepared, folder / "teacher.safetensors")
+        live = teacher.load(path)
+        recipe = training.Distill(
+            methods=(args.method,),
+            student=args.student,
+            batch=args.batch,
+            epochs=10_000,
+            workers=args.workers,
+        )
+        made = {}
+        for mode in ("cached", "online"):
+            policy = Cache(mode="on" if mode == "cached" else "off", dtype=args.dtype, views=1)
+            policy = replace(policy, batch=args.batch)
+            out = folder / mode
+            writing.write(policy, prepared, live, out, folder / "work", lambda _: None)
+            made[mode] = training.Trainer(recipe, args.method, prepared, path, out, policy)
+        yield made
+
+
+def step(args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of each part of a step, cached and online in turns; how far their first losses are apart."""
+    with trainers(args) as made:
+        watches = {mode: runtime.Stopwatch() for mode in made}
+        losses: dict[str, dict[str, float]] = {}
+        for turn in range(WARM_UP + args.turns):
+            for mode, trainer in made.items():
+                seen = trainer.step(turn, watches[mode])
+                losses.setdefault(mode, seen)
+        error = max(made["cached"].store.manifest["error"].values())
+        bytes_per_view = made["cached"].store.manifest["bytes_per_view"]
+    steps = {mode: [s for s in watch.steps if s][WARM_UP:] for mode, watch in watches.items()}
+    totals = {mode: [sum(s.values()) for s in rows] for mode, rows in steps.items()}
+    ratios = [b / a for a, b in zip(totals["cached"], totals["online"])]
+    waiting = sum(s.get("read", 0.0) + s.get("view", 0.0) for s in steps["cached"])
+    return {
+        "bytes_per_view": bytes_per_view,
+        "stage_ms": {
+            mode: {n: statistics.median(s.get(n, 0.0) for s in rows) for n in training.STAGES}
+            for mode, rows in steps.items()
+        },
+        "step_ms": {mode: statistics.median(rows) for mode, rows in totals.items()},
+        "online_over_cached": {
+            "median": statistics.median(ratios),
+            "min": min(ratios),
+            "max": max(ratios),
+        },
+        "stall_fraction": waiting / sum(totals["cached"]),
+        "manifest_error": error,
+        "first_loss_relative_difference": {
+            term: abs(losses["cached"][term] / value - 1)
+            for term, value in losses["online"].items()
+            if value
+        },
+    }
+
+
+def step_table(found: dict[str, Any]) -> str:
+    """The Markdown table of `step`."""
+    lines = [
+        "| part of a step | cached (share of its step) | online, in cached steps |",
+        "|---|--:|--:|",
+    ]
+    whole = found["step_ms"]["cached"]
+    for part in training.STAGES:
+        cached, online = (found["stage_ms"][mode][part] / whole for mode in ("cached", "online"))
+        if cached or online:
+            lines.append(f"| {part} | {100 * cached:.1f} % | {online:.3f} |")
+    ratio = found["online_over_cached"]
+    lines += [
+        "",
+        f"An online step takes {ratio['median']:.2f} cached ones (turns: {ratio['min']:.2f} to "
+        f"{ratio['max']:.2f}); a cached step waits for data {100 * found['stall_fraction']:.2f} % of its time; "
+        f"{found['bytes_per_view'] / 1e6:.3f} MB a view.",
+        "",
+        "First losses, cached against online, relative: "
+        + ", ".join(f"{k} {v:.1e}" for k, v in found["first_loss_relative_difference"].items())
+        + f"; the manifest's error {found['manifest_error']:.1e}.",
+    ]
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, print, write `<out>.json` and `<out>.md`."""
+    if args.what == "formats":
+        found = containers.measure(args.records, args.folder)
+        shown = containers.table(found)
+    else:
+        found = step(args)
+        shown = step_table(found)
+    print(shown)
+    if args.out is None:
+        return
+    machine = device.machine()
+    asked = {k: v for k, v in vars(args).items() if k not in ("out", "folder")}
+    files.write_json(
+        args.out.with_suffix(".json"),
+        {"schema": SCHEMA, **found, "machine": machine, "provenance": files.provenance(asked)},
+    )
+    options = " ".join(f"--{k} {v}" for k, v in asked.items() if k != "what")
+    head = (
+        f"{machine['cpu']}, {machine['cores']['usable']} cores, torch {machine['versions']['torch']}. "
+        f"Command: `python -m benchmarks.store {args.what} {options}`"
+    )
+    with files.atomic(args.out.with_suffix(".md")) as temporary:
+        temporary.write_text(f"{head}\n\n{shown}\n", encoding="utf-8")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    whole = argparse.ArgumentParser(prog="benchmarks.store", description=__doc__)
+    whole.add_argument("--folder", type=Path, help="where to work; the disk that is measured")
+    whole.add_argument("--out", type=Path, help="where to write, without suffix")
+    kinds = whole.add_subparsers(dest="what", required=True)
+    formats = kinds.add_parser("formats", help="records of ViT-B/16 through several containers")
+    formats.add_argument("--records", type=int, default=2000)
+    steps = kinds.add_parser("step", help="a cached training step against an online one")
+    steps.add_argument("--teacher", default="vit_base_patch16_224")
+    steps.add_argument("--student", default="resnet18")
+    steps.add_argument("--method", default="cakd+logits")
+    steps.add_argument("--size", type=int, default=224)
+    steps.add_argument("--batch", type=int, default=16)
+    steps.add_argument("--images", type=int, default=64)
+    steps.add_argument("--turns", type=int, default=6)
+    steps.add_argument("--workers", type=int, default=1)
+    steps.add_argument("--dtype", default="float16")
+    return whole
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

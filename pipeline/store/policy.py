@@ -1,0 +1,85 @@
+"""Which views of each image are stored, and every line that decides whether a store still fits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline import data, files, views
+from pipeline.errors import UserError
+from pipeline.teacher import Anatomy
+from pipeline.views import Geometry
+
+Lines = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """`cache:` which views of each training image the teacher sees, and whether its features are stored."""
+
+    mode: Literal["on", "off"] = "on"  # off: the same views, the teacher runs while distilling
+    layout: Literal["block_input", "qkvh"] = "block_input"  # qkvh: 4 times the bytes, no replay
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
+    views: int = 4  # V views an image
+    geometry: Geometry = Geometry()
+    batch: int = 64  # images the teacher sees at once while writing
+    shard_mb: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("views", "batch", "shard_mb"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+
+
+def asked(cache: Cache) -> Lines:
+    """The lines of a fingerprint that params.yaml decides."""
+    geometry = {
+        f"geometry.{name}": list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(cache.geometry).items()
+    }
+    return {
+        **geometry,
+        "views": cache.views,
+        "seed": cache.seed,
+        "layout": cache.layout,
+        "dtype": cache.dtype,
+    }
+
+
+def surroundings(prepared: data.Prepared, teacher_description: dict[str, Any]) -> Lines:
+    """The lines that the images, the teacher and the installed packages decide."""
+    built = {k: teacher_description[k] for k in ("model", "kwargs", "num_classes", "preprocess")}
+    return {
+        "teacher": teacher_description["weights_sha256"],
+        "teacher_model": files.digest(built),
+        "images": prepared.images_sha256,
+        "order": files.digest(prepared.rows("train").tolist()),
+        "view_backend": views.BACKEND,
+        **{f"version of {name}": files.versions()[name] for name in ("torch", "timm")},
+    }
+
+
+def fingerprint(
+    cache: Cache, prepared: data.Prepared, teacher_description: dict[str, Any]
+) -> Lines:
+    """Every line that decides what the records hold; a store is usable only where all of them agree."""
+    return {**surroundings(prepared, teacher_description), **asked(cache)}
+
+
+def refuse_layout(cache: Cache, found: Anatomy) -> None:
+    """Raise UserError where x_L alone would not bring back what the teacher's last block did."""
+    if cache.mode == "on" and cache.layout == "block_input" and found.not_replayable:
+        raise UserError(
+            f"cache.layout: got block_input, but of this teacher {found.not_replayable}; use qkvh"
+        )
+
+
+def refuse_stale(folder: Path, marks: Lines, now: Lines) -> None:
+    """Raise UserError with the first line of the fingerprint that differs from what stands here now."""
+    for line, value in now.items():
+        if marks.get(line) != value:
+            raise UserError(
+                f"{folder}: stale feature store: {line} was {marks.get(line)}, is {value}; run cache again"
+            )

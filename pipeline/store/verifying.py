@@ -1,0 +1,60 @@
+"""Is a store what it says: every byte against the manifest, and records against the live teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import data, files, teacher, views
+from pipeline.errors import UserError
+from pipeline.store import encoding
+from pipeline.store.reading import Store, open_manifest, open_shards
+
+BATCH = 64  # records the live teacher sees at once
+
+
+def check_bytes(folder: Path) -> dict[str, Any]:
+    """The manifest, after hashing every shard. Raises UserError naming the one that is damaged."""
+    manifest = open_manifest(folder)
+    open_shards(folder, manifest)
+    for entry in manifest["shards"]:
+        path = folder / entry["file"]
+        if files.sha256(path) != entry["sha256"]:
+            raise UserError(f"{path}: damaged, its SHA-256 is not the one written; run cache again")
+    return manifest
+
+
+def verify(
+    folder: Path, prepared: data.Prepared, teacher_path: Path, n: int
+) -> dict[str, dict[str, float]]:
+    """Every byte, then `n` records against the live teacher: max and mean relative error by tensor.
+
+    Raises UserError: damaged, stale, or nothing stored. GateFailed: an error is over the gate of its dtype.
+    """
+    if n < 1:
+        raise UserError(f"-n: got {n}; allowed: 1 record or more")
+    store = Store(folder, prepared, teacher_path)
+    if not store.cached:
+        raise UserError(
+            f"{folder}: mode is off, no record is stored; set cache.mode: on to store them"
+        )
+    total = check_bytes(folder)["records"]
+    live = teacher.load(teacher_path)
+    chosen = np.sort(np.random.default_rng(0).choice(total, min(n, total), replace=False))
+    errors = []
+    for at in range(0, len(chosen), BATCH):
+        records = chosen[at : at + BATCH]
+        rows, ks = prepared.rows("train")[records // store.views], records % store.views
+        batch = views.view_batch(prepared.images, store.geometry, store.seed, rows, ks)
+        stored = store.read(records)
+        views.check_hashes(batch, stored.view_hash, rows)
+        tokens = stored.tokens(live.tail if store.replayed else None)
+        errors.append(encoding.relative_errors(tokens, live(batch)))
+        encoding.hold(errors[-1], store.manifest["dtype"], str(folder))
+    worst = encoding.worst(errors)
+    return {
+        name: {"max": worst[name], "mean": float(np.mean([e[name] for e in errors]))}
+        for name in worst
+    }

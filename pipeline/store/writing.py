@@ -1,0 +1,233 @@
+"""Writing a store: the teacher over every view, shard by shard, by one process or by the ranks of torchrun.
+
+A shard is the unit of resuming and of sharing out: whole write batches, so that neither a kill nor the number of
+ranks changes which images the teacher sees together, and with that no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline import data, files, runtime, teacher, views
+from pipeline.store import encoding, policy, shards
+from pipeline.store.policy import Cache, refuse_layout
+from pipeline.store.reading import SCHEMA, seal
+from pipeline.teacher import Tokens
+
+MEASURE_EVERY = 8  # write batches: the error is that of each eighth
+STATISTICS = 512  # views behind the per-channel mean and standard deviation of h
+
+
+def write(
+    cache: Cache,
+    prepared: data.Prepared,
+    live: teacher.Teacher,
+    out: Path,
+    work: Path,
+    progress: Callable[[int], None],
+    ranks: runtime.Ranks = runtime.ALONE,
+) -> dict[str, Any]:
+    """Run the teacher over every view and publish the store at `out`; resumes shard by shard; the manifest.
+
+    `progress` is told how many records this rank has done. Raises UserError: a block that cannot be replayed, a
+    value float16 cannot hold, disk full. GateFailed: the dtype's error is over its gate.
+    """
+    refuse_layout(cache, live.anatomy)
+    task = Task(cache, prepared, live)
+    unfinished = {
+        **task.marks,
+        "batch": cache.batch,
+        "shard_mb": cache.shard_mb,
+        "code": files.code(),
+    }
+    with runtime.work_folder(work, files.digest(unfinished), ranks) as folder:
+        if cache.mode == "on":
+            _write_shards(task, folder, out, progress, ranks)
+        ranks.wait()
+        if ranks.rank == 0:
+            files.write_json(folder / "store" / "manifest.json", task.manifest(folder))
+            files.publish(folder / "store", out)
+    return files.read_json(out / "manifest.json", SCHEMA)
+
+
+class Task:
+    """What is to be written, and how it is cut into shards."""
+
+    def __init__(self, cache: Cache, prepared: data.Prepared, live: teacher.Teacher) -> None:
+        self.cache, self.prepared, self.live = cache, prepared, live
+        self.marks = policy.fingerprint(cache, prepared, live.description)
+        self.fields = shards.layout_fields(
+            cache.layout, cache.dtype, live.anatomy, len(prepared.classes)
+        )
+        self.rows = prepared.rows("train")
+        self.total = len(self.rows) * cache.views if cache.mode == "on" else 0
+        in_batch = shards.record_bytes(self.fields) * cache.batch
+        self.per_shard = max(1, cache.shard_mb * 1_000_000 // in_batch) * cache.batch
+
+    @property
+    def shard_count(self) -> int:
+        """Shards of the whole store."""
+        return -(-self.total // self.per_shard)
+
+    def records_of(self, number: int) -> NDArray[np.int64]:
+        """Record numbers of one shard."""
+        start = number * self.per_shard
+        return np.arange(start, min(start + self.per_shard, self.total))
+
+    def view(self, records: NDArray[np.int64]) -> Tensor:
+        """The views (B, 3, S, S) uint8 that records are about."""
+        cache, rows = self.cache, self.rows[records // self.cache.views]
+        return views.view_batch(
+            self.prepared.images, cache.geometry, cache.seed, rows, records % cache.views
+        )
+
+    def manifest(self, folder: Path) -> dict[str, Any]:
+        """The sealed manifest of the finished shards in the work folder."""
+        cache, found = self.cache, self.live.anatomy
+        entries = [files.read_json(_note(folder, n)) for n in range(self.shard_count)]
+        mean, std = _statistics(self)
+        return seal(
+            {
+                "schema": SCHEMA,
+                "mode": cache.mode,
+                "dtype": cache.dtype,
+                "layout": cache.layout,
+                "views": cache.views,
+                "write_batch": cache.batch,
+                "images": len(self.rows),
+                "records": self.total,
+                "bytes_per_view": sum(e["bytes"] for e in entries) / self.total if entries else 0,
+                "fields": {name: field.described() for name, field in self.fields.items()},
+                "error": encoding.worst([e["error"] for e in entries if e["error"]]),
+                "n_heads": found.n_heads,
+                "width": found.width,
+                "h_mean": mean,
+                "h_std": std,
+                "fingerprint": self.marks,
+                "shards": entries,
+                "provenance": files.provenance(asdict(cache)),
+            }
+        )
+
+
+def _note(folder: Path, number: int) -> Path:
+    return folder / "notes" / f"shard-{number:05d}.json"
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / "store" / f"shard-{number:05d}.safetensors"
+
+
+def _write_shards(
+    task: Task, folder: Path, out: Path, progress: Callable[[int], None], ranks: runtime.Ranks
+) -> None:
+    """Write this rank's shards; a shard goes to the disk while the teacher looks at the next one's views."""
+    mine = range(ranks.rank, task.shard_count, ranks.size)
+    missing = [n for n in mine if not _whole(_note(folder, n), _shard(folder, n))]
+    needed = sum(len(task.records_of(n)) for n in missing) * shards.record_bytes(task.fields)
+    for place in (folder, out):  # often one disk; where it is not, the finished store is copied
+        shards.refuse_short_disk(place, needed * ranks.size)
+    done = sum(len(task.records_of(n)) for n in mine) - sum(
+        len(task.records_of(n)) for n in missing
+    )
+    saving: Future[None] | None = None
+    with runtime.Interrupts() as interrupts, ThreadPoolExecutor(1) as disk:
+
+        def told(more: int) -> None:
+            progress(done + more)
+            interrupts.leave_if_asked(folder)
+
+        for number in missing:
+            tensors, errors = _make_shard(task, task.records_of(number), told)
+            done += len(tensors["logits"])
+            if saving is not None:
+                saving.result()
+            saving = disk.submit(_save_shard, task, folder, number, tensors, errors)
+        if saving is not None:
+            saving.result()
+
+
+def _whole(note: Path, shard: Path) -> bool:
+    """True where an earlier run left this shard complete: its note is there and its bytes have the noted hash."""
+    if not (note.is_file() and shard.is_file()):
+        return False
+    return bool(files.read_json(note)["sha256"] == files.sha256(shard))
+
+
+def _make_shard(
+    task: Task, records: NDArray[np.int64], progress: Callable[[int], None]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The fields (n, ...) of these records without the checksum, and the error of every eighth batch's worst."""
+    parts: dict[str, list[Tensor]] = {}
+    errors: list[dict[str, float]] = []
+    for at in range(0, len(records), task.cache.batch):
+        chosen = records[at : at + task.cache.batch]
+        batch = task.view(chosen)
+        x, exact = task.live.look(batch)
+        stored, replayed = _stored(
+            task, x, exact, measure=at % (MEASURE_EVERY * task.cache.batch) == 0
+        )
+        if replayed is not None:
+            errors.append(encoding.relative_errors(replayed, exact))
+            encoding.hold(errors[-1], task.cache.dtype, "cache.dtype")
+        stored["logits"] = exact.logits
+        stored["view_hash"] = torch.from_numpy(views.view_hashes(batch).astype(np.int64))
+        for name, tensor in stored.items():
+            parts.setdefault(name, []).append(tensor)
+        progress(at + len(chosen))
+    return {k: torch.cat(v) for k, v in parts.items()}, encoding.worst(errors)
+
+
+def _stored(
+    task: Task, x: Tensor, exact: Tokens, measure: bool
+) -> tuple[dict[str, Tensor], Tokens | None]:
+    """The encoded features of a batch, and where asked what the method will be given of them."""
+    features = {"x": x} if task.cache.layout == "block_input" else {"qkv": exact.qkv, "h": exact.h}
+    coded = {name: encoding.encode(value, task.cache.dtype) for name, value in features.items()}
+    stored = {name: tensor for name, (tensor, _) in coded.items()}
+    stored |= {f"{name}_scale": scale for name, (_, scale) in coded.items() if scale is not None}
+    if not measure:
+        return stored, None
+    seen = {name: encoding.decode(*pair) for name, pair in coded.items()}
+    return stored, task.live.tail(seen["x"]) if "x" in seen else replace(exact, **seen)
+
+
+def _save_shard(
+    task: Task, folder: Path, number: int, tensors: dict[str, Tensor], errors: dict[str, float]
+) -> None:
+    path = _shard(folder, number)
+    shards.save(path, tensors, first=int(task.records_of(number)[0]))
+    files.write_json(
+        _note(folder, number),
+        {
+            "file": path.name,
+            "records": len(tensors["logits"]),
+            "bytes": path.stat().st_size,
+            "sha256": files.sha256(path),
+            "error": errors,
+        },
+    )
+
+
+def _statistics(task: Task) -> tuple[list[float], list[float]]:
+    """Per-channel mean and standard deviation of h over view 0 of spread images; the same cached or not."""
+    cache = task.cache
+    chosen = data.spread(task.rows, STATISTICS)
+    tokens = []
+    for at in range(0, len(chosen), cache.batch):
+        part = chosen[at : at + cache.batch]
+        batch = views.view_batch(
+            task.prepared.images, cache.geometry, cache.seed, part, np.zeros_like(part)
+        )
+        tokens.append(task.live(batch).h.flatten(0, 1))
+    h = torch.cat(tokens).double()
+    return h.mean(0).tolist(), h.std(0).clamp(min=1e-6).tolist()
