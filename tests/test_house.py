@@ -198,7 +198,9 @@ def raised(tree: ast.AST, *names: str) -> list[ast.Call]:
 
 def test_no_pickle_is_ever_loaded():
     """But for the archives of CIFAR, by a reader that can build nothing; its tests are in test_sources."""
-    loads = r"import pickle|torch\.load\((?!.*weights_only=True)|allow_pickle=True|import dill|joblib"
+    loads = (
+        r"import pickle|torch\.load\((?!.*weights_only=True)|allow_pickle=True|import dill|joblib"
+    )
     found = {n for n, path in house.modules().items() if re.search(loads, path.read_text())}
     assert found == {"pipeline.sources.unpickle"}
     source = house.modules()["pipeline.sources.unpickle"].read_text()
