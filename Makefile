@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 # Waiting threads sleep: a fifth less CPU on small models, the same bits.
 export OMP_WAIT_POLICY ?= PASSIVE
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -X faulthandler -m pytest -n 2 --dist loadfile --max-worker-restart 0
 PACKAGES := pipeline exporters stages benchmarks
 
 .DEFAULT_GOAL := help
