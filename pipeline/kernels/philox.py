@@ -27,6 +27,14 @@ class Key:
     ids: Tensor
     step: int
 
+    def stream(self) -> Tensor:
+        """(2,) int64: seed and step beside the ids, filled in on their device without a copy from the host."""
+        parts = [
+            torch.full((1,), v, dtype=torch.int64, device=self.ids.device)
+            for v in (self.seed, self.step)
+        ]
+        return torch.cat(parts)
+
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> list[Tensor]:
     """Four counter words (broadcastable int64 in [0, 2^32)) and a 64-bit seed -> four random words."""
