@@ -86,6 +86,8 @@ def trainers(args: argparse.Namespace) -> Iterator[dict[str, training.Trainer]]:
             writing.write(policy, prepared, live, out, folder / "work", lambda _: None)
             made[mode] = training.Trainer(recipe, args.method, prepared, path, out, policy)
         yield made
+        for trainer in made.values():
+            trainer.feed.close()
 
 
 def step(args: argparse.Namespace) -> dict[str, Any]:

@@ -53,10 +53,10 @@ def run(
     sys.exit(DONE)
 
 
-def die_with_parent() -> None:
-    """Ask Linux to terminate this process when its parent dies: a killed dvc leaves no orphan behind."""
+def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Ask Linux to send this process a signal when its parent dies: a killed dvc leaves no orphan behind."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _say(parser: argparse.ArgumentParser, error: Exception | str) -> None:

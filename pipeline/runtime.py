@@ -39,7 +39,12 @@ class Ranks:
     def wait(self) -> None:
         """Until every rank has come here."""
         if self.size > 1:
-            distributed.barrier()
+            try:
+                distributed.barrier()
+            except RuntimeError as error:
+                raise UserError(
+                    f"rank {self.rank}: another rank has ended ({str(error)[:60]}); its line says why"
+                ) from None
 
 
 ALONE = Ranks()
@@ -52,8 +57,10 @@ def ranks() -> Iterator[Ranks]:
         yield ALONE
         return
     distributed.init_process_group("gloo", timeout=LONGEST_SHARE)
-    yield Ranks(distributed.get_rank(), distributed.get_world_size())
-    distributed.destroy_process_group()
+    try:
+        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()
 
 
 @contextmanager
@@ -121,9 +128,10 @@ class Interrupts:
 
 
 def as_worker(_: int) -> None:
-    """What a process that makes batches does first: it ends with its parent, and leaves Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cli.die_with_parent()
+    """What a process that makes batches does first: it leaves signals to its parent, and dies with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    cli.die_with_parent(signal.SIGKILL)
 
 
 Figures = dict[str, float]

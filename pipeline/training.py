@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -168,6 +169,10 @@ class Feed(Dataset[Batch]):
             self._coming = iter(self._loader(step))
         self._next = step + 1
         return next(self._coming)
+
+    def close(self) -> None:
+        """Let the workers go."""
+        self._coming, self._next = iter(()), -1
 
     def _loader(self, start: int) -> DataLoader[Batch]:
         return DataLoader(
@@ -365,15 +370,16 @@ def distill(
     made_by = files.provenance(recipe, **inputs) | prepared.made_of() | {"method": method}
     with runtime.work_folder(work, files.digest([made_by, files.code()])) as folder:
         watch = runtime.Stopwatch()
-        curves = runtime.run_steps(
-            f"distill {method}",
-            trainer.batches.steps,
-            config.checkpoint_every,
-            folder / "checkpoint.safetensors",
-            trainer.modules,
-            trainer.optimizers,
-            lambda step: trainer.step(step, watch),
-        )
+        with closing(trainer.feed):
+            curves = runtime.run_steps(
+                f"distill {method}",
+                trainer.batches.steps,
+                config.checkpoint_every,
+                folder / "checkpoint.safetensors",
+                trainer.modules,
+                trainer.optimizers,
+                lambda step: trainer.step(step, watch),
+            )
         figures = _figures(trainer, watch, curves)
         with files.atomic_dir(out) as finished:
             _publish(trainer, finished, made_by)

@@ -21,7 +21,7 @@ def main(args: argparse.Namespace) -> None:
     total = settings.views * len(prepared.rows("train"))
     with runtime.ranks() as ranks:
         name = "cache" if ranks.size == 1 else f"cache, rank {ranks.rank}"
-        told = progress.Progress(name, total // ranks.size)
+        told = progress.Progress(name, -(-total // ranks.size))
         manifest = writing.write(settings, prepared, live, args.out, args.work, told, ranks)
     if ranks.rank:
         return

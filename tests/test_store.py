@@ -363,7 +363,9 @@ def test_plan_refuses_a_disk_that_is_short(prepared, teacher_path, tmp_path, mon
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     for refused in (lambda: planning.plan(*args), lambda: write(prepared, teacher_path, tmp_path)):
-        with pytest.raises(UserError, match=r"needs 0.0 GB, 0.0 GB are free; lower cache.views"):
+        with pytest.raises(
+            UserError, match=r"needs \d+ MB more, 0 MB are free; free space, lower cache.views"
+        ):
             refused()
 
 
@@ -387,3 +389,75 @@ def test_layouts_and_fingerprint_speak_of_every_key_of_the_policy(prepared, teac
 def test_a_missing_index_is_one_line(tmp_path):
     with pytest.raises(UserError, match="index.json: no such file"):
         data.Prepared.open(tmp_path)
+
+
+def test_an_error_that_is_no_number_is_over_every_gate():
+    errors = {"q": 1e-5, "k": 1e-5, "v": 1e-5, "h": 1e-5, "logits": float("nan")}
+    with pytest.raises(GateFailed, match="float16 changes logits by nan"):
+        encoding.hold(errors, "float16", "here", "run cache again")
+
+
+def test_logits_that_are_no_numbers_stop_the_writing(prepared, teacher_path, tmp_path):
+    vit, description = models.load(teacher_path)
+    vit.head.bias.data[2] = float("nan")
+    path = tmp_path / "teacher.safetensors"
+    models.save(path, vit, description)
+    with pytest.raises((UserError, GateFailed), match="nan"):
+        write(prepared, path, tmp_path)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_teacher_of_other_classes_or_another_size_is_refused(
+    features, prepared, teacher_path, tmp_path
+):
+    turned = replace(prepared, classes=prepared.classes[::-1])
+    larger = replace(prepared, image_size=64)
+    for use in (
+        lambda p: Store(features, p, teacher_path),
+        lambda p: write(p, teacher_path, tmp_path),
+    ):
+        with pytest.raises(UserError, match="classes"):
+            use(turned)
+        with pytest.raises(UserError, match="its images are 64 px, the teacher takes 32 px"):
+            use(larger)
+
+
+def test_what_nobody_took_of_a_damaged_read_is_never_handed_out(broken, prepared, teacher_path):
+    opened = Store(broken, prepared, teacher_path)
+    flip(broken / "shard-00000.safetensors", 5000)
+    with pytest.raises(UserError, match="damaged"):
+        read_all(broken, prepared, teacher_path)
+    bad = np.arange(1024)  # the whole of the shard
+    opened.prefetch(bad)
+    opened.read(np.arange(1100, 1164))  # drops it, and its error
+    with pytest.raises(UserError, match="damaged"):
+        opened.read(bad)
+
+
+def test_more_shards_than_open_files_are_made_room_for_or_refused(monkeypatch):
+    asked = []
+    limits = {"now": (1024, 4096)}
+    monkeypatch.setattr(reading.resource, "getrlimit", lambda _: limits["now"])
+    monkeypatch.setattr(reading.resource, "setrlimit", lambda _, pair: asked.append(pair))
+    reading._allow_files(100)
+    assert not asked
+    reading._allow_files(1540)
+    assert asked == [(2 * 1540 + reading.OTHER_FILES, 4096)]
+    with pytest.raises(
+        UserError, match="6100 shards want .* allowed here: 4096; raise cache.shard_mb"
+    ):
+        reading._allow_files(6100)
+
+
+def test_every_step_takes_what_the_step_before_it_began_to_read(features, prepared, teacher_path):
+    from pipeline import runtime
+    from pipeline.training import Trainer
+    from tests.test_training import QUICK
+
+    trainer = Trainer(QUICK, "logits", prepared, teacher_path, features)
+    reader, begun = trainer.store._reader, []
+    exact = reader.begin
+    reader.begin = lambda records: (begun.append(records), exact(records))
+    for step in range(5):
+        trainer.step(step, runtime.Stopwatch())
+    assert len(begun) == 6  # the first batch, and one ahead of each of five steps: never one twice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import signal
 import subprocess
 import sys
@@ -496,10 +497,13 @@ def test_standardising_brings_the_target_to_unit_scale(make):
     assert methods.TeacherSpace.of(trainer.objective.space.described()).width == 32
 
 
-def test_a_signal_saves_leaves_and_the_next_run_goes_on(digits, teacher_path, features, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_to_the_whole_group_saves_leaves_and_the_next_run_goes_on(
+    workers, digits, teacher_path, features, tmp_path
+):
     params = tmp_path / "params.yaml"
     params.write_text(
-        "distill:\n  methods: [plain]\n  student: test_resnet\n  epochs: 400\n"
+        f"distill:\n  workers: {workers}\n  methods: [plain]\n  student: test_resnet\n  epochs: 400\n"
         "  student_kwargs: {channels: [8, 12, 16, 24], output_stride: 8}\n"
         "cache:\n  dtype: float32\n  views: 2\n"
     )
@@ -521,10 +525,15 @@ def test_a_signal_saves_leaves_and_the_next_run_goes_on(digits, teacher_path, fe
         str(params),
     ]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert "distill plain" in process.stdout.readline()  # after 5 seconds of training
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + 15
     assert "saved" in errors and "run again to go on" in errors and not out.exists()

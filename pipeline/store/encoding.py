@@ -32,11 +32,7 @@ def encode(x: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
     int8 is symmetric and rounds to nearest; a channel's scale is its largest magnitude over the T tokens / 127.
     Raises UserError: not finite, or beyond float16.
     """
-    largest = x.abs().max().item()
-    if not math.isfinite(largest):
-        raise UserError(
-            f"cache: the teacher's features hold {largest}; its weights are broken: teach again"
-        )
+    largest = refuse_broken(x)
     if dtype == "int8":
         scale = x.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / INT8_END
         return (x / scale.unsqueeze(1)).round().clamp(-INT8_END, INT8_END).to(torch.int8), scale
@@ -45,6 +41,16 @@ def encode(x: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
             f"cache.dtype: a feature is {largest:.3g}, float16 ends at 65504; use bfloat16"
         )
     return x.to(DTYPES[dtype]), None
+
+
+def refuse_broken(x: Tensor) -> float:
+    """The largest magnitude. Raises UserError: it is not finite."""
+    largest = x.abs().max().item()
+    if not math.isfinite(largest):
+        raise UserError(
+            f"cache: the teacher's features hold {largest}; its weights are broken: teach again"
+        )
+    return largest
 
 
 def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
@@ -65,12 +71,16 @@ def worst(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: max(row[name] for row in rows) for name in rows[0]} if rows else {}
 
 
-def hold(errors: dict[str, float], dtype: str, what: str) -> None:
-    """Raise GateFailed where an error is over the gate of its dtype."""
-    name = max(errors, key=lambda n: errors[n])
-    if not errors[name] <= ERROR_GATE[dtype]:
-        finer = {"int8": "float16", "bfloat16": "float16", "float16": "float32"}.get(dtype, "qkvh")
-        raise GateFailed(
-            f"{what}: {dtype} changes {name} by {errors[name]:.2e}, its gate is {ERROR_GATE[dtype]:.1e}; "
-            + (f"use cache.dtype: {finer}" if finer != "qkvh" else "use cache.layout: qkvh")
-        )
+def hold(errors: dict[str, float], dtype: str, what: str, remedy: str) -> None:
+    """Raise GateFailed where an error is over the gate of its dtype, or is no number."""
+    for name, error in errors.items():
+        if not error <= ERROR_GATE[dtype]:
+            raise GateFailed(
+                f"{what}: {dtype} changes {name} by {error:.2e}, its gate is {ERROR_GATE[dtype]:.1e}; {remedy}"
+            )
+
+
+def finer(dtype: str) -> str:
+    """What to try where a dtype is over its gate."""
+    better = {"int8": "float16", "bfloat16": "float16", "float16": "float32"}
+    return f"use cache.dtype: {better[dtype]}" if dtype in better else "use cache.layout: qkvh"

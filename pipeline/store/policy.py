@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +57,7 @@ def surroundings(prepared: data.Prepared, teacher_description: dict[str, Any]) -
         "teacher_model": files.digest(built),
         "images": prepared.images_sha256,
         "order": files.digest(prepared.rows("train").tolist()),
+        "classes": files.digest(list(prepared.classes)),
         "view_backend": views.BACKEND,
         **{f"version of {name}": files.versions()[name] for name in ("torch", "timm")},
     }
@@ -74,6 +76,28 @@ def refuse_layout(cache: Cache, found: Anatomy) -> None:
         raise UserError(
             f"cache.layout: got block_input, but of this teacher {found.not_replayable}; use qkvh"
         )
+
+
+def refuse_other_data(prepared: data.Prepared, teacher_description: dict[str, Any]) -> None:
+    """Raise UserError where the teacher was made for other classes or another size than the images have."""
+    classes, size = (
+        teacher_description.get("classes"),
+        teacher_description["preprocess"]["image_size"],
+    )
+    if classes is not None and tuple(classes) != prepared.classes:
+        raise UserError(
+            f"{prepared.folder}: its classes {_few(prepared.classes)} are not the teacher's {_few(classes)}; "
+            "teach again on these images"
+        )
+    if size != prepared.image_size:
+        raise UserError(
+            f"{prepared.folder}: its images are {prepared.image_size} px, the teacher takes {size} px; teach again"
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"({len(names)}: {shown}{', ...' if len(names) > 3 else ''})"
 
 
 def refuse_stale(folder: Path, marks: Lines, now: Lines) -> None:

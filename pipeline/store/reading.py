@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pipeline.teacher import TeacherTail, Tokens
 
 SCHEMA = "cakd.store/2"
 SEAL = "sha256"  # the manifest's own hash, over all its other keys
+OTHER_FILES = 256  # that a training has open besides
 THREADS = 2  # that read: more gain nothing from a page cache, fewer leave a disk idle
 
 RecordNumbers = NDArray[np.int64]
@@ -61,11 +63,24 @@ def open_manifest(folder: Path) -> dict[str, Any]:
 def open_shards(folder: Path, manifest: dict[str, Any]) -> list[Shard]:
     """Every shard, its size and header checked. Raises UserError naming the damaged one."""
     fields = {n: Field(SAFETENSORS[d], tuple(s)) for n, (d, s) in manifest["fields"].items()}
+    _allow_files(len(manifest["shards"]))
     shards, first = [], 0
     for entry in manifest["shards"]:
         shards.append(Shard(folder / entry["file"], fields, entry, first))
         first += shards[-1].records
     return shards
+
+
+def _allow_files(count: int) -> None:
+    """Raise the limit of open files as far as these shards need. Raises UserError: not allowed that many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * count + OTHER_FILES  # twice: `verify` opens them beside a Store
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise UserError(
+            f"{count} shards want {needed} open files, allowed here: {hard}; raise cache.shard_mb or `ulimit -n`"
+        )
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class Store:
@@ -84,8 +99,10 @@ class Store:
     ) -> None:
         self.manifest = open_manifest(folder)
         marks = self.manifest["fingerprint"]
-        now = policy.surroundings(prepared, models.describe(teacher_path))
+        description = models.describe(teacher_path)
+        now = policy.surroundings(prepared, description)
         policy.refuse_stale(folder, marks, now | (policy.asked(asked) if asked else {}))
+        policy.refuse_other_data(prepared, description)
         self.views = int(marks["views"])
         self.seed = int(marks["seed"])
         geometry = {k.split(".")[1]: v for k, v in marks.items() if k.startswith("geometry.")}
@@ -140,8 +157,9 @@ class Reader:
         self._filling: list[Future[None]] = []
 
     def begin(self, records: RecordNumbers) -> None:
-        """Start to read. What an earlier `begin` asked for and nobody took is dropped."""
-        self._settle()
+        """Start to read. What an earlier `begin` asked for and nobody took is dropped, with its errors."""
+        self._wanted = None
+        wait(self._filling)
         if len(records) > self._capacity:
             self._allocate(len(records))
         self._wanted = records.copy()

@@ -84,14 +84,18 @@ def record_bytes(fields: Fields) -> int:
 
 def refuse_short_disk(folder: Path, needed: int) -> int:
     """Free bytes where `folder` is to stand. Raises UserError: fewer than needed."""
-    parent = next(p for p in (folder, *folder.resolve().parents) if p.exists())
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(standing(folder)).free
     if needed > free:
         raise UserError(
-            f"{folder}: the store needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; lower cache.views, "
-            "or set cache.mode: off"
+            f"{folder}: the store needs {needed / 1e6:,.0f} MB more, {free / 1e6:,.0f} MB are free; free space, "
+            "lower cache.views, or set cache.mode: off"
         )
     return free
+
+
+def standing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(p for p in (path, *path.resolve().parents) if p.exists())
 
 
 def word_sums(rows: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -52,7 +52,7 @@ def verify(
         views.check_hashes(batch, stored.view_hash, rows)
         tokens = stored.tokens(live.tail if store.replayed else None)
         errors.append(encoding.relative_errors(tokens, live(batch)))
-        encoding.hold(errors[-1], store.manifest["dtype"], str(folder))
+        encoding.hold(errors[-1], store.manifest["dtype"], str(folder), "run cache again")
     worst = encoding.worst(errors)
     return {
         name: {"max": worst[name], "mean": float(np.mean([e[name] for e in errors]))}

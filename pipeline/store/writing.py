@@ -42,6 +42,7 @@ def write(
     value float16 cannot hold, disk full. GateFailed: the dtype's error is over its gate.
     """
     refuse_layout(cache, live.anatomy)
+    policy.refuse_other_data(prepared, live.description)
     task = Task(cache, prepared, live)
     unfinished = {
         **task.marks,
@@ -133,9 +134,16 @@ def _write_shards(
     """Write this rank's shards; a shard goes to the disk while the teacher looks at the next one's views."""
     mine = range(ranks.rank, task.shard_count, ranks.size)
     missing = [n for n in mine if not _whole(_note(folder, n), _shard(folder, n))]
-    needed = sum(len(task.records_of(n)) for n in missing) * shards.record_bytes(task.fields)
-    for place in (folder, out):  # often one disk; where it is not, the finished store is copied
-        shards.refuse_short_disk(place, needed * ranks.size)
+    if ranks.rank == 0:
+        here = sum(
+            _shard(folder, n).stat().st_size
+            for n in range(task.shard_count)
+            if _shard(folder, n).exists()
+        )
+        whole = task.total * shards.record_bytes(task.fields)
+        shards.refuse_short_disk(folder, max(0, whole - here))
+        if folder.stat().st_dev != shards.standing(out).stat().st_dev:  # published by copying
+            shards.refuse_short_disk(out, whole)
     done = sum(len(task.records_of(n)) for n in mine) - sum(
         len(task.records_of(n)) for n in missing
     )
@@ -178,7 +186,10 @@ def _make_shard(
         )
         if replayed is not None:
             errors.append(encoding.relative_errors(replayed, exact))
-            encoding.hold(errors[-1], task.cache.dtype, "cache.dtype")
+            encoding.hold(
+                errors[-1], task.cache.dtype, "cache.dtype", encoding.finer(task.cache.dtype)
+            )
+        encoding.refuse_broken(exact.logits)
         stored["logits"] = exact.logits
         stored["view_hash"] = torch.from_numpy(views.view_hashes(batch).astype(np.int64))
         for name, tensor in stored.items():
