@@ -1,7 +1,8 @@
 """The same records of ViT-B/16 through our shards, one file an image, HDF5, zarr and a Hugging Face data set.
 
 A record is x_L of one view, (197, 768) float16. Each container gets the same random batches and gives each back as
-one array in memory; ours also checks every record's checksum.
+one array in memory, by its library's fastest call that we know; ours reads on two threads and checks every
+record's checksum.
 """
 
 from __future__ import annotations
@@ -101,13 +102,13 @@ def zarr(folder: Path, count: int) -> Callable[[], Read]:
 
     def opened() -> Read:
         stored = library.open_array(folder / "z", mode="r")
-        return lambda records: stored.oindex[records]
+        return lambda records: np.stack([stored[n] for n in records])  # oindex is slower
 
     return opened
 
 
 def hf_datasets(folder: Path, count: int) -> Callable[[], Read]:
-    """Hugging Face datasets: Arrow files, Array2D, format numpy."""
+    """Hugging Face datasets: Arrow files, Array2D, format arrow."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -124,8 +125,14 @@ def hf_datasets(folder: Path, count: int) -> Callable[[], Read]:
     made.save_to_disk(folder / "saved")
 
     def opened() -> Read:
-        stored = datasets.load_from_disk(folder / "saved").with_format("numpy")
-        return lambda records: stored[records.tolist()]["x"]
+        stored = datasets.load_from_disk(folder / "saved").with_format("arrow")
+
+        def read(records: NDArray[np.int64]) -> Any:
+            column = stored[records.tolist()]["x"].combine_chunks()
+            flat = column.storage.flatten().flatten()  # ten times faster than the format numpy
+            return np.asarray(flat).reshape(len(records), *SHAPE)
+
+        return read
 
     return opened
 
