@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import cli, device, files
+from benchmarks import record
+from pipeline import cli, files
 from pipeline.errors import UserError
 from pipeline.kernels import ops, reference
 from pipeline.kernels.philox import Key
@@ -162,21 +163,9 @@ def main(args: argparse.Namespace) -> None:
     print(shown)
     if args.out is None:
         return
-    machine = device.machine()
     made_by = files.provenance({"shapes": args.shapes})
-    files.write_json(
-        args.out.with_suffix(".json"),
-        {"schema": SCHEMA, **found, "machine": machine, "provenance": made_by},
-    )
-    name = (
-        machine["gpu"]["name"]
-        if machine["gpu"]
-        else f"{machine['cpu']}, {machine['cores']['usable']} cores"
-    )
-    versions = f"torch {machine['versions']['torch']}, {found['dtype']}"
-    head = f"{name}, {versions}. Command: `python -m benchmarks.kernels`"
-    with files.atomic(args.out.with_suffix(".md")) as temporary:
-        temporary.write_text(f"{head}\n\n{shown}\n", encoding="utf-8")
+    shown = f"{found['dtype']}\n\n{shown}"
+    record.write(args.out, SCHEMA, found, made_by, "python -m benchmarks.kernels", shown)
 
 
 if __name__ == "__main__":

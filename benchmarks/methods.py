@@ -15,7 +15,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipeline import cli, config, data, device, evaluate, files, models, training
+from benchmarks import record
+from pipeline import cli, config, data, evaluate, files, models, training
 from pipeline.errors import UserError
 
 SCHEMA = "cakd.methods/1"
@@ -95,19 +96,11 @@ def main(args: argparse.Namespace) -> None:
     print(shown)
     if args.out is None:
         return
-    machine = device.machine()
     made_by = files.provenance(dataclasses.asdict(settings), teacher=TEACHER)
-    files.write_json(
-        args.out.with_suffix(".json"),
-        {"schema": SCHEMA, "runs": runs, "machine": machine, "provenance": made_by},
-    )
     changes = "".join(f" -S {s}" for s in args.set)
     chosen = f" --methods {' '.join(args.methods)}" if args.methods else ""
     command = f"python -m benchmarks.methods {args.recipe}{chosen} --seeds {args.seeds}{changes}"
-    cores = machine["cores"]["usable"]
-    head = f"{machine['cpu']}, {cores} cores, torch {machine['versions']['torch']}. Command: `{command}`"
-    with files.atomic(args.out.with_suffix(".md")) as temporary:
-        temporary.write_text(f"{head}\n\n{shown}\n", encoding="utf-8")
+    record.write(args.out, SCHEMA, {"runs": runs}, made_by, command, shown)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks import containers
+from benchmarks import containers, record
 from exporters.inputs import smooth
-from pipeline import cli, data, device, files, models, runtime, teacher, training
+from pipeline import cli, data, files, models, runtime, teacher, training
 from pipeline.prepare import Prepare, prepare
 from pipeline.store import writing
 from pipeline.store.policy import Cache
@@ -163,19 +163,10 @@ def main(args: argparse.Namespace) -> None:
     print(shown)
     if args.out is None:
         return
-    machine = device.machine()
     asked = {k: v for k, v in vars(args).items() if k not in ("out", "folder")}
-    files.write_json(
-        args.out.with_suffix(".json"),
-        {"schema": SCHEMA, **found, "machine": machine, "provenance": files.provenance(asked)},
-    )
     options = " ".join(f"--{k} {v}" for k, v in asked.items() if k != "what")
-    head = (
-        f"{machine['cpu']}, {machine['cores']['usable']} cores, torch {machine['versions']['torch']}. "
-        f"Command: `python -m benchmarks.store {args.what} {options}`"
-    )
-    with files.atomic(args.out.with_suffix(".md")) as temporary:
-        temporary.write_text(f"{head}\n\n{shown}\n", encoding="utf-8")
+    command = f"python -m benchmarks.store {args.what} {options}"
+    record.write(args.out, SCHEMA, found, files.provenance(asked), command, shown)
 
 
 def parser() -> argparse.ArgumentParser:
