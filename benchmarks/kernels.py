@@ -1,7 +1,9 @@
 """The projector losses, measured: `python -m benchmarks.kernels`. A table and its JSON; on a GPU the ceilings too.
 
-Every provider computes the attention and the Gram term of eq. 4 with the gradient. Times are medians of a call
-with its backward; on a GPU with the L2 cache flushed and as absolute times, on a CPU as ratios, taken in turns.
+Three parts: `attention` (both terms of eq. 4), `tokens` (eq. 5 and 6) and `step` (a whole step of a student with
+both projectors). Every provider computes losses and gradients. Times are medians of a call; on a GPU in
+milliseconds, with the L2 cache flushed, beside peak memory, launches and the share of the roofline; on a CPU as
+ratios, taken in turns.
 """
 
 from __future__ import annotations
@@ -10,140 +12,321 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor
+from torch.autograd.profiler_util import DeviceType  # type: ignore[attr-defined]
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import record
-from pipeline import cli, files
+from pipeline import cli, files, projectors, runtime
 from pipeline.errors import UserError
-from pipeline.kernels import ops, reference
+from pipeline.kernels import choice, gl, pca, reference
 from pipeline.kernels.philox import Key
+from pipeline.methods import CakdConfig, LogitsConfig, Objective, Step, TeacherSpace
+from pipeline.students import Taps, find_tap
+from pipeline.teacher import Tokens
 
-SCHEMA = "cakd.benchmark.kernels/1"
+SCHEMA = "cakd.benchmark.kernels/2"
+PARTS = ("attention", "tokens", "step")
 TURNS = 7
-Loss = Callable[[Tensor, Tensor, Key], tuple[Tensor, Tensor]]
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """B samples, N tokens, H heads, d wide."""
+    """B samples, a grid of N tokens, H heads, d wide; c channels of the student's tap."""
 
     batch: int
-    n: int
+    grid: tuple[int, int]
     n_heads: int
     width: int
+    channels: int = 0
 
     def __str__(self) -> str:
-        return f"B {self.batch} N {self.n} H {self.n_heads} d {self.width}"
+        heads = f"H {self.n_heads} d {self.width}"
+        return f"B {self.batch} N {self.n} {heads} c {self.channels}"
+
+    @property
+    def n(self) -> int:
+        """Tokens."""
+        return self.grid[0] * self.grid[1]
 
 
 ON_GPU = (
-    Shape(256, 196, 12, 64),
-    Shape(512, 49, 12, 64),
-    Shape(512, 64, 6, 64),
-    Shape(1024, 64, 3, 64),
+    Shape(256, (14, 14), 12, 64, 1024),
+    Shape(512, (7, 7), 12, 64, 2048),
+    Shape(512, (8, 8), 6, 64, 512),
+    Shape(1024, (8, 8), 3, 64, 512),
 )
-ON_CPU = (Shape(16, 196, 12, 64), Shape(32, 49, 12, 64), Shape(64, 64, 4, 16))
+ON_CPU = (
+    Shape(16, (14, 14), 12, 64, 256),
+    Shape(32, (7, 7), 12, 64, 512),
+    Shape(64, (8, 8), 4, 16, 64),
+)
+STUDENTS = (  # of a training step: timm's name, image size, output stride, and the teacher's shape
+    ("resnet50", 224, 32, Shape(256, (14, 14), 12, 64)),
+    ("resnet18", 32, 8, Shape(512, (8, 8), 6, 64)),
+)
+STUDENTS_ON_CPU = (("resnet18", 32, 8, Shape(32, (8, 8), 3, 16)),)
 
 
-def providers(compiled: bool) -> dict[str, Loss]:
-    """Name -> the two losses; the textbook first, what the others are held against."""
-    found: dict[str, Loss] = {"reference (autograd)": reference.pca_loss}
-    if compiled:
-        found["reference, torch.compile"] = torch.compile(reference.pca_loss, dynamic=False)
-    for impl in ops.IMPLS[1:]:
-        found[impl] = partial(ops.pca_loss, impl=impl)
-    return found
+@dataclass
+class Work:
+    """One row group of the table: who computes it, and the least it could take."""
+
+    title: str
+    flops: float = 0.0
+    bytes: float = 0.0
+    providers: dict[str, Call] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, call: Call) -> None:
+        """A provider, called once; one that cannot run here is a row with the reason."""
+        try:
+            call()
+        except (UserError, RuntimeError) as error:
+            self.refused[name] = str(error).splitlines()[0]
+            return
+        self.providers[name] = call
 
 
-def call(loss: Loss, s: Tensor, t: Tensor, key: Key) -> None:
-    """Forward and backward of both terms."""
-    s.grad = None
-    attention, gram = loss(s, t, key)
-    (attention + 0.05 * gram).backward()
+def naive_attention(s: Tensor, t: Tensor, _: Key) -> tuple[Tensor, Tensor]:
+    """Both terms as most would write them: masks of torch.rand, softmax, N x N Gram matrices, autograd."""
+    mixed = torch.where(torch.rand_like(s) < 0.5, t, s)
+    ours, theirs = (reference.attention(*reference.heads(v)) for v in (mixed, t))
+    v_s, v_t = (reference.heads(v)[2] for v in (s, t))
+    gram_s, gram_t = (v @ v.mT / v.shape[-1] ** 0.5 for v in (v_s, v_t))
+    return F.mse_loss(ours, theirs), F.mse_loss(gram_s, gram_t)
 
 
-def measure(shape: Shape, kind: torch.dtype, where: torch.device, compiled: bool) -> dict[str, Any]:
-    """Milliseconds (median and quartiles), and on a GPU peak memory above the inputs, of every provider."""
-    draw = torch.Generator().manual_seed(0)
+def naive_tokens(
+    x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, groups: projectors.Groups
+) -> tuple[Tensor, Tensor]:
+    """The token term group by group: tokens picked out of x, answers put into place."""
+    x = F.dropout(x, 0.1)
+    out = x.new_empty(*x.shape[:2], weight.shape[1])
+    for group, w, b in zip(groups, weight, bias):
+        out[:, list(group)] = F.linear(x[:, list(group)], w, b)
+    return F.mse_loss(out, target), out
+
+
+def attention_work(shape: Shape, kind: torch.dtype, where: torch.device, compiled: bool) -> Work:
+    """PCA and Gram with their gradient. Least bytes: both qkv read, one gradient written."""
     size = (shape.batch, shape.n, 3, shape.n_heads, shape.width)
-    s, t = (torch.randn(size, generator=draw).to(where, kind) for _ in range(2))
+    s, t = (torch.randn(size, device=where, dtype=kind) for _ in range(2))
     s.requires_grad_()
     key = Key(1, torch.arange(shape.batch, device=where), 3)
+    heads = shape.batch * shape.n_heads
+    flops = 2.0 * heads * shape.n * shape.width * (8 * shape.n + 5 * shape.width)
+    work = Work(f"attention, {shape}", flops, 3.0 * s.numel() * s.element_size())
+
+    def call(loss: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        s.grad = None
+        attention, gram = loss(s, t, key)
+        (attention + 0.05 * gram).backward()
+
+    def forced(backend: SDPBackend) -> None:
+        with sdpa_kernel(backend):
+            call(partial(pca.pca_loss, impl="sdpa"))
+
+    work.add("plain PyTorch", partial(call, naive_attention))
+    if compiled:
+        work.add(
+            "plain, torch.compile", partial(call, torch.compile(naive_attention, dynamic=False))
+        )
+    for impl in choice.IMPLS[1:]:
+        work.add(impl, partial(call, partial(pca.pca_loss, impl=impl)))
+    if where.type == "cuda":
+        for name, backend in BACKENDS.items():
+            work.add(f"sdpa, {name}", partial(forced, backend))
+    return work
+
+
+def tokens_work(shape: Shape, kind: torch.dtype, where: torch.device, compiled: bool) -> Work:
+    """Drop-out, group-wise linear and mse with all gradients. Least bytes: x, target in, the rest out."""
+    groups = projectors.token_groups(*shape.grid)
+    width = shape.n_heads * shape.width
+    make = partial(torch.randn, device=where, dtype=kind)
+    x, target = make(shape.batch, shape.n, shape.channels), make(shape.batch, shape.n, width)
+    weight, bias = make(len(groups), width, shape.channels), make(len(groups), width)
+    leaves = [v.requires_grad_() for v in (x, weight, bias)]
+    key = Key(1, torch.arange(shape.batch, device=where), 3)
+    moved = 2.0 * x.numel() + 2 * target.numel() + 2 * weight.numel()
+    flops = 6.0 * x.numel() * width
+    work = Work(f"tokens, {shape} G {len(groups)}", flops, moved * x.element_size())
+
+    def call(loss: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        loss(x, weight, bias, target, groups)[0].backward()
+
+    def ours(impl: str) -> None:
+        call(partial(gl.gl_mse, dropout_p=0.1, key=key, impl=impl))
+
+    work.add("loop over groups", partial(call, naive_tokens))
+    if compiled:
+        work.add("loop, torch.compile", partial(call, torch.compile(naive_tokens, dynamic=False)))
+    wanted = {"eager": "eager"}
+    if (
+        where.type == "cuda"
+    ):  # as the switch names them: PyTorch's grouped_mm, and the Triton kernels
+        wanted |= {"grouped_mm": "sdpa", "triton": "flash"}
+    for name, impl in wanted.items():
+        work.add(name, partial(ours, impl))
+    return work
+
+
+def step_work(
+    student: tuple[str, int, int, Shape],
+    kind: torch.dtype,
+    where: torch.device,
+    compiled: bool,
+) -> Work:
+    """Forward and backward of student and all terms, without the optimiser. No roofline: that is the student's."""
+    name, size, stride, shape = student
+    batch, n = shape.batch, shape.n
+    torch.manual_seed(0)
+    net = timm.create_model(name, num_classes=100, output_stride=stride)
+    tap = find_tap(net, size, shape.grid)
+    width = shape.n_heads * shape.width
+    space = TeacherSpace(shape.n_heads, width, torch.zeros(width), torch.ones(width))
+    images = torch.randn(batch, 3, size, size, device=where)
+    labels = torch.randint(100, (batch,), device=where)
+    make = partial(torch.randn, device=where, dtype=kind)
+    qkv = make(batch, n, 3, shape.n_heads, shape.width)
+    taught = Tokens(qkv, make(batch, n, width), make(batch, 100))
+    key = Key(1, torch.arange(batch, device=where), 3)
+    net = net.to(where).to(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=torch.channels_last)
+    work = Work(f"step, {name} {size} px B {batch} N {n} D {width}")
+
+    def call(objective: Any, weights: dict[str, float], taps: Taps) -> None:
+        half = torch.autocast(where.type, kind) if kind != torch.float32 else nullcontext()
+        with half:
+            logits = net(images)
+            step = Step(logits, taps.features[tap.module], labels, taught, key, 1.0)
+            terms, _ = objective(step, runtime.Stopwatch())
+        sum(weights[t] * v for t, v in terms.items()).backward()
+        net.zero_grad()
+        objective.zero_grad()
+
+    taps = Taps(net, [tap.module])
+    for impl in ("eager", "auto"):
+        cakd = CakdConfig(impl=impl)
+        objective = Objective("cakd+logits", LogitsConfig(), cakd, tap, space).to(where)
+        work.add(f"impl {impl}", partial(call, objective, objective.weights(1.0), taps))
+    if compiled:
+        plain = Objective("cakd+logits", LogitsConfig(), CakdConfig(), tap, space).to(where)
+        compiled_terms = partial(call, torch.compile(plain), plain.weights(1.0), taps)
+        work.add("impl auto, torch.compile", compiled_terms)
+    return work
+
+
+def measure(work: Work, where: torch.device, ceilings: dict[str, float] | None) -> dict[str, Any]:
+    """Of every provider milliseconds (median, p20, p80); on a GPU peak MB above the inputs, launches, roofline."""
+    gpu = where.type == "cuda"
+    times = _on_gpu(work.providers) if gpu else _in_turns(work.providers)
     rows: dict[str, Any] = {}
-    running: dict[str, Loss] = {}
-    for name, loss in providers(compiled).items():
-        try:
-            call(loss, s, t, key)
-        except UserError as error:
-            rows[name] = {"reason": str(error)}
-            continue
-        running[name] = loss
-    times = _on_gpu(running, s, t, key) if where.type == "cuda" else _in_turns(running, s, t, key)
     for name, values in times.items():
-        low, middle, high = statistics.quantiles(values, n=4)
-        rows[name] = {"ms": {"median": middle, "p25": low, "p75": high}}
-        if where.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call(running[name], s, t, key)
-            rows[name]["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
-    return {name: rows[name] for name in providers(compiled)}
+        fifths = statistics.quantiles(values, n=5)
+        row: dict[str, Any] = {
+            "ms": {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3]}
+        }
+        if gpu:
+            row |= {
+                "peak_mb": _peak_mb(work.providers[name]),
+                "launches": _launches(work.providers[name]),
+            }
+        if ceilings and work.flops:
+            least = max(
+                work.flops / ceilings["tflop_per_s"] / 1e9,
+                work.bytes / ceilings["copy_gb_per_s"] / 1e6,
+            )
+            row["roofline_percent"] = 100 * least / row["ms"]["median"]
+        rows[name] = row
+    return rows | {name: {"reason": why} for name, why in work.refused.items()}
 
 
-def _in_turns(running: dict[str, Loss], s: Tensor, t: Tensor, key: Key) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in running}
+def _in_turns(providers: dict[str, Call]) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in providers}
     for _ in range(TURNS):
-        for name, loss in running.items():
+        for name, call in providers.items():
             start = time.perf_counter()
-            call(loss, s, t, key)
+            call()
             times[name].append(1e3 * (time.perf_counter() - start))
     return times
 
 
-def _on_gpu(running: dict[str, Loss], s: Tensor, t: Tensor, key: Key) -> dict[str, list[float]]:
+def _on_gpu(providers: dict[str, Call]) -> dict[str, list[float]]:
     from triton.testing import do_bench
 
-    return {
-        name: do_bench(lambda loss=loss: call(loss, s, t, key), return_mode="all")
-        for name, loss in running.items()
-    }
+    return {name: do_bench(call, return_mode="all") for name, call in providers.items()}
 
 
-def ceilings() -> dict[str, float]:
-    """GB/s of a large copy and TFLOP/s of a large bf16 product on this GPU."""
+def _peak_mb(call: Call) -> float:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def _launches(call: Call) -> int:
+    """Kernels started on the device in one call."""
+    cuda = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[cuda]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in seen.events() or ())
+
+
+def measured_ceilings(kind: torch.dtype) -> dict[str, float]:
+    """GB/s of a large copy and TFLOP/s of a large product in this dtype on this GPU."""
     from triton.testing import do_bench
 
     source = torch.empty(1 << 30, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
     copied = 2 * source.numel() * 4 / do_bench(lambda: target.copy_(source)) / 1e6
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return {
-        "copy_gb_per_s": copied,
-        "bf16_tflop_per_s": 2 * 8192**3 / do_bench(lambda: a @ b) / 1e9,
-    }
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=kind) for _ in range(2))
+    return {"copy_gb_per_s": copied, "tflop_per_s": 2 * 8192**3 / do_bench(lambda: a @ b) / 1e9}
 
 
 def table(found: dict[str, Any]) -> str:
-    """The Markdown table: ratios to the reference; on a GPU milliseconds and memory too."""
-    gpu = found["ceilings"] is not None
-    lines = ["| shape | provider | time / reference |" + (" ms | peak MB |" if gpu else "")]
-    lines.append("|---|---|--:|" + ("--:|--:|" if gpu else ""))
-    for shape, rows in found["shapes"].items():
-        base = next(iter(rows.values()))["ms"]["median"]
+    """The Markdown table: ratios to the first provider; on a GPU milliseconds, memory, launches, roofline too."""
+    ceilings = found["ceilings"]
+    more = " ms | peak MB | launches | % of roofline |" if ceilings else ""
+    lines = [f"| work | provider | speed |{more}", "|---|---|--:|" + "--:|" * more.count("|")]
+    for title, rows in found["work"].items():
+        base = next(row["ms"]["median"] for row in rows.values() if "ms" in row)
         for name, row in rows.items():
             if "reason" in row:
-                lines.append(f"| {shape} | {name} | not measured |" + (" | |" if gpu else ""))
+                cells = " |" * more.count("|")
+                lines.append(f"| {title} | {name} | not measured: {row['reason']} |{cells}")
                 continue
-            ms = row["ms"]["median"]
-            more = f" {ms:.3f} | {row['peak_mb']:.0f} |" if gpu else ""
-            lines.append(f"| {shape} | {name} | {ms / base:.2f} |{more}")
-    if not gpu:
+            ms, cells = row["ms"]["median"], ""
+            if ceilings:
+                share = f"{row['roofline_percent']:.0f}" if "roofline_percent" in row else ""
+                cells = f" {ms:.3f} | {row['peak_mb']:.0f} | {row['launches']} | {share} |"
+            lines.append(f"| {title} | {name} | {base / ms:.2f}× |{cells}")
+    if ceilings:
+        rate, products = ceilings["copy_gb_per_s"], ceilings["tflop_per_s"]
+        lines += [
+            "",
+            f"Ceilings measured: {rate:.0f} GB/s (copy), {products:.0f} TFLOP/s (product).",
+        ]
+    else:
         lines += ["", "GPU: not measured."]
     return "\n".join(lines)
 
@@ -153,23 +336,43 @@ def main(args: argparse.Namespace) -> None:
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = where.type == "cuda"
     kind = torch.bfloat16 if gpu else torch.float32
+    ceilings = measured_ceilings(kind) if gpu else None
+    compiled = gpu or args.compile
+    losses = {"attention": attention_work, "tokens": tokens_work}
     shapes = (ON_GPU if gpu else ON_CPU)[: args.shapes]
+    students = (STUDENTS if gpu else STUDENTS_ON_CPU)[: args.shapes]
     found: dict[str, Any] = {
         "dtype": str(kind).removeprefix("torch."),
-        "shapes": {str(shape): measure(shape, kind, where, gpu) for shape in shapes},
-        "ceilings": ceilings() if gpu else None,
+        "ceilings": ceilings,
+        "work": {},
     }
+    for part in args.parts:
+        makers = (
+            [partial(step_work, one) for one in students]
+            if part == "step"
+            else [partial(losses[part], one) for one in shapes]
+        )
+        for make in makers:
+            work = make(kind, where, compiled)
+            found["work"][work.title] = measure(work, where, ceilings)
+            del work
     shown = table(found)
     print(shown)
     if args.out is None:
         return
-    made_by = files.provenance({"shapes": args.shapes})
-    shown = f"{found['dtype']}\n\n{shown}"
-    record.write(args.out, SCHEMA, found, made_by, "python -m benchmarks.kernels", shown)
+    made_by = files.provenance(
+        {"parts": args.parts, "shapes": args.shapes, "compile": args.compile}
+    )
+    command = "python -m benchmarks.kernels" + (" --compile" if args.compile else "")
+    record.write(args.out, SCHEMA, found, made_by, command, f"{found['dtype']}\n\n{shown}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="benchmarks.kernels", description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--shapes", type=int, help="only the first so many")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile too, on a CPU (needs g++)"
+    )
     parser.add_argument("--out", type=Path, help="where to write, without suffix")
     cli.run(main, parser)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import losses, projectors
-from pipeline.kernels import ops
+from pipeline.kernels import gl, pca
 from pipeline.kernels.philox import Key
-from pipeline.kernels.reference import Granularity, attention, gl_project, heads
+from pipeline.kernels.reference import Granularity, attention, heads
 from pipeline.robust import Discriminator, Trans
 from pipeline.runtime import Stopwatch
 from pipeline.students import Tap
@@ -66,7 +66,9 @@ class CakdConfig:
     dropout: float = 0.1  # before the group-wise linear layer, eq. 5
     standardise: bool = False  # h_T and h'_S by the store's channel statistics (12)
     trans: Trans = field(default_factory=Trans)  # eq. 7
-    impl: Literal["auto", "eager", "sdpa"] = "auto"  # who computes the projector losses
+    impl: Literal["auto", "eager", "sdpa", "small", "flash"] = (
+        "auto"  # who computes the projector losses
+    )
 
     def __post_init__(self) -> None:
         for name in ("swap_p", "warmup"):
@@ -191,18 +193,19 @@ class Objective(nn.Module):
         cakd = self.cakd
         p = cakd.swap_p * (1 - step.progress) if cakd.swap_anneal else cakd.swap_p
         qkv_s = self.projectors["pca"](feature)
-        return ops.pca_loss(qkv_s, qkv_t, step.key, p, cakd.granularity, cakd.impl)
+        return pca.pca_loss(qkv_s, qkv_t, step.key, p, cakd.granularity, cakd.impl)
 
     def _tokens(self, feature: Tensor, h_t: Tensor, key: Key) -> tuple[Tensor, Tensor]:
-        gl: Any = self.projectors["gl"]
-        return ops.gl_mse(
+        layer: Any = self.projectors["gl"]
+        return gl.gl_mse(
             projectors.tokens_of(feature),
-            gl.weight,
-            gl.bias,
+            layer.weight,
+            layer.bias,
             self.target(h_t),
-            gl.groups,
+            layer.groups,
             self.cakd.dropout,
             key,
+            self.cakd.impl,
         )
 
     def target(self, h_t: Tensor) -> Tensor:
@@ -214,6 +217,8 @@ class Objective(nn.Module):
         """Evaluation: the student's attention (B, H, N, d) with no swap, and h'_S (B, N, D) with no drop-out."""
         assert self.tap is not None
         feature = self.tap.resized(feature)
-        gl: Any = self.projectors["gl"]
-        tokens = gl_project(projectors.tokens_of(feature), gl.weight, gl.bias, gl.groups)
+        layer: Any = self.projectors["gl"]
+        tokens = gl.gl_project(
+            projectors.tokens_of(feature), layer.weight, layer.bias, layer.groups, self.cakd.impl
+        )
         return attention(*heads(self.projectors["pca"](feature))), tokens

@@ -11,23 +11,14 @@ import pytest
 
 from pipeline import files
 from pipeline.kernels.configs import ARCHITECTURES, TABLE, Config
+from tests.bounds import BOUNDS, bound
 from tests.conftest import ROOT
 from tests.house import modules
+from tests.mutants import MUTANTS
 
 pytest.importorskip("triton", reason="the kernels' proofs need triton: pip install '.[kernels]'")
 
-# float32 multiplied exactly: rounding of N to d additions, some 1e-7; a planted fault shows 5e-3 or more.
-LOSS, GRADIENT = 1e-6, 5e-6
-MUTANTS = [
-    "scale one percent off",
-    "the mask stream of another matrix",
-    "keys beyond the end",
-    "delta dropped",
-    "gradient through what was swapped",
-    "no rescaling of earlier keys",
-    "the step ignored",
-    "half of the mean missing in the Gram gradient",
-]
+SPACING = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}
 
 
 def interpreted(*arguments):
@@ -42,27 +33,37 @@ def interpreted(*arguments):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def wrong(cases):
-    """What is over its bound, NaN included; masks and repetitions are exact."""
-    return [
-        (one["shape"], one["granularity"], one["p"], name, error)
-        for one in cases
-        for name, error in one["errors"].items()
-        if not error <= (GRADIENT if "gradient" in name else LOSS)
-    ]
-
-
-@pytest.mark.parametrize("scope", ["quick", pytest.param("all", marks=pytest.mark.slow)])
-def test_in_the_interpreter_every_kernel_is_the_reference(scope):
-    cases = interpreted("--scope", scope)
-    assert wrong(cases) == []
+def wrong(cases, kind="float32"):
+    """What is over its bound, or over twice plain torch's error in the same dtype; NaN included."""
+    found = []
     for one in cases:
-        kernels = {"mix", "gram", "flash"} | ({"small"} if one["shape"][1] <= 64 else set())
+        for name, error in one["errors"].items():
+            most = bound(name, kind)
+            if name in one["plain"]:
+                most = min(most, 2 * one["plain"][name] + 2 * SPACING[kind])
+            if not error <= most:
+                found.append((one["case"], name, error, most))
+    return found
+
+
+def of(cases, name):
+    return [one for one in cases if one["case"][0] == name]
+
+
+@pytest.mark.parametrize("kind", BOUNDS)
+@pytest.mark.parametrize("scope", ["quick", pytest.param("all", marks=pytest.mark.slow)])
+def test_in_the_interpreter_every_kernel_is_the_reference(scope, kind):
+    cases = interpreted("--scope", scope, "--dtype", kind)
+    assert wrong(cases, kind) == []
+    for one in of(cases, "attention"):
+        kernels = {"mix", "gram", "flash"} | ({"small"} if one["case"][1][1] <= 64 else set())
         assert kernels <= set(one["errors"])
+    assert {"dropout", "gl", "gl gradient of weight"} <= set(of(cases, "groups")[0]["errors"])
     if scope == "all":
-        assert {one["shape"][1] for one in cases} == {20, 49, 64, 65, 196}
-        assert {one["granularity"] for one in cases} == {"element", "token", "matrix"}
-        certain = next(one for one in cases if one["p"] == 1.0)["errors"]
+        assert {one["case"][1][1] for one in of(cases, "attention")} == {20, 49, 64, 65, 196}
+        assert {one["case"][2] for one in of(cases, "attention")} == {"element", "token", "matrix"}
+        assert [one["case"][1] for one in of(cases, "gram")] == [1.0, 0.1, 0.01]
+        certain = next(one for one in of(cases, "attention") if one["case"][3] == 1.0)["errors"]
         assert certain["flash"] == certain["small"] == certain["flash gradient"] == 0
 
 
@@ -93,7 +94,7 @@ def test_compiled_ahead_a_kernel_spills_nothing_and_keeps_its_budget(kernel, arc
 def test_a_configuration_that_spills_is_a_fault():
     from pipeline.kernels import ahead
 
-    found = ahead.build("gram", 80, Config(block=128, keys=0, warps=2, stages=3))
+    found = ahead.build("gram", 80, Config(block=128, inner=0, warps=2, stages=3))
     (told,) = [f for f in ahead.faults("gram", 80, found, None) if "spilled" in f]
     assert "allowed: 0" in told
 

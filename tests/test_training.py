@@ -148,13 +148,13 @@ def test_the_discriminator_is_shown_what_the_student_is_held_against(make, monke
 @pytest.mark.parametrize("granularity", ["token", "matrix", "none"])
 def test_the_granularity_asked_is_the_one_used(granularity, make, monkeypatch):
     asked = []
-    exact = methods.ops.pca_loss
+    exact = methods.pca.pca_loss
 
     def spy(*args):
         asked.append(args[3:])
         return exact(*args)
 
-    monkeypatch.setattr(methods.ops, "pca_loss", spy)
+    monkeypatch.setattr(methods.pca, "pca_loss", spy)
     loss_terms(make("cakd", replace(QUICK, cakd=CakdConfig(granularity=granularity))))
     assert asked == [(0.5, granularity, "auto")]
 

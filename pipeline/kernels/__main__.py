@@ -8,7 +8,7 @@ import torch
 
 from pipeline import cli
 from pipeline.errors import UserError
-from pipeline.kernels.ops import IMPLS, choose
+from pipeline.kernels.choice import IMPLS, choose_gl, choose_pca
 
 
 def main(args: argparse.Namespace) -> None:
@@ -17,9 +17,12 @@ def main(args: argparse.Namespace) -> None:
         write_budget()
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name, why = choose(args.impl, device, args.tokens, args.width)
-    print(f"pca_loss on {device.type}: {name} ({why})")
-    print("gl_mse: eager (static permutation, one product a group)")
+    found = {
+        "pca_loss": choose_pca(args.impl, device, args.tokens, args.width),
+        "gl_mse": choose_gl(args.impl, device, getattr(torch, args.dtype), args.channels),
+    }
+    for loss, (name, why) in found.items():
+        print(f"{loss} on {device.type}: {name} ({why})")
 
 
 def write_budget() -> None:
@@ -39,4 +42,6 @@ if __name__ == "__main__":
     parser.add_argument("--impl", default="auto", help=f"one of {', '.join(IMPLS)}")
     parser.add_argument("--tokens", type=int, default=196, help="patch tokens of the teacher")
     parser.add_argument("--width", type=int, default=64, help="of one head")
+    parser.add_argument("--channels", type=int, default=512, help="of the student's tap")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     cli.run(main, parser)

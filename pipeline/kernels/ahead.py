@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pipeline import files
-from pipeline.kernels import flash, gram, small, swap_mix
+from pipeline.kernels import dropout, flash, gram, group_linear, small, swap_mix
 from pipeline.kernels.configs import ARCHITECTURES, SHARED_KB, Config, config
 
 BUDGET = Path(__file__).with_name("budget.json")
@@ -25,11 +25,15 @@ SCHEMA = "cakd.kernels.budget/1"
 SLACK = 1.1  # registers may grow by a tenth with another compiler before the gate says so
 KERNELS: dict[str, Any] = {
     "swap_mix": swap_mix.swap_mix_kernel,
+    "dropout": dropout.dropout_kernel,
     "gram": gram.gram_kernel,
     "small": small.small_kernel,
     "flash_forward": flash.flash_forward_kernel,
     "flash_queries": flash.flash_queries_kernel,
     "flash_keys": flash.flash_keys_kernel,
+    "gl_project": group_linear.project_kernel,
+    "gl_input": group_linear.input_kernel,
+    "gl_weight": group_linear.weight_kernel,
 }
 CONSTANTS = {  # of ViT's heads, 64 wide, and the mask of every element
     "SCALE": 0.125,
@@ -38,21 +42,24 @@ CONSTANTS = {  # of ViT's heads, 64 wide, and the mask of every element
     "GRAN": 0,
     "ZERO": False,
     "PRECISION": "ieee",
+    "TARGET": True,
 }
 TYPES = {  # of the arguments that are not strides or counts
-    **dict.fromkeys(("student", "teacher", "out", "gradient", "doubled"), "*bf16"),
+    **dict.fromkeys(("student", "teacher", "out", "gradient", "doubled", "tokens"), "*bf16"),
+    **dict.fromkeys(("weight", "bias", "target", "residual", "upstream"), "*bf16"),
+    **dict.fromkeys(("d_weight", "d_bias"), "*bf16"),
     **dict.fromkeys(("losses", "log_sums", "deltas"), "*fp32"),
-    **dict.fromkeys(("ids", "stream"), "*i64"),
+    **dict.fromkeys(("ids", "stream", "order", "tiles", "groups"), "*i64"),
     **dict.fromkeys(("scale", "count"), "fp32"),
 }
-STRIDE = re.compile(r"[stgo]_[bnmh]$")
+ALIGNED = re.compile(r"[stgox]_[bnmh]$|channels$|width$")
 PRODUCT = {
     8: "HMMA",
     9: "HGMMA",
     10: "UTC",
     12: "HMMA",
 }  # the tensor-core instruction, by generation
-WITHOUT_PRODUCT = {"swap_mix"}
+WITHOUT_PRODUCT = {"swap_mix", "dropout"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,9 @@ def build(kernel: str, architecture: int, chosen: Config | None = None) -> Build
     """Compile a kernel in bfloat16 with the table's configuration, or with `chosen`."""
     chosen = chosen or config(kernel, architecture)
     function = KERNELS[kernel]
-    tiles = {"BLOCK": chosen.block, "KEYS": chosen.keys}
+    tiles = {"BLOCK": chosen.block, "KEYS": chosen.inner, "DEPTH": chosen.inner}
+    if chosen.columns:
+        tiles["COLUMNS"] = chosen.columns
     constants = {k: v for k, v in {**CONSTANTS, **tiles}.items() if k in function.arg_names}
     signature = {
         name: "constexpr" if name in constants else TYPES.get(name, "i32")
@@ -79,7 +88,7 @@ def build(kernel: str, architecture: int, chosen: Config | None = None) -> Build
     attributes = {
         (place,): aligned
         for place, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or STRIDE.match(name)
+        if kind.startswith("*") or ALIGNED.match(name)
     }
     compiled = triton.compile(
         ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes),

@@ -7,9 +7,13 @@ size N x N outlives the call. Gradients come in units of 1 / (B H N d).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline.kernels.philox import Key
 from pipeline.kernels.reference import Granularity, attention, heads, swap_masks
@@ -68,3 +72,76 @@ def gram_loss(v_s: Tensor, v_t: Tensor) -> tuple[Tensor, Tensor]:
     total = 2 * ((rr * mm).sum(dtype=wide) + (g * g.mT).sum(dtype=wide))
     gradient = (r @ (mm - g / 2) + m @ (g.mT - rr / 2)) * (-4 / n)
     return total / (batch * n_heads * n**2 * width), gradient.transpose(1, 2)
+
+
+def group_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor | None,
+    order: Sequence[int],
+    sizes: Sequence[int],
+    grouped: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mse(Proj2(x), target), scalar; Proj2(x) (B, N, D); their difference, empty without a target.
+
+    x (B, N, c) is permuted once, so that each group's rows are side by side: one product a group, or one
+    `grouped_mm` for all of them.
+    """
+    to, back = constant(x.device, *order), constant(x.device, *_inverse(order))
+    rows = x.transpose(0, 1).index_select(0, to)  # (N, B, c)
+    if grouped:
+        flat = F.grouped_mm(rows.flatten(0, 1), weight.mT, offs=_ends(rows, sizes))
+        out = flat.unflatten(0, rows.shape[:2])
+        of_place = (group for group, size in enumerate(sizes) for _ in range(size))
+        out += bias.index_select(0, constant(x.device, *of_place))[:, None]
+    else:
+        out = rows.new_empty(*rows.shape[:2], weight.shape[1])
+        for part, into, w, b in zip(rows.split(sizes), out.split(sizes), weight, bias):
+            torch.addmm(b, part.flatten(0, 1), w.mT, out=into.view(-1, w.shape[0]))
+    projected = out.transpose(0, 1).index_select(1, back)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if target is None:
+        return x.new_zeros((), dtype=wide), projected, x.new_empty(0)
+    residual = projected - target
+    return residual.square().mean(dtype=wide), projected, residual
+
+
+def group_linear_backward(
+    x: Tensor,
+    weight: Tensor,
+    upstream: Tensor,
+    order: Sequence[int],
+    sizes: Sequence[int],
+    grouped: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of upstream (B, N, D): d x (B, N, c), d weight (G, D, c), d bias (G, D)."""
+    to, back = constant(x.device, *order), constant(x.device, *_inverse(order))
+    rows, d_out = (v.transpose(0, 1).index_select(0, to) for v in (x, upstream))
+    if grouped:
+        ends, flat = _ends(rows, sizes), d_out.flatten(0, 1)
+        d_rows = F.grouped_mm(flat, weight, offs=ends).unflatten(0, rows.shape[:2])
+        d_weight = F.grouped_mm(flat.mT, rows.flatten(0, 1), offs=ends)
+    else:
+        d_rows, d_weight = torch.empty_like(rows), torch.empty_like(weight)
+        parts = (rows.split(sizes), d_out.split(sizes), d_rows.split(sizes))
+        for part, d_part, into, w, d_w in zip(*parts, weight, d_weight):
+            torch.mm(d_part.flatten(0, 1), w, out=into.view(-1, w.shape[1]))
+            torch.mm(d_part.flatten(0, 1).mT, part.flatten(0, 1), out=d_w)
+    d_bias = torch.stack([part.sum((0, 1)) for part in d_out.split(sizes)])
+    return d_rows.transpose(0, 1).index_select(1, back), d_weight, d_bias
+
+
+@lru_cache(maxsize=64)
+def constant(device: torch.device, *numbers: int) -> Tensor:
+    """A table (int64) copied to the device the first time; under CUDA graphs that must be before the capture."""
+    return torch.tensor(numbers).to(device)
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def _ends(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Where each group's rows end among N B, as grouped_mm reads it."""
+    return constant(rows.device, *(rows.shape[1] * end for end in accumulate(sizes))).int()

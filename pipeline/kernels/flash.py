@@ -288,7 +288,7 @@ def flash(
     flash_forward_kernel[(blocks, n_heads, batch)](
         *(qkv_s, qkv_t, doubled, log_sums, deltas, losses, *drawn, count, *common),
         BLOCK=chosen.block,
-        KEYS=chosen.keys,
+        KEYS=chosen.inner,
         **fixed,
         **options,
     )
@@ -296,10 +296,10 @@ def flash(
     g_b, g_n, g_m, g_h = gradient.stride()[:4]
     chosen, options, _ = settings("flash_queries", qkv_s)
     flash_queries_kernel[(triton.cdiv(n, chosen.block), n_heads, batch)](
-        *(*saved, g_b, g_n, g_h), BLOCK=chosen.block, KEYS=chosen.keys, **fixed, **options
+        *(*saved, g_b, g_n, g_h), BLOCK=chosen.block, KEYS=chosen.inner, **fixed, **options
     )
     chosen, options, _ = settings("flash_keys", qkv_s)
-    flash_keys_kernel[(triton.cdiv(n, chosen.keys), n_heads, batch)](
-        *(*saved, g_b, g_n, g_m, g_h), BLOCK=chosen.block, KEYS=chosen.keys, **fixed, **options
+    flash_keys_kernel[(triton.cdiv(n, chosen.inner), n_heads, batch)](
+        *(*saved, g_b, g_n, g_m, g_h), BLOCK=chosen.block, KEYS=chosen.inner, **fixed, **options
     )
     return losses.sum(), gradient

@@ -27,6 +27,12 @@ class Key:
     ids: Tensor
     step: int
 
+    @classmethod
+    def of(cls, ids: Tensor, stream: Tensor) -> Key:
+        """From what `stream` gives; waits for the device."""
+        seed, step = stream.tolist()
+        return cls(seed, ids, step)
+
     def stream(self) -> Tensor:
         """(2,) int64: seed and step beside the ids, filled in on their device without a copy from the host."""
         parts = [
@@ -41,18 +47,14 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> list[Te
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = seed & LOW, (seed >> 32) & LOW
     for _ in range(ROUNDS):
-        high0, low0 = _multiply(c0, MULTIPLIERS[0])
-        high1, low1 = _multiply(c2, MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        # 64-bit products wrap around and shifts drag the sign along: the halves, cut to 32 bits, are exact.
+        wide0, wide1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        high0, high1 = wide0 >> 32, wide1 >> 32
+        c0 = high1.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(LOW)
+        c2 = high0.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(LOW)
+        c1, c3 = wide1.bitwise_and_(LOW), wide0.bitwise_and_(LOW)
         k0, k1 = (k0 + WEYL[0]) & LOW, (k1 + WEYL[1]) & LOW
     return [c0, c1, c2, c3]
-
-
-def _multiply(word: Tensor, by: int) -> tuple[Tensor, Tensor]:
-    """32 x 32 -> high and low 32 bits, through 16-bit halves that never pass 2^63."""
-    low = (word & 0xFFFF) * by
-    high = (word >> 16) * by + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def bernoulli(key: Key, rows: int, width: int, tensor: int, p: float) -> Tensor:

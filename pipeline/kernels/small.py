@@ -105,9 +105,6 @@ def _attend(q, k, real, SCALE: tl.constexpr, PRECISION: tl.constexpr):
     return scores / tl.sum(scores, axis=1)[:, None]
 
 
-MOST_TOKENS = 64
-
-
 def small(
     qkv_s: Tensor, qkv_t: Tensor, ids: Tensor, stream: Tensor, p: float, granularity: str
 ) -> tuple[Tensor, Tensor]:

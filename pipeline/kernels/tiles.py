@@ -15,7 +15,6 @@ from pipeline.kernels.philox import PLANES as DIGITS
 
 GRANULARITIES = {"element": 0, "token": 1, "matrix": 2, "none": 3}
 PLANES = tl.constexpr(DIGITS)
-WIDEST = 128  # a head's width: the bits of one Philox counter
 
 
 def draws(
@@ -48,11 +47,12 @@ def padded(width: int) -> int:
 
 @triton.jit
 def swap_mask(
-    rows, columns, head, n, tensor, sample, step, seed, digits, first, GRAN: tl.constexpr
+    rows, columns, head, n, tensor, sample, step, seed, digits, first, GRAN: tl.constexpr, chunk=0
 ):
     """(rows, columns) bool: where g() takes the teacher's value. rows are tokens, columns 0..d-1 of one head.
 
-    digits / 2^16 is the probability, first its lowest set binary digit (`philox.bernoulli`).
+    digits / 2^16 is the probability, first its lowest set binary digit (`philox.bernoulli`); chunk counts the 128
+    columns before these.
     """
     if GRAN == 0:
         counter = (head * n + rows).to(tl.uint32)
@@ -64,7 +64,7 @@ def swap_mask(
     c2, c3 = zero + sample.to(tl.uint32), zero + step.to(tl.uint32)
     w0, w1, w2, w3 = zero, zero, zero, zero
     for plane in range(first, PLANES):
-        c1 = (zero.to(tl.int32) + tensor + 4 * (PLANES - 1 - plane)).to(tl.uint32)
+        c1 = (zero.to(tl.int32) + tensor + 4 * (PLANES * chunk + PLANES - 1 - plane)).to(tl.uint32)
         r0, r1, r2, r3 = tl.philox(seed, counter, c1, c2, c3)
         if (digits >> plane) & 1:
             w0, w1, w2, w3 = w0 | r0, w1 | r1, w2 | r2, w3 | r3

@@ -1,4 +1,4 @@
-"""Who computes the projector losses: custom operators with fake, autograd, autocast, FLOP formulas; the dispatch.
+"""L_proj1 of eq. 4 as torch operators, with fake, autograd, autocast and FLOP formulas.
 
 An operator returns its loss and the gradient that the forward computed along the way, in units of 1 / (B H N d);
 the backward multiplies by the upstream scalar, without a wait for the device.
@@ -6,7 +6,6 @@ the backward multiplies by the upstream scalar, without a wait for the device.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -14,15 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from pipeline.errors import UserError, nearest
 from pipeline.kernels import eager, reference
-from pipeline.kernels.configs import LARGE_REGISTER_FILE
+from pipeline.kernels.choice import choose_pca, has_triton
 from pipeline.kernels.philox import Key
 from pipeline.kernels.reference import Granularity
-
-IMPLS = ("auto", "eager", "sdpa", "small", "flash")
-SMALL_TOKENS = 64  # most that `small` holds in one program
-WIDEST_HEAD = 128
 
 
 @torch.library.custom_op("cakd::swap_mix", mutates_args=())
@@ -30,12 +24,12 @@ def swap_mix_op(
     qkv_s: Tensor, qkv_t: Tensor | None, ids: Tensor, stream: Tensor, p: float, granularity: str
 ) -> Tensor:
     """g() of eq. 3 on packed qkv (B, N, 3, H, d); no teacher: zeros where the mask says."""
-    if qkv_s.is_cuda and _triton():
+    if qkv_s.is_cuda and has_triton():
         from pipeline.kernels import swap_mix
 
         return swap_mix.swap_mix(qkv_s, qkv_t, ids, stream, p, granularity)
     other = torch.zeros_like(qkv_s) if qkv_t is None else qkv_t
-    return reference.swap_mix(qkv_s, other, _key(ids, stream), p, granularity)  # type: ignore[arg-type]
+    return reference.swap_mix(qkv_s, other, Key.of(ids, stream), p, granularity)  # type: ignore[arg-type]
 
 
 @torch.library.custom_op("cakd::attention_loss", mutates_args=())
@@ -50,7 +44,7 @@ def attention_loss_op(
 ) -> tuple[Tensor, Tensor]:
     """The attention term of eq. 4, float32 scalar, and its gradient times B H N d, packed."""
     if impl == "eager":
-        key: Any = _key(ids, stream)
+        key: Any = Key.of(ids, stream)
         return eager.attention_loss(qkv_s, qkv_t, key, p, granularity)  # type: ignore[arg-type]
     from pipeline.kernels import flash, small
 
@@ -61,21 +55,12 @@ def attention_loss_op(
 @torch.library.custom_op("cakd::gram_loss", mutates_args=())
 def gram_loss_op(v_s: Tensor, v_t: Tensor) -> tuple[Tensor, Tensor]:
     """The Gram term of eq. 4 of V (B, N, H, d), float32 scalar, and its gradient times B H N d."""
-    if v_s.is_cuda and _triton():
+    if v_s.is_cuda and has_triton():
         from pipeline.kernels import gram
 
         return gram.gram(v_s, v_t)
     loss, gradient = eager.gram_loss(v_s, v_t)
     return loss, gradient.contiguous()
-
-
-def _triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _key(ids: Tensor, stream: Tensor) -> Key:
-    seed, step = stream.tolist()
-    return Key(seed, ids, step)
 
 
 def _scalar_of(tensor: Tensor) -> Tensor:
@@ -125,7 +110,8 @@ swap_mix_op.register_autograd(_through_mix, setup_context=_keep_draw)
 for _op in (attention_loss_op, gram_loss_op):
     _op.register_autograd(_times_upstream, setup_context=_keep_gradient)
 for _op in (swap_mix_op, attention_loss_op, gram_loss_op):
-    _op.register_autocast("cuda", torch.bfloat16)
+    for _device in ("cuda", "cpu"):
+        _op.register_autocast(_device, torch.bfloat16)
 
 
 @register_flop_formula(torch.ops.cakd.attention_loss)
@@ -143,42 +129,6 @@ def _gram_flops(v: Any, *_: Any, **__: Any) -> int:
     return int(2 * 5 * batch * n_heads * n * width * width)
 
 
-def choose(impl: str, device: torch.device, n: int, width: int) -> tuple[str, str]:
-    """The implementation for N tokens and heads of `width`, and the reason.
-
-    Raises UserError: unknown, or asked for by name where it cannot run.
-    """
-    if impl not in IMPLS:
-        raise UserError(f"kernels impl: got {impl!r}; {nearest(impl, IMPLS)}")
-    cannot = _cannot(impl, device, n, width)
-    if cannot:
-        raise UserError(f"kernels impl: got {impl!r}, but {cannot}; use auto")
-    if impl != "auto":
-        return impl, "asked for by name"
-    if device.type == "cpu":
-        return "eager", "a CPU: gradients in closed form, in plain torch"
-    why_not = _cannot("small", device, n, width)
-    major, minor = torch.cuda.get_device_capability(device)
-    if why_not is None and 10 * major + minor in LARGE_REGISTER_FILE:
-        return "small", f"{n} tokens on sm_{major}{minor}: one launch a step"
-    return "sdpa", why_not or f"sm_{major}{minor}: fused attention of PyTorch, no N x N tensor"
-
-
-def _cannot(impl: str, device: torch.device, n: int, width: int) -> str | None:
-    """Why a Triton kernel cannot run here; None where it can."""
-    if impl not in ("small", "flash"):
-        return None
-    if device.type != "cuda":
-        return f"the tensors are on the {device.type}: it needs a CUDA device"
-    if not _triton():
-        return "triton is not installed (`pip install '.[kernels]'`)"
-    if width > WIDEST_HEAD:
-        return f"a head is {width} wide: it takes {WIDEST_HEAD} at most"
-    if impl == "small" and n > SMALL_TOKENS:
-        return f"there are {n} tokens: it takes {SMALL_TOKENS} at most"
-    return None
-
-
 def pca_loss(
     qkv_s: Tensor,
     qkv_t: Tensor,
@@ -188,7 +138,7 @@ def pca_loss(
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention and Gram terms of eq. 4 by the chosen implementation; see `reference.pca_loss`."""
-    name, _ = choose(impl, qkv_s.device, qkv_s.shape[1], qkv_s.shape[-1])
+    name, _ = choose_pca(impl, qkv_s.device, qkv_s.shape[1], qkv_s.shape[-1])
     qkv_t = qkv_t.to(qkv_s.dtype)
     gram, _ = gram_loss_op(qkv_s[:, :, 2], qkv_t[:, :, 2])
     ids, stream = key.ids.to(torch.int64), key.stream()
@@ -198,7 +148,5 @@ def pca_loss(
     student = F.scaled_dot_product_attention(*reference.heads(mixed))
     with torch.no_grad():
         teacher = F.scaled_dot_product_attention(*reference.heads(qkv_t))
-    return F.mse_loss(student, teacher), gram
-
-
-gl_mse = reference.gl_mse  # eq. 5 and 6: static permutation, one product a group, on every device
+    wide = torch.promote_types(qkv_s.dtype, torch.float32)
+    return F.mse_loss(student.to(wide), teacher.to(wide)), gram
