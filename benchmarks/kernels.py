@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -30,8 +30,12 @@ from pipeline import cli, files, projectors, runtime
 from pipeline.errors import UserError
 from pipeline.kernels import choice, gl, pca, reference
 from pipeline.kernels.philox import Key
-from pipeline.methods import CakdConfig, LogitsConfig, Objective, Step, TeacherSpace
-from pipeline.students import Taps, find_tap
+from pipeline.methods.cakd import CakdConfig
+from pipeline.methods.logits import LogitsConfig
+from pipeline.methods.objective import Objective
+from pipeline.methods.table import Terms, settings
+from pipeline.methods.term import Seen, Sizes, TeacherSpace
+from pipeline.students import Taps, anatomy, find_tap
 from pipeline.teacher import Tokens
 
 SCHEMA = "cakd.benchmark.kernels/2"
@@ -203,6 +207,7 @@ def step_work(
     tap = find_tap(net, size, shape.grid)
     width = shape.n_heads * shape.width
     space = TeacherSpace(shape.n_heads, width, torch.zeros(width), torch.ones(width))
+    sizes = Sizes(100, anatomy(net, size), tap, space, images=batch, views=1)
     images = torch.randn(batch, 3, size, size, device=where)
     labels = torch.randint(100, (batch,), device=where)
     make = partial(torch.randn, device=where, dtype=kind)
@@ -217,19 +222,25 @@ def step_work(
         half = torch.autocast(where.type, kind) if kind != torch.float32 else nullcontext()
         with half:
             logits = net(images)
-            step = Step(logits, taps.features[tap.module], labels, taught, key, 1.0)
-            terms, _ = objective(step, runtime.Stopwatch())
-        sum(weights[t] * v for t, v in terms.items()).backward()
+            feature = tap.resized(taps.features[tap.module])
+            seen = Seen(logits, taps.embedding, feature, [], labels, key, 1.0)
+            found = objective(seen, taught, float(batch), runtime.Stopwatch())
+        sum(weights[t] * v for t, v in found.losses.items()).backward()
         net.zero_grad()
         objective.zero_grad()
 
     taps = Taps(net, [tap.module])
-    for impl in ("eager", "auto"):
-        cakd = CakdConfig(impl=impl)
-        objective = Objective("cakd+logits", LogitsConfig(), cakd, tap, space).to(where)
+
+    def make_objective(impl: Literal["eager", "auto"]) -> Objective:
+        chosen = settings(LogitsConfig(), CakdConfig(impl=impl), Terms())
+        return Objective("cakd+logits", chosen, sizes).to(where)
+
+    impls: tuple[Literal["eager", "auto"], ...] = ("eager", "auto")
+    for impl in impls:
+        objective = make_objective(impl)
         work.add(f"impl {impl}", partial(call, objective, objective.weights(1.0), taps))
     if compiled:
-        plain = Objective("cakd+logits", LogitsConfig(), CakdConfig(), tap, space).to(where)
+        plain = make_objective("auto")
         compiled_terms = partial(call, torch.compile(plain), plain.weights(1.0), taps)
         work.add("impl auto, torch.compile", compiled_terms)
     return work

@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import errno
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -28,10 +29,16 @@ def run(
     main: Callable[[argparse.Namespace], None],
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None = None,
+    launch: str | None = None,
 ) -> NoReturn:
-    """Parse `argv`, call `main(args)` and exit: 0 done, 2 user's mistake, 3 gate failed, 1 (traceback) bug."""
+    """Parse `argv`, call `main(args)` and exit: 0 done, 2 user's mistake, 3 gate failed, 1 (traceback) bug.
+
+    `launch` names the module that may run as several processes (`relaunch`).
+    """
     args = parser.parse_args(argv)
     try:
+        if launch is not None:
+            relaunch(launch)
         main(args)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -51,6 +58,28 @@ def run(
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(DONE)
+
+
+LAUNCH = "CAKD_LAUNCH"
+LAUNCHED = "CAKD_LAUNCHED"
+
+
+def relaunch(module: str) -> None:
+    """Where CAKD_LAUNCH names a launcher, become `<launcher> -m <module> <the same arguments>`.
+
+    `torchrun --nproc-per-node 4`, or `srun --ntasks 8 python`: so `cmd` in dvc.yaml is the same for one process
+    and for many. Raises UserError: no such launcher.
+    """
+    launcher = shlex.split(os.environ.get(LAUNCH, ""))
+    if not launcher or LAUNCHED in os.environ:
+        return
+    os.environ[LAUNCHED] = "1"
+    try:
+        os.execvp(launcher[0], [*launcher, "-m", module, *sys.argv[1:]])
+    except FileNotFoundError:
+        raise UserError(
+            f"{LAUNCH}: no such launcher {launcher[0]!r}; unset it, or give its path"
+        ) from None
 
 
 def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:

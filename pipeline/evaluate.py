@@ -162,20 +162,20 @@ def similarity(
     and `tokens` (h at a token). None where the student has no projectors.
     """
     student, description = models.load(student_path)
-    objective = training.load_projectors(student_path.parent, description)
-    if objective is None or objective.tap is None:
+    projectors = training.load_projectors(student_path.parent, description)
+    if projectors is None:
         return None
     rows = prepared.rows(config.split)
     sums = {"attention": 0.0, "tokens": 0.0}
-    with Taps(student, [objective.tap.module]) as taps:
+    with Taps(student, [projectors.tap.module]) as taps:
         for at in range(0, len(rows), config.batch):
             batch = views.whole(prepared.images[rows[at : at + config.batch]])
             student(views.normalise(batch, description["preprocess"]))
-            attended, tokens = objective.projected(taps.features[objective.tap.module])
+            attended, tokens = projectors.projected(taps.features[projectors.tap.module])
             taught = live(batch)
             for name, mine, theirs in (
                 ("attention", attended, attention(*heads(taught.qkv))),
-                ("tokens", tokens, objective.target(taught.h)),
+                ("tokens", tokens, projectors.target(taught.h)),
             ):
                 cosine = F.cosine_similarity(mine, theirs, dim=-1).flatten(1).mean(1)
                 sums[name] += cosine.sum().item()

@@ -108,13 +108,13 @@ def projected_attention(
 
     `folder` holds the student's projectors.
     """
-    objective = training.load_projectors(folder, description)
-    if objective is None or objective.tap is None:
+    projectors = training.load_projectors(folder, description)
+    if projectors is None:
         return None
-    with Taps(student, [objective.tap.module]) as taps:
+    with Taps(student, [projectors.tap.module]) as taps:
         student(views.normalise(batch, description["preprocess"]))
-        feature = objective.tap.resized(taps.features[objective.tap.module])
-    return received_attention(*heads(objective.projectors["pca"](feature))[:2])
+        feature = projectors.tap.resized(taps.features[projectors.tap.module])
+    return received_attention(*heads(projectors.pca(feature))[:2])
 
 
 def _rounded(maps: Tensor) -> list[list[float]]:

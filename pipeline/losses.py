@@ -1,4 +1,4 @@
-"""Each loss term a function of tensors; the projector losses are in `kernels`. All are means (decision 7)."""
+"""The losses that no method owns: the labels', and both sides of the discriminator's; all means (decision 7)."""
 
 from __future__ import annotations
 
@@ -10,22 +10,14 @@ from torch.nn import functional as F
 Adversarial = Literal["non-saturating", "saturating"]
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the labelled images; logits (B, K), labels (B,) with -1 for unlabelled.
+def cross_entropy(logits: Tensor, labels: Tensor, labelled: float) -> Tensor:
+    """Cross-entropy of the labelled images, summed, over `labelled`; logits (B, K), labels (B,), -1 for none.
 
-    Zero, with a gradient of zero, where no image of the batch is labelled.
+    `labelled` is the labelled images a part of the step's batch has on average, so that the mean over the parts is
+    the mean over the batch, however the labels fell. Zero, with a gradient of zero, where none is labelled.
     """
-    labelled = (labels >= 0).sum()
     total = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-    return total / labelled.clamp(min=1)
-
-
-def logits(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over images; both (B, K). Hinton et al. 2015."""
-    log_student = F.log_softmax(student / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher / temperature, dim=-1)
-    divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-    return divergence * temperature**2
+    return total / labelled if labelled else total
 
 
 def adversarial(

@@ -1,26 +1,71 @@
-"""How far a run is: one plain line every few seconds."""
+"""How far a run is: a bar on a terminal, one plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
+import sys
 import time
+from types import TracebackType
+
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 
 class Progress:
-    """One plain line every few seconds (or at the end): step, share, rate and the figures given."""
+    """Steps done of a total: on a terminal a bar with rate, time left and the given figures, elsewhere lines.
 
-    def __init__(self, what: str, total: int, every: float = 5.0) -> None:
+    A line every `every` seconds and at the end. `batch` turns the rate into images a second, `epoch` (its steps)
+    adds the pass. A context manager; without `with` it prints lines only.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        every: float = 5.0,
+        batch: int = 0,
+        epoch: int = 0,
+        quiet: bool = False,
+    ) -> None:
         self.what, self.total, self.every = what, total, every
+        self.batch, self.epoch, self.quiet = batch, epoch, quiet
         self._start = self._last = time.monotonic()
         self._first: int | None = None
+        self._bar: Bar | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> Progress:
+        if sys.stdout.isatty() and not self.quiet:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            shown = TextColumn("{task.fields[shown]}")
+            self._bar = Bar(*columns, TimeRemainingColumn(), shown)
+            self._task = self._bar.add_task(self.what, total=self.total, shown="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
 
     def __call__(self, done: int, **figures: float) -> None:
         """Note that `done` of `total` is done."""
         now = time.monotonic()
         if self._first is None:
             self._first = done - 1
-        if now - self._last < self.every and done < self.total:
+        if self._bar is None and now - self._last < self.every and done < self.total:
             return
         self._last = now
         rate = (done - self._first) / max(now - self._start, 1e-9)
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
-        print(f"{self.what} {done}/{self.total}  {rate:.1f}/s  {shown}", flush=True)
+        speed = f"{rate * self.batch:.0f} img/s" if self.batch else f"{rate:.1f}/s"
+        epoch = f"epoch {-(-done // self.epoch)}" if self.epoch else ""
+        shown = "  ".join(
+            filter(None, (epoch, speed, *(f"{k} {v:.4g}" for k, v in figures.items())))
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, shown=shown)
+        elif not self.quiet:
+            print(f"{self.what} {done}/{self.total}  {shown}", flush=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,17 +29,25 @@ class Trans:
             if not 0 <= value <= 1:
                 raise ValueError(f"trans.{name} is {value}; allowed: 0 to 1")
 
-    def __call__(self, views: Tensor, generator: torch.Generator) -> Tensor:
-        """uint8 views (B, 3, S, S) -> float views (B, 3, S, S) in [0, 255]; untouched images keep their values."""
+    def __call__(self, views: Tensor, seeds: Sequence[int]) -> Tensor:
+        """uint8 views (B, 3, S, S) -> float views (B, 3, S, S) in [0, 255]; untouched images keep their values.
+
+        `seeds` has one for each image, so that what becomes of it depends on no other image of the batch.
+        """
         pixels = views.float()
         batch, _, size, _ = pixels.shape
+        drawn, noise = self._draw(seeds, size)
+        drawn, noise = drawn.to(pixels.device), noise.to(pixels.device)
+        columns = iter(drawn.unbind(1))
 
         def uniform(*shape: int) -> Tensor:
-            return torch.rand(batch, *shape, generator=generator).to(pixels.device)
+            return torch.stack([next(columns) for _ in range(math.prod(shape))], 1).view(
+                batch, *shape
+            )
 
+        chosen = uniform(1, 1, 1) < self.probability
         changed = pixels + 255 * self.colour * (2 * uniform(3, 1, 1) - 1)
         changed = changed + 255 * self.brightness * (2 * uniform(1, 1, 1) - 1)
-        noise = torch.randn(pixels.shape, generator=generator).to(pixels.device)
         changed = changed + 255 * self.noise * uniform(1, 1, 1) * noise
         side = self.patch * uniform(1)
         low = uniform(2) * (1 - side)
@@ -46,8 +56,17 @@ class Trans:
         mask = inside[:, 0, :, None] & inside[:, 1, None, :]
         mean = pixels.mean(dim=(2, 3), keepdim=True)
         changed = torch.where(mask[:, None], mean, changed)
-        chosen = uniform(1, 1, 1) < self.probability
         return torch.where(chosen, changed.clamp(0, 255), pixels)
+
+    def _draw(self, seeds: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
+        """Nine uniform numbers an image (B, 9), the first decides; noise (B, 3, S, S) where it is wanted."""
+        drawn, noise = torch.empty(len(seeds), 9), torch.zeros(len(seeds), 3, size, size)
+        generator = torch.Generator()
+        for i, seed in enumerate(seeds):
+            drawn[i] = torch.rand(9, generator=generator.manual_seed(seed))
+            if self.noise and drawn[i, 0] < self.probability:
+                noise[i] = torch.randn(3, size, size, generator=generator)
+        return drawn, noise
 
 
 class Discriminator(nn.Sequential):

@@ -31,10 +31,11 @@ LONGEST_SHARE = timedelta(days=7)  # that a rank may wait for the others
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of one run: this one's number, and how many there are."""
+    """The processes of one run: this one's number, how many there are, and its number on its machine."""
 
     rank: int = 0
     size: int = 1
+    local: int = 0
 
     def wait(self) -> None:
         """Until every rank has come here."""
@@ -50,15 +51,31 @@ class Ranks:
 ALONE = Ranks()
 
 
+SLURM = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_NTASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+}  # what torchrun would set -> what srun sets
+
+
 @contextmanager
-def ranks() -> Iterator[Ranks]:
-    """The ranks that torchrun started, joined over gloo; without torchrun this process alone."""
+def ranks(backend: str = "gloo") -> Iterator[Ranks]:
+    """The ranks that torchrun or srun started, joined over `backend`; without either this process alone.
+
+    Raises UserError: srun without MASTER_ADDR and MASTER_PORT.
+    """
+    if "WORLD_SIZE" not in os.environ and "SLURM_STEP_ID" in os.environ:
+        os.environ.update({ours: os.environ[theirs] for ours, theirs in SLURM.items()})
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    distributed.init_process_group("gloo", timeout=LONGEST_SHARE)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(f"{name} is not set; export the first node's address and a free port")
+    distributed.init_process_group(backend, timeout=LONGEST_SHARE)
     try:
-        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        yield Ranks(distributed.get_rank(), distributed.get_world_size(), local)
     finally:
         distributed.destroy_process_group()
 
@@ -138,33 +155,34 @@ Figures = dict[str, float]
 
 
 def run_steps(
-    name: str,
-    steps: int,
+    tell: progress.Progress,
     every: int,
     checkpoint: Path,
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, torch.optim.Optimizer],
     step: Callable[[int], Figures],
+    among: Ranks = ALONE,
 ) -> list[Figures]:
-    """Call `step(i)` for i up to `steps`, going on after the last checkpoint; the figures of every step.
+    """Call `step(i)` for i up to `tell.total`, going on after the last checkpoint; the figures of every step.
 
     Saves every `every` steps, and before it leaves on SIGINT or SIGTERM. A step must draw its random numbers from
-    its own number alone: then a killed run ends in the same bits. `name` begins with the section of params.yaml.
+    its own number alone: then a killed run ends in the same bits. `tell.what` begins with the params section.
+    Of several ranks the first saves and tells; all of them load.
     Raises UserError: a figure that is not finite, a damaged checkpoint, disk full.
     """
     start, logged = load_checkpoint(checkpoint, modules, optimizers)
     curves = _from_columns(logged)
     for module in modules.values():
         module.train()
-    tell = progress.Progress(name, steps)
-    with Interrupts() as interrupts:
-        for i in range(start, steps):
+    with Interrupts() as interrupts, tell:
+        for i in range(start, tell.total):
             seen = step(i)
-            _refuse_divergence(name, i, seen)
+            _refuse_divergence(tell.what, i, seen)
             curves.append({"step": i, **seen})
             tell(i + 1, **seen)
-            if i + 1 < steps and (interrupts.signal or (i + 1) % every == 0):
-                save_checkpoint(checkpoint, i + 1, modules, optimizers, _columns(curves))
+            if i + 1 < tell.total and (interrupts.signal or (i + 1) % every == 0):
+                if among.rank == 0:
+                    save_checkpoint(checkpoint, i + 1, modules, optimizers, _columns(curves))
                 interrupts.leave_if_asked(checkpoint)
     for module in modules.values():
         module.eval()
@@ -265,21 +283,41 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 class Stopwatch:
-    """Milliseconds of each named stage of a training step, kept for every step."""
+    """Milliseconds of each named stage of a training step, kept for every step.
 
-    def __init__(self) -> None:
+    On a CUDA device the time between two events of its stream, read when the step ends: nothing waits for it.
+    """
+
+    def __init__(self, place: torch.device | None = None) -> None:
         self.steps: list[dict[str, float]] = [{}]
+        self._cuda = place is not None and place.type == "cuda"
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the time of the body to `name` of the current step."""
-        start = time.perf_counter()
+        if self._cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+            return
+        begun = time.perf_counter()
         yield
+        self._add(name, 1e3 * (time.perf_counter() - begun))
+
+    def _add(self, name: str, ms: float) -> None:
         now = self.steps[-1]
-        now[name] = now.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
+        now[name] = now.get(name, 0.0) + ms
 
     def next_step(self) -> None:
         """Close the current step."""
+        if self._events:
+            torch.cuda.synchronize()
+        for name, start, end in self._events:
+            self._add(name, start.elapsed_time(end))
+        self._events.clear()
         self.steps.append({})
 
 

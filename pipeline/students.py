@@ -1,4 +1,4 @@
-"""A timm CNN and its tap: the feature map h_S (B, c, h, w) that the projectors read.
+"""A timm CNN and where the methods read it: its tap h_S (B, c, h, w), its stages, the input of its classifier.
 
 The student stays plain timm."""
 
@@ -12,6 +12,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What one dry run shows of a student: width of the classifier's input; each feature map that timm names."""
+
+    embedding: int
+    maps: dict[str, tuple[int, tuple[int, int]]]  # module -> channels, grid; shallow to deep
+
+    @property
+    def stages(self) -> list[str]:
+        """The modules of the last four feature maps, shallow to deep."""
+        return list(self.maps)[-4:]
+
+    @property
+    def stage_channels(self) -> list[int]:
+        """Their channels."""
+        return [self.maps[module][0] for module in self.stages]
 
 
 @dataclass(frozen=True)
@@ -31,7 +49,10 @@ class Tap:
 
 
 def find_tap(
-    student: nn.Module, image_size: int, tokens: tuple[int, int], wanted: str = "auto"
+    student: nn.Module,
+    image_size: int,
+    tokens: tuple[int, int],
+    wanted: str = "auto",
 ) -> Tap:
     """The tap by the rule of decision 4, from one dry run.
 
@@ -40,7 +61,7 @@ def find_tap(
     would leave the deep stages out of. `wanted` may name any module of timm's feature_info.
     Raises UserError: the model tells no feature maps, the name is unknown, no deep map is fine enough.
     """
-    maps = _feature_maps(student, image_size)
+    maps = anatomy(student, image_size).maps
     name = type(student).__name__
     if wanted != "auto":
         if wanted not in maps:
@@ -63,8 +84,8 @@ def find_tap(
     )
 
 
-def _feature_maps(student: nn.Module, image_size: int) -> dict[str, tuple[int, tuple[int, int]]]:
-    """module -> (channels, grid) of each map timm names, shallow to deep, measured by one dry run."""
+def anatomy(student: nn.Module, image_size: int) -> Anatomy:
+    """Measured by one dry run of a zero image. Raises UserError: timm names no feature maps, or no classifier."""
     info: Any = getattr(student, "feature_info", None)
     if not info:
         raise UserError(
@@ -75,30 +96,44 @@ def _feature_maps(student: nn.Module, image_size: int) -> dict[str, tuple[int, t
     maps: dict[str, tuple[int, tuple[int, int]]] = {}
     with Taps(student, modules) as taps:
         was_training = student.training
+        device = next(student.parameters()).device
         with torch.no_grad():
-            student.eval()(torch.zeros(1, 3, image_size, image_size))
+            student.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
         student.train(was_training)
         for module in modules:
             feature = taps.features.get(module)
             if feature is not None and feature.dim() == 4:
                 maps[module] = (feature.shape[1], (feature.shape[2], feature.shape[3]))
-    return maps
+        return Anatomy(taps.embedding.shape[1], maps)
 
 
 class Taps:
-    """Hooks that keep the output of named modules of the last forward pass in `features`; a context manager."""
+    """Hooks that keep what a student's forward pass leaves at named modules, and before its classifier.
+
+    A context manager. `features` by module; `embedding` (B, e). Raises UserError: no classifier.
+    """
 
     def __init__(self, student: nn.Module, modules: list[str]) -> None:
         self.features: dict[str, Tensor] = {}
+        self.embedding = torch.empty(0)
+        classifier = getattr(student, "get_classifier", lambda: None)()
+        if not isinstance(classifier, nn.Module):
+            raise UserError(
+                f"distill.student: {type(student).__name__} has no classifier that timm names; choose another"
+            )
         self._handles = [
             student.get_submodule(m).register_forward_hook(self._keep(m)) for m in modules
         ]
+        self._handles.append(classifier.register_forward_pre_hook(self._keep_embedding))
 
     def _keep(self, module: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
             self.features[module] = output
 
         return hook
+
+    def _keep_embedding(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.embedding = args[0].flatten(1)
 
     def __enter__(self) -> Taps:
         return self

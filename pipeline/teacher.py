@@ -35,6 +35,9 @@ class Tokens:
     qkv: Tensor  # (B, N, 3, H, d), as they enter the dot product: after any qk-norm and rotary embedding
     h: Tensor  # (B, N, D), after the final LayerNorm
     logits: Tensor  # (B, K)
+    pooled: Tensor | None = (
+        None  # (B, D), the input of the head; None where a store without x_L gave the rest
+    )
 
 
 class Witness(TorchFunctionMode):
@@ -180,7 +183,8 @@ class TeacherTail(nn.Module):
         vit, prefix = self.vit, self.anatomy.prefix
         # With average pooling timm keeps the final norm behind the pool; it is the same LayerNorm, token-wise.
         h = vit.fc_norm(final) if isinstance(vit.norm, nn.Identity) else final
-        return Tokens(seen.qkv(prefix), h[:, prefix:], vit.forward_head(final))
+        pooled = vit.forward_head(final, pre_logits=True)
+        return Tokens(seen.qkv(prefix), h[:, prefix:], vit.forward_head(final), pooled)
 
 
 class Teacher(nn.Module):

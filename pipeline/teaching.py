@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import data, files, models, runtime, views
+from pipeline import data, files, models, progress, runtime, views
+from pipeline.compute import Compute
 from pipeline.errors import UserError
 from pipeline.teacher import anatomy, token_grid
 
@@ -30,6 +31,8 @@ class Teach:
     geometry: views.Geometry = views.Geometry()  # its training views
     seed: int = 0
     checkpoint_every: int = 200  # steps
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("batch", 1), ("checkpoint_every", 1)):
@@ -130,6 +133,9 @@ def _train(
     rows = rows[prepared.labels[rows] >= 0]
     per_epoch = -(-len(rows) // config.batch)
     steps = config.epochs * per_epoch
+    compute = Compute(device=config.device, precision=config.precision)
+    place = compute.place(runtime.ALONE)
+    vit.to(place)
     optimizer = torch.optim.AdamW(vit.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
     def step(number: int) -> runtime.Figures:
@@ -140,11 +146,10 @@ def _train(
             prepared.images, config.geometry, config.seed, chosen, [-1 - epoch] * len(chosen)
         )
         torch.manual_seed(runtime.step_seed(config.seed, number, "teach"))  # for drop-out
-        loss = F.cross_entropy(
-            vit(views.normalise(batch, preprocess)),
-            torch.from_numpy(prepared.labels[chosen]),
-            label_smoothing=config.label_smoothing,
-        )
+        labels = torch.from_numpy(prepared.labels[chosen]).to(place)
+        with compute.autocast(place):
+            logits = vit(views.normalise(batch.to(place), preprocess))
+            loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for group in optimizer.param_groups:
@@ -154,4 +159,6 @@ def _train(
 
     checkpoint = folder / "checkpoint.safetensors"
     every = config.checkpoint_every
-    runtime.run_steps("teach", steps, every, checkpoint, {"vit": vit}, {"adamw": optimizer}, step)
+    tell = progress.Progress("teach", steps, batch=config.batch, epoch=steps // config.epochs)
+    runtime.run_steps(tell, every, checkpoint, {"vit": vit}, {"adamw": optimizer}, step)
+    vit.cpu()

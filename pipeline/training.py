@@ -19,25 +19,35 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline import config as configs
-from pipeline import data, files, losses, models, runtime, teacher, views
-from pipeline.errors import UserError, nearest
-from pipeline.kernels.philox import Key
-from pipeline.methods import (
-    METHODS,
-    TAUGHT,
-    CakdConfig,
-    LogitsConfig,
-    Objective,
-    Step,
-    TeacherSpace,
+from pipeline import (
+    compute,
+    data,
+    files,
+    losses,
+    models,
+    progress,
+    runtime,
+    students,
+    teacher,
+    views,
 )
+from pipeline import config as configs
+from pipeline.compute import Compute
+from pipeline.kernels.philox import Key
+from pipeline.methods.cakd import CakdConfig, Projectors
+from pipeline.methods.logits import LogitsConfig
+from pipeline.methods.objective import Found, Objective
+from pipeline.methods.table import Terms, reads, refuse_unread, settings, terms_of
+from pipeline.methods.term import Seen, Sizes, TeacherSpace
 from pipeline.store.policy import Cache
 from pipeline.store.reading import Store
 from pipeline.students import Tap, Taps, find_tap
 
 PERF_SCHEMA = "cakd.train/1"
-STAGES = ("read", "view", "replay", "student", "projector", "adversarial", "backward", "optimizer")
+STAGES = (
+    *("read", "view", "replay", "student", "projector", "terms", "adversarial"),
+    *("backward", "optimizer"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,11 +67,12 @@ class Distill:
     checkpoint_every: int = 200  # steps
     logits: LogitsConfig = LogitsConfig()
     cakd: CakdConfig = CakdConfig()
+    terms: Terms = Terms()
+    compute: Compute = Compute()
 
     def __post_init__(self) -> None:
         for method in self.methods:
-            if method not in METHODS:
-                raise ValueError(f"methods has {method!r}; {nearest(method, METHODS)}")
+            terms_of(method)
         for name, least in (("epochs", 1), ("batch", 2), ("workers", 0), ("checkpoint_every", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} or more")
@@ -123,8 +134,8 @@ class Batches:
                 (Stream(rows, config.seed, "all"), config.batch - labelled, False),
             ]
 
-    def __call__(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor]:
-        """Rows (B,), view numbers (B,) and labels (B,), -1 where the student is shown none.
+    def __call__(self, step: int) -> Chosen:
+        """What makes the batch of a step; labels are -1 where the student is shown none.
 
         With a teacher the view is one of the V the store knows; without one every pass draws a fresh view.
         """
@@ -135,34 +146,65 @@ class Batches:
             ks.append(passes % self.n_views if self.distilled else passes)
             known = self.prepared.labels[part]
             labels.append(known if with_label else np.full_like(known, data.UNLABELLED))
-        return np.concatenate(rows), np.concatenate(ks), torch.from_numpy(np.concatenate(labels))
+        return Chosen(np.concatenate(rows), np.concatenate(ks), np.concatenate(labels))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Rows (B,), view numbers (B,) and labels (B,) of a step, or of a part of it."""
+
+    rows: NDArray[np.int64]
+    ks: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+    def part(self, number: int, of: int) -> Chosen:
+        """Every `of`-th image from `number` on: labelled images are spread over the parts."""
+        mine = slice(number, None, of)
+        return Chosen(self.rows[mine], self.ks[mine], self.labels[mine])
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's rows (B,), view numbers (B,), labels (B,) and views (B, 3, S, S) uint8."""
+    """A part of one step: what was chosen, its views (B, 3, S, S) uint8, labelled images a part on average."""
 
-    rows: NDArray[np.int64]
-    ks: NDArray[np.int64]
-    labels: Tensor
+    chosen: Chosen
     views: Tensor
+    labelled: float
 
 
-class Feed(Dataset[Batch]):
-    """The batch of every step, made ahead by `workers` processes, or here; the same bits either way."""
+class Feed(Dataset[list[Batch]]):
+    """This rank's parts of every step, made ahead by `workers` processes, or here; the same bits either way."""
 
-    def __init__(self, batches: Batches, geometry: views.Geometry, seed: int, workers: int) -> None:
+    def __init__(
+        self,
+        batches: Batches,
+        geometry: views.Geometry,
+        seed: int,
+        workers: int,
+        parts: int = 1,
+        among: runtime.Ranks = runtime.ALONE,
+    ) -> None:
         self.batches, self.geometry, self.seed, self.workers = batches, geometry, seed, workers
+        self.parts, self.among = parts, among
         self._next = -1
-        self._coming: Iterator[Batch] = iter(())
+        self._coming: Iterator[list[Batch]] = iter(())
 
-    def __getitem__(self, step: int) -> Batch:
-        rows, ks, labels = self.batches(step)
+    def chosen(self, step: int) -> list[Chosen]:
+        """What makes this rank's parts of a step."""
+        whole = self.batches(step)
+        mine = range(self.among.rank, self.parts, self.among.size)
+        return [whole.part(number, self.parts) for number in mine]
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        labelled = float((self.batches(step).labels >= 0).sum()) / self.parts
         images = self.batches.prepared.images
-        return Batch(rows, ks, labels, views.view_batch(images, self.geometry, self.seed, rows, ks))
+        return [
+            Batch(c, views.view_batch(images, self.geometry, self.seed, c.rows, c.ks), labelled)
+            for c in self.chosen(step)
+        ]
 
-    def at(self, step: int) -> Batch:
-        """The batch of a step; cheapest when asked in turn."""
+    def at(self, step: int) -> list[Batch]:
+        """This rank's parts of a step; cheapest when asked in turn."""
         if self.workers == 0:
             return self[step]
         if step != self._next:
@@ -174,7 +216,7 @@ class Feed(Dataset[Batch]):
         """Let the workers go."""
         self._coming, self._next = iter(()), -1
 
-    def _loader(self, start: int) -> DataLoader[Batch]:
+    def _loader(self, start: int) -> DataLoader[list[Batch]]:
         return DataLoader(
             self,
             batch_size=None,
@@ -195,28 +237,28 @@ class Features:
 
     CHECK_EVERY = 1000  # records between two whose view is held against the stored hash
 
-    def __init__(self, opened: Store, teacher_path: Path) -> None:
-        self.store = opened
-        self.live = None if opened.cached else teacher.load(teacher_path)
+    def __init__(self, opened: Store, teacher_path: Path, place: torch.device) -> None:
+        self.store, self.place = opened, place
+        self.live = None if opened.cached else teacher.load(teacher_path).to(place)
         replays = opened.cached and opened.replayed
-        self.tail = teacher.load_tail(teacher_path) if replays else None
+        self.tail = teacher.load_tail(teacher_path).to(place) if replays else None
         self._checked = False
 
     def tokens(self, step: int, batch: Batch, watch: runtime.Stopwatch) -> teacher.Tokens:
         """Tokens of the batch. Raises UserError: damaged records, or views that are not the cached ones."""
         if self.live is not None:
             with watch.stage("replay"):
-                return self.live(batch.views)  # type: ignore[no-any-return]
+                return self.live(batch.views.to(self.place))  # type: ignore[no-any-return]
         with watch.stage("read"):
-            found = self.store.read(self.store.records(batch.rows, batch.ks))
+            found = self.store.read(self.store.records(batch.chosen.rows, batch.chosen.ks))
             self._check(step, batch, found.view_hash)
         with watch.stage("replay"):
-            return found.tokens(self.tail)
+            return found.to(self.place).tokens(self.tail)
 
-    def prefetch(self, rows: NDArray[np.int64], ks: NDArray[np.int64]) -> None:
-        """Let the store read what the next step will ask for."""
+    def prefetch(self, chosen: Chosen) -> None:
+        """Let the store read what comes next."""
         if self.live is None:
-            self.store.prefetch(self.store.records(rows, ks))
+            self.store.prefetch(self.store.records(chosen.rows, chosen.ks))
 
     def _check(self, step: int, batch: Batch, hashes: NDArray[np.uint64]) -> None:
         """Every view of the first batch, then one record in CHECK_EVERY."""
@@ -224,7 +266,7 @@ class Features:
         chosen = np.flatnonzero(seen % self.CHECK_EVERY == 0 if self._checked else seen >= 0)
         self._checked = True
         if len(chosen):
-            views.check_hashes(batch.views[chosen], hashes[chosen], batch.rows[chosen])
+            views.check_hashes(batch.views[chosen], hashes[chosen], batch.chosen.rows[chosen])
 
     def space(self) -> TeacherSpace:
         """The dimensions of the teacher's space."""
@@ -242,32 +284,58 @@ class Trainer:
         teacher_path: Path,
         features: Path,
         policy: Cache | None = None,
+        among: runtime.Ranks = runtime.ALONE,
     ) -> None:
         torch.manual_seed(config.seed)
-        self.config, self.method, self.prepared = config, method, prepared
+        self.config, self.method, self.prepared, self.among = config, method, prepared, among
+        self.place = config.compute.place(among)
         self.student = models.create(
             config.student, config.student_kwargs, len(prepared.classes), "distill"
         )
         self.preprocess = models.preprocessing(self.student, prepared.image_size)
-        taught = bool(TAUGHT & set(METHODS[method]))
         self.store = opened = Store(features, prepared, teacher_path, policy)
-        self.features = Features(opened, teacher_path) if taught else None
+        refuse_unread(method, opened.manifest)
+        taught = bool(reads(method, "teacher"))
+        self.features = Features(opened, teacher_path, self.place) if taught else None
         self.batches = Batches(config, prepared, taught, opened.views)
-        self.feed = Feed(self.batches, opened.geometry, opened.seed, config.workers)
-        tap: Tap | None = None
-        space: TeacherSpace | None = None
-        if "tokens" in METHODS[method] and self.features is not None:
+        parts = config.compute.parts(config.batch, among)
+        self.feed = Feed(self.batches, opened.geometry, opened.seed, config.workers, parts, among)
+        sizes = self._sizes(teacher_path) if taught else None
+        torch.manual_seed(config.seed)  # again: loading a teacher may or may not have drawn numbers
+        self.objective = Objective(
+            method, settings(config.logits, config.cakd, config.terms), sizes
+        ).to(self.place)
+        self.tap = sizes.tap if sizes else None
+        layout = torch.channels_last if config.compute.channels_last else torch.preserve_format
+        self.student = self.student.to(self.place).to(memory_format=layout)
+        compute.same_start(self.modules.values(), among)
+        self._stages = (
+            sizes.anatomy.stages if sizes and "stages" in reads(method, "student") else []
+        )
+        self._taps = Taps(self.student, [*self._stages, *([self.tap.module] if self.tap else [])])
+        self._forward = torch.compile(self.student) if config.compute.compile else self.student
+        self.averaged = config.compute.average(self.student)
+        self.optimizers = self._make_optimizers()
+
+    def _sizes(self, teacher_path: Path) -> Sizes:
+        """What the terms are built for. Raises UserError: no fit tap, nothing to read the student by."""
+        config, prepared = self.config, self.prepared
+        tap = None
+        if "tap" in reads(self.method, "student"):
             grid = tuple(models.describe(teacher_path)["grid"])
             tap = find_tap(self.student, prepared.image_size, grid, config.cakd.tap)
-            space = self.features.space()
-        torch.manual_seed(config.seed)  # again: loading a teacher may or may not have drawn numbers
-        self.objective = Objective(method, config.logits, config.cakd, tap, space)
-        self._taps = Taps(self.student, [tap.module] if tap else [])
-        self.optimizers = self._make_optimizers()
+        return Sizes(
+            classes=len(prepared.classes),
+            anatomy=students.anatomy(self.student, prepared.image_size),
+            tap=tap,
+            space=TeacherSpace.of(self.store.manifest),
+            images=len(prepared.rows("train")),
+            views=self.store.views,
+        )
 
     def _make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         config = self.config
-        trained = [*self.student.parameters(), *self.objective.projectors.parameters()]
+        trained = [*self.student.parameters(), *self.objective.trained()]
         made: dict[str, torch.optim.Optimizer] = {
             "student": torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
         }
@@ -282,58 +350,106 @@ class Trainer:
     @property
     def modules(self) -> dict[str, nn.Module]:
         """What a checkpoint holds."""
-        return {"student": self.student, "objective": self.objective}
+        found: dict[str, nn.Module] = {"student": self.student, "objective": self.objective}
+        averaged = getattr(self, "averaged", None)
+        return found | ({"averaged": averaged} if averaged is not None else {})
+
+    @property
+    def finished(self) -> nn.Module:
+        """The student that is published: its averaged weights, where there are any."""
+        return self.averaged.module if self.averaged is not None else self.student
 
     def step(self, step: int, watch: runtime.Stopwatch) -> dict[str, float]:
-        """One iteration of Algorithm 1; the unweighted loss terms."""
-        seen, taught, fake = self._student_step(step, watch)
-        if (
-            fake is not None
-            and taught is not None
-            and step % self.config.cakd.discriminator_every == 0
-        ):
+        """One iteration of Algorithm 1; the unweighted losses."""
+        seen, real, fake = self._student_step(step, watch)
+        due = step % self.config.cakd.discriminator_every == 0
+        if due and fake is not None and real is not None:
             with watch.stage("adversarial"):
-                seen |= self._discriminator_step(self.objective.target(taught.h), fake)
+                seen |= self._discriminator_step(real, fake)
         watch.next_step()
-        return seen
+        return compute.average_figures(seen, self.place, self.among)
 
     def _student_step(
         self, step: int, watch: runtime.Stopwatch
-    ) -> tuple[dict[str, float], teacher.Tokens | None, Tensor | None]:
-        config, objective = self.config, self.objective
+    ) -> tuple[dict[str, float], Tensor | None, Tensor | None]:
+        """Mean losses of this rank's parts; h_T and h'_S (B, N, D) for the discriminator, where there is one."""
+        optimizer, config = self.optimizers["student"], self.config
         with watch.stage("view"):
             batch = self.feed.at(step)
+        # Modules with random numbers of their own (drop-out in the student) draw from this step's seed.
+        rank = f" {self.among.rank}" if self.among.rank else ""
+        torch.manual_seed(runtime.step_seed(config.seed, step, f"student{rank}"))
+        weights = self.objective.weights(step / self.batches.steps)
+        optimizer.zero_grad(set_to_none=True)
+        seen: dict[str, float] = {}
+        real, fake = [], []
+        for number, part in enumerate(batch):
+            found, target = self._part(step, number, part, watch)
+            for name, loss in found.losses.items():
+                seen[name] = seen.get(name, 0.0) + loss.item() / len(batch)
+            total = torch.stack([weights[t] * loss for t, loss in found.losses.items()]).sum()
+            with watch.stage("backward"):
+                (total / len(batch)).backward()
+            if found.fake is not None and target is not None:
+                fake.append(found.fake)
+                real.append(target)
+        with watch.stage("optimizer"):
+            compute.average_gradients(self._trained, self.among)
+            for group in optimizer.param_groups:
+                group["lr"] = runtime.learning_rate(step, self.batches.steps, config.lr)
+            optimizer.step()
+            if self.averaged is not None:
+                self.averaged.update_parameters(self.student)
+        return seen, torch.cat(real) if real else None, torch.cat(fake) if fake else None
+
+    @property
+    def _trained(self) -> list[Tensor]:
+        return [p for group in self.optimizers["student"].param_groups for p in group["params"]]
+
+    def _part(
+        self, step: int, number: int, part: Batch, watch: runtime.Stopwatch
+    ) -> tuple[Found, Tensor | None]:
+        """The losses of one part of a step, with their graph, and what h'_S is held against."""
+        objective, chosen = self.objective, part.chosen
         taught = None
         if self.features is not None:
-            taught = self.features.tokens(step, batch, watch)
-            if step + 1 < self.batches.steps:
-                self.features.prefetch(*self.batches(step + 1)[:2])
-        # Modules with random numbers of their own (drop-out in the student) draw from this step's seed.
-        torch.manual_seed(runtime.step_seed(config.seed, step, "student"))
-        pixels = batch.views.float()
+            taught = self.features.tokens(step, part, watch)
+            self._prefetch(step, number)
+        ids = self.store.records(chosen.rows, chosen.ks)
+        pixels = part.views.to(self.place).float()
         if "trans" in objective.terms:
             with watch.stage("view"):
-                generator = torch.Generator().manual_seed(
-                    runtime.step_seed(config.seed, step, "trans")
-                )
-                pixels = config.cakd.trans(batch.views, generator)
-        with watch.stage("student"):
-            logits = self.student(views.normalise(pixels, self.preprocess))
-        feature = self._taps.features.get(objective.tap.module) if objective.tap else None
+                seeds = [runtime.step_seed(self.config.seed, step, f"trans {i}") for i in ids]
+                pixels = self.config.cakd.trans(part.views.to(self.place), seeds)
         done = step / self.batches.steps
-        key = Key(config.seed, torch.from_numpy(self.store.records(batch.rows, batch.ks)), step)
-        found, fake = objective(Step(logits, feature, batch.labels, taught, key, done), watch)
-        weights = objective.weights(done)
-        total = torch.stack([weights[t] * loss for t, loss in found.items()]).sum()
-        with watch.stage("backward"):
-            self.optimizers["student"].zero_grad(set_to_none=True)
-            total.backward()
-        with watch.stage("optimizer"):
-            for group in self.optimizers["student"].param_groups:
-                group["lr"] = runtime.learning_rate(step, self.batches.steps, config.lr)
-            self.optimizers["student"].step()
-        seen = {term: loss.item() for term, loss in found.items()}
-        return seen, taught, fake.detach() if fake is not None else None
+        with self.config.compute.autocast(self.place):
+            with watch.stage("student"):
+                inputs = views.normalise(pixels, self.preprocess)
+                if self.config.compute.channels_last:
+                    inputs = inputs.contiguous(memory_format=torch.channels_last)
+                logits = self._forward(inputs)
+            features = self._taps.features
+            seen = Seen(
+                logits=logits.float(),  # under autocast too: the losses' differences are small
+                embedding=self._taps.embedding.float(),
+                feature=self.tap.resized(features[self.tap.module]) if self.tap else None,
+                stages=[features[module] for module in self._stages],
+                labels=torch.from_numpy(chosen.labels).to(self.place),
+                key=Key(self.config.seed, torch.from_numpy(ids).to(self.place), step),
+                progress=done,
+            )
+            found = objective(seen, taught, part.labelled, watch)
+        target = objective.target(taught.h) if found.fake is not None and taught else None
+        return found, target
+
+    def _prefetch(self, step: int, number: int) -> None:
+        """Let the store begin to read what the next part will ask for."""
+        assert self.features is not None
+        coming = self.feed.chosen(step)[number + 1 :]
+        if not coming and step + 1 < self.batches.steps:
+            coming = self.feed.chosen(step + 1)
+        if coming:
+            self.features.prefetch(coming[0])
 
     def _discriminator_step(self, real: Tensor, fake: Tensor) -> dict[str, float]:
         """Eq. 8 on detached fakes, after the student's backward (decision 11)."""
@@ -341,6 +457,7 @@ class Trainer:
         loss, accuracy = losses.discriminator(self.objective.discriminator, real, fake)
         self.optimizers["discriminator"].zero_grad(set_to_none=True)
         loss.backward()
+        compute.average_gradients(self.objective.discriminator.parameters(), self.among)
         self.optimizers["discriminator"].step()
         return {"discriminator": loss.item(), "discriminator_accuracy": accuracy.item()}
 
@@ -354,44 +471,54 @@ def distill(
     out: Path,
     work: Path,
     policy: Cache | None = None,
+    among: runtime.Ranks = runtime.ALONE,
 ) -> dict[str, Any]:
     """Train one student by one method, publish it at `out`; the figures of train/<method>.json.
 
     `out` receives student.safetensors (plain timm keys), student.json and, where the method has projectors,
     projectors.safetensors. Resumes from the last checkpoint in `work`. `policy` is the `cache:` that the features
-    are expected to have; None takes theirs.
+    are expected to have; None takes theirs. Of several ranks the first publishes.
     Raises UserError: unknown method, stale store, a student without a fit tap.
     """
-    if method not in METHODS:
-        raise UserError(f"method: got {method!r}; {nearest(method, METHODS)}")
-    trainer = Trainer(config, method, prepared, teacher_path, features, policy)
+    terms_of(method)
     recipe = {k: v for k, v in asdict(config).items() if k not in ("methods", "workers")}
     inputs = {"teacher": teacher_path, "features": features / "manifest.json"}
     made_by = files.provenance(recipe, **inputs) | prepared.made_of() | {"method": method}
-    with runtime.work_folder(work, files.digest([made_by, files.code()])) as folder:
-        watch = runtime.Stopwatch()
+    with runtime.work_folder(work, files.digest([made_by, files.code()]), among) as folder:
+        trainer = Trainer(config, method, prepared, teacher_path, features, policy, among)
+        watch = runtime.Stopwatch(trainer.place)
+        steps = trainer.batches.steps
+        tell = progress.Progress(
+            f"distill {method}",
+            steps,
+            batch=config.batch,
+            epoch=steps // config.epochs,
+            quiet=among.rank > 0,
+        )
         with closing(trainer.feed):
             curves = runtime.run_steps(
-                f"distill {method}",
-                trainer.batches.steps,
+                tell,
                 config.checkpoint_every,
                 folder / "checkpoint.safetensors",
                 trainer.modules,
                 trainer.optimizers,
                 lambda step: trainer.step(step, watch),
+                among,
             )
         figures = _figures(trainer, watch, curves)
-        with files.atomic_dir(out) as finished:
-            _publish(trainer, finished, made_by)
+        if among.rank == 0:
+            with files.atomic_dir(out) as finished:
+                _publish(trainer, finished, made_by)
     return figures
 
 
 def _publish(trainer: Trainer, folder: Path, made_by: dict[str, Any]) -> None:
     config, prepared = trainer.config, trainer.prepared
-    tap = trainer.objective.tap
+    projectors, space = trainer.objective.projectors(), TeacherSpace.of(trainer.store.manifest)
+    tap = trainer.tap if projectors else None
     models.save(
         folder / "student.safetensors",
-        trainer.student,
+        trainer.finished,
         {
             "role": "student",
             "method": trainer.method,
@@ -405,25 +532,23 @@ def _publish(trainer: Trainer, folder: Path, made_by: dict[str, Any]) -> None:
             "seed": config.seed,
             "tap": asdict(tap) if tap else None,
             "cakd": asdict(config.cakd) if tap else None,
-            "space": trainer.objective.space.described() if trainer.objective.space else None,
+            "space": space.described() if tap else None,
             "provenance": made_by,
         },
     )
-    if tap:
-        state = {k: v.contiguous() for k, v in trainer.objective.projectors.state_dict().items()}
-        save_file(state, folder / "projectors.safetensors")
+    if projectors:
+        save_file(projectors, folder / "projectors.safetensors")
 
 
-def load_projectors(folder: Path, description: dict[str, Any]) -> Objective | None:
-    """The projectors beside a CAKD student, for evaluation only; None where the method has none."""
+def load_projectors(folder: Path, description: dict[str, Any]) -> Projectors | None:
+    """The projectors beside a CAKD student, for evaluation only; None where the method has not both."""
     if description["tap"] is None:
         return None
     cakd = configs.parse(CakdConfig, description["cakd"], f"{folder}: cakd")
     tap = configs.parse(Tap, description["tap"], f"{folder}: tap")
-    space = TeacherSpace.of(description["space"])
-    objective = Objective(description["method"], LogitsConfig(), cakd, tap, space)
-    models.load_weights(objective.projectors, folder / "projectors.safetensors")
-    return objective.eval()
+    projectors = Projectors(cakd, tap, TeacherSpace.of(description["space"]))
+    models.load_weights(projectors, folder / "projectors.safetensors")
+    return projectors.eval()
 
 
 def _figures(

@@ -1,31 +1,48 @@
 """`python -m stages`: params.yaml checked as a whole: a mistake is told now and not after hours of training.
 
 Every section is read strictly, the sections are held against each other, and teacher and student are built once.
+With `--recipe NAME` params.yaml is written by that recipe first.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from exporters.bench import Bench
 from exporters.build import Build
 from exporters.ort import Export
-from pipeline import cli, config, models, students, teaching, training
+from pipeline import cli, config, models, recipes, students, teaching, training
 from pipeline.errors import UserError, nearest
 from pipeline.evaluate import Evaluate
-from pipeline.methods import METHODS
+from pipeline.methods.table import reads
 from pipeline.prepare import Prepare
 from pipeline.report import Report, refuse_unknown_targets
 from pipeline.store.policy import Cache, refuse_layout
 from pipeline.teacher import anatomy
 
+SECTIONS: dict[str, type[Any]] = {
+    section.__name__.lower(): section
+    for section in (
+        *(Prepare, teaching.Teach, Cache, training.Distill),
+        *(Evaluate, Export, Build, Bench, Report),
+    )
+}
 CLASSES = 10  # of the models built for the check; the shapes do not depend on it
 
 
 def main(args: argparse.Namespace) -> None:
-    """Raise the first UserError that `dvc repro` would meet."""
+    """Write params.yaml by the recipe, if one is named; raise the first UserError that `dvc repro` would meet."""
     params = args.params
+    if args.recipe is not None:
+        given = (args.recipe, args.recipes, params, SECTIONS, args.data, args.force)
+        print(recipes.apply(*given))
+    elif args.data is not None or args.force:
+        raise UserError(
+            f"--recipe: got {args.recipe}, and --data and --force belong to one; name it (RECIPE=), or set "
+            f"prepare.path in {params}"
+        )
     prepare = config.load(Prepare, params)
     teach = config.load(teaching.Teach, params)
     distill = config.load(training.Distill, params)
@@ -57,7 +74,7 @@ def pair(prepare: Prepare, teach: teaching.Teach, cache: Cache, distill: trainin
     found = anatomy(vit)
     refuse_layout(cache, found)
     student = models.create(distill.student, distill.student_kwargs, CLASSES, "distill")
-    if not any("tokens" in METHODS[method] for method in distill.methods):
+    if not any("tap" in reads(method, "student") for method in distill.methods):
         return "no method reads a feature map"
     tap = students.find_tap(student, prepare.image_size, found.grid, distill.cakd.tap)
     rows, columns = tap.grid
@@ -67,4 +84,8 @@ def pair(prepare: Prepare, teach: teaching.Teach, cache: Cache, distill: trainin
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="stages", description=__doc__)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument("--recipe", metavar="NAME", help="write params.yaml by recipes/NAME.yaml")
+    parser.add_argument("--data", metavar="PATH", help="prepare.path of the recipe")
+    parser.add_argument("--force", action="store_true", help="replace a params.yaml edited by hand")
+    parser.add_argument("--recipes", type=Path, default=Path("recipes"), help="folder of recipes")
     cli.run(main, parser)

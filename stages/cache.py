@@ -43,4 +43,4 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, help="the store to write")
     parser.add_argument("--work", type=Path, default=Path(".work/cache"), help="unfinished work")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    cli.run(main, parser)
+    cli.run(main, parser, launch="stages.cache")

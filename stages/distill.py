@@ -1,26 +1,35 @@
-"""distill: one student by one method, from prepared images, the teacher and its features."""
+"""distill: one student by one method, from prepared images, the teacher and its features.
+
+On several cards or machines: CAKD_LAUNCH="torchrun --nproc-per-node N" (docs/scaling.md).
+"""
 
 from __future__ import annotations
 
 import argparse
+import csv
 from pathlib import Path
 
-from pipeline import cli, config, data, device, files, training
+from pipeline import cli, config, data, device, files, runtime, training
 from pipeline.store.policy import Cache
 
 
 def main(args: argparse.Namespace) -> None:
     """Train the student of params.yaml's `distill:` by `--method`."""
-    figures = training.distill(
-        config.load(training.Distill, args.params),
-        args.method,
-        data.Prepared.open(args.prepared),
-        args.teacher,
-        args.features,
-        args.out,
-        args.work,
-        config.load(Cache, args.params),
-    )
+    settings = config.load(training.Distill, args.params)
+    with runtime.ranks(settings.compute.backend()) as ranks:
+        figures = training.distill(
+            settings,
+            args.method,
+            data.Prepared.open(args.prepared),
+            args.teacher,
+            args.features,
+            args.out,
+            args.work,
+            config.load(Cache, args.params),
+            ranks,
+        )
+    if ranks.rank:
+        return
     files.write_json(
         args.perf,
         {
@@ -31,9 +40,23 @@ def main(args: argparse.Namespace) -> None:
             "provenance": files.provenance(student=args.out / "student.safetensors"),
         },
     )
+    if args.curves is not None:
+        write_curves(figures["curves"], args.curves)
     rate = figures["img_per_s"]["median"]
     print(f"{args.out}: {args.method}, {figures['steps']} steps, {rate:.0f} img/s, "
           f"{figures['labels_seen']} labels seen")  # fmt: skip
+
+
+def write_curves(curves: dict[str, list[list[float]]], path: Path) -> None:
+    """Every loss over the steps as CSV, one column a loss, for `dvc plots`."""
+    steps: dict[float, dict[str, float]] = {}
+    for name, points in curves.items():
+        for step, value in points:
+            steps.setdefault(step, {"step": int(step)})[name] = value
+    with files.atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, ["step", *curves], lineterminator="\n")
+        table.writeheader()
+        table.writerows(steps[step] for step in sorted(steps))
 
 
 if __name__ == "__main__":
@@ -44,6 +67,7 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, help="the student's folder to write")
     parser.add_argument("perf", type=Path, help="train/<method>.json to write")
     parser.add_argument("--method", required=True)
+    parser.add_argument("--curves", type=Path, help="CSV of the losses to write")
     parser.add_argument("--work", type=Path, default=Path(".work/distill"), help="unfinished work")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    cli.run(main, parser)
+    cli.run(main, parser, launch="stages.distill")

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline import evaluate, methods, teacher
+from pipeline import evaluate, teacher
 from pipeline.kernels.reference import attention, heads
+from pipeline.methods import cakd
 from tests.test_training import QUICK, run
 
 
@@ -79,7 +80,7 @@ def test_similarity_is_one_where_the_student_projects_the_teachers_own(
         return attention(*heads(tokens.qkv)), tokens.h
 
     monkeypatch.setattr(evaluate.views, "whole", keep)
-    monkeypatch.setattr(methods.Objective, "projected", projected)
+    monkeypatch.setattr(cakd.Projectors, "projected", projected)
     path = tmp_path / "cakd" / "student.safetensors"
     found = evaluate.similarity(path, live, prepared, evaluate.Evaluate())
     assert found == {"attention": pytest.approx(1, abs=1e-5), "tokens": pytest.approx(1, abs=1e-5)}

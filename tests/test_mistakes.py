@@ -71,7 +71,7 @@ TYPOS = {
     "a method": (
         "distill.methods",
         ["plane"],
-        "methods has 'plane'; did you mean 'plain'? allowed: plain, logits, cakd, cakd+logits",
+        "method: got 'plane'; did you mean 'plain'? allowed: plain, logits, dkd",
     ),
     "a teacher": (
         "teach.model",

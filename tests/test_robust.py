@@ -8,7 +8,11 @@ import torch
 from pipeline.robust import Discriminator, Trans
 
 
-def generator(seed: int = 0) -> torch.Generator:
+def seeds(n: int, first: int = 0) -> range:
+    return range(first, first + n)
+
+
+def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -18,32 +22,33 @@ def views(n: int = 64) -> torch.Tensor:
 
 def test_trans_changes_about_half_of_the_images_and_leaves_the_others_exact():
     batch = views(400)
-    changed = (Trans()(batch, generator()) != batch.float()).flatten(1).any(1)
+    changed = (Trans()(batch, seeds(400)) != batch.float()).flatten(1).any(1)
     assert 0.4 < changed.float().mean() < 0.6
 
 
-def test_trans_is_a_function_of_its_generator_and_stays_in_range():
+def test_trans_is_a_function_of_each_images_seed_and_stays_in_range():
     batch = views()
-    a, b, c = (Trans()(batch, generator(s)) for s in (1, 1, 2))
+    a, b, c = (Trans()(batch, seeds(64, first)) for first in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(Trans()(batch[10:20], seeds(64, 1)[10:20]), a[10:20])
     assert a.min() >= 0 and a.max() <= 255
 
 
 def test_trans_leaves_contrast_to_the_evaluation():
     """Shifts only: with noise and patch off, an image's deviation stays what it was where nothing clips."""
     batch = torch.randint(110, 146, (32, 3, 16, 16), dtype=torch.uint8, generator=generator(9))
-    found = Trans(probability=1, noise=0, patch=0)(batch, generator())
+    found = Trans(probability=1, noise=0, patch=0)(batch, seeds(32))
     torch.testing.assert_close(found.std(dim=(2, 3)), batch.float().std(dim=(2, 3)))
 
 
 def test_trans_with_probability_0_is_the_identity():
-    assert torch.equal(Trans(probability=0)(views(), generator()), views().float())
+    assert torch.equal(Trans(probability=0)(views(), seeds(64)), views().float())
 
 
 def test_trans_moves_no_pixel():
     """A position-coded image with every colour change off but the patch: the rest stays where it was."""
     batch = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(8, 3, 16, 16)
-    found = Trans(probability=1, brightness=0, colour=0, noise=0)(batch, generator())
+    found = Trans(probability=1, brightness=0, colour=0, noise=0)(batch, seeds(8))
     kept = found == batch.float()
     assert 0.5 < kept.float().mean() < 1
 

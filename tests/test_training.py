@@ -16,18 +16,24 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from pipeline import files, methods, models, runtime, teacher, training, views
+from pipeline import files, models, runtime, teacher, training, views
 from pipeline.errors import UserError
 from pipeline.kernels.philox import Key
 from pipeline.kernels.reference import attention, dropout, gl_project, heads, swap_masks
-from pipeline.methods import METHODS, CakdConfig
+from pipeline.methods import cakd as cakd_terms
+from pipeline.methods.cakd import CakdConfig
+from pipeline.methods.term import TeacherSpace
 from pipeline.store import policy, writing
-from pipeline.training import Batches, Distill, Trainer, distill
+from pipeline.training import Batches, Chosen, Distill, Trainer, distill
 from tests.conftest import CNN, ROOT
 
 LOSS_TERMS = ("cross_entropy", "logits", "attention", "gram", "tokens", "adversarial")
 QUICK = Distill(
-    methods=tuple(METHODS), student="test_resnet", student_kwargs=CNN, epochs=1, checkpoint_every=5
+    methods=("plain", "cakd+logits"),
+    student="test_resnet",
+    student_kwargs=CNN,
+    epochs=1,
+    checkpoint_every=5,
 )
 
 
@@ -47,8 +53,7 @@ def loss_terms(trainer, step=0):
     forward = trainer.objective.forward
 
     def spy(*args):
-        found, fake = forward(*args)
-        kept.update(found)
+        kept.update(forward(*args).losses)
         raise StopIteration
 
     trainer.objective.forward = spy
@@ -84,24 +89,25 @@ def test_a_step_computes_every_term_from_its_own_rows_views_masks_and_trans(
     config = replace(QUICK, seed=3, cakd=CakdConfig(standardise=True, swap_anneal=True))
     trainer, step = make("cakd+logits", config), 9
     student = copy.deepcopy(trainer.student).train()
-    projectors, space = trainer.objective.projectors, trainer.objective.space
+    parts, space = trainer.objective.parts, TeacherSpace.of(trainer.store.manifest)
     found = loss_terms(trainer, step)
 
-    rows, ks, labels = trainer.batches(step)
+    chosen = trainer.batches(step)
+    rows, ks, labels = chosen.rows, chosen.ks, torch.from_numpy(chosen.labels)
     batch = views.view_batch(prepared.images, trainer.store.geometry, trainer.store.seed, rows, ks)
     taught = teacher.load(teacher_path)(batch)
-    draw = torch.Generator().manual_seed(runtime.step_seed(3, step, "trans"))
-    pixels = config.cakd.trans(batch, draw)
+    records = [list(prepared.rows("train")).index(r) * 2 + k for r, k in zip(rows, ks)]
+    seeds = [runtime.step_seed(3, step, f"trans {record}") for record in records]
+    pixels = config.cakd.trans(batch, seeds)
     assert not torch.equal(pixels, batch.float())
     with training.Taps(student, ["layer4"]) as taps:
         logits = student(views.normalise(pixels, trainer.preprocess))
         feature = F.interpolate(taps.features["layer4"], (8, 8), mode="bilinear")
-    records = [list(prepared.rows("train")).index(r) * 2 + k for r, k in zip(rows, ks)]
     key = Key(3, torch.tensor(records), step)
-    qkv_s, p = projectors["pca"](feature), 0.5 * (1 - step / 21)
+    qkv_s, p = parts["pca"].project(feature), 0.5 * (1 - step / 21)
     mixed = torch.where(swap_masks(key, qkv_s.shape, p, "element"), taught.qkv, qkv_s)
     x = dropout(feature.flatten(2).transpose(1, 2), key, 0.1)
-    gl = projectors["gl"]
+    gl = parts["gl"].project
     h_s = gl_project(x, gl.weight, gl.bias, gl.groups)
     v_s, v_t = qkv_s[:, :, 2].transpose(1, 2), taught.qkv[:, :, 2].transpose(1, 2)
     expected = {
@@ -125,7 +131,7 @@ def test_the_step_follows_warm_up_and_schedule(make):
     watch = runtime.Stopwatch()
     for step, moved in ((0, False), (5, True)):
         trainer._student_step(step, watch)
-        gradient = trainer.objective.projectors["pca"].q.weight.grad
+        gradient = trainer.objective.parts["pca"].project.q.weight.grad
         assert (gradient.abs().sum() > 0) == moved
         rate = trainer.optimizers["student"].param_groups[0]["lr"]
         assert rate == runtime.learning_rate(step, 21, QUICK.lr)
@@ -148,13 +154,13 @@ def test_the_discriminator_is_shown_what_the_student_is_held_against(make, monke
 @pytest.mark.parametrize("granularity", ["token", "matrix", "none"])
 def test_the_granularity_asked_is_the_one_used(granularity, make, monkeypatch):
     asked = []
-    exact = methods.pca.pca_loss
+    exact = cakd_terms.pca.pca_loss
 
     def spy(*args):
         asked.append(args[3:])
         return exact(*args)
 
-    monkeypatch.setattr(methods.pca, "pca_loss", spy)
+    monkeypatch.setattr(cakd_terms.pca, "pca_loss", spy)
     loss_terms(make("cakd", replace(QUICK, cakd=CakdConfig(granularity=granularity))))
     assert asked == [(0.5, granularity, "auto")]
 
@@ -197,7 +203,7 @@ def test_a_diverged_training_is_named_and_publishes_nothing(
 def test_a_few_unlabelled_images_do_not_change_the_share_of_labels(prepared):
     shown = prepared.splits == "train"
     shown[prepared.rows("train")[0]] = False
-    labels = Batches(QUICK, replace(prepared, student_label=shown), True, 2)(0)[2]
+    labels = Batches(QUICK, replace(prepared, student_label=shown), True, 2)(0).labels
     assert (labels >= 0).sum() == 63
 
 
@@ -209,13 +215,13 @@ def test_the_students_step_leaves_the_discriminator_alone_and_its_own_step_moves
         return [p.detach().clone() for p in module.parameters()]
 
     before, student_before = copy(network), copy(trainer.student)
-    _, taught, fake = trainer._student_step(0, runtime.Stopwatch())
+    _, real, fake = trainer._student_step(0, runtime.Stopwatch())
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters()))
     assert all(p.grad is None for p in network.parameters())
     assert not all(torch.equal(a, b) for a, b in zip(student_before, trainer.student.parameters()))
     student_after = copy(trainer.student)
     assert not fake.requires_grad
-    trainer._discriminator_step(taught.h, fake)
+    trainer._discriminator_step(real, fake)
     assert not all(torch.equal(a, b) for a, b in zip(before, network.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(student_after, trainer.student.parameters()))
 
@@ -254,11 +260,8 @@ def test_in_the_stores_own_write_batches_the_losses_are_the_same_bits(
 
     def in_order(self, step):
         records = np.arange(step * 64, step * 64 + 64)
-        return (
-            rows[records // 2],
-            records % 2,
-            torch.from_numpy(prepared.labels[rows[records // 2]]),
-        )
+        chosen = rows[records // 2]
+        return Chosen(chosen, records % 2, prepared.labels[chosen])
 
     monkeypatch.setattr(Batches, "__call__", in_order)
     cached, live = (
@@ -313,7 +316,7 @@ def test_one_record_in_a_thousand_is_held_against_its_view(make, monkeypatch):
     )
     watch = runtime.Stopwatch()
     for step in range(20):
-        trainer.features.tokens(step, trainer.feed.at(step), watch)
+        trainer.features.tokens(step, trainer.feed.at(step)[0], watch)
     assert checked == [64, 1]  # the first batch, then record 1,000 of the 1,280
 
 
@@ -347,27 +350,27 @@ def test_cakd_holds_no_logit_term_and_plain_holds_nothing_of_the_teacher(make):
 def test_with_scarce_labels_a_batch_holds_an_eighth_of_labelled_images(prepared):
     batches = Batches(QUICK, prepared, distilled=True, n_views=2)
     for step in range(30):
-        rows, ks, labels = batches(step)
-        shown = labels >= 0
-        assert len(rows) == 64 and shown.sum() == 8
-        assert prepared.student_label[rows[shown.numpy()]].all()
-        assert (torch.from_numpy(prepared.labels[rows])[shown] == labels[shown]).all()
-        assert set(ks) <= {0, 1}
+        chosen = batches(step)
+        shown = chosen.labels >= 0
+        assert len(chosen.rows) == 64 and shown.sum() == 8
+        assert prepared.student_label[chosen.rows[shown]].all()
+        assert (prepared.labels[chosen.rows][shown] == chosen.labels[shown]).all()
+        assert set(chosen.ks) <= {0, 1}
     assert batches.labels_seen == 50
 
 
 def test_plain_trains_on_labelled_images_only_for_the_same_number_of_steps(prepared):
     plain, distilled = (Batches(QUICK, prepared, d, 2) for d in (False, True))
-    rows, ks, labels = plain(20)
+    chosen = plain(20)
     assert plain.steps == distilled.steps == 21
-    assert (labels >= 0).all() and prepared.student_label[rows].all()
-    assert ks.max() > 2  # a fresh view at every pass
+    assert (chosen.labels >= 0).all() and prepared.student_label[chosen.rows].all()
+    assert chosen.ks.max() > 2  # a fresh view at every pass
 
 
 def test_with_all_labels_every_image_of_the_batch_is_labelled(prepared):
     every = replace(prepared, student_label=prepared.splits == "train")
-    rows, _, labels = Batches(QUICK, every, True, 2)(0)
-    assert (labels.numpy() == every.labels[rows]).all()
+    chosen = Batches(QUICK, every, True, 2)(0)
+    assert (chosen.labels == every.labels[chosen.rows]).all()
 
 
 def test_one_pass_of_a_stream_is_a_permutation(prepared):
@@ -447,11 +450,11 @@ def test_a_changed_view_is_noticed_while_training(prepared, teacher_path, featur
 def test_the_saved_projectors_come_back_as_they_were(prepared, teacher_path, features, tmp_path):
     run(QUICK, "cakd", prepared, teacher_path, features, tmp_path)
     _, description = models.load(tmp_path / "cakd" / "student.safetensors")
-    objective = training.load_projectors(tmp_path / "cakd", description)
+    projectors = training.load_projectors(tmp_path / "cakd", description)
     stored = load_file(tmp_path / "cakd" / "projectors.safetensors")
-    found = objective.projectors.state_dict()
+    found = projectors.state_dict()
     assert set(found) == set(stored) and all(torch.equal(found[k], stored[k]) for k in stored)
-    attended, tokens = objective.projected(torch.randn(2, 24, 4, 4))
+    attended, tokens = projectors.projected(torch.randn(2, 24, 4, 4))
     assert attended.shape == (2, 2, 64, 16) and tokens.shape == (2, 64, 32)
 
 
@@ -464,7 +467,6 @@ def test_learning_rate_warms_up_and_ends_near_zero():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"methods": ("plane",)}, r"methods has 'plane'; did you mean 'plain'\?"),
         ({"epochs": 0}, "epochs is 0; allowed: 1 or more"),
         ({"labelled_share": 1.5}, "labelled_share is 1.5"),
         ({"lr": -1.0}, "lr, weight_decay are -1.0"),
@@ -492,9 +494,11 @@ def test_impossible_decisions_are_refused_with_the_value(kwargs, message):
 def test_standardising_brings_the_target_to_unit_scale(make):
     config = replace(QUICK, cakd=CakdConfig(standardise=True))
     trainer = make("cakd", config)
-    h = trainer.objective.mean + 3 * trainer.objective.std
+    gl = trainer.objective.parts["gl"]
+    h = gl.mean + 3 * gl.std
     torch.testing.assert_close(trainer.objective.target(h), torch.full_like(h, 3.0))
-    assert methods.TeacherSpace.of(trainer.objective.space.described()).width == 32
+    space = TeacherSpace.of(trainer.store.manifest)
+    assert TeacherSpace.of(space.described()).width == 32
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -37,6 +37,11 @@ class Records:
     logits: Tensor
     view_hash: NDArray[np.uint64]
 
+    def to(self, place: torch.device) -> Records:
+        """The same on a device."""
+        features = {name: tensor.to(place) for name, tensor in self.features.items()}
+        return replace(self, features=features, logits=self.logits.to(place))
+
     def tokens(self, tail: TeacherTail | None) -> Tokens:
         """The teacher's tokens: replayed from x (B, P+N, D) by the tail, or as they were stored."""
         if tail is None:

@@ -1,0 +1,105 @@
+"""Where and how a training step is computed: device, precision, memory format, ranks, parts of a batch, EMA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pipeline.errors import UserError
+from pipeline.runtime import Ranks
+
+
+@dataclass(frozen=True)
+class Compute:
+    """`distill.compute:` what changes the speed of a training and, by rounding, its bits; nothing else."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast
+    channels_last: bool = False  # the student's memory format
+    accumulate: int = 1  # parts of a batch that are computed one after the other
+    compile: bool = False  # torch.compile of the student
+    ema: float = 0.0  # decay of the averaged weights that are published; 0: the last weights
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate is {self.accumulate}; allowed: 1 or more")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; allowed: 0 to below 1")
+
+    def place(self, among: Ranks) -> torch.device:
+        """The device of this rank. Raises UserError: CUDA asked for where there is none."""
+        available = torch.cuda.is_available()
+        if self.device == "cuda" and not available:
+            raise UserError(
+                f"distill.compute.device: got {self.device!r}, but PyTorch sees no CUDA device; use auto"
+            )
+        if self.device == "cpu" or not available:
+            return torch.device("cpu")
+        place = torch.device("cuda", among.local % torch.cuda.device_count())
+        torch.cuda.set_device(place)
+        return place
+
+    def backend(self) -> str:
+        """What carries messages between ranks: NCCL between CUDA devices, else gloo."""
+        return "nccl" if self.device != "cpu" and torch.cuda.is_available() else "gloo"
+
+    def autocast(self, place: torch.device) -> AbstractContextManager[Any]:
+        """What the forward pass runs under."""
+        return (
+            torch.autocast(place.type, torch.bfloat16)
+            if self.precision == "bf16"
+            else nullcontext()
+        )
+
+    def parts(self, batch: int, among: Ranks) -> int:
+        """Parts of a step's batch over ranks and accumulation. Raises UserError: it does not divide."""
+        parts = self.accumulate * among.size
+        if batch % parts or batch // parts < 2:
+            raise UserError(
+                f"distill.batch: got {batch}, which {among.size} ranks x {self.accumulate} parts do not "
+                "divide into equal parts of 2 or more; change one of the three"
+            )
+        return parts
+
+    def average(self, student: nn.Module) -> AveragedModel | None:
+        """The exponential moving average of the student's weights and buffers; None where it is off."""
+        if not self.ema:
+            return None
+        return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(self.ema), use_buffers=True)
+
+
+def average_gradients(parameters: Iterable[Tensor], among: Ranks) -> None:
+    """Replace every gradient by its mean over the ranks: one message for all of them."""
+    if among.size == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    distributed.all_reduce(flat)
+    for gradient, mean in zip(gradients, (flat / among.size).split([g.numel() for g in gradients])):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def average_figures(
+    figures: dict[str, float], place: torch.device, among: Ranks
+) -> dict[str, float]:
+    """The mean of every figure over the ranks; all ranks have the same names."""
+    if among.size == 1:
+        return figures
+    row = torch.tensor([figures[name] for name in sorted(figures)], device=place)
+    distributed.all_reduce(row)
+    return dict(zip(sorted(figures), (row / among.size).tolist()))
+
+
+def same_start(modules: Iterable[nn.Module], among: Ranks) -> None:
+    """Give every rank the first one's parameters and buffers."""
+    if among.size == 1:
+        return
+    for module in modules:
+        for tensor in module.state_dict().values():
+            distributed.broadcast(tensor, 0)

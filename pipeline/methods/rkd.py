@@ -1,0 +1,60 @@
+"""Relational knowledge distillation: Park et al., CVPR 2019."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.methods.term import Seen, Sizes, Term, pairwise_distances, pooled
+from pipeline.teacher import Tokens
+
+
+@dataclass(frozen=True)
+class RkdConfig:
+    """The paper's weights of RKD-DA."""
+
+    distance_weight: float = 25.0
+    angle_weight: float = 50.0
+
+
+def distances(x: Tensor) -> Tensor:
+    """Distances (B, B) between embeddings (B, e), in units of their mean, eq. 5 and 6."""
+    found = pairwise_distances(x)
+    apart = found > 0
+    return found / found[apart].mean() if apart.any() else found
+
+
+def angles(x: Tensor) -> Tensor:
+    """Cosine of the angle at j of every triplet (j, i, k) of embeddings (B, e) -> (B, B, B), eq. 8."""
+    towards = F.normalize(x[None, :, :] - x[:, None, :], dim=2)
+    return towards @ towards.mT
+
+
+class Rkd(Term):
+    """`rkd_distance`, `rkd_angle`: of the embeddings; B^3 angles, so B is better not above some 256."""
+
+    teacher = frozenset({"pooled"})
+    student = frozenset({"embedding"})
+
+    def __init__(self, config: RkdConfig, _: Sizes) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+        """Huber losses of eq. 7 and 9."""
+        found = {}
+        for name, relation in (("distance", distances), ("angle", angles)):
+            with torch.no_grad():
+                theirs = relation(pooled(taught))
+            found[f"rkd_{name}"] = F.smooth_l1_loss(relation(seen.embedding), theirs)
+        return found
+
+    def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002
+        """Constant."""
+        return {
+            "rkd_distance": self.config.distance_weight,
+            "rkd_angle": self.config.angle_weight,
+        }

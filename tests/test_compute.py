@@ -1,0 +1,192 @@
+"""How a step is computed changes its speed, not its meaning: parts, ranks, averages, formats, launchers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline import cli, compute, models, runtime
+from pipeline.compute import Compute
+from pipeline.errors import UserError
+from pipeline.runtime import Ranks
+from pipeline.training import Trainer
+from tests.conftest import ROOT
+from tests.test_training import QUICK, run
+
+# LayerNorm only: batch norm would take its statistics from each part by itself.
+UNNORMED = replace(QUICK, student="test_convnext", student_kwargs={"output_stride": 8})
+
+
+def steps(trainer, count):
+    watch = runtime.Stopwatch()
+    return [trainer.step(step, watch) for step in range(count)]
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.student.parameters()])
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_is_the_batch(parts, prepared, teacher_path, features, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", lambda g, lr, weight_decay: torch.optim.SGD(g, lr))
+    trained = []
+    for accumulate in (1, parts):
+        config = replace(UNNORMED, compute=Compute(accumulate=accumulate))
+        trainer = Trainer(config, "cakd+logits", prepared, teacher_path, features)
+        trained.append((steps(trainer, 10), weights(trainer)))
+    (whole, ours), (split, theirs) = trained
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    for a, b in zip(whole, split):
+        for name in ("cross_entropy", "logits", "attention", "gram", "tokens"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
+RANKS = """
+import json, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from pipeline import data, runtime
+from pipeline.training import Trainer
+from tests.test_compute import UNNORMED, steps, weights
+
+torch.optim.AdamW = lambda groups, lr, weight_decay: torch.optim.SGD(groups, lr)
+prepared, teacher, features, out = map(Path, sys.argv[1:])
+with runtime.ranks() as among:
+    trainer = Trainer(
+        UNNORMED, "cakd+logits", data.Prepared.open(prepared), teacher, features, among=among
+    )
+    figures = steps(trainer, 50)
+    save_file({"weights": weights(trainer)}, out / f"{among.rank}.safetensors")
+    (out / f"{among.rank}.json").write_text(json.dumps(figures))
+"""
+
+
+def test_two_ranks_are_one_process_with_the_whole_batch(digits, teacher_path, features, tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    found, figures = [], []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        out.mkdir()
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        done = subprocess.run(
+            [*launcher, str(script), *map(str, (digits, teacher_path, features, out))],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append([load_file(p)["weights"] for p in sorted(out.glob("*.safetensors"))])
+        figures.append(json.loads((out / "0.json").read_text()))
+    (one,), (first, second) = found
+    assert torch.equal(first, second)
+    assert ((first - one).norm() / one.norm()).item() <= 1e-5
+    for a, b in zip(*figures):
+        for name in ("cross_entropy", "logits", "attention", "tokens"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
+def test_averaged_weights_are_what_is_published(prepared, teacher_path, features, tmp_path):
+    for decay in (0.0, 0.9):
+        config = replace(QUICK, compute=Compute(ema=decay))
+        run(config, "logits", prepared, teacher_path, features, tmp_path / str(decay))
+    students = [
+        models.load(tmp_path / name / "logits" / "student.safetensors")[0]
+        for name in ("0.0", "0.9")
+    ]
+    plain, averaged = (dict(s.named_parameters()) for s in students)
+    assert set(plain) == set(averaged)
+    assert not torch.equal(plain["fc.weight"], averaged["fc.weight"])
+    trainer = Trainer(
+        replace(QUICK, compute=Compute(ema=0.9)), "logits", prepared, teacher_path, features
+    )
+    expected = None
+    for step in range(21):
+        trainer.step(step, runtime.Stopwatch())
+        now = trainer.student.fc.weight.detach().clone()
+        expected = now if expected is None else 0.9 * expected + 0.1 * now
+    torch.testing.assert_close(averaged["fc.weight"].detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "how", [Compute(channels_last=True), Compute(precision="bf16"), Compute(compile=True)], ids=str
+)
+def test_formats_and_compilers_change_the_losses_by_rounding_only(
+    how, prepared, teacher_path, features, monkeypatch
+):
+    if how.compile:  # the tracing and the hooks are what is ours; a C++ compiler need not be here
+        exact = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda m: exact(m, backend="aot_eager"))
+    first = []
+    for compute_ in (Compute(), how):
+        config = replace(QUICK, compute=compute_)
+        first.append(steps(Trainer(config, "cakd+logits", prepared, teacher_path, features), 2))
+    tolerance = 0.05 if how.precision == "bf16" else 1e-3
+    for name in ("cross_entropy", "logits", "attention", "gram", "tokens"):
+        assert first[0][0][name] == pytest.approx(first[1][0][name], rel=tolerance), name
+        assert first[1][1][name] > 0
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(prepared, teacher_path, features):
+    config = replace(QUICK, compute=Compute(accumulate=3))
+    with pytest.raises(UserError, match="got 64, which 1 ranks x 3 parts do not divide"):
+        Trainer(config, "plain", prepared, teacher_path, features)
+    with pytest.raises(UserError, match="got 4, which 2 ranks x 2 parts"):
+        Compute(accumulate=2).parts(4, Ranks(0, 2))
+
+
+def test_cuda_where_there_is_none_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="got 'cuda', but PyTorch sees no CUDA device; use auto"):
+        Compute(device="cuda").place(runtime.ALONE)
+    assert Compute().place(runtime.ALONE).type == "cpu"
+    assert Compute(device="cuda").backend() == "gloo"
+
+
+@pytest.mark.parametrize(("field", "value"), [("accumulate", 0), ("ema", 1.0)])
+def test_impossible_ways_to_compute_are_refused_with_the_value(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value}; allowed"):
+        Compute(**{field: value})
+
+
+def test_the_launcher_of_the_environment_gets_the_same_command_line(tmp_path):
+    spy = tmp_path / "launcher"
+    spy.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        "print(json.dumps([sys.argv[1:], os.environ['CAKD_LAUNCHED']]))\n"
+    )
+    spy.chmod(0o755)
+    command = [sys.executable, "-m", "stages.distill", "a", "b", "c", "d", "e", "--method", "plain"]
+    env = {**os.environ, cli.LAUNCH: f"{spy} --nodes 2"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert json.loads(done.stdout) == [["--nodes", "2", "-m", "stages.distill", *command[3:]], "1"]
+    env[cli.LAUNCH] = "no-such-launcher"
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "no such launcher 'no-such-launcher'" in done.stderr
+
+
+def test_under_srun_the_ranks_are_slurms(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    slurm = {"STEP_ID": "0", "PROCID": "3", "NTASKS": "4", "LOCALID": "1"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(UserError, match="MASTER_ADDR is not set"), runtime.ranks():
+        pass
+    assert os.environ.pop("RANK") == "3" and os.environ.pop("LOCAL_RANK") == "1"
+    assert os.environ.pop("WORLD_SIZE") == "4"
+
+
+def test_gradients_of_one_rank_stay_as_they_are():
+    leaf = torch.ones(3, requires_grad=True)
+    leaf.sum().backward()
+    compute.average_gradients([leaf], runtime.ALONE)
+    assert leaf.grad.tolist() == [1, 1, 1]

@@ -1,0 +1,312 @@
+"""Every recipe is a correct params.yaml, teacher and student fit, training begins; a merge loses nothing."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporters.ort import Export
+from pipeline import config, data, models, recipes, runtime, students, teacher, teaching, training
+from pipeline.errors import UserError
+from pipeline.prepare import Prepare, prepare
+from pipeline.store import writing
+from pipeline.store.policy import Cache
+from stages.__main__ import SECTIONS, main
+from tests import containers
+from tests.house import ROOT
+
+FOLDER = ROOT / "recipes"
+NAMES = recipes.names(FOLDER)
+TAPS = {
+    "digits": "layer4 4x4 for 8x8 tokens",
+    "cifar10-mini": "layer4 4x4 for 8x8 tokens",
+    "cifar100": "layer4 4x4 for 8x8 tokens",
+    "cifar100-ofa": "layer4 7x7 for 14x14 tokens",
+    "imagefolder": "layer4 4x4 for 8x8 tokens",
+    "imagenet": "layer3 14x14 for 14x14 tokens",
+    "imagenette": "layer4 4x4 for 8x8 tokens",
+}
+LARGE = ("cifar100-ofa", "imagenet")  # 224 px
+
+
+def whole(name, path="/data/pictures"):
+    """The recipe's parameters, with the path that a user would give."""
+    return recipes.merged(name, FOLDER, SECTIONS, path)
+
+
+def section(kind, name, path="/data/pictures"):
+    return config.parse(kind, whole(name, path)[kind.__name__.lower()], name)
+
+
+def leaves(values, where=""):
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{where}{key}.")
+        else:
+            yield f"{where}{key}"
+
+
+def test_the_recipes_are_these():
+    assert set(NAMES) == set(TAPS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_fills_every_dataclass(name):
+    found = {s: config.parse(kind, whole(name)[s], s) for s, kind in SECTIONS.items()}
+    assert list(found) == list(config.SECTIONS)
+    assert section(Export, name).method in section(training.Distill, name).methods
+
+
+def test_digits_restores_the_committed_params_yaml_byte_for_byte(tmp_path):
+    params = tmp_path / "params.yaml"
+    recipes.apply("digits", FOLDER, params, SECTIONS)
+    same = params.read_bytes() == (ROOT / "params.yaml").read_bytes()
+    assert same, "a key of params.yaml belongs into recipes/digits.yaml too, at the same place"
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "digits"])
+def test_a_recipe_holds_only_what_differs_from_the_default(name):
+    overlay, default = config.read(FOLDER / f"{name}.yaml"), config.read(FOLDER / "digits.yaml")
+    merged = whole(name, None if overlay["prepare"].get("path") else "/data/pictures")
+    changed = set(recipes.differences(merged, default))
+    for key in leaves(overlay):
+        free = ".".join(key.split(".")[:2])
+        if free in ("teach.kwargs", "distill.student_kwargs", "report.budgets"):
+            assert any(c.startswith(free) for c in changed), key
+        else:
+            assert key in changed, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipes_header_says_command_paper_and_hours(name):
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    assert text.startswith("\n".join(header)) and max(map(len, header)) <= 120
+    assert f"make repro RECIPE={name}" in "\n".join(header)
+    for word in ("Paper", "easured", "Hours: not measured"):
+        assert word in "\n".join(header), word
+    asks = config.read(FOLDER / f"{name}.yaml")["prepare"].get("path") is None and name != "digits"
+    assert f"RECIPE={name} DATA=" in text or not asks
+    assert "{" not in text.replace("kwargs: {}", "")  # block style
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_writes_a_recipe_and_finds_it_correct(name, tmp_path, capsys):
+    """The whole check, teacher and student built without weights."""
+    params = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", params)
+    main(asked(params, name))
+    wrote, correct = capsys.readouterr().out.splitlines()
+    assert wrote.startswith(f"{params}: ") and str(FOLDER / f"{name}.yaml") in wrote
+    assert correct.startswith(f"{params}: correct; ") and f", tap {TAPS[name]}" in correct
+    assert config.read(params) == whole(name)
+
+
+def asked(params, name, path="/data/pictures", force=False):
+    return Namespace(params=params, recipe=name, recipes=FOLDER, data=path, force=force)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_at_a_recipes_size_the_tap_leaves_no_more_than_a_fifth_of_the_backbone_out(name):
+    """Decision 4: a term at the tap reaches at least 80 % of the parameters behind the head."""
+    size, wanted = section(Prepare, name).image_size, section(training.Distill, name)
+    teach = section(teaching.Teach, name)
+    grid = teacher.token_grid(models.create(teach.model, {**teach.kwargs, "depth": 1}, 4))
+    student = models.create(wanted.student, wanted.student_kwargs, 4)
+    tap = students.find_tap(student, size, grid, wanted.cakd.tap)
+    with students.Taps(student, [tap.module]) as taps:
+        student(torch.zeros(2, 3, size, size))
+        taps.features[tap.module].square().sum().backward()
+    backbone = {n: p for n, p in student.named_parameters() if not n.startswith("fc.")}
+    reached = sum(p.grad is not None for p in backbone.values())
+    assert reached >= 0.8 * len(backbone)
+
+
+def made_pictures(name, root):
+    """A few pictures in the source's own layout, of the recipe's size where nothing else is said; their path."""
+    source, size = section(Prepare, name).source, section(Prepare, name).image_size
+    if source == "digits":
+        return None
+    if source == "parquet":  # 32 px, as CIFAR's, whatever the recipe enlarges them to
+        splits = {"train": containers.pictures(12, 0), "test": containers.pictures(8, 1)}
+        containers.as_parquet(root, splits)
+        return str(root)
+    held_out = "test" if name == "cifar10-mini" else "val"
+    counts = {"train": 60} if name == "imagefolder" else {"train": 12, held_out: 8}
+    splits = {split: containers.pictures(n, n) for split, n in counts.items()}
+    times = size // 32
+    containers.as_folder(
+        root, {s: (p.repeat(times, 1).repeat(times, 2), y) for s, (p, y) in splits.items()}
+    )
+    return str(root / "train" if name == "imagefolder" else root)
+
+
+def begin(name, folder, steps):
+    """The first `steps` steps of the recipe by two methods, its batch and its store made small -> their terms."""
+    path = made_pictures(name, folder / "pictures")
+    wanted = section(Prepare, name, path)
+    if name not in ("digits", "imagefolder"):
+        labels = wanted.student_labels if wanted.student_labels == "all" else 1
+        wanted = replace(wanted, val=4, student_labels=labels)
+    prepare(wanted, folder / "prepared")
+    prepared = data.Prepared.open(folder / "prepared")
+    teach = replace(section(teaching.Teach, name), weights="scratch", epochs=1)
+    vit, described = teaching._build(teach, prepared)
+    weights = folder / "teacher.safetensors"
+    models.save(weights, vit.eval(), described)
+    policy = replace(section(Cache, name), views=1, batch=4)
+    live, store = teacher.load(weights), folder / "store"
+    writing.write(policy, prepared, live, store, folder / "work", lambda _: None)
+    batch = 4 if prepared.image_size == 32 else 2
+    distill = replace(section(training.Distill, name), batch=batch, workers=0)
+    found = {}
+    for method in ("plain", "cakd+logits"):
+        trainer = training.Trainer(distill, method, prepared, weights, store, policy)
+        before = [p.detach().clone() for p in trainer.student.parameters()]
+        watch = runtime.Stopwatch()
+        found[method] = [trainer.step(step, watch) for step in range(steps)]
+        after = trainer.student.parameters()
+        assert any(not torch.equal(a, b) for a, b in zip(before, after)), method
+    return found
+
+
+def check_beginning(found, steps):
+    terms = {"cross_entropy", "logits", "attention", "gram", "tokens", "adversarial"}
+    assert set(found["plain"][0]) == {"cross_entropy"} and set(found["cakd+logits"][1]) == terms
+    for method, seen in found.items():
+        assert len(seen) == steps
+        assert all(math.isfinite(v) for step in seen for v in step.values()), method
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_training_of_a_recipe_begins(name, tmp_path):
+    steps = 3 if name in LARGE else 20
+    check_beginning(begin(name, tmp_path, steps), steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_the_training_of_a_recipe_at_224_px_goes_on(name, tmp_path):
+    check_beginning(begin(name, tmp_path, 20), 20)
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """`mine("teach:\\n  lr: 0.1")`: a folder of the default and a recipe `mine` with this text."""
+
+    def write(text):
+        shutil.copy(FOLDER / "digits.yaml", tmp_path)
+        (tmp_path / "mine.yaml").write_text(text)
+        return tmp_path
+
+    return write
+
+
+def test_free_keys_and_lists_are_replaced_as_a_whole_and_other_keys_one_by_one(mine):
+    folder = mine(
+        "teach:\n  kwargs:\n    depth: 2\n  geometry:\n    flip: true\n"
+        "distill:\n  methods:\n  - plain\n  cakd:\n    trans:\n      noise: 0.3\n"
+    )
+    found = recipes.merged("mine", folder, SECTIONS)
+    default = config.read(FOLDER / "digits.yaml")
+    assert found["teach"]["kwargs"] == {"depth": 2}
+    assert found["teach"]["geometry"] == {**default["teach"]["geometry"], "flip": True}
+    assert found["distill"]["methods"] == ["plain"]
+    assert found["distill"]["cakd"]["trans"]["noise"] == 0.3
+    assert found["distill"]["cakd"]["trans"]["patch"] == 0.4
+    assert len(list(recipes.differences(found, default))) == 8
+    assert found["prepare"] == default["prepare"]
+
+
+WRONG = {
+    "a section": (
+        "teech:\n  lr: 1\n",
+        "mine.yaml: unknown section 'teech:'; did you mean 'teach'?",
+    ),
+    "a key": ("teach:\n  lrr: 1\n", "mine.yaml: teach: unknown key 'lrr'; did you mean 'lr'?"),
+    "a deep key": (
+        "distill:\n  cakd:\n    trans:\n      noize: 1\n",
+        "mine.yaml: distill.cakd.trans: unknown key 'noize'; did you mean 'noise'?",
+    ),
+    "a value": ("teach:\n  lr: fast\n", "mine.yaml: teach.lr: expected a number, got 'fast'"),
+    "no keys": ("teach: 3\n", "mine.yaml: teach: expected keys and values, got 3"),
+    "no path": (
+        "prepare:\n  source: parquet\n",
+        "recipe mine: prepare.path is None; say where the pictures are: `make repro RECIPE=mine DATA=PATH`",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_mistake_in_a_recipe_is_told_and_nothing_is_written(mistake, mine):
+    text, message = WRONG[mistake]
+    folder = mine(text)
+    with pytest.raises(UserError) as told:
+        recipes.apply("mine", folder, folder / "out" / "params.yaml", SECTIONS)
+    assert message in str(told.value)
+    assert not (folder / "out").exists()
+
+
+def test_an_unknown_recipe_is_told_with_the_names_that_there_are(command, tmp_path):
+    done = command("stages", "--recipe", "cifar", "--params", tmp_path / "params.yaml")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert (
+        f"recipe: got 'cifar'; did you mean 'cifar100'? allowed: {', '.join(NAMES)}" in done.stderr
+    )
+
+
+def test_data_without_a_recipe_is_told():
+    with pytest.raises(UserError, match="--recipe: got None, and --data and --force belong to one"):
+        main(asked(ROOT / "params.yaml", None, "/data/flowers"))
+
+
+def test_what_was_edited_by_hand_is_not_replaced_unless_forced(tmp_path):
+    params = tmp_path / "params.yaml"
+
+    def apply(name, **kwargs):
+        return recipes.apply(name, FOLDER, params, SECTIONS, **kwargs)
+
+    assert apply("imagenette", data="/data/a b") == (
+        f"{params}: written by {FOLDER / 'imagenette.yaml'}, 33 values unlike the default; images: /data/a b"
+    )
+    assert config.read(params)["prepare"]["path"] == "/data/a b"
+    assert apply("imagenette", data="/data/a b").endswith("imagenette.yaml already")
+    apply("cifar100")  # what a recipe wrote may be replaced
+    edited = params.read_text().replace("epochs: 200", "epochs: 3")
+    params.write_text(edited)
+    with pytest.raises(UserError, match=r"edited by hand \(teach.epochs, distill.epochs\); commit"):
+        apply("digits")
+    assert params.read_text() == edited
+    apply("digits", force=True)
+    assert params.read_bytes() == (ROOT / "params.yaml").read_bytes()
+    params.write_text("not: [yaml")
+    with pytest.raises(UserError, match="not YAML"):
+        apply("digits")
+    apply("digits", force=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"params.yaml", ".work"}
+
+
+def test_make_hands_recipe_data_and_force_on():
+    def line(*given):
+        done = subprocess.run(
+            ["make", "-n", "repro", *given], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return next(row for row in done.stdout.splitlines() if "python -m stages" in row).split()
+
+    assert line()[1:] == ["-m", "stages"]
+    asked = line("RECIPE=imagenet", "DATA=/data/a", "FORCE=1")
+    assert asked[3:] == ["--recipe", "'imagenet'", "--data", "'/data/a'", "--force"]
+    assert line("RECIPE=digits")[3:] == ["--recipe", "'digits'"]
+
+
+def test_the_page_lists_every_recipe():
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert [n for n in NAMES if f"| [`{n}`](../recipes/{n}.yaml) |" not in page] == []
+    assert Path(FOLDER / f"{recipes.DEFAULT}.yaml").is_file()
