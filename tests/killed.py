@@ -56,14 +56,25 @@ def attempt(folder: Path, stages: list[str]) -> None:
 
 def contents(folder: Path) -> str:
     """One hash over the bytes of every file of a folder."""
-    return files.digest({p.name: files.sha256(p) for p in folder.iterdir()})
+    return files.digest(each(folder))
+
+
+def each(folder: Path) -> dict[str, str]:
+    """The hash of every file of a folder, by name."""
+    return {p.name: files.sha256(p) for p in sorted(folder.iterdir())}
+
+
+def refuse_difference(stage: str, first: dict[str, str], now: dict[str, str]) -> None:
+    """Name the files in which an output differs from the first one of its stage."""
+    different = sorted(n for n in {*first, *now} if first.get(n) != now.get(n))
+    assert not different, f"{stage}: {different} differ: {[first.get(n) for n in different]}, {now}"
 
 
 def main(folder: Path, kills: int, seed: int, stages: list[str]) -> None:
     """Chains until `kills` kills have fallen, then one more undisturbed."""
     draw = random.Random(seed)
     hashes, fell = [], []
-    seen: dict[str, set[str]] = {stage: set() for stage in stages}
+    seen: dict[str, dict[str, str]] = {}
     while True:
         child = os.fork()
         if child == 0:
@@ -74,7 +85,8 @@ def main(folder: Path, kills: int, seed: int, stages: list[str]) -> None:
         _, status = os.waitpid(child, 0)
         for stage in stages:
             if (folder / OUTS[stage]).exists():
-                seen[stage].add(contents(folder / OUTS[stage]))
+                now = each(folder / OUTS[stage])
+                refuse_difference(stage, seen.setdefault(stage, now), now)
         if os.WIFSIGNALED(status):
             fell.append((folder / "now").read_text())
             continue
@@ -85,7 +97,6 @@ def main(folder: Path, kills: int, seed: int, stages: list[str]) -> None:
             break
         for stage in stages:
             shutil.rmtree(folder / OUTS[stage])
-    assert all(len(found) == 1 for found in seen.values()), seen
     litter = [p.name for p in folder.iterdir() if p.name.startswith(".")]
     print(json.dumps({"hashes": hashes, "fell": fell, "litter": litter}))
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 
-from benchmarks import containers, store
+import pytest
+
+from benchmarks import containers, methods, store
 
 
 def test_the_containers_give_back_the_same_records(monkeypatch, tmp_path):
@@ -37,3 +40,39 @@ def test_a_cached_step_is_held_against_the_same_step_online(tmp_path, capsys):
     text = (tmp_path / "out.md").read_text()
     assert "An online step takes" in text and "An online step takes" in capsys.readouterr().out
     assert "python -m benchmarks.store step --teacher test_vit" in text
+
+
+def test_differences_are_paired_by_seed_and_their_interval_is_students():
+    runs = {
+        name: [
+            {"clean": c, "noisy": c / 2, "step_ms": ms} for c, ms in zip(clean, (9.0, 10.0, 50.0))
+        ]
+        for name, clean in {"plain": (0.5, 0.7, 0.6), "cakd": (0.52, 0.72, 0.65)}.items()
+    }
+    found = methods.compared(runs)
+    row = found["cakd"]["clean_minus_plain"]
+    assert row["mean"] == pytest.approx(3.0)
+    # differences 2, 2, 5: deviation sqrt(3), t with 2 degrees of freedom 4.303, root of 3 seeds
+    assert row["half_width_95"] == pytest.approx(4.3027, rel=1e-4)
+    assert found["cakd"]["step_over_plain"] == 1.0 and "clean_minus_plain" not in found["plain"]
+    assert math.isnan(methods.interval([1.0])[1])
+    taught = {"clean": 0.55, "noisy": 0.4}
+    shown = methods.table({"teacher": taught, "methods": found, "seeds": 3})
+    assert shown.startswith("**The teacher is not better than the plain student.**")
+    assert "| cakd | 63.0 | +3.0 ± 4.3 |" in shown
+
+
+def test_a_finished_run_is_read_and_not_repeated(
+    prepared, teacher_path, features, tmp_path, monkeypatch
+):
+    bench = methods.Bench({"evaluate": {}}, tmp_path)
+    (tmp_path / "prepared").symlink_to(prepared.folder)
+    (tmp_path / "teacher").symlink_to(teacher_path.parent)
+    (tmp_path / "features").symlink_to(features)
+    bench.make_shared()  # all there: nothing to do
+    from tests.test_training import QUICK
+
+    first = bench.run(QUICK, "plain", 3)
+    monkeypatch.setattr(methods.training, "distill", None)
+    assert bench.run(QUICK, "plain", 3) == first
+    assert 0 < first["clean"] <= 1 and first["step_ms"] > 0

@@ -96,7 +96,12 @@ def test_code_dependencies_of_a_stage_are_its_import_closure(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_path_on_a_stages_command_line_is_something_dvc_watches(stage):
     block = dvc_stages()[stage]
-    named = [*block["deps"], *block.get("outs", []), *block.get("metrics", [])]
+    named = [
+        *block["deps"],
+        *block.get("outs", []),
+        *block.get("metrics", []),
+        *block.get("plots", []),
+    ]
     watched = {next(iter(n)) if isinstance(n, dict) else n for n in named}
     words = re.sub(r"\$\{[a-z.]+\}", "*", block["cmd"]).split()
     watched = {re.sub(r"\$\{[a-z.]+\}", "*", w) for w in watched}

@@ -35,8 +35,9 @@ def prepared(out, **kwargs) -> Prepared:
 
 def first_batch(found: Prepared):
     config = training.Distill(methods=("plain",), student="test_resnet", batch=16)
-    rows, ks, labels = training.Batches(config, found, distilled=False, n_views=1)(0)
-    return views.view_batch(found.images, views.Geometry(), 0, rows, ks).numpy(), labels.numpy()
+    chosen = training.Batches(config, found, distilled=False, n_views=1)(0)
+    rows, ks, labels = chosen.rows, chosen.ks, chosen.labels
+    return views.view_batch(found.images, views.Geometry(), 0, rows, ks).numpy(), labels
 
 
 def test_folder_parquet_and_archives_give_the_same_index_and_the_same_first_batch(splits, tmp_path):
