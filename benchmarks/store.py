@@ -46,14 +46,15 @@ def pictures(folder: Path, count: int, size: int) -> data.Prepared:
     return data.Prepared.open(folder / "prepared")
 
 
-def random_teacher(name: str, prepared: data.Prepared, path: Path) -> Path:
-    """A teacher with random weights, saved as the stage teach saves one."""
+def random_teacher(name: str, prepared: data.Prepared, path: Path, **kwargs: Any) -> Path:
+    """A teacher with random weights, saved as the stage teach saves one; kwargs are timm's."""
     torch.manual_seed(0)
-    vit: Any = models.create(name, {"img_size": prepared.image_size}, CLASSES)
+    kwargs = {"img_size": prepared.image_size, **kwargs}
+    vit: Any = models.create(name, kwargs, CLASSES)
     description = {
         "role": "teacher",
         "model": name,
-        "kwargs": {"img_size": prepared.image_size},
+        "kwargs": kwargs,
         "num_classes": CLASSES,
         "classes": list(prepared.classes),
         "preprocess": models.preprocessing(vit, prepared.image_size),

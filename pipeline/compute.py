@@ -17,7 +17,10 @@ from pipeline.runtime import Ranks
 
 @dataclass(frozen=True)
 class Compute:
-    """`distill.compute:` what changes the speed of a training and, by rounding, its bits; nothing else."""
+    """`distill.compute:` where and how a training is computed.
+
+    By rounding its bits depend on it; with `accumulate` also batch statistics, and what is compared within a part.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast
@@ -94,6 +97,15 @@ def average_figures(
     row = torch.tensor([figures[name] for name in sorted(figures)], device=place)
     distributed.all_reduce(row)
     return dict(zip(sorted(figures), (row / among.size).tolist()))
+
+
+def of_all_ranks(part: Tensor) -> Tensor:
+    """The parts (B, ...) of all ranks, one after the other; alone, the part itself."""
+    if not distributed.is_initialized():
+        return part
+    parts = [torch.empty_like(part) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, part.contiguous())
+    return torch.cat(parts)
 
 
 def same_start(modules: Iterable[nn.Module], among: Ranks) -> None:

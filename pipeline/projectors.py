@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -31,10 +32,20 @@ class PartiallyCrossAttention(nn.Module):
         self.q, self.k, self.v = (nn.Conv2d(channels, width, 3, padding=1) for _ in range(3))
 
     def forward(self, feature: Tensor) -> Tensor:
-        """h_S (B, c, h, w) -> qkv (B, N, 3, H, d)."""
-        x = self.reduce(feature)
-        packed = torch.stack([proj(x).flatten(2).mT for proj in (self.q, self.k, self.v)], dim=2)
-        return packed.reshape(*packed.shape[:3], self.n_heads, -1)
+        """h_S (B, c, h, w) -> qkv (B, N, 3, H, d), one convolution for all three.
+
+        In channels_last, so that the tokens' channels lie side by side and nothing is copied into place.
+        """
+        x = self.reduce(feature).contiguous(memory_format=torch.channels_last)
+        parts = (self.q, self.k, self.v)
+        weight, bias = torch.cat([p.weight for p in parts]), torch.cat([_bias(p) for p in parts])
+        packed = F.conv2d(x, weight, bias, padding=1).permute(0, 2, 3, 1)
+        return packed.reshape(len(x), -1, 3, self.n_heads, len(bias) // (3 * self.n_heads))
+
+
+def _bias(layer: nn.Conv2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias
 
 
 def token_groups(height: int, width: int, side: int = 4) -> Groups:

@@ -40,12 +40,47 @@ class Ranks:
     def wait(self) -> None:
         """Until every rank has come here."""
         if self.size > 1:
-            try:
+            with self._ended():
                 distributed.barrier()
-            except RuntimeError as error:
-                raise UserError(
-                    f"rank {self.rank}: another rank has ended ({str(error)[:60]}); its line says why"
-                ) from None
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds for any rank."""
+        if self.size == 1:
+            return flag
+        found = torch.tensor([int(flag)], device=self._place)
+        with self._ended():
+            distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return bool(found.item())
+
+    def refuse_unequal(self, what: str, value: int) -> None:
+        """Raise UserError where the ranks do not have the same number."""
+        if self.any(self._of_first(value) != value):
+            raise UserError(
+                f"rank {self.rank}: {what} is {value}, on another rank it is not; put the work folder where all "
+                "machines see it"
+            )
+
+    def _of_first(self, value: int) -> int:
+        if self.size == 1:
+            return value
+        found = torch.tensor([value], device=self._place)
+        with self._ended():
+            distributed.broadcast(found, 0)
+        return int(found.item())
+
+    @property
+    def _place(self) -> torch.device:
+        nccl = distributed.get_backend() == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    @contextmanager
+    def _ended(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise UserError(
+                f"rank {self.rank}: another rank has ended ({str(error)[:60]}); its line says why"
+            ) from None
 
 
 ALONE = Ranks()
@@ -72,9 +107,12 @@ def ranks(backend: str = "gloo") -> Iterator[Ranks]:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise UserError(f"{name} is not set; export the first node's address and a free port")
-    distributed.init_process_group(backend, timeout=LONGEST_SHARE)
+    local, place = int(os.environ.get("LOCAL_RANK", "0")), None
+    if backend == "nccl":
+        place = torch.device("cuda", local % torch.cuda.device_count())
+        torch.cuda.set_device(place)
+    distributed.init_process_group(backend, timeout=LONGEST_SHARE, device_id=place)
     try:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), local)
     finally:
         distributed.destroy_process_group()
@@ -135,13 +173,16 @@ class Interrupts:
         self.signal = number
 
     def leave_if_asked(self, saved: Path) -> None:
-        """Exit with 128 + signal, saying where the work is saved."""
+        """Leave, if a signal has come."""
         if self.signal is not None:
-            print(
-                f"stopped by signal {self.signal}; saved {saved}; run again to go on",
-                file=sys.stderr,
-            )
-            sys.exit(128 + self.signal)
+            self.leave(saved)
+
+    def leave(self, saved: Path, quiet: bool = False) -> None:
+        """Exit with 128 + signal, saying where the work is saved; SIGTERM where another rank got the signal."""
+        number = self.signal or signal.SIGTERM
+        if not quiet:
+            print(f"stopped by signal {number}; saved {saved}; run again to go on", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def as_worker(_: int) -> None:
@@ -171,6 +212,7 @@ def run_steps(
     Raises UserError: a figure that is not finite, a damaged checkpoint, disk full.
     """
     start, logged = load_checkpoint(checkpoint, modules, optimizers)
+    among.refuse_unequal("the step to go on from", start)
     curves = _from_columns(logged)
     for module in modules.values():
         module.train()
@@ -180,10 +222,13 @@ def run_steps(
             _refuse_divergence(tell.what, i, seen)
             curves.append({"step": i, **seen})
             tell(i + 1, **seen)
-            if i + 1 < tell.total and (interrupts.signal or (i + 1) % every == 0):
+            leaving = among.any(interrupts.signal is not None)
+            if i + 1 < tell.total and (leaving or (i + 1) % every == 0):
                 if among.rank == 0:
                     save_checkpoint(checkpoint, i + 1, modules, optimizers, _columns(curves))
-                interrupts.leave_if_asked(checkpoint)
+                if leaving:
+                    among.wait()
+                    interrupts.leave(checkpoint, quiet=among.rank > 0)
     for module in modules.values():
         module.eval()
     return curves

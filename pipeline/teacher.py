@@ -174,8 +174,12 @@ class TeacherTail(nn.Module):
     def forward(self, x_l: Tensor) -> Tokens:
         """Replay: x_L (B, P+N, D) float32 -> Tokens."""
         block = self.vit.blocks[-1]
+        extra = {
+            name: value.to(x_l.device) if isinstance(value, Tensor) else value
+            for name, value in self.anatomy.extra.items()
+        }
         with Witness(block) as seen:
-            final = self.vit.norm(block(x_l, **self.anatomy.extra))
+            final = self.vit.norm(block(x_l, **extra))
         return self.tokens(seen, final)
 
     def tokens(self, seen: Witness, final: Tensor) -> Tokens:

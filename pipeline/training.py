@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -421,26 +421,27 @@ class Trainer:
             with watch.stage("view"):
                 seeds = [runtime.step_seed(self.config.seed, step, f"trans {i}") for i in ids]
                 pixels = self.config.cakd.trans(part.views.to(self.place), seeds)
-        done = step / self.batches.steps
-        with self.config.compute.autocast(self.place):
-            with watch.stage("student"):
-                inputs = views.normalise(pixels, self.preprocess)
-                if self.config.compute.channels_last:
-                    inputs = inputs.contiguous(memory_format=torch.channels_last)
-                logits = self._forward(inputs)
-            features = self._taps.features
-            seen = Seen(
-                logits=logits.float(),  # under autocast too: the losses' differences are small
-                embedding=self._taps.embedding.float(),
-                feature=self.tap.resized(features[self.tap.module]) if self.tap else None,
-                stages=[features[module] for module in self._stages],
-                labels=torch.from_numpy(chosen.labels).to(self.place),
-                key=Key(self.config.seed, torch.from_numpy(ids).to(self.place), step),
-                progress=done,
-            )
-            found = objective(seen, taught, part.labelled, watch)
+        with watch.stage("student"), self._autocast():
+            inputs = views.normalise(pixels, self.preprocess)
+            if self.config.compute.channels_last:
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            logits = self._forward(inputs)
+        features = {module: feature.float() for module, feature in self._taps.features.items()}
+        seen = Seen(
+            logits=logits.float(),
+            embedding=self._taps.embedding.float(),
+            feature=self.tap.resized(features[self.tap.module]) if self.tap else None,
+            stages=[features[module] for module in self._stages],
+            labels=torch.from_numpy(chosen.labels).to(self.place),
+            key=Key(self.config.seed, torch.from_numpy(ids).to(self.place), step),
+            progress=step / self.batches.steps,
+        )
+        found = objective(seen, taught, part.labelled, watch, self._autocast)
         target = objective.target(taught.h) if found.fake is not None and taught else None
         return found, target
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return self.config.compute.autocast(self.place)
 
     def _prefetch(self, step: int, number: int) -> None:
         """Let the store begin to read what the next part will ask for."""

@@ -1,6 +1,6 @@
 """cache: prepared images and the teacher -> the feature store, or with `mode: off` only its view policy.
 
-On several cores or cards: `torchrun --nproc-per-node N -m stages.cache ...`, the same bytes.
+On several cores: `torchrun --nproc-per-node N -m stages.cache ...`, the same bytes.
 """
 
 from __future__ import annotations

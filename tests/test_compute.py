@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pipeline import cli, compute, models, runtime
@@ -183,6 +184,68 @@ def test_under_srun_the_ranks_are_slurms(monkeypatch):
         pass
     assert os.environ.pop("RANK") == "3" and os.environ.pop("LOCAL_RANK") == "1"
     assert os.environ.pop("WORLD_SIZE") == "4"
+
+
+@pytest.mark.parametrize("method", ["rkd", "irg", "crd", "rsd"])
+def test_under_autocast_the_losses_are_computed_in_float32(
+    method, prepared, teacher_path, features
+):
+    config = replace(QUICK, compute=Compute(precision="bf16"))
+    trainer = Trainer(config, method, prepared, teacher_path, features)
+    seen = []
+
+    def look(_, args):
+        seen.append(
+            (args[0].embedding.dtype, args[0].logits.dtype, torch.is_autocast_enabled("cpu"))
+        )
+
+    trainer.objective.parts[method].register_forward_pre_hook(look)
+    figures = trainer.step(0, runtime.Stopwatch())
+    assert seen == [(torch.float32, torch.float32, False)]
+    assert all(value == value for value in figures.values())
+
+
+STOPPED = """
+import os, signal, sys, torch
+from pathlib import Path
+from torch import distributed, nn
+from pipeline import cli, progress, runtime
+
+def main(_):
+    with runtime.ranks() as among:
+        net = nn.Linear(2, 2)
+        def step(i):
+            if i == 5 and among.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)  # the rank that saves nothing
+            return {"loss": float(i)}
+        tell = progress.Progress("distill", 100, quiet=among.rank > 0)
+        adam = torch.optim.Adam(net.parameters())
+        runtime.run_steps(
+            tell, 1000, Path(sys.argv[1]), {"net": net}, {"adam": adam}, step, among
+        )
+
+import argparse
+cli.run(main, argparse.ArgumentParser(), [])
+"""
+
+
+def test_a_signal_to_one_rank_makes_all_of_them_save_and_leave_after_the_same_step(tmp_path):
+    script, checkpoint = tmp_path / "stopped.py", tmp_path / "c.safetensors"
+    script.write_text(STOPPED)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *(str(script), str(checkpoint)),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("run again to go on") == 1 and "another rank" not in done.stderr
+    with safe_open(checkpoint, framework="pt") as file:
+        assert file.metadata()["step"] == "6"
 
 
 def test_gradients_of_one_rank_stay_as_they_are():

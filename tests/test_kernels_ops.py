@@ -328,9 +328,10 @@ def test_the_choice_on_a_gpu_follows_tokens_and_generation(monkeypatch):
         ((9, 0), torch.bfloat16, 512, "eager", "eager"),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert choice.choose_gl(impl, cuda, dtype, channels)[0] == expected
+        assert choice.choose_gl(impl, cuda, dtype, channels, 768)[0] == expected
+    assert choice.choose_gl("auto", cuda, torch.bfloat16, 512, 100)[0] == "triton"
     monkeypatch.setattr(choice, "has_triton", lambda: False)
-    assert choice.choose_gl("auto", cuda, torch.float32, 512)[0] == "eager"
+    assert choice.choose_gl("auto", cuda, torch.float32, 512, 768)[0] == "eager"
     monkeypatch.undo()
     with pytest.raises(UserError, match="there are 65 tokens: it takes 64 at most"):
         choice.choose_pca("small", cuda, 65, 64)

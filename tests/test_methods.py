@@ -119,6 +119,18 @@ def test_angles_are_cosines_at_the_middle_point():
     assert rkd.distances(points).sum().item() == pytest.approx(6)  # six pairs of mean 1
 
 
+def test_two_views_that_coincide_have_no_direction_and_no_gradient():
+    """Rounding apart: without the mask the angle's gradient is some 1e9."""
+    x = draw(B, D)
+    x[1] = x[0] + 1e-9
+    term, leaf = rkd.Rkd(rkd.RkdConfig(), sizes()), x.clone().requires_grad_()
+    sum(term(seen(embedding=leaf), taught()).values()).backward()
+    assert leaf.grad.abs().max() < 10
+    same = torch.ones(B, D, requires_grad=True)
+    sum(term(seen(embedding=same), taught()).values()).backward()
+    assert torch.isfinite(same.grad).all()
+
+
 def test_instance_graphs_are_the_same_for_turned_embeddings_of_any_width():
     embedding = draw(B, 4)
     wider = torch.cat((3 * embedding, torch.zeros(B, 4)), dim=1)
@@ -136,7 +148,7 @@ def test_the_contrast_falls_as_pairs_of_one_image_agree_and_the_memory_follows()
     ours = F.normalize(draw(B, D), dim=1)
     losses = []
     for theirs in (ours, ours.roll(1, dims=0)):
-        term.normaliser.zero_()
+        term.measured.zero_()
         for memory in (term.memory_s, term.memory_t):
             memory.copy_(F.normalize(draw(40, D, seed=9), dim=1))
             memory[seen().key.ids // 2] = theirs if memory is term.memory_t else ours
@@ -146,7 +158,10 @@ def test_the_contrast_falls_as_pairs_of_one_image_agree_and_the_memory_follows()
     twice = F.normalize(draw(2, D), dim=1)  # two views of one image
     term._remember(term.memory_s, twice, torch.tensor([8, 8]))
     torch.testing.assert_close(term.memory_s[8], F.normalize(twice.sum(0), dim=0))
-    h = crd.critic(torch.tensor([1e-6, 1.0, 1e6]), torch.tensor(40.0), 0.4)
+    h = crd.critic(
+        torch.tensor([-14.0, 0.0, 14.0]), torch.tensor(40.0).log(), math.log(0.4)
+    ).sigmoid()
+    assert h[1].item() == pytest.approx((1 / 40) / (1 / 40 + 0.4), rel=1e-5)
     assert (h > 0).all() and (h < 1).all() and (h.diff() > 0).all()
 
 
@@ -158,12 +173,12 @@ def test_negatives_are_a_function_of_seed_and_step():
     assert term._negatives(key).shape == (B, 40)  # 16,384 asked for, 40 images
 
 
-def test_ofa_with_gamma_1_is_the_labels_and_the_teachers_cross_entropy():
+def test_ofa_with_gamma_1_is_the_teachers_cross_entropy_and_above_it_the_sure_count_more():
     student, teacher, target = draw(B, K), draw(B, K, seed=1), torch.tensor([0, 1, 2, 3, 4, 0])
-    both = F.cross_entropy(student, target) + F.cross_entropy(student, teacher.softmax(1))
-    torch.testing.assert_close(ofa.enhanced(student, teacher, target, 1.0), both)
-    sure = ofa.enhanced(student, 9 * F.one_hot(target, K).double(), target, 2.0)
-    assert sure > ofa.enhanced(student, 9 * F.one_hot(target, K).double(), target, 1.0)
+    classic = F.cross_entropy(student, teacher.softmax(1))
+    torch.testing.assert_close(ofa.enhanced(student, teacher, target, 1.0), classic)
+    sure = 9 * F.one_hot(target, K).double()
+    assert ofa.enhanced(student, sure, target, 2.0) > 2 * ofa.enhanced(student, sure, target, 1.0)
 
 
 def test_ofa_hears_every_stage():
@@ -246,10 +261,11 @@ def test_a_method_that_is_none_is_refused_with_the_reason(method, message):
 
 
 def test_a_store_without_the_embedding_is_refused_by_the_methods_that_read_it():
-    table.refuse_unread("logits", {"layout": "qkvh"})
-    table.refuse_unread("rsd", {"layout": "block_input"})
+    table.refuse_unread("logits", {"mode": "on", "layout": "qkvh"})
+    table.refuse_unread("rsd", {"mode": "on", "layout": "block_input"})
+    table.refuse_unread("rsd", {"mode": "off", "layout": "qkvh"})
     with pytest.raises(UserError, match="'rsd' reads the teacher's pooled embedding"):
-        table.refuse_unread("rsd", {"layout": "qkvh"})
+        table.refuse_unread("rsd", {"mode": "on", "layout": "qkvh"})
 
 
 SUMS = [*(m for m in METHODS if m != "robust"), "gl+pca", "gl+pca+robust", "cakd+logits"]

@@ -186,3 +186,10 @@ def test_a_checkpoint_that_was_swapped_for_another_is_refused(tmp_path):
     path.write_bytes(bytes(data))
     with pytest.raises(UserError, match="its SHA-256 is not the one in teacher.json"):
         models.load(path)
+
+
+def test_a_rotary_teachers_tail_moves_to_another_device_as_a_whole():
+    vit = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=2).eval()
+    tail = teacher.TeacherTail(vit, teacher.anatomy(vit)).to("meta")
+    found = tail(torch.empty(2, 5, 192, device="meta"))
+    assert found.qkv.device.type == "meta" and found.qkv.shape == (2, 4, 3, 3, 64)

@@ -19,7 +19,9 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {
         "pca_loss": choose_pca(args.impl, device, args.tokens, args.width),
-        "gl_mse": choose_gl(args.impl, device, getattr(torch, args.dtype), args.channels),
+        "gl_mse": choose_gl(
+            args.impl, device, getattr(torch, args.dtype), args.channels, args.teacher
+        ),
     }
     for loss, (name, why) in found.items():
         print(f"{loss} on {device.type}: {name} ({why})")
@@ -43,5 +45,6 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=196, help="patch tokens of the teacher")
     parser.add_argument("--width", type=int, default=64, help="of one head")
     parser.add_argument("--channels", type=int, default=512, help="of the student's tap")
+    parser.add_argument("--teacher", type=int, default=768, help="width D of the teacher")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     cli.run(main, parser)

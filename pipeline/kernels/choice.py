@@ -39,8 +39,10 @@ def choose_pca(impl: str, device: torch.device, n: int, width: int) -> Choice:
     return "sdpa", why_not or f"sm_{architecture}: fused attention of PyTorch, no N x N tensor"
 
 
-def choose_gl(impl: str, device: torch.device, dtype: torch.dtype, channels: int) -> Choice:
-    """What computes L_proj2 (`eager`, `grouped`, `triton`), and why.
+def choose_gl(
+    impl: str, device: torch.device, dtype: torch.dtype, channels: int, width: int
+) -> Choice:
+    """What computes L_proj2 (`eager`, `grouped`, `triton`) of c channels and D width, and why.
 
     The same switch as for L_proj1: `sdpa` asks for PyTorch's own operators, `small` and `flash` for Triton's.
     Raises UserError: unknown.
@@ -52,7 +54,7 @@ def choose_gl(impl: str, device: torch.device, dtype: torch.dtype, channels: int
         return "eager", f"a {device.type.upper()}: one product a group, in plain torch"
     architecture = _architecture(device)
     # Below sm_90 torch's grouped_mm is a loop that waits for the device; rows of 16 bytes are its own condition.
-    fits = dtype == torch.bfloat16 and channels % 8 == 0
+    fits = dtype == torch.bfloat16 and channels % 8 == width % 8 == 0
     if fits and architecture in LARGE_REGISTER_FILE and impl in ("auto", "sdpa"):
         return "grouped", f"bfloat16 on sm_{architecture}: grouped_mm of PyTorch"
     if has_triton() and impl != "sdpa":

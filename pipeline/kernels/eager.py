@@ -32,7 +32,7 @@ def attention_loss(
     batch, n, _, n_heads, width = qkv_s.shape
     taken = swap_masks(key, qkv_s.shape, p, granularity)
     at_once = max(1, SCORES // (n_heads * n * n))
-    gradient = torch.empty_like(qkv_s)
+    gradient = torch.empty(qkv_s.shape, dtype=qkv_s.dtype, device=qkv_s.device)
     total = qkv_s.new_zeros((), dtype=torch.promote_types(qkv_s.dtype, torch.float32))
     for start in range(0, batch, at_once):
         part = slice(start, start + at_once)

@@ -140,6 +140,8 @@ def pca_loss(
     """Attention and Gram terms of eq. 4 by the chosen implementation; see `reference.pca_loss`."""
     name, _ = choose_pca(impl, qkv_s.device, qkv_s.shape[1], qkv_s.shape[-1])
     qkv_t = qkv_t.to(qkv_s.dtype)
+    if qkv_s.is_cuda:  # the kernels read a head's columns side by side
+        qkv_s, qkv_t = (v if v.stride(-1) == 1 else v.contiguous() for v in (qkv_s, qkv_t))
     gram, _ = gram_loss_op(qkv_s[:, :, 2], qkv_t[:, :, 2])
     ids, stream = key.ids.to(torch.int64), key.stream()
     if name != "sdpa":

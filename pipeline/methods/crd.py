@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline import compute
 from pipeline.kernels.philox import Key
 from pipeline.methods.term import Seen, Sizes, Term, pooled
 from pipeline.teacher import Tokens
@@ -33,23 +35,26 @@ class CrdConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
 
 
-def critic(scores: Tensor, normaliser: Tensor, noise: float) -> Tensor:
-    """h of eq. 19, in (0, 1): the probability that a pair is one image's, from exp(g . g / T) (B, ...)."""
-    chance = scores / normaliser
-    return chance / (chance + noise)
+def critic(scores: Tensor, log_normaliser: Tensor, log_noise: float) -> Tensor:
+    """log h / (1 - h), h the probability that a pair is one image's (eq. 19), of scores g . g / T (B, ...).
+
+    h = exp(score) / Z / (exp(score) / Z + M / images), M negatives: in logarithms, which do not overflow.
+    """
+    return scores - log_normaliser - log_noise
 
 
 class Crd(Term):
     """`crd`. Two memories of one vector an image (images, width) stand for the negatives, as in the paper.
 
-    The negatives are a function of (seed, step). Across ranks each keeps the memory of its own batches.
+    The negatives are a function of (seed, step), the same for every part of a step. All ranks keep one memory.
     """
 
     teacher = frozenset({"pooled"})
     student = frozenset({"embedding"})
     memory_s: Tensor
     memory_t: Tensor
-    normaliser: Tensor
+    log_normaliser: Tensor
+    measured: Tensor
 
     def __init__(self, config: CrdConfig, sizes: Sizes) -> None:
         super().__init__()
@@ -59,9 +64,9 @@ class Crd(Term):
         for name in ("memory_s", "memory_t"):
             start = F.normalize(torch.randn(sizes.images, config.width), dim=1)
             self.register_buffer(name, start)
-        self.register_buffer(
-            "normaliser", torch.zeros(2)
-        )  # of either direction, set by the first batch
+        # log Z of either direction, by the first batch
+        self.register_buffer("log_normaliser", torch.zeros(2))
+        self.register_buffer("measured", torch.zeros(2, dtype=torch.bool))
 
     def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
         """Both directions of the noise contrastive loss, eq. 17 and 18, mean over images."""
@@ -72,8 +77,9 @@ class Crd(Term):
         loss = self._contrast(0, ours, self.memory_t, at, others)
         loss = loss + self._contrast(1, theirs, self.memory_s, at, others)
         if self.training:
-            self._remember(self.memory_s, ours.detach(), at)
-            self._remember(self.memory_t, theirs.detach(), at)
+            of_all = compute.of_all_ranks(at)
+            self._remember(self.memory_s, compute.of_all_ranks(ours.detach()), of_all)
+            self._remember(self.memory_t, compute.of_all_ranks(theirs.detach()), of_all)
         return {"crd": loss}
 
     def _remember(self, memory: Tensor, fresh: Tensor, at: Tensor) -> None:
@@ -94,18 +100,17 @@ class Crd(Term):
     def _contrast(
         self, side: int, anchor: Tensor, memory: Tensor, at: Tensor, others: Tensor
     ) -> Tensor:
-        scores = (
-            anchor @ memory.T.clone() / self.config.temperature
-        ).exp()  # cloned: changed below
+        scores = anchor @ memory.T.clone() / self.config.temperature  # cloned: changed below
         positive, negative = scores.gather(1, at[:, None]), scores.gather(1, others)
-        if not self.normaliser[side]:
-            self.normaliser[side] = negative.detach().mean() * self.images
-        count = others.shape[1]
-        noise = count / self.images
-        constant = self.normaliser[side].clone()
-        joint = critic(positive, constant, noise)
-        apart = critic(negative, constant, noise)
-        return -(joint.log().sum() + (1 - apart).log().sum()) / len(anchor)
+        if not self.measured[side]:
+            mean = compute.of_all_ranks(negative.detach().flatten().double()).exp().mean()
+            self.log_normaliser[side] = (mean * self.images).log()
+            self.measured[side] = True
+        constant = self.log_normaliser[side].clone()
+        log_noise = math.log(others.shape[1] / self.images)
+        joint = F.logsigmoid(critic(positive, constant, log_noise)).sum()
+        apart = F.logsigmoid(-critic(negative, constant, log_noise)).sum()
+        return -(joint + apart) / len(anchor)
 
     def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002
         """Constant."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,22 +56,35 @@ class Objective(nn.Module):
         return found
 
     def forward(
-        self, seen: Seen, taught: Tokens | None, labelled: float, watch: Stopwatch
+        self,
+        seen: Seen,
+        taught: Tokens | None,
+        labelled: float,
+        watch: Stopwatch,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Found:
-        """Every loss of a batch. `labelled` is what the cross-entropy is divided by (`losses.cross_entropy`)."""
+        """Every loss of a batch. `labelled` is what the cross-entropy is divided by (`losses.cross_entropy`).
+
+        Only the projectors, whose losses are kept in float32 by their operators, run under `autocast`: elsewhere
+        differences of near embeddings would drown in its rounding.
+        """
         found = {"cross_entropy": losses.cross_entropy(seen.logits, seen.labels, labelled)}
         if taught is None:
             return Found(found)
         for name, part in self.parts.items():
-            with watch.stage("projector" if name in PROJECTORS else "terms"):
-                found |= part(seen, taught)
+            if name in PROJECTORS:
+                with watch.stage("projector"), autocast():
+                    found |= part(seen, taught)
+            else:
+                with watch.stage("terms"):
+                    found |= part(seen, taught)
         if self.discriminator is None:
             return Found(found)
         gl = self.parts["gl"]
         assert isinstance(gl, Gl) and gl.fake is not None
         with watch.stage("adversarial"):
             found["adversarial"] = losses.adversarial(
-                self.discriminator, gl.fake, self.cakd.adversarial
+                self.discriminator, gl.fake.float(), self.cakd.adversarial
             )
         return Found(found, gl.fake.detach().float())
 

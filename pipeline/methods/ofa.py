@@ -13,7 +13,7 @@ from pipeline.teacher import Tokens
 
 @dataclass(frozen=True)
 class OfaConfig:
-    """The authors' CIFAR-100 setting; on ImageNet they take gamma 1.5."""
+    """The defaults of the authors' code; for ImageNet they take gamma 1.5."""
 
     weight: float = 1.0
     gamma: float = 1.0  # above 1 the target class counts more where the teacher is sure
@@ -27,21 +27,21 @@ class OfaConfig:
 def enhanced(
     student: Tensor, teacher: Tensor, target: Tensor, gamma: float, temperature: float = 1.0
 ) -> Tensor:
-    """-(1 + p_T)^gamma log p_S of the target, - p_T log p_S of the others, mean over images (eq. 4).
+    """- sum_c ((p_T(c) + [c = target])^gamma - [c = target]) log p_S(c), mean over images.
 
-    Logits (B, K), target (B,). With gamma 1 it is the cross-entropy with the label plus that with the teacher.
+    Logits (B, K), target (B,). As in the authors' code the label's own cross-entropy is left out: it stands once,
+    at the student's answer. With gamma 1 it is the cross-entropy with the teacher.
     """
     log_p = F.log_softmax(student / temperature, dim=1)
     theirs = F.softmax(teacher / temperature, dim=1)
     hot = F.one_hot(target, student.shape[1])
-    weights = (1 - hot) * theirs + hot * (1 + theirs) ** gamma
-    return -(weights * log_p).sum(1).mean()
+    return -(((theirs + hot) ** gamma - hot) * log_p).sum(1).mean()
 
 
 class Ofa(Term):
     """`ofa`: every stage of the student answers through a branch of its own, held against the teacher's logits.
 
-    A branch is pooling, batch norm and a linear layer. Dropped after the training, as in the paper.
+    A branch is pooling, batch norm and a linear layer; the authors downsample by separable convolutions first.
     """
 
     student = frozenset({"stages"})

@@ -20,16 +20,27 @@ class RkdConfig:
     angle_weight: float = 50.0
 
 
+COINCIDE = (
+    1e-8  # squared distance of two embeddings, of the mean one, below which they are one point
+)
+
+
 def distances(x: Tensor) -> Tensor:
-    """Distances (B, B) between embeddings (B, e), in units of their mean, eq. 5 and 6."""
+    """Distances (B, B) between embeddings (B, e), in units of their mean."""
     found = pairwise_distances(x)
     apart = found > 0
     return found / found[apart].mean() if apart.any() else found
 
 
 def angles(x: Tensor) -> Tensor:
-    """Cosine of the angle at j of every triplet (j, i, k) of embeddings (B, e) -> (B, B, B), eq. 8."""
-    towards = F.normalize(x[None, :, :] - x[:, None, :], dim=2)
+    """Cosine of the angle at j of every triplet (j, i, k) of embeddings (B, e) -> (B, B, B); 0 where two coincide.
+
+    An image may stand twice in a batch: the direction between its two embeddings is rounding, and is left out.
+    """
+    towards = x[None, :, :] - x[:, None, :]
+    square = towards.square().sum(2, keepdim=True)
+    apart = square > COINCIDE * square.mean()
+    towards = towards / torch.where(apart, square, 1).sqrt() * apart
     return towards @ towards.mT
 
 
@@ -44,7 +55,7 @@ class Rkd(Term):
         self.config = config
 
     def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
-        """Huber losses of eq. 7 and 9."""
+        """Huber losses of distances and of angles."""
         found = {}
         for name, relation in (("distance", distances), ("angle", angles)):
             with torch.no_grad():

@@ -111,7 +111,9 @@ def reads(method: str, side: str) -> frozenset[str]:
 
 def refuse_unread(method: str, stored: Mapping[str, Any]) -> None:
     """Raise UserError where a method reads what the teacher's store, by its manifest, does not hold."""
-    if "pooled" in reads(method, "teacher") and stored["layout"] == "qkvh":
+    if "pooled" in reads(method, "teacher") and (
+        stored["mode"] == "on" and stored["layout"] == "qkvh"
+    ):
         raise UserError(
             f"method: {method!r} reads the teacher's pooled embedding, which cache.layout qkvh does not hold; "
             "use block_input, or cache.mode off"

@@ -104,10 +104,10 @@ def pooled(taught: Tokens) -> Tensor:
 
 
 def pairwise_distances(x: Tensor) -> Tensor:
-    """Euclidean distances (B, B) between embeddings (B, e); gradients stay finite at 0."""
-    square = x.square().sum(1)
-    squared = (square[:, None] + square[None, :] - 2 * x @ x.T).clamp(min=1e-12)
-    return squared.sqrt() * (1 - torch.eye(len(x), device=x.device, dtype=x.dtype))
+    """Euclidean distances (B, B) between embeddings (B, e); 0, with a gradient of 0, between equal ones."""
+    squared = (x[None, :, :] - x[:, None, :]).square().sum(2)
+    apart = squared > 0
+    return torch.where(apart, squared, 1).sqrt() * apart
 
 
 def ramp(progress: float, share: float) -> float:
