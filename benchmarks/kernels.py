@@ -222,7 +222,7 @@ def step_work(
         half = torch.autocast(where.type, kind) if kind != torch.float32 else nullcontext()
         with half:
             logits = net(images)
-            feature = tap.resized(taps.features[tap.module])
+            feature = taps.features[tap.module]
             seen = Seen(logits, taps.embedding, feature, [], labels, key, 1.0)
             found = objective(seen, taught, float(batch), runtime.Stopwatch())
         sum(weights[t] * v for t, v in found.losses.items()).backward()

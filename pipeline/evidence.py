@@ -113,7 +113,7 @@ def projected_attention(
         return None
     with Taps(student, [projectors.tap.module]) as taps:
         student(views.normalise(batch, description["preprocess"]))
-        feature = projectors.tap.resized(taps.features[projectors.tap.module])
+        feature = taps.features[projectors.tap.module]
     return received_attention(*heads(projectors.pca(feature))[:2])
 
 

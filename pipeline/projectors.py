@@ -6,6 +6,7 @@ Shapes: h_S (B, c, h, w) on the token grid, N = h w tokens, D = H d teacher widt
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,17 @@ class PartiallyCrossAttention(nn.Module):
     More than `reduce` channels are first brought down to `reduce` by 1x1 convolution + batch norm (decision 8).
     """
 
-    def __init__(self, channels: int, n_heads: int, width: int, reduce: int = 256) -> None:
+    def __init__(
+        self,
+        channels: int,
+        n_heads: int,
+        width: int,
+        tokens: tuple[int, int],
+        reduce: int = 256,
+        at: Literal["tap", "tokens"] = "tap",
+    ) -> None:
         super().__init__()
-        self.n_heads = n_heads
+        self.n_heads, self.tokens, self.at = n_heads, tokens, at
         self.reduce: nn.Module = nn.Identity()
         if channels > reduce:
             self.reduce = nn.Sequential(
@@ -32,15 +41,25 @@ class PartiallyCrossAttention(nn.Module):
         self.q, self.k, self.v = (nn.Conv2d(channels, width, 3, padding=1) for _ in range(3))
 
     def forward(self, feature: Tensor) -> Tensor:
-        """h_S (B, c, h, w) -> qkv (B, N, 3, H, d), one convolution for all three.
+        """h_S (B, c, h, w) on the student's own grid -> qkv (B, N, 3, H, d), one convolution for all three.
 
         In channels_last, so that the tokens' channels lie side by side and nothing is copied into place.
         """
+        if self.at == "tokens":
+            feature = on_grid(feature, self.tokens)
         x = self.reduce(feature).contiguous(memory_format=torch.channels_last)
         parts = (self.q, self.k, self.v)
         weight, bias = torch.cat([p.weight for p in parts]), torch.cat([_bias(p) for p in parts])
-        packed = F.conv2d(x, weight, bias, padding=1).permute(0, 2, 3, 1)
+        maps = on_grid(F.conv2d(x, weight, bias, padding=1), self.tokens)
+        packed = maps.permute(0, 2, 3, 1)
         return packed.reshape(len(x), -1, 3, self.n_heads, len(bias) // (3 * self.n_heads))
+
+
+def on_grid(maps: Tensor, tokens: tuple[int, int]) -> Tensor:
+    """Maps (B, c, h, w) on the token grid, bilinear where the grids differ."""
+    if maps.shape[-2:] == tokens:
+        return maps
+    return F.interpolate(maps, tokens, mode="bilinear", align_corners=False)
 
 
 def _bias(layer: nn.Conv2d) -> Tensor:

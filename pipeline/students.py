@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.errors import UserError, nearest
 
@@ -40,12 +39,6 @@ class Tap:
     channels: int
     grid: tuple[int, int]
     tokens: tuple[int, int]
-
-    def resized(self, feature: Tensor) -> Tensor:
-        """h_S (B, c, h, w) on the token grid, bilinear where the grids differ."""
-        if feature.shape[-2:] == self.tokens:
-            return feature
-        return F.interpolate(feature, self.tokens, mode="bilinear", align_corners=False)
 
 
 def find_tap(

@@ -430,7 +430,7 @@ class Trainer:
         seen = Seen(
             logits=logits.float(),
             embedding=self._taps.embedding.float(),
-            feature=self.tap.resized(features[self.tap.module]) if self.tap else None,
+            feature=features[self.tap.module] if self.tap else None,
             stages=[features[module] for module in self._stages],
             labels=torch.from_numpy(chosen.labels).to(self.place),
             key=Key(self.config.seed, torch.from_numpy(ids).to(self.place), step),

@@ -7,7 +7,13 @@ from collections import Counter
 import pytest
 import torch
 
-from pipeline.projectors import GroupWiseLinear, PartiallyCrossAttention, token_groups, tokens_of
+from pipeline.projectors import (
+    GroupWiseLinear,
+    PartiallyCrossAttention,
+    on_grid,
+    token_groups,
+    tokens_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +38,7 @@ def test_each_group_is_one_contiguous_4x4_neighbourhood():
 
 
 def test_pca_projector_packs_q_k_v_per_head_and_token():
-    projector = PartiallyCrossAttention(channels=5, n_heads=3, width=12)
+    projector = PartiallyCrossAttention(5, 3, 12, (4, 6))
     feature = torch.randn(2, 5, 4, 6)
     qkv = projector(feature)
     assert qkv.shape == (2, 24, 3, 3, 4)
@@ -41,8 +47,8 @@ def test_pca_projector_packs_q_k_v_per_head_and_token():
 
 
 def test_many_channels_are_reduced_before_the_3x3_convolutions():
-    wide = PartiallyCrossAttention(channels=300, n_heads=2, width=8, reduce=256)
-    narrow = PartiallyCrossAttention(channels=256, n_heads=2, width=8, reduce=256)
+    wide = PartiallyCrossAttention(300, 2, 8, (2, 2), reduce=256)
+    narrow = PartiallyCrossAttention(256, 2, 8, (2, 2), reduce=256)
     assert wide.q.in_channels == narrow.q.in_channels == 256
     assert sum(1 for _ in wide.reduce.parameters()) == 3
     assert not list(narrow.reduce.parameters())
@@ -56,3 +62,15 @@ def test_group_wise_linear_has_a_layer_a_group():
 def test_tokens_run_row_by_row():
     feature = torch.arange(12.0).reshape(1, 1, 3, 4)
     assert tokens_of(feature)[0, :, 0].tolist() == list(range(12))
+
+
+def test_the_students_grid_is_convolved_and_then_brought_to_the_tokens_or_the_other_way_round():
+    feature = torch.randn(2, 5, 4, 4)
+    late = PartiallyCrossAttention(5, 3, 12, (8, 8))
+    early = PartiallyCrossAttention(5, 3, 12, (8, 8), at="tokens")
+    early.load_state_dict(late.state_dict())
+    assert late(feature).shape == early(feature).shape == (2, 64, 3, 3, 4)
+    resized = on_grid(late.q(feature), (8, 8)).flatten(2).mT.reshape(2, 64, 3, 4)
+    torch.testing.assert_close(late(feature)[:, :, 0], resized)
+    before = late.q(on_grid(feature, (8, 8))).flatten(2).mT.reshape(2, 64, 3, 4)
+    torch.testing.assert_close(early(feature)[:, :, 0], before)

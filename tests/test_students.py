@@ -7,6 +7,7 @@ import timm
 import torch
 
 from pipeline.errors import UserError
+from pipeline.projectors import on_grid
 from pipeline.students import Taps, find_tap
 from tests.conftest import CNN
 
@@ -20,7 +21,7 @@ def test_a_deepest_stage_on_half_the_token_grid_is_tapped_and_resized():
     student = timm.create_model("test_resnet", num_classes=10, **CNN)
     tap = find_tap(student, 32, (8, 8))
     assert (tap.module, tap.grid) == ("layer4", (4, 4))
-    assert tap.resized(torch.randn(2, 24, 4, 4)).shape == (2, 24, 8, 8)
+    assert on_grid(torch.randn(2, 24, 4, 4), tap.tokens).shape == (2, 24, 8, 8)
 
 
 def test_a_shallow_map_is_never_taken_because_its_stride_fits():

@@ -102,9 +102,14 @@ def test_a_step_computes_every_term_from_its_own_rows_views_masks_and_trans(
     assert not torch.equal(pixels, batch.float())
     with training.Taps(student, ["layer4"]) as taps:
         logits = student(views.normalise(pixels, trainer.preprocess))
-        feature = F.interpolate(taps.features["layer4"], (8, 8), mode="bilinear")
+        native = taps.features["layer4"]
+        feature = F.interpolate(native, (8, 8), mode="bilinear")
     key = Key(3, torch.tensor(records), step)
-    qkv_s, p = parts["pca"].project(feature), 0.5 * (1 - step / 21)
+    project, p = parts["pca"].project, 0.5 * (1 - step / 21)
+    maps = [
+        F.interpolate(c(native), (8, 8), mode="bilinear") for c in (project.q, project.k, project.v)
+    ]
+    qkv_s = torch.stack([m.flatten(2).mT.reshape(64, 64, 2, 16) for m in maps], dim=2)
     mixed = torch.where(swap_masks(key, qkv_s.shape, p, "element"), taught.qkv, qkv_s)
     x = dropout(feature.flatten(2).transpose(1, 2), key, 0.1)
     gl = parts["gl"].project

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeline.kernels.configs import WIDEST_HEAD
+from pipeline.kernels.philox import rounded
 from pipeline.kernels.reference import DROPOUT_TENSOR
 from pipeline.kernels.tiles import draws, settings, swap_mask
 
@@ -57,7 +58,7 @@ def dropout(x: Tensor, ids: Tensor, stream: Tensor, p: float) -> Tensor:
     chosen, options, _ = settings("dropout", x)
     drawn, _ = draws(ids, stream, 1 - p, "element")
     dropout_kernel[(triton.cdiv(n, chosen.block), triton.cdiv(channels, WIDEST_HEAD), batch)](
-        *(x, out, *drawn, 1 / (1 - p), n, channels),
+        *(x, out, *drawn, 1 / rounded(1 - p), n, channels),
         *(*x.stride()[:2], *out.stride()[:2]),
         BLOCK=chosen.block,
         **options,

@@ -38,14 +38,13 @@ def attention_loss(
         part = slice(start, start + at_once)
         mask = taken[part] if len(taken) > 1 or batch == 1 else taken
         mixed = torch.where(mask, qkv_t[part], qkv_s[part])
-        loss, d_qkv = _attention_part(mixed, qkv_t[part])
-        total += loss
-        gradient[part] = d_qkv.masked_fill_(mask, 0)
+        total += _attention_part(mixed, qkv_t[part], gradient[part])
+        gradient[part].masked_fill_(mask, 0)
     return total / (batch * n_heads * n * width), gradient
 
 
-def _attention_part(mixed: Tensor, qkv_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of squares and its gradient (b, N, 3, H, d), g() already taken."""
+def _attention_part(mixed: Tensor, qkv_t: Tensor, gradient: Tensor) -> Tensor:
+    """Sum of squares, g() already taken; writes its gradient (b, N, 3, H, d)."""
     q, k, v = heads(mixed)
     scale = 1 / math.sqrt(q.shape[-1])
     weights = (q @ k.mT).mul_(scale).softmax(-1)
@@ -53,10 +52,9 @@ def _attention_part(mixed: Tensor, qkv_t: Tensor) -> tuple[Tensor, Tensor]:
     error = out - attention(*heads(qkv_t))
     d_out = 2 * error
     d_scores = (d_out @ v.mT).sub_((d_out * out).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
-    grads = torch.stack((d_scores @ k, d_scores.mT @ q, weights.mT @ d_out), dim=2)
-    return (error * error).sum(
-        dtype=torch.promote_types(error.dtype, torch.float32)
-    ), grads.permute(0, 3, 2, 1, 4)
+    for place, part in enumerate((d_scores @ k, d_scores.mT @ q, weights.mT @ d_out)):
+        gradient[:, :, place] = part.transpose(1, 2)
+    return (error * error).sum(dtype=torch.promote_types(error.dtype, torch.float32))
 
 
 def gram_loss(v_s: Tensor, v_t: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Counter-based random bits (Philox 4x32-10, Salmon et al., SC 2011): a mask is a function of what it masks.
 
-Counter layout: c0 = head * N + token, c1 = tensor + 4 * (16 * block + plane), c2 = sample id, c3 = step; the key
+Counter layout: c0 = head * N + token, c1 = tensor + 4 * (8 * block + plane), c2 = sample id, c3 = step; the key
 is the seed. So a mask depends neither on batch order, batch size, world size nor device. 32-bit words are kept
 in int64 tensors, torch having no unsigned arithmetic.
 """
@@ -16,7 +16,7 @@ LOW = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
-PLANES = 16  # binary digits of a probability
+PLANES = 8  # binary digits of a probability
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,13 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> list[Te
     return [c0, c1, c2, c3]
 
 
+def rounded(p: float) -> float:
+    """The probability that a mask asked for with `p` has: a multiple of 1/256."""
+    return round(p * (1 << PLANES)) / (1 << PLANES)
+
+
 def bernoulli(key: Key, rows: int, width: int, tensor: int, p: float) -> Tensor:
-    """Masks (B, rows, width) bool, each element True with probability `p`, rounded to 16 binary digits.
+    """Masks (B, rows, width) bool, each element True with probability `p`, rounded to 8 binary digits (`rounded`).
 
     `tensor` (0..3) separates independent masks of one step. Bits are compared with p digit by digit, all
     elements of a word at once: p = 0.5 costs one word for 32 elements.
@@ -66,7 +71,7 @@ def bernoulli(key: Key, rows: int, width: int, tensor: int, p: float) -> Tensor:
     if not 0 <= p <= 1:
         raise ValueError(f"p is {p}; allowed: 0 to 1")
     device, shape = key.ids.device, (len(key.ids), rows, width)
-    digits = round(p * (1 << PLANES))
+    digits = round(rounded(p) * (1 << PLANES))
     if digits in (0, 1 << PLANES):
         return torch.full(shape, digits > 0, device=device)
     blocks = -(-width // 128)
@@ -78,7 +83,7 @@ def bernoulli(key: Key, rows: int, width: int, tensor: int, p: float) -> Tensor:
     bits = torch.zeros(len(key.ids), rows, blocks, words, dtype=torch.int64, device=device)
     first = (digits & -digits).bit_length() - 1  # planes below the last 1 of p decide nothing
     for plane in range(first, PLANES):
-        c1 = tensor + 4 * (16 * block + (PLANES - 1 - plane))
+        c1 = tensor + 4 * (PLANES * block + (PLANES - 1 - plane))
         word = torch.stack(philox((row, c1, sample, step), key.seed)[:words], dim=-1)
         bits = (bits | word) if digits >> plane & 1 else (bits & word)
     positions = 1 << torch.arange(min(32, width), device=device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.kernels.philox import Key, bernoulli
+from pipeline.kernels.philox import Key, bernoulli, rounded
 
 Granularity = Literal["element", "token", "matrix", "none"]
 DROPOUT_TENSOR = 3  # Q, K, V are 0, 1, 2
@@ -100,7 +100,7 @@ def dropout(x: Tensor, key: Key, p: float) -> Tensor:
     if p == 0:
         return x
     keep = bernoulli(key, x.shape[1], x.shape[2], DROPOUT_TENSOR, 1 - p)
-    return torch.where(keep, x / (1 - p), torch.zeros((), dtype=x.dtype, device=x.device))
+    return torch.where(keep, x / rounded(1 - p), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def gl_mse(

@@ -15,6 +15,7 @@ from pipeline.kernels.philox import PLANES as DIGITS
 
 GRANULARITIES = {"element": 0, "token": 1, "matrix": 2, "none": 3}
 PLANES = tl.constexpr(DIGITS)
+CERTAIN = tl.constexpr(1 << DIGITS)  # the digits of a probability of 1
 
 
 def draws(
@@ -51,7 +52,7 @@ def swap_mask(
 ):
     """(rows, columns) bool: where g() takes the teacher's value. rows are tokens, columns 0..d-1 of one head.
 
-    digits / 2^16 is the probability, first its lowest set binary digit (`philox.bernoulli`); chunk counts the 128
+    digits / 2^8 is the probability, first its lowest set binary digit (`philox.bernoulli`); chunk counts the 128
     columns before these.
     """
     if GRAN == 0:
@@ -79,7 +80,7 @@ def swap_mask(
     else:
         word, bit = w0[:, None], (columns * 0).to(tl.uint32)[None, :]
     taken = ((word >> bit) & 1) != 0
-    return taken | (digits == 65536)
+    return taken | (digits == CERTAIN)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.methods.term import Seen, Sizes, Term
+from pipeline.projectors import on_grid, tokens_of
 from pipeline.teacher import Tokens
 
 
@@ -29,14 +30,14 @@ class At(Term):
     teacher = frozenset({"tokens"})
     student = frozenset({"tap"})
 
-    def __init__(self, config: AtConfig, _: Sizes) -> None:
+    def __init__(self, config: AtConfig, sizes: Sizes) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.grid = config, sizes.grid
 
     def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
         """Squared distance of the two maps, mean over elements and images."""
         assert seen.feature is not None
-        ours = attention_map(seen.feature.flatten(2).mT)
+        ours = attention_map(tokens_of(on_grid(seen.feature, self.grid)))
         return {"at": F.mse_loss(ours, attention_map(taught.h))}
 
     def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002

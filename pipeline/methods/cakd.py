@@ -33,6 +33,9 @@ class CakdConfig:
     warmup: float = 0.1  # share of the steps over which these weights grow from 0 (10)
     discriminator_every: int = 5  # iterations, Algorithm 1
     discriminator_lr: float = 1e-3  # (11)
+    project_at: Literal["tap", "tokens"] = (
+        "tap"  # Proj1 on the student's grid, or resized before it (4)
+    )
     reduce: int = 256  # 1x1 reduction before the 3x3 convolutions when c is larger (8)
     dropout: float = 0.1  # before the group-wise linear layer, eq. 5
     standardise: bool = False  # h_T and h'_S by the store's channel statistics (12)
@@ -64,7 +67,12 @@ class Pca(Term):
         super().__init__()
         self.config = config
         self.project = projectors.PartiallyCrossAttention(
-            sizes.channels, sizes.space.n_heads, sizes.space.width, config.reduce
+            sizes.channels,
+            sizes.space.n_heads,
+            sizes.space.width,
+            sizes.grid,
+            config.reduce,
+            config.project_at,
         )
 
     def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
@@ -95,10 +103,8 @@ class Gl(Term):
     def __init__(self, config: CakdConfig, sizes: Sizes) -> None:
         super().__init__()
         self.config = config
-        assert sizes.tap is not None
-        self.project = projectors.GroupWiseLinear(
-            sizes.channels, sizes.space.width, sizes.tap.tokens
-        )
+        self.tokens = sizes.grid
+        self.project = projectors.GroupWiseLinear(sizes.channels, sizes.space.width, self.tokens)
         self.register_buffer("mean", sizes.space.mean, persistent=False)
         self.register_buffer("std", sizes.space.std, persistent=False)
         self.fake: Tensor | None = None
@@ -108,7 +114,7 @@ class Gl(Term):
         assert seen.feature is not None
         layer, config = self.project, self.config
         loss, self.fake = gl.gl_mse(
-            projectors.tokens_of(seen.feature),
+            projectors.tokens_of(projectors.on_grid(seen.feature, self.tokens)),
             layer.weight,
             layer.bias,
             self.target(taught.h),
@@ -142,7 +148,12 @@ class Projectors(nn.Module):
         super().__init__()
         self.config, self.tap = config, tap
         self.pca = projectors.PartiallyCrossAttention(
-            tap.channels, space.n_heads, space.width, config.reduce
+            tap.channels,
+            space.n_heads,
+            space.width,
+            tap.tokens,
+            config.reduce,
+            config.project_at,
         )
         self.gl = projectors.GroupWiseLinear(tap.channels, space.width, tap.tokens)
         self.register_buffer("mean", space.mean, persistent=False)
@@ -151,9 +162,8 @@ class Projectors(nn.Module):
     @torch.no_grad()
     def projected(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """The student's attention (B, H, N, d) with no swap, and h'_S (B, N, D) with no drop-out."""
-        feature = self.tap.resized(feature)
         tokens = gl.gl_project(
-            projectors.tokens_of(feature),
+            projectors.tokens_of(projectors.on_grid(feature, self.tap.tokens)),
             self.gl.weight,
             self.gl.bias,
             self.gl.groups,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.methods.term import Seen, Sizes, Term
+from pipeline.projectors import on_grid, tokens_of
 from pipeline.teacher import Tokens
 
 
@@ -26,13 +27,13 @@ class Fitnet(Term):
 
     def __init__(self, config: FitnetConfig, sizes: Sizes) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.grid = config, sizes.grid
         self.regressor = nn.Conv2d(sizes.channels, sizes.space.width, 1)
 
     def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
         """mse(h_T, r(h_S)), eq. 3 as a mean."""
         assert seen.feature is not None
-        hint = self.regressor(seen.feature).flatten(2).mT
+        hint = tokens_of(self.regressor(on_grid(seen.feature, self.grid)))
         return {"fitnet": F.mse_loss(hint, taught.h)}
 
     def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002

@@ -45,7 +45,7 @@ class Minilm(Term):
         super().__init__()
         self.config = config
         self.project = PartiallyCrossAttention(
-            sizes.channels, sizes.space.n_heads, sizes.space.width, config.reduce
+            sizes.channels, sizes.space.n_heads, sizes.space.width, sizes.grid, config.reduce
         )
 
     def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """What every term of a method has in common: what it reads of teacher and student, its losses, their weights.
 
-Shapes: B batch, K classes, c channels of the student's tap on the teacher's token grid h x w, N = h w tokens, D
-teacher width, H heads, d = D / H, e width of the student's embedding (the input of its classifier).
+Shapes: B batch, K classes, c channels of the student's tap, h x w the teacher's token grid, N = h w tokens,
+D teacher width, H heads, d = D / H, e width of the student's embedding (the input of its classifier).
 """
 
 from __future__ import annotations
@@ -60,6 +60,12 @@ class Sizes:
         assert self.tap is not None
         return self.tap.channels
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """h, w of the teacher's tokens."""
+        assert self.tap is not None
+        return self.tap.tokens
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -67,7 +73,7 @@ class Seen:
 
     logits: Tensor  # (B, K)
     embedding: Tensor  # (B, e)
-    feature: Tensor | None  # (B, c, h, w) of the tap, on the token grid
+    feature: Tensor | None  # (B, c, h', w') of the tap, on the student's own grid
     stages: Sequence[Tensor]  # the feature maps, where the method reads them
     labels: Tensor
     key: Key
