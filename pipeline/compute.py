@@ -14,6 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pipeline.errors import UserError
 from pipeline.runtime import Ranks
 
+Device = Literal["auto", "cpu", "cuda"]  # auto: CUDA where there is one
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -22,7 +24,7 @@ class Compute:
     By rounding its bits depend on it; with `accumulate` also batch statistics, and what is compared within a part.
     """
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
+    device: Device = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast
     channels_last: bool = False  # the student's memory format
     accumulate: int = 1  # parts of a batch that are computed one after the other
@@ -34,19 +36,6 @@ class Compute:
             raise ValueError(f"accumulate is {self.accumulate}; allowed: 1 or more")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; allowed: 0 to below 1")
-
-    def place(self, among: Ranks) -> torch.device:
-        """The device of this rank. Raises UserError: CUDA asked for where there is none."""
-        available = torch.cuda.is_available()
-        if self.device == "cuda" and not available:
-            raise UserError(
-                f"distill.compute.device: got {self.device!r}, but PyTorch sees no CUDA device; use auto"
-            )
-        if self.device == "cpu" or not available:
-            return torch.device("cpu")
-        place = torch.device("cuda", among.local % torch.cuda.device_count())
-        torch.cuda.set_device(place)
-        return place
 
     def backend(self) -> str:
         """What carries messages between ranks: NCCL between CUDA devices, else gloo."""
@@ -75,6 +64,18 @@ class Compute:
         if not self.ema:
             return None
         return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(self.ema), use_buffers=True)
+
+
+def place(device: Device, parameter: str, among: Ranks) -> torch.device:
+    """The device of this rank. Raises UserError: `parameter` asks for CUDA where there is none."""
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UserError(f"{parameter}: got {device!r}, but PyTorch sees no CUDA device; use auto")
+    if device == "cpu" or not available:
+        return torch.device("cpu")
+    found = torch.device("cuda", among.local % torch.cuda.device_count())
+    torch.cuda.set_device(found)
+    return found
 
 
 def average_gradients(parameters: Iterable[Tensor], among: Ranks) -> None:

@@ -41,13 +41,10 @@ class PartiallyCrossAttention(nn.Module):
         self.q, self.k, self.v = (nn.Conv2d(channels, width, 3, padding=1) for _ in range(3))
 
     def forward(self, feature: Tensor) -> Tensor:
-        """h_S (B, c, h, w) on the student's own grid -> qkv (B, N, 3, H, d), one convolution for all three.
-
-        In channels_last, so that the tokens' channels lie side by side and nothing is copied into place.
-        """
+        """h_S (B, c, h, w) on the student's own grid -> qkv (B, N, 3, H, d), one convolution for all three."""
         if self.at == "tokens":
             feature = on_grid(feature, self.tokens)
-        x = self.reduce(feature).contiguous(memory_format=torch.channels_last)
+        x = self.reduce(feature)
         parts = (self.q, self.k, self.v)
         weight, bias = torch.cat([p.weight for p in parts]), torch.cat([_bias(p) for p in parts])
         maps = on_grid(F.conv2d(x, weight, bias, padding=1), self.tokens)
@@ -56,7 +53,11 @@ class PartiallyCrossAttention(nn.Module):
 
 
 def on_grid(maps: Tensor, tokens: tuple[int, int]) -> Tensor:
-    """Maps (B, c, h, w) on the token grid, bilinear where the grids differ."""
+    """Maps (B, c, h, w) on the token grid, bilinear where the grids differ.
+
+    In channels_last: a token's channels lie side by side, so that what reads tokens copies nothing into place.
+    """
+    maps = maps.contiguous(memory_format=torch.channels_last)
     if maps.shape[-2:] == tokens:
         return maps
     return F.interpolate(maps, tokens, mode="bilinear", align_corners=False)

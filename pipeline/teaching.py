@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import data, files, models, progress, runtime, views
-from pipeline.compute import Compute
+from pipeline import compute, data, files, models, progress, runtime, views
+from pipeline.compute import Compute, Device
 from pipeline.errors import UserError
 from pipeline.teacher import anatomy, token_grid
 
@@ -31,7 +31,7 @@ class Teach:
     geometry: views.Geometry = views.Geometry()  # its training views
     seed: int = 0
     checkpoint_every: int = 200  # steps
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
+    device: Device = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast
 
     def __post_init__(self) -> None:
@@ -133,8 +133,8 @@ def _train(
     rows = rows[prepared.labels[rows] >= 0]
     per_epoch = -(-len(rows) // config.batch)
     steps = config.epochs * per_epoch
-    compute = Compute(device=config.device, precision=config.precision)
-    place = compute.place(runtime.ALONE)
+    how = Compute(precision=config.precision)
+    place = compute.place(config.device, "teach.device", runtime.ALONE)
     vit.to(place)
     optimizer = torch.optim.AdamW(vit.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
@@ -147,7 +147,7 @@ def _train(
         )
         torch.manual_seed(runtime.step_seed(config.seed, number, "teach"))  # for drop-out
         labels = torch.from_numpy(prepared.labels[chosen]).to(place)
-        with compute.autocast(place):
+        with how.autocast(place):
             logits = vit(views.normalise(batch.to(place), preprocess))
             loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
         optimizer.zero_grad(set_to_none=True)

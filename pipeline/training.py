@@ -268,10 +268,6 @@ class Features:
         if len(chosen):
             views.check_hashes(batch.views[chosen], hashes[chosen], batch.chosen.rows[chosen])
 
-    def space(self) -> TeacherSpace:
-        """The dimensions of the teacher's space."""
-        return TeacherSpace.of(self.store.manifest)
-
 
 class Trainer:
     """One student, one method: everything a step needs, and the step."""
@@ -288,7 +284,7 @@ class Trainer:
     ) -> None:
         torch.manual_seed(config.seed)
         self.config, self.method, self.prepared, self.among = config, method, prepared, among
-        self.place = config.compute.place(among)
+        self.place = compute.place(config.compute.device, "distill.compute.device", among)
         self.student = models.create(
             config.student, config.student_kwargs, len(prepared.classes), "distill"
         )
@@ -308,7 +304,7 @@ class Trainer:
         self.tap = sizes.tap if sizes else None
         layout = torch.channels_last if config.compute.channels_last else torch.preserve_format
         self.student = self.student.to(self.place).to(memory_format=layout)
-        compute.same_start(self.modules.values(), among)
+        compute.same_start((self.student, self.objective), among)
         self._stages = (
             sizes.anatomy.stages if sizes and "stages" in reads(method, "student") else []
         )
@@ -351,8 +347,7 @@ class Trainer:
     def modules(self) -> dict[str, nn.Module]:
         """What a checkpoint holds."""
         found: dict[str, nn.Module] = {"student": self.student, "objective": self.objective}
-        averaged = getattr(self, "averaged", None)
-        return found | ({"averaged": averaged} if averaged is not None else {})
+        return found | ({"averaged": self.averaged} if self.averaged is not None else {})
 
     @property
     def finished(self) -> nn.Module:

@@ -147,8 +147,8 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(prepared, teac
 def test_cuda_where_there_is_none_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="got 'cuda', but PyTorch sees no CUDA device; use auto"):
-        Compute(device="cuda").place(runtime.ALONE)
-    assert Compute().place(runtime.ALONE).type == "cpu"
+        compute.place("cuda", "cache.device", runtime.ALONE)
+    assert compute.place("auto", "cache.device", runtime.ALONE).type == "cpu"
     assert Compute(device="cuda").backend() == "gloo"
 
 

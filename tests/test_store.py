@@ -224,7 +224,9 @@ def test_the_statistics_of_h_are_taken_over_all_classes(prepared, teacher_path, 
         splits=prepared.splits[order],
     )
     monkeypatch.setattr(writing.views, "view_batch", spy)
-    writing._statistics(writing.Task(Cache(), by_class, teacher.load(teacher_path)))
+    writing._statistics(
+        writing.Task(Cache(), by_class, teacher.load(teacher_path), torch.device("cpu"))
+    )
     assert len(seen) == 512 and set(by_class.labels[seen]) == set(range(10))
 
 

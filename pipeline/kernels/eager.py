@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.kernels.philox import Key
-from pipeline.kernels.reference import Granularity, attention, heads, swap_masks
+from pipeline.kernels.reference import Granularity, attention, swap_masks
 
 SCORES = 1 << 22  # elements of an (b, H, N, N) tensor that exist at once
 
@@ -30,31 +30,41 @@ def attention_loss(
     zero where g() took the teacher's element.
     """
     batch, n, _, n_heads, width = qkv_s.shape
-    taken = swap_masks(key, qkv_s.shape, p, granularity)
+    packed = torch.empty(qkv_s.shape, dtype=qkv_s.dtype, device=qkv_s.device)
+    ours, theirs, gradient = (v.permute(2, 0, 3, 1, 4) for v in (qkv_s, qkv_t, packed))
+    taken = swap_masks(key, qkv_s.shape, p, granularity).permute(2, 0, 3, 1, 4)
     at_once = max(1, SCORES // (n_heads * n * n))
-    gradient = torch.empty(qkv_s.shape, dtype=qkv_s.dtype, device=qkv_s.device)
     total = qkv_s.new_zeros((), dtype=torch.promote_types(qkv_s.dtype, torch.float32))
     for start in range(0, batch, at_once):
         part = slice(start, start + at_once)
-        mask = taken[part] if len(taken) > 1 or batch == 1 else taken
-        mixed = torch.where(mask, qkv_t[part], qkv_s[part])
-        total += _attention_part(mixed, qkv_t[part], gradient[part])
-        gradient[part].masked_fill_(mask, 0)
-    return total / (batch * n_heads * n * width), gradient
+        mask = taken[:, part] if taken.shape[1] > 1 else taken
+        kept = (~mask).to(qkv_s.dtype)
+        squares, found = _attention_part(ours[:, part], theirs[:, part], kept)
+        total += squares
+        gradient[:, part] = found
+    return total / (batch * n_heads * n * width), packed
 
 
-def _attention_part(mixed: Tensor, qkv_t: Tensor, gradient: Tensor) -> Tensor:
-    """Sum of squares, g() already taken; writes its gradient (b, N, 3, H, d)."""
-    q, k, v = heads(mixed)
+def _attention_part(ours: Tensor, theirs: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of squares of the error, and its gradient, of Q, K, V as one (3, b, H, N, d); `kept` 1 or 0.
+
+    `lerp` by 1 or 0 gives one or the other exactly, several times as fast as `where` on a CPU.
+    """
+    theirs = theirs.contiguous()
+    q, k, v = torch.lerp(theirs, ours.contiguous(), kept).flatten(1, 2)
     scale = 1 / math.sqrt(q.shape[-1])
     weights = (q @ k.mT).mul_(scale).softmax(-1)
     out = weights @ v
-    error = out - attention(*heads(qkv_t))
+    error = out - attention(*theirs.flatten(1, 2))
     d_out = 2 * error
     d_scores = (d_out @ v.mT).sub_((d_out * out).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
-    for place, part in enumerate((d_scores @ k, d_scores.mT @ q, weights.mT @ d_out)):
-        gradient[:, :, place] = part.transpose(1, 2)
-    return (error * error).sum(dtype=torch.promote_types(error.dtype, torch.float32))
+    found = torch.empty_like(theirs)
+    for part, left, right in zip(
+        found.flatten(1, 2), (d_scores, d_scores.mT, weights.mT), (k, q, d_out)
+    ):
+        torch.bmm(left, right, out=part)
+    wide = torch.promote_types(error.dtype, torch.float32)
+    return error.square().sum(dtype=wide), found.mul_(kept)
 
 
 def gram_loss(v_s: Tensor, v_t: Tensor) -> tuple[Tensor, Tensor]:

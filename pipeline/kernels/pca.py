@@ -29,7 +29,8 @@ def swap_mix_op(
 
         return swap_mix.swap_mix(qkv_s, qkv_t, ids, stream, p, granularity)
     other = torch.zeros_like(qkv_s) if qkv_t is None else qkv_t
-    return reference.swap_mix(qkv_s, other, Key.of(ids, stream), p, granularity)  # type: ignore[arg-type]
+    mixed = reference.swap_mix(qkv_s, other, Key.of(ids, stream), p, granularity)  # type: ignore[arg-type]
+    return mixed.contiguous()
 
 
 @torch.library.custom_op("cakd::attention_loss", mutates_args=())

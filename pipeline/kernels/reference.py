@@ -43,11 +43,11 @@ def swap_masks(key: Key, shape: Sequence[int], p: float, granularity: Granularit
         return torch.zeros(1, 1, 1, 1, 1, dtype=torch.bool, device=key.ids.device)
     if granularity == "element":
         masks = [bernoulli(key, n_heads * tokens, width, t, p) for t in range(3)]
-        shaped = [m.reshape(batch, n_heads, tokens, width).transpose(1, 2) for m in masks]
+        shaped = [m.reshape(batch, n_heads, tokens, width) for m in masks]
     else:
         rows = tokens if granularity == "token" else 1
-        shaped = [bernoulli(key, rows, 1, t, p)[:, :, None] for t in range(3)]
-    return torch.stack(shaped, dim=2)
+        shaped = [bernoulli(key, rows, 1, t, p)[:, None] for t in range(3)]
+    return torch.stack(shaped).permute(1, 3, 0, 2, 4)
 
 
 def swap_mix(
@@ -100,7 +100,7 @@ def dropout(x: Tensor, key: Key, p: float) -> Tensor:
     if p == 0:
         return x
     keep = bernoulli(key, x.shape[1], x.shape[2], DROPOUT_TENSOR, 1 - p)
-    return torch.where(keep, x / rounded(1 - p), torch.zeros((), dtype=x.dtype, device=x.device))
+    return keep.to(x.dtype) * x / rounded(1 - p)
 
 
 def gl_mse(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import data, files, views
+from pipeline.compute import Device
 from pipeline.errors import UserError
 from pipeline.teacher import Anatomy
 from pipeline.views import Geometry
@@ -27,6 +28,7 @@ class Cache:
     batch: int = 64  # images the teacher sees at once while writing
     shard_mb: int = 256
     seed: int = 0
+    device: Device = "auto"  # of the teacher; by rounding the bytes depend on it
 
     def __post_init__(self) -> None:
         for name in ("views", "batch", "shard_mb"):

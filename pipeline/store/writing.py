@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import data, files, runtime, teacher, views
+from pipeline import compute, data, files, runtime, teacher, views
 from pipeline.store import encoding, policy, shards
 from pipeline.store.policy import Cache, refuse_layout
 from pipeline.store.reading import SCHEMA, seal
@@ -38,16 +38,19 @@ def write(
 ) -> dict[str, Any]:
     """Run the teacher over every view and publish the store at `out`; resumes shard by shard; the manifest.
 
+    The teacher is moved to this rank's device.
     `progress` is told how many records this rank has done. Raises UserError: a block that cannot be replayed, a
-    value float16 cannot hold, disk full. GateFailed: the dtype's error is over its gate.
+    value float16 cannot hold, disk full, no such device. GateFailed: the dtype's error is over its gate.
     """
     refuse_layout(cache, live.anatomy)
     policy.refuse_other_data(prepared, live.description)
-    task = Task(cache, prepared, live)
+    place = compute.place(cache.device, "cache.device", ranks)
+    task = Task(cache, prepared, live.to(place), place)
     unfinished = {
         **task.marks,
         "batch": cache.batch,
         "shard_mb": cache.shard_mb,
+        "device": place.type,
         "code": files.code(),
     }
     with runtime.work_folder(work, files.digest(unfinished), ranks) as folder:
@@ -63,8 +66,14 @@ def write(
 class Task:
     """What is to be written, and how it is cut into shards."""
 
-    def __init__(self, cache: Cache, prepared: data.Prepared, live: teacher.Teacher) -> None:
-        self.cache, self.prepared, self.live = cache, prepared, live
+    def __init__(
+        self,
+        cache: Cache,
+        prepared: data.Prepared,
+        live: teacher.Teacher,
+        place: torch.device,
+    ) -> None:
+        self.cache, self.prepared, self.live, self.place = cache, prepared, live, place
         self.marks = policy.fingerprint(cache, prepared, live.description)
         self.fields = shards.layout_fields(
             cache.layout, cache.dtype, live.anatomy, len(prepared.classes)
@@ -180,7 +189,7 @@ def _make_shard(
     for at in range(0, len(records), task.cache.batch):
         chosen = records[at : at + task.cache.batch]
         batch = task.view(chosen)
-        x, exact = task.live.look(batch)
+        x, exact = task.live.look(batch.to(task.place))
         stored, replayed = _stored(
             task, x, exact, measure=at % (MEASURE_EVERY * task.cache.batch) == 0
         )
@@ -193,7 +202,7 @@ def _make_shard(
         stored["logits"] = exact.logits
         stored["view_hash"] = torch.from_numpy(views.view_hashes(batch).astype(np.int64))
         for name, tensor in stored.items():
-            parts.setdefault(name, []).append(tensor)
+            parts.setdefault(name, []).append(tensor.cpu())
         progress(at + len(chosen))
     return {k: torch.cat(v) for k, v in parts.items()}, encoding.worst(errors)
 
@@ -239,6 +248,6 @@ def _statistics(task: Task) -> tuple[list[float], list[float]]:
         batch = views.view_batch(
             task.prepared.images, cache.geometry, cache.seed, part, np.zeros_like(part)
         )
-        tokens.append(task.live(batch).h.flatten(0, 1))
+        tokens.append(task.live(batch.to(task.place)).h.flatten(0, 1).cpu())
     h = torch.cat(tokens).double()
     return h.mean(0).tolist(), h.std(0).clamp(min=1e-6).tolist()
