@@ -96,8 +96,7 @@ def group_linear(
     x (B, N, c) is permuted once, so that each group's rows are side by side: one product a group, or one
     `grouped_mm` for all of them.
     """
-    to, back = constant(x.device, *order), constant(x.device, *_inverse(order))
-    rows = x.transpose(0, 1).index_select(0, to)  # (N, B, c)
+    rows = _by_group(x, order)
     if grouped:
         flat = F.grouped_mm(rows.flatten(0, 1), weight.mT, offs=_ends(rows, sizes))
         out = flat.unflatten(0, rows.shape[:2])
@@ -107,7 +106,7 @@ def group_linear(
         out = rows.new_empty(*rows.shape[:2], weight.shape[1])
         for part, into, w, b in zip(rows.split(sizes), out.split(sizes), weight, bias):
             torch.addmm(b, part.flatten(0, 1), w.mT, out=into.view(-1, w.shape[0]))
-    projected = out.transpose(0, 1).index_select(1, back)
+    projected = _by_image(out, order)
     wide = torch.promote_types(x.dtype, torch.float32)
     if target is None:
         return x.new_zeros((), dtype=wide), projected, x.new_empty(0)
@@ -124,8 +123,7 @@ def group_linear_backward(
     grouped: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of upstream (B, N, D): d x (B, N, c), d weight (G, D, c), d bias (G, D)."""
-    to, back = constant(x.device, *order), constant(x.device, *_inverse(order))
-    rows, d_out = (v.transpose(0, 1).index_select(0, to) for v in (x, upstream))
+    rows, d_out = _by_group(x, order), _by_group(upstream, order)
     if grouped:
         ends, flat = _ends(rows, sizes), d_out.flatten(0, 1)
         d_rows = F.grouped_mm(flat, weight, offs=ends).unflatten(0, rows.shape[:2])
@@ -137,7 +135,7 @@ def group_linear_backward(
             torch.mm(d_part.flatten(0, 1), w, out=into.view(-1, w.shape[1]))
             torch.mm(d_part.flatten(0, 1).mT, part.flatten(0, 1), out=d_w)
     d_bias = torch.stack([part.sum((0, 1)) for part in d_out.split(sizes)])
-    return d_rows.transpose(0, 1).index_select(1, back), d_weight, d_bias
+    return _by_image(d_rows, order), d_weight, d_bias
 
 
 @lru_cache(maxsize=64)
@@ -146,8 +144,22 @@ def constant(device: torch.device, *numbers: int) -> Tensor:
     return torch.tensor(numbers).to(device)
 
 
-def _inverse(order: Sequence[int]) -> list[int]:
-    return sorted(range(len(order)), key=order.__getitem__)
+def _by_group(x: Tensor, order: Sequence[int]) -> Tensor:
+    """Tokens (B, N, c) -> (N, B, c), each group's side by side, in one copy."""
+    batch, n, _ = x.shape
+    starts = torch.arange(0, batch * n, n, device=x.device)
+    rows = constant(x.device, *order)[:, None] + starts
+    return x.flatten(0, 1).index_select(0, rows.flatten()).view(n, batch, -1)
+
+
+def _by_image(rows: Tensor, order: Sequence[int]) -> Tensor:
+    """The way back: (N, B, c) -> (B, N, c)."""
+    n, batch, _ = rows.shape
+    inverse = sorted(range(n), key=order.__getitem__)
+    places = (
+        constant(rows.device, *inverse) * batch + torch.arange(batch, device=rows.device)[:, None]
+    )
+    return rows.flatten(0, 1).index_select(0, places.flatten()).view(batch, n, -1)
 
 
 def _ends(rows: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -86,7 +86,8 @@ def bernoulli(key: Key, rows: int, width: int, tensor: int, p: float) -> Tensor:
         c1 = tensor + 4 * (PLANES * block + (PLANES - 1 - plane))
         word = torch.stack(philox((row, c1, sample, step), key.seed)[:words], dim=-1)
         bits = (bits | word) if digits >> plane & 1 else (bits & word)
-    low = bits.view(torch.uint8).unflatten(-1, (words, 8))[..., :4, None]  # little-endian
+    used = min(4, -(-width // 8))  # bytes of a word, little-endian
+    low = bits.view(torch.uint8).unflatten(-1, (words, 8))[..., :used, None]
     positions = 1 << torch.arange(8, dtype=torch.uint8, device=device)
     masks: Tensor = (low & positions) != 0
     return masks.reshape(len(key.ids), rows, -1)[:, :, :width]
