@@ -198,7 +198,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"-o {args.out}: one name for {len(wanted)} precisions; leave it out")
     calibration = None
     if "int8" in wanted:
-        calibration, _ = ort.calibration_images(args.onnx, args.calib)
+        calibration = ort.calibration_images(args.onnx, args.calib).shown
     failed = []
     for precision in wanted:
         plan, sidecar = make(args.onnx, args.out, precision, args.backend, shapes, calibration)
