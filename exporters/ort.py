@@ -270,9 +270,9 @@ def to_int8(source: Path, pictures: Pictures, how: Int8, gates: agreement.Gates)
 
 
 def convert(
-    source: Path, out: Path, precision: str, calib: Path | None, how: Int8
+    source: Path, out: Path, precision: str, pictures: Pictures | None, how: Int8
 ) -> dict[str, Any]:
-    """fp32 ONNX `source` -> `out` at fp32 (a checked copy), fp16 or int8; returns its parity row.
+    """fp32 ONNX `source` -> `out` at fp32 (a checked copy), fp16 or, by `pictures`, int8; returns its parity row.
 
     Raises GateFailed, and leaves `out` as it was, where the row's verdict is FAIL.
     """
@@ -282,7 +282,7 @@ def convert(
     if precision == "fp16":
         proto = quantize.to_fp16(proto)
     elif precision == "int8":
-        pictures = calibration_images(source, calib)
+        assert pictures is not None
         proto = to_int8(source, pictures, how, agreement.Gates())
         x, labels = pictures.held, pictures.labels
     with files.atomic(out) as temporary:
@@ -343,10 +343,11 @@ def main(args: argparse.Namespace) -> None:
             if "fp32" in wanted:
                 print(line)
                 wanted.remove("fp32")
+        pictures = calibration_images(source, args.calib) if "int8" in wanted else None
         for precision in wanted:
             out = beside(args.out, precision)
             try:
-                print(_timed(out, partial(convert, source, out, precision, args.calib, how)))
+                print(_timed(out, partial(convert, source, out, precision, pictures, how)))
             except GateFailed as error:
                 failed.append(str(error))
         if args.embed_preprocessing:

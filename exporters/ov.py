@@ -123,9 +123,9 @@ def _short(error: Exception) -> str:
 
 
 def make(
-    source: Path, out: Path, precision: str, calib: Path | None, how: ort.Int8
+    source: Path, out: Path, precision: str, pictures: ort.Pictures | None, how: ort.Int8
 ) -> dict[str, Any]:
-    """fp32 ONNX -> IR at fp32, fp16 (weights) or int8 (from our QDQ ONNX); returns its parity row.
+    """fp32 ONNX -> IR at fp32, fp16 (weights) or, by `pictures`, int8 (from our QDQ ONNX); returns its parity row.
 
     Opened with the f32 hint, so that the row judges the conversion and not the CPU's choice of precision.
     Raises GateFailed, and leaves `out` as it was, where the verdict is FAIL.
@@ -136,7 +136,7 @@ def make(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
         graph, draft = source, Path(folder) / out.name
         if precision == "int8":
-            pictures = ort.calibration_images(source, calib)
+            assert pictures is not None
             x, labels = pictures.held, pictures.labels
             graph = Path(folder) / source.name
             onnx_file.save(ort.to_int8(source, pictures, how, agreement.Gates()), graph)
@@ -161,12 +161,13 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(ort.NO_CALIBRATION)
     out = (args.out or args.onnx.parent) / f"{args.onnx.stem}.xml"
     how = ort.Int8(args.calibration, args.search_seconds)
+    pictures = ort.calibration_images(args.onnx, args.calib) if "int8" in wanted else None
     failed = []
     for precision in wanted:
         target = ort.beside(out, precision)
         start = time.perf_counter()
         try:
-            row = make(args.onnx, target, precision, args.calib, how)
+            row = make(args.onnx, target, precision, pictures, how)
         except GateFailed as error:
             failed.append(str(error))
             continue

@@ -73,6 +73,8 @@ class Calibrated:
             "WeightSymmetric": True,
             "QuantizeBias": not self.symmetric,
         }
+        left = [node for group in floating for node in self.groups[group]]
+        left += _by_constants(self.folded) if self.symmetric else []
         path = Path(self._folder.name) / "int8.onnx"
         given = type(self.folded)()
         given.CopyFrom(
@@ -87,7 +89,7 @@ class Calibrated:
                 activation_type=kind,
                 weight_type=q.QuantType.QInt8,
                 op_types_to_quantize=_quantizable(),
-                nodes_to_exclude=[node for group in floating for node in self.groups[group]],
+                nodes_to_exclude=left,
                 calibrate_method=q.CalibrationMethod[self._method],
                 calibration_cache_path=Path(self._folder.name) / "ranges.json",
                 extra_options=options,
@@ -157,6 +159,13 @@ def _without_weights_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
     copy.graph.input.extend(inputs)
     copy.ir_version = max(copy.ir_version, 8)
     return copy
+
+
+def _by_constants(model: onnx.ModelProto) -> list[str]:
+    """Names of element-wise nodes that read a constant (GELU's `x * 0.5`): TensorRT refuses it in int8."""
+    held = {weight.name for weight in model.graph.initializer}
+    kinds = ("Add", "Mul", "Sub", "Div")
+    return [n.name for n in model.graph.node if n.op_type in kinds and held & set(n.input)]
 
 
 def _quantizable() -> list[str]:

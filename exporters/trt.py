@@ -202,7 +202,7 @@ def main(args: argparse.Namespace) -> None:
     failed = []
     for precision in wanted:
         plan, sidecar = make(args.onnx, args.out, precision, args.backend, shapes, calibration)
-        told, verdict = _ran(args.onnx, plan)
+        told, verdict = ran(args.onnx, plan)
         print(
             f"{plan}: {sidecar['size_mb']:.2f} MB in {sidecar['seconds']:.1f} s, {sidecar['backend']} "
             f"{sidecar['version']}, {precision}, batches {sidecar['shapes']}, {told}"
@@ -212,7 +212,7 @@ def main(args: argparse.Namespace) -> None:
         raise GateFailed("; ".join(failed))
 
 
-def _ran(source: Path, plan: Path) -> tuple[str, str]:
+def ran(source: Path, plan: Path) -> tuple[str, str]:
     """The parity of a plan with its ONNX, told in a line, and the verdict."""
     try:
         session = TrtSession(plan)

@@ -67,7 +67,7 @@ def test_the_search_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def harmed(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The student with a convolution whose outliers spoil a range: one filter is 300 times as large, then undone."""
+    """The student with a convolution whose outliers spoil a range: a filter 300 times as large, then undone."""
     proto = onnx_file.read(exported / "student.onnx")
     held = {w.name: w for w in proto.graph.initializer}
     node = [n for n in proto.graph.node if n.op_type == "Conv"][1]
