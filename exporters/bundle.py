@@ -1,7 +1,7 @@
 """ONNX -> the edge bundle: models, labels, preprocessing, parity inputs, runner and manifest, a folder or a .tar.
 
 `python -m exporters.bundle student.onnx OUT|OUT.tar [--calib DIR] [--images DIR]`
-The runner is `exporters/device/`, copied file by file: on the device `python -m bundle.run --verify`, in the folder,
+The runner is `exporters/device/`, copied file by file: on the device `python -m bundle.run --verify`
 needs NumPy and one runtime, neither this repository nor torch (docs/bundle.md).
 """
 
