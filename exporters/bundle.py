@@ -14,7 +14,6 @@ import math
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,14 +39,12 @@ MADE_ON_DEVICE = (
     "cache",
     "__pycache__",
 )  # the only folders a new bundle may take away with the old
-CPU = ("ort", "ov")
 NO_CALIB = "not made: no --calib was given, a folder of images like those to come"
 COMMANDS = {
     "verify": f"python -m {PACKAGE}.run --verify",
     "bench": f"python -m {PACKAGE}.run --bench --seconds 10",
     "image": f"python -m {PACKAGE}.run --image x.jpg",
 }
-Convert = Callable[["onnx.ModelProto", Array], "onnx.ModelProto"]
 
 
 @dataclass(frozen=True)
@@ -57,19 +54,13 @@ class Variant:
     file: str
     precision: str
     runtimes: tuple[str, ...]
-    convert: Convert  # fp32 network and calibration images -> the network at this precision
 
 
 VARIANTS = (
-    Variant("model-fp32.onnx", "fp32", contents.RUNTIMES, lambda proto, _: proto),
-    Variant("model-fp16.onnx", "fp16", contents.RUNTIMES, lambda p, _: quantize.to_fp16(p)),
-    Variant("model-int8-cpu.onnx", "int8", CPU, quantize.to_int8),
-    Variant(
-        "model-int8-trt.onnx",
-        "int8",
-        ("trt",),
-        lambda proto, x: quantize.to_int8(proto, x, symmetric=True),
-    ),
+    Variant("model-fp32.onnx", "fp32", contents.RUNTIMES),
+    Variant("model-fp16.onnx", "fp16", contents.RUNTIMES),
+    Variant("model-int8-cpu.onnx", "int8", ("ort", "ov")),
+    Variant("model-int8-trt.onnx", "int8", ("trt",)),
 )
 
 
@@ -99,6 +90,10 @@ def pictures(
         told = "images of --calib held out from calibration"
     if images is not None:
         pool, told = inputs.from_folder(images, session, ort.CALIBRATION), "images of --images"
+    if calibration is not None and len(calibration) < batch:
+        raise UserError(
+            f"--calib {calib}: gives {len(calibration)} images to calibrate on; the network takes {batch}"
+        )
     usable = len(pool) // batch * batch
     if usable < 2:
         raise UserError(
@@ -176,20 +171,29 @@ def add(
     variant: Variant, proto: onnx.ModelProto, folder: Path, shown: Pictures, logits: Array
 ) -> dict[str, Any]:
     """Write one variant and judge it on the parity inputs; returns its row. What fails is not left in `folder`."""
-    if variant.precision == "int8" and shown.calibration is None:
-        return agreement.skipped(variant.file, "int8", NO_CALIB) | {"verdict": "FAIL"}
     path = folder / variant.file
-    calibration = shown.x if shown.calibration is None else shown.calibration
     try:
-        onnx_file.save(variant.convert(proto, calibration), path)
+        onnx_file.save(convert(variant, proto, shown.calibration), path)
         session = OrtSession(path, 1)
         got = inputs.run(session, shown.x)
         row = agreement.row(path, session, logits, got, agreement.Gates())
-    except UserError as error:  # ONNX Runtime refuses what the converter made
-        row = agreement.skipped(variant.file, variant.precision, str(error)) | {"verdict": "FAIL"}
+    except UserError as error:
+        reason = str(error).replace(str(path), variant.file)
+        row = agreement.skipped(variant.file, variant.precision, reason) | {"verdict": "FAIL"}
     if row["verdict"] == "FAIL":
         path.unlink(missing_ok=True)
     return row
+
+
+def convert(variant: Variant, proto: onnx.ModelProto, calibration: Array | None) -> onnx.ModelProto:
+    """The fp32 network as that variant. Raises UserError: int8 without images to calibrate on."""
+    if variant.precision == "fp16":
+        return quantize.to_fp16(proto)
+    if variant.precision == "int8":
+        if calibration is None:
+            raise UserError(NO_CALIB)
+        return quantize.to_int8(proto, calibration, symmetric=variant.runtimes == ("trt",))
+    return proto
 
 
 def _write_notes(folder: Path, names: list[str], notes: dict[str, Any] | None) -> None:

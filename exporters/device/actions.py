@@ -118,7 +118,11 @@ def _verify(bundle: Bundle, name: str, library: Any, args: argparse.Namespace) -
         )
     failed = [f"{row['model']}: {row['reason']}" for row in rows if row["verdict"] == "FAIL"]
     document = _document(bundle, "verify", inputs=len(x), rows=rows)
-    return Result(lines, document, "; ".join(failed))
+    failure = (
+        f"{rows[0]['runtime']} does not compute what was shipped: {'; '.join(failed)}; "
+        "try its newest version, or another --runtime"
+    )
+    return Result(lines, document, failure if failed else "")
 
 
 def _bench(bundle: Bundle, opened: Opened, args: argparse.Namespace) -> Result:
@@ -146,7 +150,8 @@ def _bench(bundle: Bundle, opened: Opened, args: argparse.Namespace) -> Result:
 def _told(row: dict[str, Any]) -> list[str]:
     """A row of the bench in three lines; a fourth where it is noisy."""
     wall, warm = row["wall_ms"], row["warm_up"]
-    place = f"{row['threads']} threads" if row["threads"] else "GPU, copies included"
+    threads = row["threads"]
+    place = f"{threads} thread{'s' * (threads > 1)}" if threads else "GPU, copies included"
     built = "" if row["build_s"] is None else f", engine built in {row['build_s']:.1f} s"
     lines = [
         f"{row['model']}: {row['runtime']}, computes in {row['computes_in']}, batch {row['batch']}, {place}",

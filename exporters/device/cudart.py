@@ -59,7 +59,7 @@ class Cuda:
             words = self._library.cudaGetErrorString(status) or b"unknown"
             raise UserError(
                 f"--runtime trt: {name} failed with {status}, {words.decode(errors='replace')}; "
-                "check driver and free memory, or use --runtime ort"
+                "check the driver and free memory, or use --runtime ort"
             )
 
     def device(self) -> dict[str, int]:

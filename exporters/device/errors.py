@@ -12,5 +12,6 @@ class GateFailed(Exception):
 
 
 def one_line(error: object, limit: int = 300) -> str:
-    """A library's message without its line breaks, cut to `limit` characters."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+    """A library's message without its line breaks; of a long one the end, where the reason mostly stands."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"...{text[-limit:]}"

@@ -15,6 +15,10 @@ from .errors import UserError, one_line
 
 KINDS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "int8", "int8": "int8"}
 PRODUCTS = ("Conv", "Gemm", "MatMul", "Attention")
+PAD_FUSION_WRONG = (
+    "1.19",
+    "1.20",
+)  # they fuse Pad into an AveragePool that leaves padding out: other answers
 
 
 class OrtSession:
@@ -37,9 +41,13 @@ class OrtSession:
         if profile:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
+        wrong = ".".join(self._module.__version__.split(".")[:2]) in PAD_FUSION_WRONG
         try:
             return self._module.InferenceSession(
-                str(self._model), options, providers=["CPUExecutionProvider"]
+                str(self._model),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["Pad_Fusion"] if wrong else None,
             )
         except Exception as error:  # one exception class per status code
             raise UserError(
