@@ -229,10 +229,10 @@ def _session(data: bytes) -> Any:
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
-def install() -> None:
-    """Put both in the place of the real ones."""
-    trt = ModuleType("tensorrt")
-    trt.__dict__.update(
+def tensorrt() -> ModuleType:
+    """What `import tensorrt` gives."""
+    module = ModuleType("tensorrt")
+    module.__dict__.update(
         __version__=os.environ.get("FAKE_VERSION", "10.3.0"),
         float32="float32",
         ILogger=ILogger,
@@ -244,7 +244,12 @@ def install() -> None:
         BuilderFlag=SimpleNamespace(TF32="tf32"),
         TensorIOMode=SimpleNamespace(INPUT="input", OUTPUT="output"),
     )
-    sys.modules["tensorrt"] = trt
+    return module
+
+
+def install() -> None:
+    """Put both in the place of the real ones."""
+    sys.modules["tensorrt"] = tensorrt()
     real = ctypes.CDLL
 
     def load(name: Any, *args: Any, **kwargs: Any) -> Any:

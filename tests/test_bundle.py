@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ import pytest
 from PIL import Image
 
 from exporters import agreement, bundle, inputs, onnx_file, quantize
-from exporters.device import contents, cudart, gates, picture, run, session, timing
+from exporters.device import actions, contents, cudart, gates, picture, run, session, timing
 from exporters.device import ort as device_ort
 from exporters.device import trt as device_trt
 from exporters.device.contents import Bundle
@@ -30,6 +31,7 @@ from exporters.device.errors import UserError as Refused
 from exporters.device.errors import one_line
 from exporters.ort import OrtSession
 from pipeline import errors, files, images, latency
+from tests import faked
 from tests.house import ROOT
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -634,6 +636,32 @@ def test_an_engine_of_another_version_gpu_or_file_is_built_again(
     assert plan.read_bytes() == (copied / "model-fp32.onnx").read_bytes()
 
 
+def test_batches_of_any_size_share_the_engines_buffers_and_lose_none(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cudart, "_load", faked.cudart)
+    monkeypatch.setattr(faked, "MEMORY", {})
+    engine = device_trt.TrtSession(faked.tensorrt(), made / "model-fp32.onnx", "fp32", tmp_path)
+    x, logits = Bundle.open(made).parity()
+    for size in (1, 3, 2, 8, 16, 1):
+        assert np.abs(engine.run(x[:size]) - logits[:size]).max() < 1e-5
+        assert len(faked.MEMORY) == 2
+
+
+@pytest.mark.parametrize("name", ["ort", "ov"])
+@pytest.mark.parametrize("threads", [None, 2])
+def test_a_runtime_gets_the_threads_asked_for(name: str, threads: int | None, made: Path) -> None:
+    args = Namespace(threads=threads, cache=None)
+    opened = actions.Opened(Bundle.open(made), name, session.library(name), "fp32", args)
+    inner: Any = opened.session
+    got = (
+        inner._session.get_session_options().intra_op_num_threads
+        if name == "ort"
+        else inner._compiled.get_property("INFERENCE_NUM_THREADS")
+    )
+    assert got == opened.facts["threads"] == (threads or 1)
+
+
 def test_tensorrt_without_a_place_to_keep_the_engine_runs_and_says_so(
     copied: Path, runner: Runner, tmp_path: Path
 ) -> None:
@@ -777,7 +805,8 @@ def test_the_runner_is_python_3_8_with_the_standard_library_and_numpy(made: Path
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_the_gates_on_the_device_are_those_of_the_maker(precision: str) -> None:
     generator = np.random.default_rng(0)
-    reference = generator.standard_normal((16, 10)).astype(np.float32)
+    offsets = 3 * np.arange(10)  # shared by all images: it must earn nothing
+    reference = (generator.standard_normal((16, 10)) + offsets).astype(np.float32)
     constant = np.full_like(reference, 0.5)
     noise = generator.standard_normal(reference.shape).astype(np.float32)
     answers = [reference + noise * np.float32(10**e) for e in np.linspace(-5, 0, 40)]
