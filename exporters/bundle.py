@@ -66,11 +66,11 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Pictures:
-    """x (N, 3, H, W): the parity inputs; calibration: what int8 is calibrated on, none of x among it, or None."""
+    """x (N, 3, H, W): the parity inputs; int8: what int8 is made by, none of x calibrated on, or None."""
 
     x: Array
     source: str
-    calibration: Array | None
+    int8: ort.Pictures | None
 
 
 def pictures(
@@ -83,24 +83,21 @@ def pictures(
     """
     batch = session.input_shape[0] or 1
     count = math.ceil(PARITY_INPUTS / batch) * batch
-    calibration = None
+    int8 = None
     pool, told = inputs.smooth(count, *session.input_shape[2:]), "seeded smooth images"
     if calib is not None:
-        calibration, pool = ort.calibration_images(source, calib)
+        int8 = ort.calibration_images(source, calib)
+        pool = int8.held
         told = "images of --calib held out from calibration"
     if images is not None:
         pool, told = inputs.from_folder(images, session, ort.CALIBRATION), "images of --images"
-    if calibration is not None and len(calibration) < batch:
-        raise UserError(
-            f"--calib {calib}: gives {len(calibration)} images to calibrate on; the network takes {batch}"
-        )
     usable = len(pool) // batch * batch
     if usable < 2:
         raise UserError(
             f"{images or calib}: gives {len(pool)} images for parity; at least {max(2, batch)} are needed"
         )
     rows = spread(np.arange(usable), count)
-    return Pictures(np.ascontiguousarray(pool[rows]), told, calibration)
+    return Pictures(np.ascontiguousarray(pool[rows]), told, int8)
 
 
 def checked(source: Path, session: OrtSession) -> None:
@@ -139,7 +136,7 @@ def make(source: Path, folder: Path, calib: Path | None, images: Path | None) ->
         )
     models, left_out = [], []
     for variant in VARIANTS:
-        row = add(variant, proto, folder, shown, logits)
+        row = add(variant, source, folder, shown, logits)
         entry = {"precision": variant.precision, "runtimes": list(variant.runtimes)}
         if row["verdict"] == "FAIL":
             left_out.append({**entry, "reason": row["reason"]})
@@ -168,12 +165,12 @@ def make(source: Path, folder: Path, calib: Path | None, images: Path | None) ->
 
 
 def add(
-    variant: Variant, proto: onnx.ModelProto, folder: Path, shown: Pictures, logits: Array
+    variant: Variant, source: Path, folder: Path, shown: Pictures, logits: Array
 ) -> dict[str, Any]:
     """Write one variant and judge it on the parity inputs; returns its row. What fails is not left in `folder`."""
     path = folder / variant.file
     try:
-        onnx_file.save(convert(variant, proto, shown.calibration), path)
+        onnx_file.save(convert(variant, source, shown.int8), path)
         session = OrtSession(path, 1)
         got = inputs.run(session, shown.x)
         row = agreement.row(path, session, logits, got, agreement.Gates())
@@ -185,15 +182,18 @@ def add(
     return row
 
 
-def convert(variant: Variant, proto: onnx.ModelProto, calibration: Array | None) -> onnx.ModelProto:
+def convert(variant: Variant, source: Path, int8: ort.Pictures | None) -> onnx.ModelProto:
     """The fp32 network as that variant. Raises UserError: int8 without images to calibrate on."""
+    proto = onnx_file.read(source)
     if variant.precision == "fp16":
         return quantize.to_fp16(proto)
-    if variant.precision == "int8":
-        if calibration is None:
-            raise UserError(NO_CALIB)
-        return quantize.to_int8(proto, calibration, symmetric=variant.runtimes == ("trt",))
-    return proto
+    if variant.precision == "fp32":
+        return proto
+    if int8 is None:
+        raise UserError(NO_CALIB)
+    if variant.runtimes == ("trt",):
+        return quantize.to_int8(proto, int8.shown, symmetric=True)
+    return ort.to_int8(source, int8, ort.Int8(), agreement.Gates())
 
 
 def _write_notes(folder: Path, names: list[str], notes: dict[str, Any] | None) -> None:
@@ -229,7 +229,7 @@ def provenance(source: Path, proto: onnx.ModelProto, shown: Pictures) -> dict[st
     """Inputs by hash, versions, what the network says of itself; no clock time, no path."""
     notes = onnx_file.notes(proto)
     kept = ("model", "role", "method", "weights_sha256", "torch", "timm")
-    calibration = shown.calibration
+    calibration = shown.int8.shown if shown.int8 else None
     return {
         **files.provenance({"parity_inputs": PARITY_INPUTS}, onnx=source),
         "versions": files.versions(("numpy", "onnx", "onnxruntime")),

@@ -132,7 +132,7 @@ def test_the_manifest_lists_every_file_and_tells_what_it_was_made_of(
     assert [m["precision"] for m in manifest["models"]] == ["fp32", "fp16", "int8", "int8"]
     origin = manifest["provenance"]
     assert origin["inputs"]["onnx"] == files.sha256(exported / "student.onnx")
-    assert origin["calibration"]["images"] == 75 and origin["network"]["method"] == "cakd"
+    assert origin["calibration"]["images"] == 50 and origin["network"]["method"] == "cakd"
     assert str(Path.home()) not in json.dumps(manifest)
     assert str(exported) not in json.dumps(manifest)
 
@@ -151,8 +151,8 @@ def test_labels_preprocessing_and_answers_are_the_networks_own(made: Path, expor
 def test_no_parity_input_was_calibrated_on(exported: Path, digits: Path) -> None:
     source = exported / "student.onnx"
     shown = bundle.pictures(source, OrtSession(source, 1), digits, None)
-    assert shown.calibration is not None
-    seen = {row.tobytes() for row in shown.calibration}
+    assert shown.int8 is not None
+    seen = {row.tobytes() for row in shown.int8.shown}
     assert not seen & {row.tobytes() for row in shown.x}
 
 
@@ -246,7 +246,7 @@ def test_a_folder_with_too_few_images_for_a_networks_batch_is_told(
         Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / "few" / f"{i}.png")
     for option, folder, said in (
         ("--images", tmp_path / "few", "gives 3 images for parity; at least 96"),
-        ("--calib", digits, "gives 75 images to calibrate on; the network takes 96"),
+        ("--calib", digits, "holds 100 images; int8 needs 192"),
     ):
         done = command("exporters.bundle", tmp_path / "s.onnx", tmp_path / "out", option, folder)
         assert done.returncode == 2 and said in done.stderr, done.stderr
