@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from exporters.session import checked_shape
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +37,26 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
         raise UserError(f"{path}: the network is larger than the 2 GB one ONNX file may hold")
     onnx.checker.check_model(proto, full_check=True)
     path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def image_input(proto: onnx.ModelProto, path: Path) -> tuple[str, tuple[int | None, int, int, int]]:
+    """The one input that is no weight: its name and (B or None, C, H, W), as `session.checked_shape`.
+
+    Raises UserError: none or several, another type than float32, another shape.
+    """
+    import onnx
+
+    weights = {w.name for w in proto.graph.initializer}
+    taken = [i for i in proto.graph.input if i.name not in weights]
+    kinds = [i.type.tensor_type.elem_type for i in taken]
+    if kinds != [onnx.TensorProto.FLOAT]:
+        listed = [
+            f"{i.name} {onnx.TensorProto.DataType.Name(kind).lower()}"
+            for i, kind in zip(taken, kinds)
+        ]
+        raise UserError(f"{path}: inputs are {listed}; allowed: one float32 image input")
+    dims = [d.dim_value or None for d in taken[0].type.tensor_type.shape.dim]
+    return taken[0].name, checked_shape(dims, notes(proto), path)
 
 
 def annotate(proto: onnx.ModelProto, notes: Mapping[str, str]) -> onnx.ModelProto:

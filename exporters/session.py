@@ -10,9 +10,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from exporters import metadata
 from pipeline.errors import UserError
 
 Array = NDArray[np.float32]
+CHANNELS = 3
 
 
 class Session(Protocol):
@@ -78,19 +80,29 @@ TARGETS: dict[str, Target] = {
 def checked_shape(
     dims: Sequence[int | None], notes: Mapping[str, str], path: Path
 ) -> tuple[int | None, int, int, int]:
-    """The declared input -> (B or None, C, H, W); a free height or width is the notes' image_size.
+    """The declared input -> (B or None, 3, H, W); a free height or width is the notes' image_size.
 
-    Raises UserError: not four dimensions, or a free one that nothing fixes.
+    Raises UserError: not four dimensions, channels that are not 3, a free size that nothing fixes, notes that
+    cannot be meant (`metadata.preprocessing`).
     """
     if len(dims) != 4:
         raise UserError(
-            f"{path}: input has shape {list(dims)}; allowed: one image input (B, C, H, W)"
+            f"{path}: input has shape {list(dims)}; allowed: one image input (B, 3, H, W)"
         )
-    size = int(notes["image_size"]) if "image_size" in notes else None
+    try:
+        metadata.preprocessing(notes)
+        size = metadata.image_size(notes)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     channels, height, width = dims[1], dims[2] or size, dims[3] or size
     if channels is None or height is None or width is None:
         raise UserError(
             f"{path}: input shape {list(dims)} is free beyond the batch and its metadata holds no "
             "image_size; export it with a fixed size"
+        )
+    if channels != CHANNELS:
+        raise UserError(
+            f"{path}: input shape {list(dims)} has {channels} channels; allowed: {CHANNELS}, in front of "
+            "height and width"
         )
     return (dims[0], channels, height, width)
