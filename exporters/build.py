@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters import agreement, engine, inputs, onnx_file, ov, quantize, trt
+from exporters import agreement, engine, inputs, onnx_file, ov, quantize, trt, trt_build
 from exporters.runtimes import open_session
 from exporters.session import Array, Target, Unavailable
 from pipeline.errors import UserError
@@ -35,7 +35,7 @@ class Build(agreement.Gates):
     """`build:` the parity gates, what int8 may cost, and the batches of an engine."""
 
     int8_drop: float = 0.01  # top-1 on the reference images, as a fraction
-    trt_shapes: tuple[int, int, int] = trt.SHAPES
+    trt_shapes: tuple[int, int, int] = trt_build.SHAPES
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def make(
             out / f"{model}.plan",
             precision,
             BACKENDS[target.name.split("-")[0]],
-            gates.trt_shapes,
+            trt_build.Options(gates.trt_shapes),
             exported.calibration,
         )
         return made
