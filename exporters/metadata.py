@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline import files
-from pipeline.errors import UserError
+from pipeline.errors import UserError, nearest
 
-LARGEST = 8192  # pixels a side: one float32 batch of 1 is 0.8 GB
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")  # from fine to coarse
+LARGEST = 4096  # pixels a side
 TEXT = 1000  # characters of a note that are read as numbers
 
 
@@ -37,6 +38,14 @@ def flatten(description: Mapping[str, Any], precision: str = "fp32") -> dict[str
         **files.versions(("torch", "timm")),
     }
     return {k: str(v) for k, v in notes.items() if v not in (None, "")}
+
+
+def check(notes: Mapping[str, str]) -> None:
+    """Raises UserError: a note we read that cannot be meant."""
+    image_size(notes)
+    preprocessing(notes)
+    if (got := notes.get("precision", "fp32")) not in PRECISIONS:
+        raise UserError(f"metadata precision: got {got[:40]!r}; {nearest(got, PRECISIONS)}")
 
 
 def image_size(notes: Mapping[str, str]) -> int | None:

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def read(path: Path) -> onnx.ModelProto:
-    """Load an ONNX file with its weights. Raises UserError: missing, not ONNX, weights in a lost file."""
+    """Load an ONNX file with its weights.
+
+    Raises UserError: missing, not ONNX, empty, weights in a lost or foreign file, metadata that is not text.
+    """
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
@@ -26,16 +29,27 @@ def read(path: Path) -> onnx.ModelProto:
         onnx.checker.check_model(model)
     except (DecodeError, onnx.checker.ValidationError, FileNotFoundError) as error:
         raise UserError(f"{path}: not a valid ONNX file ({str(error)[:300]})") from None
+    if not model.graph.node:
+        raise UserError(f"{path}: holds no node; expected a network")
+    for note in model.metadata_props:
+        if not isinstance(note.key, str) or not isinstance(note.value, str):
+            raise UserError(f"{path}: its metadata {note.key!r} is not text; export it again")
     return model
 
 
 def save(proto: onnx.ModelProto, path: Path) -> None:
-    """Write one self-contained file, after onnx.checker. Raises UserError above ONNX's 2 GB."""
+    """Write one self-contained file, after onnx.checker.
+
+    Raises UserError: above ONNX's 2 GB, or shapes that contradict each other.
+    """
     import onnx
 
     if proto.ByteSize() >= 2**31:
         raise UserError(f"{path}: the network is larger than the 2 GB one ONNX file may hold")
-    onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise UserError(f"{path.name}: not a valid network ({str(error)[:300]})") from None
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
@@ -55,7 +69,8 @@ def image_input(proto: onnx.ModelProto, path: Path) -> tuple[str, tuple[int | No
             for i, kind in zip(taken, kinds)
         ]
         raise UserError(f"{path}: inputs are {listed}; allowed: one float32 image input")
-    dims = [d.dim_value or None for d in taken[0].type.tensor_type.shape.dim]
+    shape = taken[0].type.tensor_type.shape
+    dims = [d.dim_value if d.HasField("dim_value") else None for d in shape.dim]
     return taken[0].name, checked_shape(dims, notes(proto), path)
 
 

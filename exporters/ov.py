@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from exporters import agreement, inputs, onnx_file, ort, quantize
-from exporters.session import Array, Unavailable, checked_shape
+from exporters.session import Array, Unavailable, checked_output, checked_shape
 from pipeline import cli, files
 from pipeline.errors import GateFailed, UserError
 
@@ -80,8 +80,10 @@ class OvSession:
         self._request = self._compiled.create_infer_request()
         self.runtime = f"openvino {ov.__version__.split('-')[0]}"
         self.metadata: Mapping[str, str] = _notes(model)
-        dims = [d.get_length() if d.is_static else None for d in model.inputs[0].partial_shape]
-        self.input_shape = checked_shape(dims, self.metadata, path)
+        self.input_shape = checked_shape(_dims(model.inputs[0], path), self.metadata, path)
+        made = model.outputs[0]
+        kind = made.element_type.to_string()
+        checked_output(kind, _dims(made, path), self.input_shape, path)
 
     def run(self, x: Array) -> Array:
         """x (B, 3, S, S) float32 -> the first output, (B, K) float32, copied out of the runtime."""
@@ -103,6 +105,14 @@ class OvSession:
         return _KINDS.get(most, most)
 
 
+def _dims(port: Any, path: Path) -> list[int | None]:
+    """The declared shape, None where it is free. Raises UserError: not even its rank is declared."""
+    shape = port.partial_shape
+    if shape.rank.is_dynamic:
+        raise UserError(f"{path}: {port.node.friendly_name} has no declared shape; export it again")
+    return [d.get_length() if d.is_static else None for d in shape]
+
+
 def _notes(model: Any) -> dict[str, str]:
     """The notes of `exporters.metadata` in rt_info; empty in an IR made by another tool."""
     if not model.has_rt_info([NOTES]):
@@ -122,19 +132,21 @@ def make(source: Path, out: Path, precision: str, calib: Path | None) -> dict[st
     Opened with the f32 hint, so that the row judges the conversion and not the CPU's choice of precision.
     """
     reference = ort.OrtSession(source, 1)
-    if precision == "int8":
-        shown, x = ort.calibration_images(source, calib)
-        proto = quantize.to_int8(onnx_file.read(source), shown)
-        with tempfile.TemporaryDirectory() as folder:
-            quantized = Path(folder) / source.name
-            onnx_file.save(proto, quantized)
-            convert(quantized, out)
-    else:
-        convert(source, out, half=precision == "fp16")
-        x = inputs.shown(reference)
-    session = OvSession(out, 1, "fp32")
-    a, b = inputs.run(reference, x), inputs.run(session, x)
-    return agreement.row(out, session, a, b, agreement.Gates())
+    x = inputs.shown(reference)
+    files.make_parent(out)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
+        graph, made = source, Path(folder) / out.name
+        if precision == "int8":
+            shown, x = ort.calibration_images(source, calib)
+            graph = Path(folder) / source.name
+            onnx_file.save(quantize.to_int8(onnx_file.read(source), shown), graph)
+        convert(graph, made, half=precision == "fp16")
+        session = OvSession(made, 1, "fp32")
+        a, b = inputs.run(reference, x), inputs.run(session, x)
+        row = agreement.row(out, session, a, b, agreement.Gates())
+        made.with_suffix(".bin").replace(out.with_suffix(".bin"))
+        made.replace(out)
+    return row
 
 
 def main(args: argparse.Namespace) -> None:

@@ -104,17 +104,15 @@ def _refused(parser: Any, log: Any) -> str:
     The parser checks all nodes before it gives up (onnx-tensorrt, `parseGraph`). `supports_model_v2`, which tells
     the same, crashes in TensorRT-RTX 1.7 on networks like these, and its subgraphs hold sound nodes too.
     """
-    errors = map(parser.get_error, range(parser.num_errors))
-    found = {
-        (
-            e.node(),
-            e.node_name(),
-        ): f"{e.node_operator()} {e.node_name() or f'#{e.node()}'} ({e.desc()})"
-        for e in errors
+    found = [parser.get_error(i) for i in range(parser.num_errors)]
+    of_nodes = {
+        e.node(): f"{e.node_operator()} {e.node_name() or f'#{e.node()}'} ({e.desc()})"
+        for e in found
+        if e.node() >= 0
     }
-    if not found:
-        return f"it: {log.told()}"
-    return f"{len(found)} of its nodes: {'; '.join(found.values())}"
+    if of_nodes:
+        return f"{len(of_nodes)} of its nodes: {'; '.join(of_nodes.values())}"
+    return f"it: {'; '.join(e.desc() for e in found) or log.told()}"
 
 
 def _configured(trt: Any, builder: Any, options: Options, source: Path, log: Any) -> Any:
