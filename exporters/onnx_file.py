@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporters.session import checked_shape
+from exporters.session import checked_output, checked_shape
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     import onnx
+
+LARGEST = 2**31  # bytes of one protobuf message
 
 
 def read(path: Path) -> onnx.ModelProto:
@@ -44,7 +46,7 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
     """
     import onnx
 
-    if proto.ByteSize() >= 2**31:
+    if proto.ByteSize() >= LARGEST:
         raise UserError(f"{path}: the network is larger than the 2 GB one ONNX file may hold")
     try:
         onnx.checker.check_model(proto, full_check=True)
@@ -53,25 +55,33 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def image_input(proto: onnx.ModelProto, path: Path) -> tuple[str, tuple[int | None, int, int, int]]:
-    """The one input that is no weight: its name and (B or None, C, H, W), as `session.checked_shape`.
+def classifier(proto: onnx.ModelProto, path: Path) -> tuple[str, tuple[int | None, int, int, int]]:
+    """The one input that is no weight: its name and (B or None, 3, H, W), as `session.checked_shape`.
 
-    Raises UserError: none or several, another type than float32, another shape.
+    Raises UserError: none or several, another type than float32, another shape, a first output that is no logits.
     """
-    import onnx
-
     weights = {w.name for w in proto.graph.initializer}
     taken = [i for i in proto.graph.input if i.name not in weights]
-    kinds = [i.type.tensor_type.elem_type for i in taken]
-    if kinds != [onnx.TensorProto.FLOAT]:
-        listed = [
-            f"{i.name} {onnx.TensorProto.DataType.Name(kind).lower()}"
-            for i, kind in zip(taken, kinds)
-        ]
+    if [_kind(i) for i in taken] != ["tensor(float)"]:
+        listed = ", ".join(f"{i.name} {_kind(i)}" for i in taken)
         raise UserError(f"{path}: inputs are {listed}; allowed: one float32 image input")
-    shape = taken[0].type.tensor_type.shape
-    dims = [d.dim_value if d.HasField("dim_value") else None for d in shape.dim]
-    return taken[0].name, checked_shape(dims, notes(proto), path)
+    shape = checked_shape(_dims(taken[0]), notes(proto), path)
+    made = proto.graph.output[0]
+    checked_output(_kind(made), _dims(made), shape, path)
+    return taken[0].name, shape
+
+
+def _kind(value: onnx.ValueInfoProto) -> str:
+    """`tensor(float)`: the type as ONNX Runtime writes it."""
+    import onnx
+
+    name = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type)
+    return f"tensor({name.lower()})"
+
+
+def _dims(value: onnx.ValueInfoProto) -> list[int | None]:
+    shape = value.type.tensor_type.shape
+    return [d.dim_value if d.HasField("dim_value") else None for d in shape.dim]
 
 
 def annotate(proto: onnx.ModelProto, notes: Mapping[str, str]) -> onnx.ModelProto:

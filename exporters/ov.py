@@ -131,6 +131,7 @@ def make(source: Path, out: Path, precision: str, calib: Path | None) -> dict[st
 
     Opened with the f32 hint, so that the row judges the conversion and not the CPU's choice of precision.
     """
+    _library()
     reference = ort.OrtSession(source, 1)
     x = inputs.shown(reference)
     files.make_parent(out)

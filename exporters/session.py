@@ -84,8 +84,8 @@ def checked_shape(
 ) -> tuple[int | None, int, int, int]:
     """The declared input -> (B or None, 3, H, W); a free height or width is the notes' image_size.
 
-    Raises UserError: not four dimensions, channels that are not 3, a free size that nothing fixes, more values
-    than LARGEST, notes that cannot be meant (`metadata.check`).
+    Raises UserError: not four dimensions, channels that are not 3, a free size that nothing fixes or one that is
+    not the notes', more values than LARGEST, notes that cannot be meant (`metadata.check`).
     """
     if len(dims) != 4:
         raise UserError(
@@ -112,6 +112,10 @@ def checked_shape(
     if (values := (dims[0] or 1) * channels * height * width) > LARGEST:
         raise UserError(
             f"{path}: input shape {list(dims)} holds {values:,} values; allowed: {LARGEST:,} at most"
+        )
+    if size and (height, width) != (size, size):
+        raise UserError(
+            f"{path}: input is {height}x{width}, its metadata says image_size {size}; export it again"
         )
     return (dims[0], channels, height, width)
 

@@ -41,7 +41,7 @@ def make(
     trt_build.check(name, options)
     start = time.perf_counter()
     proto = onnx_file.read(source)
-    entry = trt_build.Entry(*onnx_file.image_input(proto, source))
+    entry = trt_build.Entry(*onnx_file.classifier(proto, source))
     plan = plan or _named(source, engine.label(name, trt, options.hardware_compatible), precision)
     files.make_parent(plan)
     with tempfile.TemporaryDirectory() as folder:
