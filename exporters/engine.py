@@ -28,6 +28,15 @@ OLDEST = (
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 EXTRAS = {"tensorrt": "trt", "rtx": "trt-rtx"}
 AMPERE = 80  # SM
+KEYS: dict[str, type | tuple[type, ...]] = {  # of a sidecar, what is read of it
+    **dict.fromkeys(("backend", "version", "platform", "precision", "plan_sha256"), str),
+    **dict.fromkeys(("tf32", "version_compatible", "hardware_compatible"), bool),
+    **dict.fromkeys(("shapes", "input_shape"), list),
+    **dict.fromkeys(("onnx", "notes"), dict),
+    **dict.fromkeys(("optimization_level", "timing_cache"), (int, str, type(None))),
+    "size_mb": float,
+    "gpu": (dict, type(None)),
+}
 
 
 def backend(name: str) -> tuple[str, Any]:
@@ -107,7 +116,7 @@ def sidecar_of(plan: Path) -> Path:
 def read_sidecar(plan: Path) -> dict[str, Any]:
     """The sidecar, checked against the plan's bytes.
 
-    Raises UserError: plan or sidecar missing, or not made together.
+    Raises UserError: plan or sidecar missing, incomplete, or not made together.
     """
     again = "build it with `python -m exporters.trt`"
     if not plan.is_file():
@@ -117,6 +126,9 @@ def read_sidecar(plan: Path) -> dict[str, Any]:
             f"{plan}: {sidecar_of(plan).name} is missing: its maker is unknown; {again}"
         )
     sidecar = files.read_json(sidecar_of(plan), SCHEMA)
+    for key, kind in KEYS.items():
+        if not isinstance(sidecar.get(key), kind):
+            raise UserError(f"{sidecar_of(plan)}: {key} is {sidecar.get(key)!r}; {again}")
     if files.sha256(plan) != sidecar["plan_sha256"]:
         raise UserError(f"{plan}: not the plan of {sidecar_of(plan).name}; {again}")
     return sidecar

@@ -219,13 +219,18 @@ def parse_precisions(text: str, allowed: tuple[str, ...] = PRECISIONS) -> list[s
 def calibration_images(source: Path, folder: Path | None) -> tuple[Array, Array]:
     """A folder -> (images to calibrate on, images held out for the check), as the ONNX's notes prepare them.
 
-    Raises UserError: no folder given, fewer than 8 images.
+    Raises UserError: no folder given, fewer than 8 images, a network that answers NaN: its ranges have no scale.
     """
     if folder is None:
         raise UserError(NO_CALIBRATION)
-    x = inputs.from_folder(folder, OrtSession(source, 1), CALIBRATION)
+    session = OrtSession(source, 1)
+    x = inputs.from_folder(folder, session, CALIBRATION)
     if len(x) < 2 * HELD_OUT:
         raise UserError(f"--calib {folder}: holds {len(x)} images; int8 needs {2 * HELD_OUT}")
+    if not np.isfinite(session.run(x[: session.input_shape[0] or 1])).all():
+        raise UserError(
+            f"{source}: answers {folder} with NaN or infinity: int8 has no range for that"
+        )
     held = np.arange(len(x)) % HELD_OUT == HELD_OUT - 1
     return x[~held], x[held]
 

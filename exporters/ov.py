@@ -67,6 +67,9 @@ class OvSession:
         ov = _library()
         if not path.is_file() or not path.with_suffix(".bin").is_file():
             raise UserError(f"{path}: an IR is two files, .xml and .bin; one of them is missing")
+        with path.open("rb") as f:
+            if b"<net" not in f.read(4096):  # OpenVINO would try every other format it knows on it
+                raise UserError(f"{path}: no <net>; expected the .xml of an OpenVINO IR")
         options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
         if precision != "default":
             options["INFERENCE_PRECISION_HINT"] = "f32"
@@ -115,9 +118,8 @@ def _dims(port: Any, path: Path) -> list[int | None]:
 
 def _notes(model: Any) -> dict[str, str]:
     """The notes of `exporters.metadata` in rt_info; empty in an IR made by another tool."""
-    if not model.has_rt_info([NOTES]):
-        return {}
-    return {key: str(value) for key, value in model.get_rt_info([NOTES]).value.items()}
+    held = model.get_rt_info([NOTES]).value if model.has_rt_info([NOTES]) else {}
+    return {key: str(value) for key, value in held.items()} if isinstance(held, dict) else {}
 
 
 def _short(error: Exception) -> str:

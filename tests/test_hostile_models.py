@@ -153,6 +153,65 @@ def test_a_truncated_file_is_refused(
     assert outcome[0] == 2
 
 
+def ir(folder: Path) -> Path:
+    pytest.importorskip("openvino", reason="the openvino extra is not installed")
+    ov.convert(hostile.CASES["plain"](folder), folder / "net.xml")
+    return folder / "net.xml"
+
+
+IRS: dict[str, tuple[Callable[[str], bytes], str]] = {
+    **{
+        f"cut at {i}/8": (lambda t, i=i: t[: len(t) * i // 8].encode(), "refuses")
+        for i in range(1, 8)
+    },
+    "empty": (lambda t: b"", "no <net>"),
+    "binary": (lambda t: b"\xff\xfe\x00" * 99, "no <net>"),
+    "another document": (lambda t: b"<html></html>", "no <net>"),
+    "image_size text": (
+        lambda t: t.replace('size value="8"', 'size value="x"').encode(),
+        "got 'x'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IRS)
+def test_a_damaged_ir_is_refused_in_one_line(case: str, attempt: Attempt, tmp_path: Path) -> None:
+    path = ir(tmp_path)
+    change, said = IRS[case]
+    path.write_bytes(change(path.read_text()))
+    code, _, err = attempt("parity", path, tmp_path)
+    assert code == 2 and err.count("\n") == 1 and path.name in err and said in err, err
+
+
+def test_an_ir_whose_weights_are_cut_is_refused(attempt: Attempt, tmp_path: Path) -> None:
+    path = ir(tmp_path)
+    weights = path.with_suffix(".bin")
+    weights.write_bytes(weights.read_bytes()[:100])
+    code, _, err = attempt("parity", path, tmp_path)
+    assert code == 2 and err.count("\n") == 1 and "Incorrect weights" in err
+
+
+def test_an_ir_with_a_foreign_note_of_our_name_has_no_notes(tmp_path: Path) -> None:
+    path = ir(tmp_path)
+    text = re.sub(r"<cakd>.*?</cakd>", '<cakd value="x" />', path.read_text(), flags=re.DOTALL)
+    path.write_text(text)
+    assert ov.OvSession(path, 1, "fp32").metadata == {}
+
+
+@pytest.mark.parametrize("tool", ["ort", "ov", "trt"])
+def test_weights_that_are_not_finite_have_no_int8(
+    tool: str, digits: Path, attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, out = places(tmp_path)
+    module, argv = TOOLS[tool]
+    more = ["--precision", "int8", "--calib", digits]
+    monkeypatch.setitem(TOOLS, tool, (module, lambda p, o: [*argv(p, o), *more]))
+    path = hostile.CASES["nan weights"](home)
+    outcome = attempt(tool, path, out)
+    held_to_the_rule(outcome, path, out)
+    assert outcome[0] == 2 and "NaN or infinity: int8 has no range" in outcome[2]
+
+
 @pytest.mark.parametrize("tool", ["ort", "ort fp16", "ov"])
 def test_weights_that_are_not_finite_fail_the_gate(
     tool: str, attempt: Attempt, tmp_path: Path

@@ -384,6 +384,20 @@ def test_an_output_whose_shape_depends_on_the_data_is_refused(
         TrtSession(source.with_suffix(".plan")).run(images(1))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("version", None), ("shapes", 8), ("version_compatible", "yes"), ("gpu", 90)]
+)
+def test_a_sidecar_with_a_key_that_cannot_be_meant_is_refused(
+    key: str, value: Any, machine: Callable[..., Fake], source: Path
+) -> None:
+    machine()
+    made(source)
+    path = engine.sidecar_of(source.with_suffix(".plan"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UserError, match=rf"net\.plan\.json: {key} is {value!r}; build it with"):
+        engine.read_sidecar(source.with_suffix(".plan"))
+
+
 def test_a_plan_of_the_older_schema_is_refused(machine: Callable[..., Fake], source: Path) -> None:
     machine()
     made(source)
