@@ -1,7 +1,7 @@
 """A `tensorrt` and a `torch` of a machine with a GPU: they record what is asked and can be told to fail.
 
 `Fake(fails={"build"})` makes that call give None, False or -1, as TensorRT does; what it logs is `fails`' name.
-Engines are real files, `FAKE` and the number of classes; running one adds the image's mean to the class number.
+Engines are real files of four bytes; running one gives the image's mean plus the number of each of 4 classes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from exporters import cuda
 
 GPU = cuda.Device("A GPU", "90", "13.0")
 PLAN = b"FAKE"
+LARGEST = 8  # images an engine takes at once
 SUPPORTED = {"Conv", "Relu", "Gemm", "GlobalAveragePool", "Flatten", "ReduceMean", "Identity"}
 
 
@@ -199,7 +200,7 @@ class Context(Part):
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shape = tuple(shape)
-        return bool(self.fake.gives("input_shape", self._log, True, False))
+        return bool(self.fake.gives("input_shape", self._log, shape[0] <= LARGEST, False))
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return (self.shape[0], 4) if name == "logits" else (self.shape[0],)

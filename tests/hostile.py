@@ -159,9 +159,9 @@ def renamed(image: str, node: str) -> onnx.ModelProto:
     return model(body, taken=[value(image, SHAPE)])
 
 
-def custom() -> onnx.ModelProto:
+def custom(operator: str, name: str) -> onnx.ModelProto:
     body = nodes()
-    body[1] = helper.make_node("Frobnicate", ["c"], ["r"], "the_odd_one", domain="acme")
+    body[1] = helper.make_node(operator, ["c"], ["r"], name, domain="acme")
     return model(body, domains=["acme"])
 
 
@@ -234,7 +234,8 @@ CASES: dict[str, Callable[[Path], Path]] = {
     "free channels": of(taken=[value("image", ["n", "c", 8, 8])]),
     "twelve outputs": lambda f: save(twelve_outputs(), f),
     "two inputs": lambda f: save(two_inputs(), f),
-    "custom operator": lambda f: save(custom(), f),
+    "custom operator": lambda f: save(custom("Frobnicate", "the_odd_one"), f),
+    "custom operator with escapes": lambda f: save(custom("Frob\x1b[31m\nnicate", "\x07odd"), f),
     "external data": external("w.bin"),
     "external data in a folder": external("below/w.bin"),
     "external data missing": external("w.bin", present=False),

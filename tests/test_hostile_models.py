@@ -35,6 +35,7 @@ REFUSED = {  # case -> what every tool says of it
     "free channels": "is free beyond the batch",
     "two inputs": "inputs are image tensor\\(float\\), scale tensor\\(float\\); allowed: one",
     "custom operator": "acme:Frobnicate|1 of its nodes: Frobnicate the_odd_one",
+    "custom operator with escapes": "Frob\ufffd\\[31m nicate",
     "external data missing": "not regular file|does not exist",
     "external data above": "points outside|escapes model directory",
     "external data above, missing": "points outside|escapes model directory",
