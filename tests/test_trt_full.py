@@ -172,6 +172,7 @@ def test_a_folder_is_no_timing_cache(machine: Callable[..., Fake], source: Path)
         ("network", "makes no network: network went wrong"),
         ("config", "makes no configuration: config went wrong"),
         ("parse", "cannot parse it: parse went wrong"),
+        ("model", "cannot parse it: the model went wrong"),
         ("create_profile", "makes no profile for .*: create_profile went wrong"),
         (
             "add_profile",
