@@ -9,6 +9,7 @@ Full TensorRT builds on its GPU only; RTX builds on any machine and compiles for
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import tempfile
 import time
@@ -48,8 +49,6 @@ def make(
         graph = Path(folder) / source.name
         onnx_file.save(_at(proto, precision, calibration), graph)
         built = trt_build.build(trt, graph, entry, options)
-    with files.atomic(plan) as temporary:
-        temporary.write_bytes(built)
     batch, cache = entry.shape[0], options.timing_cache
     sidecar = {
         "schema": engine.SCHEMA,
@@ -70,7 +69,7 @@ def make(
             "sha256": files.sha256(source),
             "opset": onnx_file.opset(proto),
         },
-        "plan_sha256": files.sha256(plan),
+        "plan_sha256": hashlib.sha256(built).hexdigest(),
         "size_mb": len(built) / 1e6,
         "seconds": time.perf_counter() - start,
         "notes": {**onnx_file.notes(proto), "precision": precision},
@@ -78,7 +77,9 @@ def make(
             {"precision": precision, "backend": name, "shapes": list(options.shapes)}, onnx=source
         ),
     }
-    files.write_json(engine.sidecar_of(plan), sidecar)
+    with files.atomic(plan) as temporary:
+        temporary.write_bytes(built)
+        files.write_json(engine.sidecar_of(plan), sidecar)
     return plan, sidecar
 
 

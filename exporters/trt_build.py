@@ -146,6 +146,7 @@ def _load_timing(trt: Any, config: Any, path: Path, log: Any) -> None:
     """
     if path.exists() and not path.is_file():
         raise UserError(f"--timing-cache {path}: not a file; name a file")
+    files.make_parent(path)
     told = engine.sidecar_of(path)
     if path.exists() and told.exists():
         made, here = files.read_json(told, CACHE_SCHEMA), _timed_by(trt)

@@ -194,6 +194,28 @@ def test_each_call_that_gives_nothing_is_told_with_tensorrts_words_and_leaves_no
     assert [p.name for p in source.parent.iterdir()] == ["net.onnx"]
 
 
+def test_a_plan_whose_sidecar_cannot_be_written_is_not_there(
+    machine: Callable[..., Fake], source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    machine()
+    monkeypatch.setattr(trt.files, "write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        made(source)
+    assert [p.name for p in source.parent.iterdir()] == ["net.onnx"]
+
+
+def test_a_timing_cache_in_a_place_that_cannot_be_is_refused_before_the_build(
+    machine: Callable[..., Fake], source: Path
+) -> None:
+    fake = machine()
+    with pytest.raises(UserError, match="cannot create its folder"):
+        made(source, timing_cache=source / "below" / "t.cache")
+    assert fake.count("build") == 0
+
+
 def test_all_unsupported_operators_are_listed_with_their_nodes(
     machine: Callable[..., Fake], tmp_path: Path
 ) -> None:
