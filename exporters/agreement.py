@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exporters import inputs, metadata
 from exporters.session import Array, Session
@@ -15,6 +16,7 @@ from pipeline.errors import UserError
 
 BIT_EQUAL_DB = 200.0  # the SQNR of no difference at all: beyond float32, and still a number in JSON
 REACTS = 1e-6  # between-image std over the largest output below this: rounding, not an answer to the image
+ROUNDING = 1e-9  # of a difference of two accuracies
 IMAGES = 64
 
 
@@ -106,15 +108,48 @@ def row(
     """One row of parity.json: the session's outputs against a float32 reference's."""
     found = figures(reference, other)
     verdict, reason = judge(found, float(np.abs(reference).max()), coarsest(session), gates)
+    told = session.metadata.get("int8")
     return {
         "artifact": artefact.name,
         "runtime": session.runtime,
         "precision_effective": session.precision_effective,
+        **({"int8": told} if told else {}),
         **found,
         "images": len(reference),
         "verdict": verdict,
         "reason": reason,
     }
+
+
+def top1_drop(reference: Array, other: Array, labels: NDArray[np.int64]) -> float | None:
+    """Top-1 that `other` (N, K) loses on the labelled images, as a fraction; None where there is none."""
+    known = labels >= 0
+    if not known.any() or not np.isfinite(other).all():
+        return None
+    before, after = (float((y.argmax(axis=1) == labels)[known].mean()) for y in (reference, other))
+    return before - after
+
+
+def loses(drop: float | None, bound: float) -> bool:
+    """Whether a drop is over its bound."""
+    return drop is not None and drop > bound + ROUNDING
+
+
+def with_accuracy(
+    found: dict[str, Any],
+    reference: Array,
+    other: Array,
+    labels: NDArray[np.int64],
+    bound: float,
+) -> dict[str, Any]:
+    """A row of parity.json with what top-1 loses; over `bound` its PASS becomes FAIL."""
+    drop = top1_drop(reference, other, labels)
+    if drop is None:
+        return found
+    found = {**found, "top1_drop": drop}
+    if found["verdict"] == "PASS" and loses(drop, bound):
+        found |= {"verdict": "FAIL", "reason": f"top-1 falls by {drop:.3f}, gate {bound:g}"}
+    return found
 
 
 def skipped(artefact: str, precision: str, reason: str) -> dict[str, Any]:

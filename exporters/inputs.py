@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exporters import metadata
 from exporters.session import Array, Session
@@ -38,9 +38,15 @@ def _cosines(length: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
 
 
 def from_folder(folder: Path, session: Session, limit: int) -> Array:
-    """Up to `limit` images of a folder, prepared as the artefact's own notes say.
+    """Images of a folder as `labelled` gives them, without the labels."""
+    return labelled(folder, session, limit)[0]
 
-    An artefact without notes gets ImageNet's mean and std, and stdout says so.
+
+def labelled(folder: Path, session: Session, limit: int) -> tuple[Array, NDArray[np.int64]]:
+    """Up to `limit` images of a folder, prepared as the artefact's own notes say, and their labels, -1 unknown.
+
+    An image's label is the place of its folder's name among the classes of the notes. An artefact without notes
+    gets ImageNet's mean and std, and stdout says so.
     Raises UserError: no such folder, no image, an input that is not square.
     """
     if not folder.is_dir():
@@ -54,8 +60,10 @@ def from_folder(folder: Path, session: Session, limit: int) -> Array:
             )
         print("no preprocessing in the artefact's metadata: ImageNet's mean and std are assumed")
         notes = {"image_size": height, **IMAGENET}
-    pictures = list(islice(read_folder(folder, notes["image_size"], limit), limit))
-    return normalised(np.stack(pictures), notes)
+    pictures, names = zip(*read_folder(folder, notes["image_size"], limit))
+    places = {name: place for place, name in enumerate(metadata.classes(session.metadata))}
+    labels = np.array([places.get(name, -1) for name in names], dtype=np.int64)
+    return normalised(np.stack(pictures), notes), labels
 
 
 def shown(session: Session, count: int = 10) -> Array:

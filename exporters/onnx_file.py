@@ -98,6 +98,14 @@ def annotate(proto: onnx.ModelProto, notes: Mapping[str, str]) -> onnx.ModelProt
     return proto
 
 
+def annotated(proto: onnx.ModelProto, **more: str) -> onnx.ModelProto:
+    """`proto` with these notes beside its own."""
+    import onnx
+
+    onnx.helper.set_model_props(proto, {**notes(proto), **more})
+    return proto
+
+
 def notes(proto: onnx.ModelProto) -> dict[str, str]:
     """The flat notes of `exporters.metadata` it carries."""
     return {entry.key: entry.value for entry in proto.metadata_props}

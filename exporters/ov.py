@@ -1,8 +1,9 @@
 """ONNX -> OpenVINO IR, and OpenVINO as a session whose precision is asked for and read back.
 
 `python -m exporters.ov student.onnx [-o DIR] [--precision fp32,fp16,int8] [--calib DIR]`
-fp16 is how the weights are stored; what the CPU computes in is chosen when the IR is opened. Without a hint
-OpenVINO takes bfloat16 on CPUs that have it: twice as fast, and a different network by 2-6e-3.
+A precision that fails its gate is refused and not written. fp16 is how the weights are stored; what the CPU
+computes in is chosen when the IR is opened. Without a hint OpenVINO takes bfloat16 on CPUs that have it: twice as
+fast, and a different network by 2-6e-3.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from exporters import agreement, inputs, onnx_file, ort, quantize
+from exporters import agreement, inputs, onnx_file, ort
 from exporters.session import Array, Unavailable, checked_output, checked_shape
 from pipeline import cli, files
 from pipeline.errors import GateFailed, UserError
@@ -56,8 +57,13 @@ def convert(source: Path, out: Path, half: bool = False) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
         made = Path(folder) / out.name
         ov.save_model(model, made, compress_to_fp16=half)
-        made.with_suffix(".bin").replace(out.with_suffix(".bin"))
-        made.replace(out)
+        move(made, out)
+
+
+def move(made: Path, out: Path) -> None:
+    """Put a finished IR, two files, in its place: the weights first."""
+    made.with_suffix(".bin").replace(out.with_suffix(".bin"))
+    made.replace(out)
 
 
 class OvSession:
@@ -128,27 +134,34 @@ def _short(error: Exception) -> str:
     return (lines[-1] if lines else type(error).__name__)[:300]
 
 
-def make(source: Path, out: Path, precision: str, calib: Path | None) -> dict[str, Any]:
-    """fp32 ONNX -> IR at fp32, fp16 (weights) or int8 (from our QDQ ONNX); returns its parity row.
+def make(
+    source: Path, out: Path, precision: str, pictures: ort.Pictures | None, how: ort.Int8
+) -> dict[str, Any]:
+    """fp32 ONNX -> IR at fp32, fp16 (weights) or, by `pictures`, int8 (from our QDQ ONNX); returns its parity row.
 
     Opened with the f32 hint, so that the row judges the conversion and not the CPU's choice of precision.
+    Raises GateFailed, and leaves `out` as it was, where the verdict is FAIL.
     """
     _library()
     reference = ort.OrtSession(source, 1)
-    x = inputs.shown(reference)
+    x, labels = inputs.shown(reference), None
     files.make_parent(out)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
-        graph, made = source, Path(folder) / out.name
+        graph, draft = source, Path(folder) / out.name
         if precision == "int8":
-            shown, x = ort.calibration_images(source, calib)
+            assert pictures is not None
+            x, labels = pictures.held, pictures.labels
             graph = Path(folder) / source.name
-            onnx_file.save(quantize.to_int8(onnx_file.read(source), shown), graph)
-        convert(graph, made, half=precision == "fp16")
-        session = OvSession(made, 1, "fp32")
+            onnx_file.save(ort.to_int8(source, pictures, how, agreement.Gates()), graph)
+        convert(graph, draft, half=precision == "fp16")
+        session = OvSession(draft, 1, "fp32")
         a, b = inputs.run(reference, x), inputs.run(session, x)
         row = agreement.row(out, session, a, b, agreement.Gates())
-        made.with_suffix(".bin").replace(out.with_suffix(".bin"))
-        made.replace(out)
+        if labels is not None:
+            row = agreement.with_accuracy(row, a, b, labels, how.drop)
+        if row["verdict"] == "FAIL":
+            raise GateFailed(f"{out}: {row['reason']}; not written")
+        move(draft, out)
     return row
 
 
@@ -160,18 +173,24 @@ def main(args: argparse.Namespace) -> None:
     if "int8" in wanted and args.calib is None:
         raise UserError(ort.NO_CALIBRATION)
     out = (args.out or args.onnx.parent) / f"{args.onnx.stem}.xml"
+    how = ort.Int8(args.calibration, args.search_seconds)
+    pictures = ort.calibration_images(args.onnx, args.calib) if "int8" in wanted else None
     failed = []
     for precision in wanted:
         target = ort.beside(out, precision)
         start = time.perf_counter()
-        row = make(args.onnx, target, precision, args.calib)
+        try:
+            row = make(args.onnx, target, precision, pictures, how)
+        except GateFailed as error:
+            failed.append(str(error))
+            continue
         size = sum(p.stat().st_size for p in (target, target.with_suffix(".bin"))) / 1e6
         seconds = time.perf_counter() - start
+        made = f"{row['int8']}, " if "int8" in row else ""
         print(
             f"{target}: {size:.2f} MB in {seconds:.1f} s, computes in "
-            f"{row['precision_effective']}, {agreement.describe(row)}"
+            f"{row['precision_effective']}, {made}{agreement.describe(row)}"
         )
-        failed += [f"{target}: {row['reason']}"] if row["verdict"] == "FAIL" else []
     if failed:
         raise GateFailed("; ".join(failed))
 
@@ -182,9 +201,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("onnx", type=Path, help="an fp32 .onnx file, ours or anyone's")
     p.add_argument("-o", "--out", type=Path, help="folder of the IR; beside the ONNX if not given")
     p.add_argument("--precision", default="fp32", help="of fp32,fp16,int8")
-    p.add_argument(
-        "--calib", type=Path, help="images to calibrate int8 on: a folder or a prepared one"
-    )
+    ort.add_int8(p)
     return p
 
 

@@ -7,7 +7,7 @@ both and a float bias; it refuses ONNX Runtime's default, and x86 runs s8 activa
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from exporters.session import Array
 if TYPE_CHECKING:
     import onnx
 
+METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 PER_CHANNEL_OPSET = 13  # the first whose QuantizeLinear takes an axis
 FOLDED_OPSET = 17
 
@@ -35,30 +37,94 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     return _noted(half, model, "fp16")
 
 
-def to_int8(model: onnx.ModelProto, x: Array, symmetric: bool = False) -> onnx.ModelProto:
-    """Explicit QDQ with ranges (min, max) calibrated on x (N, 3, S, S); `symmetric` for TensorRT."""
-    from onnxruntime import quantization as q
+def to_int8(
+    model: onnx.ModelProto, x: Array, symmetric: bool = False, method: str = "minmax"
+) -> onnx.ModelProto:
+    """Explicit QDQ of every node that has one, ranges from x (N, 3, S, S); `symmetric` for TensorRT."""
+    with Calibrated(model, x, symmetric, method) as calibrated:
+        return calibrated.quantized()
 
-    kind = q.QuantType.QInt8 if symmetric else q.QuantType.QUInt8
-    options = {
-        "ActivationSymmetric": symmetric,
-        "WeightSymmetric": True,
-        "QuantizeBias": not symmetric,
-    }
-    folded = fold(model)
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        path = Path(folder) / "int8.onnx"
-        q.quantize_static(
-            folded,
-            path,
-            _feed(folded, x),
-            per_channel=True,
-            activation_type=kind,
-            weight_type=q.QuantType.QInt8,
-            op_types_to_quantize=_quantizable(),
-            extra_options=options,
-        )
-        return _noted(onnx_file.read(path), model, "int8")
+
+class Calibrated:
+    """A network with the ranges its activations took, quantized as often as asked without running it again."""
+
+    def __init__(
+        self, model: onnx.ModelProto, x: Array, symmetric: bool = False, method: str = "minmax"
+    ) -> None:
+        self.source, self.symmetric = model, symmetric
+        self.folded = _named(fold(model))
+        self.groups = groups(self.folded)
+        self._x, self._method = x, METHODS[method]
+        self._folder = tempfile.TemporaryDirectory()
+
+    def __enter__(self) -> Calibrated:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def quantized(self, floating: Sequence[str] = ()) -> onnx.ModelProto:
+        """The network in int8 but for the groups named `floating`."""
+        from onnxruntime import quantization as q
+
+        kind = q.QuantType.QInt8 if self.symmetric else q.QuantType.QUInt8
+        options = {
+            "ActivationSymmetric": self.symmetric,
+            "WeightSymmetric": True,
+            "QuantizeBias": not self.symmetric,
+        }
+        left = [node for group in floating for node in self.groups[group]]
+        left += _by_constants(self.folded) if self.symmetric else []
+        path = Path(self._folder.name) / "int8.onnx"
+        given = type(self.folded)()
+        given.CopyFrom(
+            self.folded
+        )  # the quantizer moves its weights into files that are gone afterwards
+        with quiet():
+            q.quantize_static(
+                given,
+                path,
+                _feed(self.folded, self._x),
+                per_channel=True,
+                activation_type=kind,
+                weight_type=q.QuantType.QInt8,
+                op_types_to_quantize=_quantizable(),
+                nodes_to_exclude=left,
+                calibrate_method=q.CalibrationMethod[self._method],
+                calibration_cache_path=Path(self._folder.name) / "ranges.json",
+                extra_options=options,
+            )
+        return _noted(onnx_file.read(path), self.source, "int8")
+
+
+def groups(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """Each convolution or product with the nodes that follow it until the next: group's name -> nodes' names.
+
+    A node with several ancestors belongs to the last of them in graph order; what comes before all to the first.
+    """
+    found: dict[str, list[str]] = {}
+    order: list[str] = []
+    owner: dict[str, int] = {}  # tensor -> place of its group in `order`
+    for node in model.graph.node:
+        if node.op_type in PRODUCTS:
+            order.append(node.name)
+        if not order:
+            continue
+        own = node.op_type in PRODUCTS
+        place = len(order) - 1 if own else max((owner.get(t, 0) for t in node.input), default=0)
+        found.setdefault(order[place], []).append(node.name)
+        owner |= dict.fromkeys(node.output, place)
+    return found
+
+
+def _named(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Every node with a name of its own: what leaves a node out goes by names."""
+    seen: set[str] = set()
+    for place, node in enumerate(model.graph.node):
+        if not node.name or node.name in seen:
+            node.name = f"{node.name or node.op_type}, number {place}"
+        seen.add(node.name)
+    return model
 
 
 def fold(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -95,6 +161,13 @@ def _without_weights_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
+def _by_constants(model: onnx.ModelProto) -> list[str]:
+    """Names of element-wise nodes that read a constant (GELU's `x * 0.5`): TensorRT refuses it in int8."""
+    held = {weight.name for weight in model.graph.initializer}
+    kinds = ("Add", "Mul", "Sub", "Div")
+    return [n.name for n in model.graph.node if n.op_type in kinds and held & set(n.input)]
+
+
 def _quantizable() -> list[str]:
     """What ONNX Runtime quantizes, but Softmax (8 bits cannot hold probabilities over many classes)
 
@@ -128,8 +201,4 @@ def _feed(model: onnx.ModelProto, x: Array) -> Any:
 
 def _noted(made: onnx.ModelProto, source: onnx.ModelProto, precision: str) -> onnx.ModelProto:
     """`made` with the notes of its source and its own precision."""
-    import onnx
-
-    notes = {entry.key: entry.value for entry in source.metadata_props}
-    onnx.helper.set_model_props(made, {**notes, "precision": precision})
-    return made
+    return onnx_file.annotated(made, **{**onnx_file.notes(source), "precision": precision})

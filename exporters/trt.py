@@ -116,11 +116,11 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"-o {args.out}: one name for {len(wanted)} precisions; leave it out")
     calibration = None
     if "int8" in wanted:
-        calibration, _ = ort.calibration_images(args.onnx, args.calib)
+        calibration = ort.calibration_images(args.onnx, args.calib).shown
     failed = []
     for precision in wanted:
         plan, sidecar = make(args.onnx, args.out, precision, name, options, calibration)
-        told, verdict = _ran(args.onnx, plan, False if args.no_cuda_graph else None)
+        told, verdict = ran(args.onnx, plan, False if args.no_cuda_graph else None)
         print(
             f"{plan}: {sidecar['size_mb']:.2f} MB in {sidecar['seconds']:.1f} s, {sidecar['backend']} "
             f"{sidecar['version']}, {', '.join(_traits(sidecar))}, {told}"
@@ -144,7 +144,7 @@ def _traits(sidecar: dict[str, Any]) -> list[str]:
     return [part for part in told if part]
 
 
-def _ran(source: Path, plan: Path, cuda_graph: bool | None) -> tuple[str, str]:
+def ran(source: Path, plan: Path, cuda_graph: bool | None = None) -> tuple[str, str]:
     """The parity of a plan with its ONNX, told in a line, and the verdict."""
     try:
         session = TrtSession(plan, cuda_graph)

@@ -7,7 +7,7 @@ that the same pictures give the same bytes from whatever container they came; `s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,18 +101,25 @@ def normalised(images: NDArray[np.uint8], preprocess: dict[str, Any]) -> NDArray
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
 
 
-def read_folder(folder: Path, size: int, limit: int | None = None) -> Iterable[NDArray[np.uint8]]:
-    """The images of any folder (or of a prepared one, its val split) as (size, size, 3) uint8, in name order.
+def read_folder(
+    folder: Path, size: int, limit: int
+) -> Iterator[tuple[NDArray[np.uint8], str | None]]:
+    """At most `limit` images of any folder, evenly spaced in name order, and their classes.
 
-    Raises UserError: no image there, a broken one.
+    Each (size, size, 3) uint8 with the name of the folder it lies in, None directly in `folder`; of a prepared
+    folder the val split. Raises UserError: no image there, a broken one.
     """
     if (folder / "index.json").is_file():
         prepared = Prepared.open(folder)
-        for row in prepared.rows("val")[:limit]:
-            yield square_rgb(Image.fromarray(prepared.images[row]), size)
+        for row in spread(prepared.rows("val"), limit):
+            label = int(prepared.labels[row])
+            name = None if label == UNLABELLED else prepared.classes[label]
+            yield square_rgb(Image.fromarray(prepared.images[row]), size), name
         return
     found = image_files(folder)
     if not found:
         raise UserError(f"{folder}: no images found; allowed: {', '.join(sorted(SUFFIXES))}")
-    for path in found[:limit]:
-        yield square_pixels(partial(decode, path), str(path), size)
+    for place in spread(np.arange(len(found)), limit):
+        path = found[place]
+        name = path.parent.name if path.parent != folder else None
+        yield square_pixels(partial(decode, path), str(path), size), name

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from benchmarks import containers, methods, store
+from benchmarks import containers, exporters, methods, store
 
 
 def test_the_containers_give_back_the_same_records(monkeypatch, tmp_path):
@@ -76,3 +76,23 @@ def test_a_finished_run_is_read_and_not_repeated(
     monkeypatch.setattr(methods.training, "distill", None)
     assert bench.run(QUICK, "plain", 3) == first
     assert 0 < first["clean"] <= 1 and first["step_ms"] > 0
+
+
+def test_a_student_goes_through_every_exporter_and_a_refusal_is_a_row(monkeypatch, tmp_path):
+    monkeypatch.setattr(exporters, "STUDENTS", {"test_resnet": {"output_stride": 8}})
+    monkeypatch.setattr(exporters.trt, "make", refuse)
+    line = f"--size 32 --search-seconds 0 --out {tmp_path}/out"
+    args = exporters.parser().parse_args(line.split())
+    args.students = ["test_resnet"]
+    exporters.main(args)
+    rows = json.loads((tmp_path / "out.json").read_text())["students"]["test_resnet"]
+    assert set(rows) == {f"{r} {p}" for r in ("ort", "ov", "rtx") for p in ("fp32", "fp16", "int8")}
+    assert rows["ort fp16"]["verdict"] == "PASS" and rows["ov fp32"]["size_mb"] > 0
+    assert rows["ort int8"]["verdict"] in ("PASS", "refused")
+    assert rows["rtx fp32"] == {"verdict": "unavailable", "reason": "x.plan: no TensorRT"}
+    text = (tmp_path / "out.md").read_text()
+    assert "| test_resnet | fp16 | PASS" in text and "unavailable: no TensorRT" in text
+
+
+def refuse(*_, **__):
+    raise exporters.Unavailable("x.plan: no TensorRT")

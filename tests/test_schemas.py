@@ -14,7 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
-from exporters import bench, measure
+from exporters import bench, bundle, measure
 from pipeline import latency
 from pipeline.errors import GateFailed
 from stages import build, device
@@ -82,6 +82,13 @@ CONTRACT = {
     "edge.json": {"": FILE},
     "build/build.json": {"": FILE},
     "export.json": {"": FILE},
+    "bundle/manifest.json": {
+        "": "schema name input classes models left_out parity commands files provenance",
+        "models.0": "file precision runtimes parity",
+        "models.0.parity": PARITY,
+        "left_out.0": "precision runtimes reason",
+        "provenance": "network calibration",
+    },
     "manifest.json": {
         "": "schema provenance bytes_per_view views records dtype layout fingerprint error",
         "error": "q k v h logits",
@@ -113,6 +120,13 @@ WRONG = {  # file -> (where, a value that must be refused)
     ],
     "edge.json": [("verdict.status", "FAIL"), ("budgets.0.value", None), ("models.cakd.points", 1)],
     "build/build.json": [("models.student.artefact", None), ("models.student.status", "skipped")],
+    "bundle/manifest.json": [
+        ("models", []),
+        ("models.0.runtimes.0", "tflite"),
+        ("left_out.0.reason", None),
+        ("files", {}),
+        ("input.shape", [None, 3, 32]),
+    ],
     "manifest.json": [("mode", "off"), ("shards", []), ("fingerprint.teacher", "vit")],
     "teacher.json": [("role", "pupil"), ("preprocess.mean", [0.5]), ("weights_sha256", "")],
 }
@@ -146,9 +160,12 @@ def made(
     student = exported / "student.onnx"
     run_bench(student, "--threads", "1,4096", "--json", folder / "bench.json")
     run_bench(student, "--self-test", "--json", folder / "against.json")
+    edge = tmp_path_factory.mktemp("edge")
+    bundle.make(student, edge, None, None)
     committed = {path.relative_to(ROOT / "reports").as_posix(): path for path in REPORTS}
     fresh = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.json")}
     beside = {
+        "bundle/manifest.json": edge / "manifest.json",
         "manifest.json": features / "manifest.json",
         "teacher.json": teacher_path.with_suffix(".json"),
         "export.json": exported / "export.json",

@@ -1,0 +1,162 @@
+"""Students of several CNN families through every exporter: `python -m benchmarks.exporters`. A table and its JSON.
+
+The weights are random, batch norms calibrated on smooth images so that the networks react to their input.
+Images to calibrate int8 on and to judge by come from `--calib`, or are smooth ones. Every artefact is held against
+its ONNX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks import record
+from exporters import inputs, ort, ov, trt
+from exporters.session import Unavailable
+from pipeline import cli, files, models
+from pipeline.errors import GateFailed, UserError
+
+SCHEMA = "cakd.benchmark.exporters/1"
+STUDENTS: dict[str, dict[str, Any]] = {
+    "resnet18": {},
+    "mobilenetv3_small_100": {},
+    "mobilenetv4_conv_small": {},
+    "efficientnet_lite0": {},
+    "repvgg_a0": {},
+    "convnext_atto": {"ls_init_value": 1.0},  # timm's 1e-6 would answer every image alike
+}
+RUNTIMES = ("ort", "ov", "rtx")
+
+
+def checkpoint(name: str, kwargs: dict[str, Any], size: int, path: Path) -> None:
+    """A student of random weights that reacts to its input: four passes set the statistics of its batch norms."""
+    torch.manual_seed(0)
+    model = models.create(name, kwargs, 10)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.momentum = None
+    with torch.no_grad():
+        for seed in range(4):
+            model.train()(torch.from_numpy(inputs.smooth(16, size, size, seed)))
+    description = {
+        "model": name,
+        "kwargs": kwargs,
+        "num_classes": 10,
+        "classes": [f"class {i}" for i in range(10)],
+        "preprocess": models.preprocessing(model, size),
+        "role": "student",
+    }
+    models.save(path, model, description)
+
+
+def timed(make: Callable[[], dict[str, Any]], *artefacts: Path) -> dict[str, Any]:
+    """The row of `make()` with size in MB and seconds; a refusal is a row with its reason."""
+    start = time.perf_counter()
+    try:
+        row = make()
+    except (GateFailed, UserError) as error:
+        verdict = "unavailable" if isinstance(error, Unavailable) else "refused"
+        return {"verdict": verdict, "reason": str(error)}
+    size = sum(path.stat().st_size for path in artefacts) / 1e6
+    return {**row, "size_mb": size, "seconds": time.perf_counter() - start}
+
+
+def through(name: str, folder: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """One student through all exporters: `ort fp32`, ... -> its row."""
+    source, path = folder / f"{name}.onnx", folder / f"{name}.safetensors"
+    checkpoint(name, STUDENTS[name], args.size, path)
+    found = {"ort fp32": timed(partial(ort.export, path, source), source)}
+    pictures = chosen(source, args)
+    how = ort.Int8(search_s=args.search_seconds)
+    for precision in ort.PRECISIONS:
+        out = ort.beside(source, precision)
+        if precision != "fp32":
+            made = partial(ort.convert, source, out, precision, pictures, how)
+            found[f"ort {precision}"] = timed(made, out)
+        ir = out.with_suffix(".xml")
+        made = partial(ov.make, source, ir, precision, pictures, how)
+        found[f"ov {precision}"] = timed(made, ir, ir.with_suffix(".bin"))
+        plan = out.with_suffix(".plan")
+        made = partial(engine, source, plan, precision, pictures)
+        found[f"rtx {precision}"] = timed(made, plan)
+    return found
+
+
+def engine(source: Path, plan: Path, precision: str, pictures: ort.Pictures) -> dict[str, Any]:
+    """A TensorRT-RTX engine: built, and run where there is a GPU."""
+    trt.make(source, plan, precision, "rtx", calibration=pictures.shown)
+    told, verdict = trt.ran(source, plan)
+    return {"verdict": "built" if verdict == "skipped" else verdict, "reason": told}
+
+
+def chosen(source: Path, args: argparse.Namespace) -> ort.Pictures:
+    """Images to calibrate on and to judge by, without labels: the weights are random."""
+    if args.calib:
+        found = ort.calibration_images(source, args.calib)
+        return ort.Pictures(found.shown, found.held, np.full(len(found.held), -1))
+    x = inputs.smooth(128, args.size, args.size, seed=9)
+    return ort.Pictures(x[::2], x[1::2], np.full(64, -1))
+
+
+def cell(row: dict[str, Any]) -> str:
+    """One row as a cell: the gate's figure, what stays in float, MB and seconds."""
+    if "size_mb" not in row:
+        return f"{row['verdict']}: {row['reason'].split(': ', 1)[-1]}"
+    size = f"{row['size_mb']:.1f} MB, {row['seconds']:.0f} s"
+    if "max_abs" not in row:
+        return f"{row['verdict']}, {size}"
+    fp32 = row["precision_effective"] == "fp32" and row["sqnr_centered_db"] > 100
+    figure = f"{row['rel_between_std']:.0e}" if fp32 else f"{row['sqnr_centered_db']:.0f} dB"
+    part = f", {row['int8'].split(' after')[0]}" if "left" in row.get("int8", "") else ""
+    return f"{row['verdict']} {figure}{part}, {size}"
+
+
+def table(found: dict[str, Any]) -> str:
+    """The Markdown table: a student and precision a line, a runtime a column."""
+    lines = ["| student | precision | " + " | ".join(RUNTIMES) + " |", "|---|---|---|---|---|"]
+    for name, rows in found["students"].items():
+        for precision in ort.PRECISIONS:
+            cells = " | ".join(cell(rows[f"{runtime} {precision}"]) for runtime in RUNTIMES)
+            lines.append(f"| {name} | {precision} | {cells} |")
+    lines += ["", "fp32: largest difference over the between-image deviation; else centred SQNR."]
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, print, write `<out>.json` and `<out>.md`."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = {"students": {name: through(name, Path(folder), args) for name in args.students}}
+    shown = table(found)
+    print(shown)
+    if args.out is None:
+        return
+    asked = {k: v for k, v in vars(args).items() if k not in ("out", "calib")}
+    options = f"--students {' '.join(args.students)} --size {args.size}"
+    calib = " --calib DIR" if args.calib else ""
+    command = (
+        f"python -m benchmarks.exporters {options}{calib} --search-seconds {args.search_seconds:g}"
+    )
+    record.write(args.out, SCHEMA, found, files.provenance(asked), command, shown)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="benchmarks.exporters", description=__doc__)
+    made.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
+    made.add_argument("--size", type=int, default=224)
+    made.add_argument("--calib", type=Path, help="images to calibrate int8 on and to judge by")
+    made.add_argument("--search-seconds", type=float, default=60.0)
+    made.add_argument("--out", type=Path, help="where to write, without suffix")
+    return made
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

@@ -1,0 +1,328 @@
+"""ONNX -> the edge bundle: models, labels, preprocessing, parity inputs, runner and manifest, a folder or a .tar.
+
+`python -m exporters.bundle student.onnx OUT|OUT.tar [--calib DIR] [--images DIR]`
+The runner is `exporters/device/`, copied file by file: on the device `python -m bundle.run --verify`
+needs NumPy and one runtime, neither this repository nor torch (docs/bundle.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from exporters import agreement, inputs, metadata, onnx_file, ort, quantize
+from exporters.device import contents, picture
+from exporters.ort import OrtSession
+from exporters.session import Array
+from pipeline import cli, files
+from pipeline.data import spread
+from pipeline.errors import GateFailed, UserError
+
+if TYPE_CHECKING:
+    import onnx
+
+RUNNER = Path(__file__).parent / "device"
+PACKAGE = "bundle"  # the runner's name on the device
+PARITY_INPUTS = 16
+ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
+MADE_ON_DEVICE = (
+    "cache",
+    "__pycache__",
+)  # the only folders a new bundle may take away with the old
+NO_CALIB = "not made: no --calib was given, a folder of images like those to come"
+COMMANDS = {
+    "verify": f"python -m {PACKAGE}.run --verify",
+    "bench": f"python -m {PACKAGE}.run --bench --seconds 10",
+    "image": f"python -m {PACKAGE}.run --image x.jpg",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One ONNX file that a bundle may hold, and the runtimes it is for."""
+
+    file: str
+    precision: str
+    runtimes: tuple[str, ...]
+
+
+VARIANTS = (
+    Variant("model-fp32.onnx", "fp32", contents.RUNTIMES),
+    Variant("model-fp16.onnx", "fp16", contents.RUNTIMES),
+    Variant("model-int8-cpu.onnx", "int8", ("ort", "ov")),
+    Variant("model-int8-trt.onnx", "int8", ("trt",)),
+)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """x (N, 3, H, W): the parity inputs; calibration: what int8 is calibrated on, none of x among it, or None."""
+
+    x: Array
+    source: str
+    calibration: Array | None
+
+
+def pictures(
+    source: Path, session: OrtSession, calib: Path | None, images: Path | None
+) -> Pictures:
+    """The parity inputs: of --images, else of the images of --calib held out from calibration, else smooth ones.
+
+    16, rounded up to the network's own batch, evenly spaced over the first 256 of a folder; fewer where it holds
+    fewer. Raises UserError: not a folder of images, too few of them.
+    """
+    batch = session.input_shape[0] or 1
+    count = math.ceil(PARITY_INPUTS / batch) * batch
+    calibration = None
+    pool, told = inputs.smooth(count, *session.input_shape[2:]), "seeded smooth images"
+    if calib is not None:
+        calibration, pool = ort.calibration_images(source, calib)
+        told = "images of --calib held out from calibration"
+    if images is not None:
+        pool, told = inputs.from_folder(images, session, ort.CALIBRATION), "images of --images"
+    if calibration is not None and len(calibration) < batch:
+        raise UserError(
+            f"--calib {calib}: gives {len(calibration)} images to calibrate on; the network takes {batch}"
+        )
+    usable = len(pool) // batch * batch
+    if usable < 2:
+        raise UserError(
+            f"{images or calib}: gives {len(pool)} images for parity; at least {max(2, batch)} are needed"
+        )
+    rows = spread(np.arange(usable), count)
+    return Pictures(np.ascontiguousarray(pool[rows]), told, calibration)
+
+
+def checked(source: Path, session: OrtSession) -> None:
+    """The network is one the runner can run. Raises UserError: not RGB, notes of another network."""
+    shape = session.input_shape
+    if shape[1] != 3:
+        raise UserError(f"{source}: the input has {shape[1]} channels; allowed: 3, an RGB picture")
+    notes = metadata.preprocessing(session.metadata)
+    if notes is None:
+        return
+    size = notes["image_size"]
+    if shape[2:] != (size, size):
+        raise UserError(
+            f"{source}: input is {shape[2]}x{shape[3]}, its notes say {size}; export it again"
+        )
+    if (notes["interpolation"], notes["crop"]) != ("bicubic", picture.CROP):
+        raise UserError(
+            f"{source}: preprocessing {notes['interpolation']!r}, {notes['crop']!r}; the runner does "
+            f"'bicubic', {picture.CROP!r} only"
+        )
+
+
+def make(source: Path, folder: Path, calib: Path | None, images: Path | None) -> dict[str, Any]:
+    """fp32 ONNX -> the bundle's files in the empty `folder`; returns its manifest.
+
+    Raises UserError: not an image classifier this runner can run; GateFailed: its outputs are not finite.
+    """
+    proto, session = onnx_file.read(source), OrtSession(source, 1)
+    checked(source, session)
+    shown = pictures(source, session, calib, images)
+    logits = inputs.run(session, shown.x)
+    names = metadata.classes(session.metadata)
+    if logits.ndim != 2 or (names and len(names) != logits.shape[1]):
+        raise UserError(
+            f"{source}: logits are {logits.shape} with {len(names)} class names; allowed: (N, classes)"
+        )
+    models, left_out = [], []
+    for variant in VARIANTS:
+        row = add(variant, proto, folder, shown, logits)
+        entry = {"precision": variant.precision, "runtimes": list(variant.runtimes)}
+        if row["verdict"] == "FAIL":
+            left_out.append({**entry, "reason": row["reason"]})
+        else:
+            models.append({"file": variant.file, **entry, "parity": row})
+    if not any(m["precision"] == "fp32" for m in models):
+        raise GateFailed(f"{source}: fp32: {left_out[0]['reason']}; nothing was written")
+    np.save(folder / contents.INPUTS, shown.x)
+    np.save(folder / contents.LOGITS, logits)
+    _write_notes(folder, names, metadata.preprocessing(session.metadata))
+    _copy_runner(folder)
+    manifest = {
+        "schema": contents.SCHEMA,
+        "name": source.stem,
+        "input": {"shape": list(session.input_shape), "type": "float32"},
+        "classes": logits.shape[1],
+        "models": models,
+        "left_out": left_out,
+        "parity": {"inputs": len(shown.x), "source": shown.source},
+        "commands": COMMANDS,
+        "files": listed(folder),
+        "provenance": provenance(source, proto, shown),
+    }
+    files.write_json(folder / contents.MANIFEST, manifest)
+    return manifest
+
+
+def add(
+    variant: Variant, proto: onnx.ModelProto, folder: Path, shown: Pictures, logits: Array
+) -> dict[str, Any]:
+    """Write one variant and judge it on the parity inputs; returns its row. What fails is not left in `folder`."""
+    path = folder / variant.file
+    try:
+        onnx_file.save(convert(variant, proto, shown.calibration), path)
+        session = OrtSession(path, 1)
+        got = inputs.run(session, shown.x)
+        row = agreement.row(path, session, logits, got, agreement.Gates())
+    except UserError as error:
+        reason = str(error).replace(str(path), variant.file)
+        row = agreement.skipped(variant.file, variant.precision, reason) | {"verdict": "FAIL"}
+    if row["verdict"] == "FAIL":
+        path.unlink(missing_ok=True)
+    return row
+
+
+def convert(variant: Variant, proto: onnx.ModelProto, calibration: Array | None) -> onnx.ModelProto:
+    """The fp32 network as that variant. Raises UserError: int8 without images to calibrate on."""
+    if variant.precision == "fp16":
+        return quantize.to_fp16(proto)
+    if variant.precision == "int8":
+        if calibration is None:
+            raise UserError(NO_CALIB)
+        return quantize.to_int8(proto, calibration, symmetric=variant.runtimes == ("trt",))
+    return proto
+
+
+def _write_notes(folder: Path, names: list[str], notes: dict[str, Any] | None) -> None:
+    """labels.txt and preprocessing.json, where the network carries them."""
+    if names:
+        text = "".join(f"{name}\n" for name in names)
+        (folder / contents.LABELS).write_text(text, encoding="utf-8")
+    if notes:
+        text = json.dumps(notes, indent=1) + "\n"
+        (folder / contents.PREPROCESSING).write_text(text, encoding="utf-8")
+
+
+def _copy_runner(folder: Path) -> None:
+    (folder / PACKAGE).mkdir()
+    for path in sorted(RUNNER.glob("*.py")):
+        shutil.copyfile(path, folder / PACKAGE / path.name)
+    shutil.copyfile(RUNNER / "README.md", folder / "README.md")
+
+
+def listed(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every file below `folder` by its path: bytes and SHA-256."""
+    return {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": files.sha256(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def provenance(source: Path, proto: onnx.ModelProto, shown: Pictures) -> dict[str, Any]:
+    """Inputs by hash, versions, what the network says of itself; no clock time, no path."""
+    notes = onnx_file.notes(proto)
+    kept = ("model", "role", "method", "weights_sha256", "torch", "timm")
+    calibration = shown.calibration
+    return {
+        **files.provenance({"parity_inputs": PARITY_INPUTS}, onnx=source),
+        "versions": files.versions(("numpy", "onnx", "onnxruntime")),
+        "network": {"opset": onnx_file.opset(proto), "ir": proto.ir_version}
+        | {key: notes[key] for key in kept if key in notes},
+        "calibration": None
+        if calibration is None
+        else {
+            "images": len(calibration),
+            "sha256": hashlib.sha256(calibration.tobytes()).hexdigest(),
+        },
+    }
+
+
+def pack(folder: Path, out: Path, root: str) -> None:
+    """Every file of `folder` below `root` into an uncompressed tar: sorted, time 0, owner 0, mode 644."""
+    with tarfile.open(out, "w", format=tarfile.PAX_FORMAT) as archive:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            entry = tarfile.TarInfo(f"{root}/{path.relative_to(folder).as_posix()}")
+            entry.size, entry.mode = path.stat().st_size, 0o644
+            with path.open("rb") as file:
+                archive.addfile(entry, file)
+
+
+def check_out(out: Path) -> None:
+    """`out` may be written. Raises UserError: another kind of archive, or something there that is no bundle."""
+    if out.suffix in ARCHIVES:
+        raise UserError(
+            f"{out}: suffix is {out.suffix!r}; allowed: a folder, or a name ending in .tar"
+        )
+    if out.suffix == ".tar":
+        if out.is_dir():
+            raise UserError(f"{out}: is a folder; give another name for the .tar")
+        return
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give a folder, or a name ending in .tar")
+    if out.is_dir() and (foreign := _foreign(out)):
+        raise UserError(f"{out}: holds {foreign}, which no bundle put there; give a new folder")
+
+
+def _foreign(folder: Path) -> str | None:
+    """A file in `folder` that is neither of a bundle there nor made by running it."""
+    known: set[str] = set()
+    manifest = folder / contents.MANIFEST
+    if manifest.is_file():
+        try:
+            known = {contents.MANIFEST, *files.read_json(manifest, contents.SCHEMA)["files"]}
+        except (UserError, KeyError, TypeError):
+            return contents.MANIFEST
+    for path in sorted(p for p in folder.rglob("*") if not p.is_dir()):
+        name = path.relative_to(folder)
+        if name.as_posix() not in known and not set(name.parts) & set(MADE_ON_DEVICE):
+            return name.as_posix()
+    return None
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the bundle whole or not at all; one line a model, one for what was left out, one for the bundle."""
+    check_out(args.out)
+    if args.out.suffix == ".tar":
+        with tempfile.TemporaryDirectory() as folder, files.atomic(args.out) as temporary:
+            manifest = make(args.onnx, Path(folder), args.calib, args.images)
+            pack(Path(folder), temporary, args.out.stem)
+        size = args.out.stat().st_size
+    else:
+        with files.atomic_dir(args.out) as temporary:
+            manifest = make(args.onnx, temporary, args.calib, args.images)
+        size = sum(entry["bytes"] for entry in manifest["files"].values())
+    for model in manifest["models"]:
+        mb = manifest["files"][model["file"]]["bytes"] / 1e6
+        told = agreement.describe(model["parity"])
+        print(f"{model['file']}: {mb:.2f} MB, for {', '.join(model['runtimes'])}, {told}")
+    for entry in manifest["left_out"]:
+        print(
+            f"left out: {entry['precision']} for {', '.join(entry['runtimes'])}: {entry['reason']}"
+        )
+    print(
+        f"{args.out}: {size / 1e6:.2f} MB, {len(manifest['files'])} files, parity on "
+        f"{manifest['parity']['inputs']} {manifest['parity']['source']}; there: {COMMANDS['verify']}"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="exporters.bundle", description=__doc__)
+    p.add_argument("onnx", type=Path, help="an fp32 .onnx file, ours or anyone's")
+    p.add_argument("out", type=Path, help="a folder, or a name ending in .tar")
+    p.add_argument(
+        "--calib", type=Path, help="images to calibrate int8 on: a folder or a prepared one"
+    )
+    p.add_argument("--images", type=Path, help="images for the parity inputs, none of --calib")
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

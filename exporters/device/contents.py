@@ -1,0 +1,221 @@
+"""An unpacked bundle: its manifest read strictly, every file it lists compared with its SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import UserError, one_line
+
+SCHEMA = "cakd.bundle/1"
+MANIFEST = "manifest.json"
+INPUTS, LOGITS = "parity-inputs.npy", "parity-logits.npy"
+LABELS, PREPROCESSING = "labels.txt", "preprocessing.json"
+PRECISIONS = ("fp32", "fp16", "int8")
+RUNTIMES = ("ort", "ov", "trt")
+AGAIN = "copy the bundle again"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One ONNX file: its precision, and the runtimes it is made for."""
+
+    file: str
+    precision: str
+    runtimes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A precision that is not in the bundle, for these runtimes, and why."""
+
+    precision: str
+    runtimes: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The folder, opened. `input_shape` is (B, 3, H, W); B is None where the batch is free."""
+
+    root: Path
+    name: str
+    sha256: str  # of the manifest
+    input_shape: tuple[int | None, int, int, int]
+    models: tuple[Model, ...]
+    left_out: tuple[LeftOut, ...]
+    files: dict[str, tuple[int, str]]  # path below root -> bytes, SHA-256
+
+    @classmethod
+    def open(cls, root: Path) -> Bundle:
+        """Read the manifest and compare every file with it.
+
+        Raises UserError: no manifest, damaged, of another schema; a file missing, truncated, altered.
+        """
+        path = root / MANIFEST
+        try:
+            data = path.read_bytes()
+            manifest = json.loads(data.decode("utf-8"))
+        except OSError as error:
+            raise UserError(
+                f"{path}: {error.strerror}; run in the folder that holds {MANIFEST}"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: damaged, not JSON ({one_line(error)}); {AGAIN}") from None
+        schema = manifest.get("schema") if isinstance(manifest, dict) else None
+        if schema != SCHEMA:
+            raise UserError(
+                f"{path}: schema is {schema!r}, this runner reads {SCHEMA!r}; {AGAIN}, runner and all"
+            )
+        try:
+            bundle = _parse(root, manifest, hashlib.sha256(data).hexdigest())
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"{path}: damaged, not a manifest ({reason}); {AGAIN}") from None
+        for name in bundle.files:
+            bundle.check(name)
+        return bundle
+
+    def check(self, name: str) -> None:
+        """Compare one file with the manifest. Raises UserError: missing, truncated, altered."""
+        path, (size, expected) = self.root / name, self.files[name]
+        digest, got = hashlib.sha256(), 0
+        try:
+            with path.open("rb") as file:
+                for block in iter(lambda: file.read(1 << 20), b""):
+                    digest.update(block)
+                    got += len(block)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}, the manifest lists it; {AGAIN}") from None
+        if got != size:
+            raise UserError(f"{path}: damaged, {got} bytes where the manifest has {size}; {AGAIN}")
+        if digest.hexdigest() != expected:
+            raise UserError(
+                f"{path}: damaged, its SHA-256 begins {digest.hexdigest()[:12]}, "
+                f"the manifest has {expected[:12]}; {AGAIN}"
+            )
+
+    def precisions(self, runtime: str) -> list[str]:
+        """What the bundle holds for a runtime, from fine to coarse."""
+        return [m.precision for m in self.models if runtime in m.runtimes]
+
+    def model(self, runtime: str, precision: str) -> Model:
+        """The file of that precision for that runtime. Raises UserError: not in the bundle, with the reason."""
+        for model in self.models:
+            if model.precision == precision and runtime in model.runtimes:
+                return model
+        reasons = [
+            entry.reason
+            for entry in self.left_out
+            if entry.precision == precision and runtime in entry.runtimes
+        ]
+        why = reasons[0] if reasons else "never made"
+        held = ", ".join(self.precisions(runtime)) or "nothing"
+        raise UserError(
+            f"--precision {precision}: not in this bundle for {runtime}: {why}; it holds {held}"
+        )
+
+    def parity(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The parity inputs (N, 3, H, W) and the fp32 model's logits of them (N, K).
+
+        Raises UserError: arrays that are not these.
+        """
+        x, logits = (self._array(name) for name in (INPUTS, LOGITS))
+        if x.ndim != 4 or x.shape[1:] != self.input_shape[1:] or logits.shape[:1] != x.shape[:1]:
+            raise UserError(
+                f"{self.root / INPUTS}: {x.shape} beside logits {logits.shape} for an input of "
+                f"{self.input_shape}; {AGAIN}"
+            )
+        return x, logits
+
+    def _array(self, name: str) -> NDArray[np.float32]:
+        path = self.root / name
+        try:
+            array: NDArray[np.float32] = np.load(path, allow_pickle=False).astype(np.float32)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path}: not an array ({one_line(error)}); {AGAIN}") from None
+        return array
+
+    def labels(self) -> list[str]:
+        """The class names in the order of the logits; empty where the model carries none."""
+        if LABELS not in self.files:
+            return []
+        return (self.root / LABELS).read_text(encoding="utf-8").split("\n")[:-1]
+
+    def preprocessing(self) -> dict[str, Any]:
+        """image_size, mean, std, interpolation, crop. Raises UserError: the model carries no such notes."""
+        if PREPROCESSING not in self.files:
+            raise UserError(
+                f"{self.root}: the model {self.name} carries no preprocessing, so a picture cannot be "
+                "prepared; --bench and --verify work, or export it with its notes"
+            )
+        notes: dict[str, Any] = json.loads((self.root / PREPROCESSING).read_text(encoding="utf-8"))
+        return notes
+
+
+def _parse(root: Path, manifest: dict[str, Any], sha256: str) -> Bundle:
+    """Raises AttributeError, KeyError, TypeError or ValueError where the manifest is not one."""
+    files = {
+        _below(path): (_whole(entry["bytes"]), _text(entry["sha256"]))
+        for path, entry in manifest["files"].items()
+    }
+    batch, channels, height, width = manifest["input"]["shape"]
+    models = tuple(
+        Model(_known(m["file"], files), _known(m["precision"], PRECISIONS), _runtimes(m))
+        for m in manifest["models"]
+    )
+    for name in (INPUTS, LOGITS):
+        _known(name, files)
+    return Bundle(
+        root=root,
+        name=_text(manifest["name"]),
+        sha256=sha256,
+        input_shape=(
+            None if batch is None else _whole(batch),
+            _whole(channels),
+            _whole(height),
+            _whole(width),
+        ),
+        models=models,
+        left_out=tuple(
+            LeftOut(_known(e["precision"], PRECISIONS), _runtimes(e), _text(e["reason"]))
+            for e in manifest["left_out"]
+        ),
+        files=files,
+    )
+
+
+def _runtimes(entry: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(_known(name, RUNTIMES) for name in entry["runtimes"])
+
+
+def _below(path: str) -> str:
+    """A path that stays in the folder. Raises ValueError: it leads elsewhere."""
+    parts = PurePosixPath(path).parts
+    if not parts or path[0] == "/" or ".." in parts or "\\" in path or ":" in path:
+        raise ValueError(f"path {path!r} leads out of the bundle")
+    return path
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} where a whole number belongs")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} where text belongs")
+    return value
+
+
+def _known(value: Any, known: Any) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{value!r} is none of {', '.join(known)}")
+    return value

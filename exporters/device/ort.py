@@ -1,0 +1,77 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import UserError, one_line
+
+KINDS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "int8", "int8": "int8"}
+PRODUCTS = ("Conv", "Gemm", "MatMul", "Attention")
+PAD_FUSION_WRONG = (
+    "1.19",
+    "1.20",
+)  # they fuse Pad into an AveragePool that leaves padding out: other answers
+
+
+class OrtSession:
+    """One model, on as many threads as asked for, the CPU provider only."""
+
+    build_seconds: float | None = None
+
+    def __init__(self, module: Any, model: Path, threads: int) -> None:
+        self._module, self._model = module, model
+        self._session = self._open(threads)
+        self._input = self._session.get_inputs()[0]
+        self._output = self._session.get_outputs()[0].name
+        self.runtime = f"onnxruntime {module.__version__}"
+
+    def _open(self, threads: int, profile: Path | None = None) -> Any:
+        options = self._module.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        if profile:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
+        wrong = ".".join(self._module.__version__.split(".")[:2]) in PAD_FUSION_WRONG
+        try:
+            return self._module.InferenceSession(
+                str(self._model),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["Pad_Fusion"] if wrong else None,
+            )
+        except Exception as error:  # one exception class per status code
+            raise UserError(
+                f"{self._model}: ONNX Runtime {self._module.__version__} refuses it: "
+                f"{one_line(error)}; a newer onnxruntime may take it"
+            ) from None
+
+    def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """x (B, 3, H, W) -> the first output, (B, K)."""
+        logits: NDArray[np.float32] = self._session.run([self._output], {self._input.name: x})[0]
+        return logits
+
+    def computes_in(self) -> str:
+        """What most convolutions and matrix products take in, from a profile of one run in a second session."""
+        shape = [d if isinstance(d, int) else 1 for d in self._input.shape]
+        with tempfile.TemporaryDirectory() as folder:
+            session = self._open(1, Path(folder) / "profile")
+            session.run([self._output], {self._input.name: np.zeros(shape, np.float32)})
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        taken = [
+            e["args"]["input_type_shape"][0]
+            for e in events
+            if any(word in e.get("args", {}).get("op_name", "") for word in PRODUCTS)
+            and e["args"].get("input_type_shape")
+        ]
+        kinds = Counter(KINDS.get(next(iter(first)), "fp32") for first in taken)
+        return kinds.most_common(1)[0][0] if kinds else "fp32"

@@ -1,0 +1,96 @@
+"""Run this bundle on this device, from the folder that holds manifest.json.
+
+`python -m bundle.run --verify`, `--bench` or `--image x.jpg`. Needs NumPy and one of onnxruntime, openvino,
+TensorRT 10.3 or later; `--image` needs Pillow too. Exit codes: 0 done; 1 a bug; 2 a mistake or something missing,
+in one line; 3 a parity gate failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from .errors import GateFailed, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+MISTAKE, GATE, INTERRUPTED = 2, 3, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one line, as every other message."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError with argparse's own words."""
+        raise UserError(f"{message}; --help lists what there is")
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 3600:
+        raise argparse.ArgumentTypeError(f"got {text}; allowed: above 0, up to 3600")
+    return value
+
+
+def parser() -> Parser:
+    """The command line."""
+    p = Parser(
+        prog="bundle.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    action = p.add_mutually_exclusive_group(required=True)
+    action.add_argument("--verify", action="store_true", help="every hash, then the parity inputs")
+    action.add_argument("--bench", action="store_true", help="latency of one precision")
+    action.add_argument("--image", type=Path, nargs="+", help="the most probable classes of these")
+    p.add_argument(
+        "--runtime",
+        choices=("auto", "ort", "ov", "trt"),
+        default="auto",
+        help="auto: TensorRT where it and a GPU are, else ONNX Runtime, else OpenVINO",
+    )
+    p.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "int8"),
+        help="fp32 if not given; by --verify all there are",
+    )
+    p.add_argument("--threads", type=int, help="of a CPU runtime, 1 if not given")
+    p.add_argument("--seconds", type=_seconds, default=3.0, help="of --bench, after the warm-up")
+    p.add_argument("--cache", type=Path, help="where TensorRT's engines are kept; ./cache")
+    p.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do it and return the exit code."""
+    try:
+        args = parser().parse_args(argv)
+        try:
+            from . import actions, contents
+        except ImportError as error:
+            raise UserError(
+                f"the runner needs NumPy 1.21 or later ({error}); `pip install numpy`"
+            ) from None
+        found = actions.perform(contents.Bundle.open(ROOT), args)
+        text = json.dumps(found.document, indent=1) if args.json else "\n".join(found.lines)
+        print(text, flush=True)
+        if found.failure:
+            raise GateFailed(found.failure)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UserError, GateFailed) as error:
+        print(f"bundle.run: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return GATE if isinstance(error, GateFailed) else MISTAKE
+    except KeyboardInterrupt:
+        print("bundle.run: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

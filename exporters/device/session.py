@@ -1,0 +1,108 @@
+"""What every runtime looks like here, and which of them this device has."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cudart import Cuda
+from .errors import UserError, one_line
+
+MODULES = {"ort": "onnxruntime", "ov": "openvino", "trt": "tensorrt"}
+HOW = {
+    "ort": "`pip install onnxruntime`",
+    "ov": "`pip install openvino`",
+    "trt": "JetPack brings it; a virtual environment sees it with --system-site-packages",
+}
+TENSORRT_FROM = (10, 3)  # JetPack 6.1
+
+
+class Session(Protocol):
+    """A model loaded in a runtime. `build_seconds` is what an engine took to build, None where none was."""
+
+    runtime: str
+    build_seconds: float | None
+
+    def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """x (B, 3, H, W) float32 -> logits (B, K) float32, copied out of the runtime."""
+        ...
+
+    def computes_in(self) -> str:
+        """The precision of most of the arithmetic: fp32, fp16, bf16, int8. May cost a load and a run."""
+        ...
+
+
+def choose(asked: str) -> tuple[str, Any]:
+    """`ort`, `ov`, `trt` or `auto` -> (the name, its library imported).
+
+    `auto`: TensorRT where it and a CUDA device are present, else ONNX Runtime, else OpenVINO.
+    Raises UserError: the one asked for is missing, or none is there.
+    """
+    if asked != "auto":
+        return asked, library(asked)
+    missing = []
+    for name in ("trt", "ort", "ov"):
+        try:
+            return name, library(name)
+        except UserError as error:
+            missing.append(str(error))
+    raise UserError(f"--runtime auto found none: {'; '.join(missing)}")
+
+
+def library(name: str) -> Any:
+    """The runtime's module. Raises UserError: missing, too old, no CUDA device for TensorRT."""
+    if (
+        name == "ov"
+    ):  # its telemetry stays off; the package has a stub for when the sender is absent
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        module = importlib.import_module(MODULES[name])
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"--runtime {name}: {MODULES[name]} is missing ({one_line(error, 120)}); {HOW[name]}"
+        ) from None
+    if name == "trt":
+        version = tuple(int(part) for part in module.__version__.split(".")[:2])
+        if version < TENSORRT_FROM:
+            raise UserError(
+                f"--runtime trt: TensorRT {module.__version__} is older than 10.3; install JetPack 6.1 or later"
+            )
+        Cuda()
+    return module
+
+
+def open_session(
+    name: str,
+    module: Any,
+    model: Path,
+    precision: str,
+    threads: int,
+    cache: Path,
+) -> Session:
+    """Load one ONNX file in a runtime; `cache` is where TensorRT keeps its plan.
+
+    Raises UserError: the runtime refuses the file.
+    """
+    if name == "ort":
+        from .ort import OrtSession
+
+        return OrtSession(module, model, threads)
+    if name == "ov":
+        from .ov import OvSession
+
+        return OvSession(module, model, threads)
+    from .trt import TrtSession
+
+    return TrtSession(module, model, precision, cache)
+
+
+def usable_cores() -> int:
+    """Cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

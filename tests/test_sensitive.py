@@ -1,0 +1,119 @@
+"""The search for nodes that int8 cannot hold: what is freed first, when it ends, what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from exporters import agreement, inputs, onnx_file, ort, quantize, sensitive
+from exporters.sensitive import Judged
+
+HARM = {"a": 1.0, "b": 9.0, "c": 0.5, "d": 4.0}  # what a node costs in dB while it is in int8
+
+
+class Nodes:
+    """Stands for `quantize.Calibrated`: a network is the set of nodes left in float."""
+
+    groups = {name: [name] for name in HARM}
+
+    def quantized(self, floating: Sequence[str] = ()) -> frozenset[str]:
+        """The nodes in float."""
+        return frozenset(floating)
+
+
+def decibel(network: frozenset[str]) -> float:
+    """30 dB less the harm of what is in int8."""
+    return 30 - sum(harm for name, harm in HARM.items() if name not in network)
+
+
+def found(floor: float, seconds: float = 60.0) -> sensitive.Found:
+    """The search on those nodes, with a gate of `floor` dB."""
+
+    def judge(network: frozenset[str]) -> Judged:
+        return Judged(decibel(network) >= floor, decibel(network))
+
+    return sensitive.search(Nodes(), judge, seconds)  # type: ignore[arg-type]
+
+
+def test_what_meets_its_gates_is_left_as_it_is() -> None:
+    made = found(15.0)
+    assert made.floating == () and made.tried == 1 and made.told() == "every node in int8"
+
+
+def test_the_most_harmful_nodes_are_freed_first_and_no_more_than_needed() -> None:
+    assert found(24.0).floating == ("b",)
+    made = found(28.0)
+    assert made.floating == ("b", "d") and made.judged.kept and made.tried == 1 + 4 + 2
+    assert made.told() == "2 groups of nodes left in float after 7 trials"
+
+
+def test_half_the_nodes_at_most_are_freed_and_the_best_is_returned() -> None:
+    made = found(29.9)
+    assert made.floating == ("b", "d") and not made.judged.kept
+    assert made.told().endswith("out of groups")
+
+
+def test_the_search_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(0, 1000, 10))
+    monkeypatch.setattr(sensitive.time, "monotonic", lambda: next(ticks))
+    made = found(28.0, seconds=45.0)  # half of it ranks two groups, the rest frees one
+    assert not made.judged.kept and made.tried == 1 + 2 + 1
+    assert made.told() == "1 group of nodes left in float after 4 trials, out of time"
+
+
+@pytest.fixture(scope="module")
+def harmed(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student with a convolution whose outliers spoil a range: a filter 300 times as large, then undone."""
+    proto = onnx_file.read(exported / "student.onnx")
+    held = {w.name: w for w in proto.graph.initializer}
+    node = [n for n in proto.graph.node if n.op_type == "Conv"][1]
+    weight, bias = (onnx.numpy_helper.to_array(held[name]).copy() for name in node.input[1:])
+    reader = next(n for n in proto.graph.node if node.output[0] in n.input)
+    scale = np.ones((1, len(bias), 1, 1), np.float32)
+    scale[0, 0] = 300.0
+    weight *= scale.reshape(-1, 1, 1, 1)
+    bias *= scale.ravel()
+    for name, value in zip(node.input[1:], (weight, bias)):
+        held[name].CopyFrom(onnx.numpy_helper.from_array(value, name))
+    undone = onnx.numpy_helper.from_array(1 / scale, "undone")
+    proto.graph.initializer.append(undone)
+    fixed = onnx.helper.make_node("Mul", [node.output[0], "undone"], ["fixed"], name="fixed")
+    reader.input[list(reader.input).index(node.output[0])] = "fixed"
+    proto.graph.node.insert(list(proto.graph.node).index(reader), fixed)
+    path = tmp_path_factory.mktemp("harmed") / "harmed.onnx"
+    onnx_file.save(proto, path)
+    return path
+
+
+def test_a_network_with_one_bad_node_is_shipped_with_that_node_in_float(
+    harmed: Path, exported: Path
+) -> None:
+    x = np.load(exported / "calibration.npy")
+    pictures = ort.Pictures(x[::2], x[1::2], np.full(len(x[1::2]), -1))
+    gates = agreement.Gates(int8_db=24.0)
+    proto = ort.to_int8(harmed, pictures, ort.Int8(), gates)
+    told = onnx_file.notes(proto)["int8"]
+    assert "left in float" in told and "out of" not in told
+    path = harmed.with_name("int8.onnx")
+    onnx_file.save(proto, path)
+    session = ort.OrtSession(path, 1)
+    a, b = inputs.run(ort.OrtSession(harmed, 1), x), inputs.run(session, x)
+    row = agreement.row(path, session, a, b, gates)
+    assert row["verdict"] == "PASS" and row["int8"] == told
+    whole = harmed.with_name("whole.onnx")
+    onnx_file.save(quantize.to_int8(onnx_file.read(harmed), x[::2]), whole)
+    worse = agreement.figures(a, inputs.run(ort.OrtSession(whole, 1), x))
+    assert worse["sqnr_centered_db"] < 24.0 <= row["sqnr_centered_db"]
+
+
+@pytest.mark.parametrize("method", quantize.METHODS)
+def test_every_calibration_gives_int8_that_passes(method: str, exported: Path) -> None:
+    x = np.load(exported / "calibration.npy")[:32]
+    proto = onnx_file.read(exported / "student.onnx")
+    made = quantize.to_int8(proto, x, method=method)
+    ops = onnx_file.histogram(made)
+    assert ops["QuantizeLinear"] > 10 and onnx_file.notes(made)["precision"] == "int8"
