@@ -17,7 +17,6 @@ from pipeline.errors import UserError
 BIT_EQUAL_DB = 200.0  # the SQNR of no difference at all: beyond float32, and still a number in JSON
 REACTS = 1e-6  # between-image std over the largest output below this: rounding, not an answer to the image
 ROUNDING = 1e-9  # of a difference of two accuracies
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")  # from fine to coarse
 IMAGES = 64
 
 
@@ -100,7 +99,7 @@ def coarsest(*sessions: Session) -> str:
     """The coarsest precision any of them stores or computes in: what decides the gate."""
     found = {s.precision_effective for s in sessions}
     found |= {s.metadata.get("precision", "fp32") for s in sessions}
-    return max(found, key=PRECISIONS.index)
+    return max(found, key=metadata.PRECISIONS.index)
 
 
 def row(

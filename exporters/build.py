@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters import agreement, engine, inputs, onnx_file, ort, ov, trt
+from exporters import agreement, engine, inputs, onnx_file, ort, ov, trt, trt_build
 from exporters.runtimes import open_session
 from exporters.session import Array, Target, Unavailable
 from pipeline.errors import UserError
@@ -37,7 +37,7 @@ class Build(agreement.Gates):
     int8_drop: float = 0.01  # top-1 on the reference images, as a fraction
     int8_calibration: ort.Calibration = "minmax"
     int8_search_s: float = 60.0  # to look for nodes to leave in float, where int8 fails its gates
-    trt_shapes: tuple[int, int, int] = trt.SHAPES
+    trt_shapes: tuple[int, int, int] = trt_build.SHAPES
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def make(
             out / f"{model}.plan",
             precision,
             BACKENDS[target.name.split("-")[0]],
-            gates.trt_shapes,
+            trt_build.Options(gates.trt_shapes),
             exported.calibration,
         )
         return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,9 +75,22 @@ def shown(session: Session, count: int = 10) -> Array:
 def run(session: Session, x: Array) -> Array:
     """Run all of x (N, 3, S, S), 16 at a time or as the artefact's own batch demands -> (N, K).
 
-    Raises UserError: N is not a multiple of the artefact's fixed batch.
+    Raises UserError: N is not a multiple of the artefact's fixed batch, outputs that are no logits.
     """
     batch = session.input_shape[0] or 16
     if session.input_shape[0] and len(x) % batch:
         raise UserError(f"the artefact takes batches of {batch} only, got {len(x)} images")
-    return np.concatenate([session.run(x[i : i + batch]) for i in range(0, len(x), batch)])
+    parts = (x[i : i + batch] for i in range(0, len(x), batch))
+    return np.concatenate([_logits(session.run(part), len(part)) for part in parts])
+
+
+def _logits(made: Any, images: int) -> Array:
+    """`made`, if it is a floating array with a row an image."""
+    told = (
+        f"{made.dtype} {list(made.shape)}" if isinstance(made, np.ndarray) else type(made).__name__
+    )
+    if not isinstance(made, np.ndarray) or made.dtype.kind != "f" or made.ndim < 2:
+        raise UserError(f"the first output is {told}; allowed: floating logits, (images, classes)")
+    if len(made) != images:
+        raise UserError(f"the first output is {told} for {images} images; allowed: a row an image")
+    return made

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from exporters import agreement, embed, inputs, metadata, onnx_file, quantize, sensitive
 from exporters.quiet import quiet
-from exporters.session import Array, Unavailable, checked_shape
+from exporters.session import Array, Unavailable, checked_output, checked_shape
 from pipeline import cli, files
 from pipeline.data import normalised
 from pipeline.errors import GateFailed, UserError, nearest
@@ -136,9 +136,10 @@ class OrtSession:
         self._input = taken[0].name
         self._output = self._session.get_outputs()[0].name
         self.runtime = f"onnxruntime {_library().__version__}"
-        self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
-        dims = [d if isinstance(d, int) else None for d in taken[0].shape]
-        self.input_shape = checked_shape(dims, self.metadata, path)
+        self.metadata: Mapping[str, str] = _notes(self._session, path)
+        self.input_shape = checked_shape(_dims(taken[0]), self.metadata, path)
+        made = self._session.get_outputs()[0]
+        checked_output(made.type, _dims(made), self.input_shape, path)
 
     def run(self, x: Array) -> Array:
         """x (B, 3, S, S) float32 -> the first output, (B, K) float32."""
@@ -182,7 +183,7 @@ def open_file(path: Path, threads: int, profile: Path | None = None) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # an error is raised too
     if profile:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
@@ -190,6 +191,18 @@ def open_file(path: Path, threads: int, profile: Path | None = None) -> Any:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has one exception class per status code
         raise UserError(f"{path}: ONNX Runtime refuses it: {str(error)[:300]}") from None
+
+
+def _notes(session: Any, path: Path) -> Mapping[str, str]:
+    try:
+        notes: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: its metadata is not text ({error}); export it again") from None
+    return notes
+
+
+def _dims(value: Any) -> list[int | None]:
+    return [d if isinstance(d, int) else None for d in value.shape]
 
 
 def beside(out: Path, precision: str) -> Path:
@@ -232,7 +245,7 @@ class Int8:
 def calibration_images(source: Path, folder: Path | None) -> Pictures:
     """Every other image of a folder to calibrate on, the others to judge by, as the ONNX's notes prepare them.
 
-    Raises UserError: no folder given, fewer than 8 images.
+    Raises UserError: no folder given, fewer than 8 images, a network that answers NaN: its ranges have no scale.
     """
     if folder is None:
         raise UserError(NO_CALIBRATION)
@@ -242,6 +255,10 @@ def calibration_images(source: Path, folder: Path | None) -> Pictures:
     fewest = max(FEWEST, 2 * batch)
     if len(x) < fewest:
         raise UserError(f"--calib {folder}: holds {len(x)} images; int8 needs {fewest}")
+    if not np.isfinite(session.run(x[:batch])).all():
+        raise UserError(
+            f"{source}: answers {folder} with NaN or infinity: int8 has no range for that"
+        )
     held = slice(1, len(x) // 2 // batch * batch * 2, 2)
     return Pictures(x[::2], x[held], labels[held])
 

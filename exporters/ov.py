@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from exporters import agreement, inputs, onnx_file, ort
-from exporters.session import Array, Unavailable, checked_shape
+from exporters.session import Array, Unavailable, checked_output, checked_shape
 from pipeline import cli, files
 from pipeline.errors import GateFailed, UserError
 
@@ -73,6 +73,9 @@ class OvSession:
         ov = _library()
         if not path.is_file() or not path.with_suffix(".bin").is_file():
             raise UserError(f"{path}: an IR is two files, .xml and .bin; one of them is missing")
+        with path.open("rb") as f:
+            if b"<net" not in f.read(4096):  # OpenVINO would try every other format it knows on it
+                raise UserError(f"{path}: no <net>; expected the .xml of an OpenVINO IR")
         options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
         if precision != "default":
             options["INFERENCE_PRECISION_HINT"] = "f32"
@@ -86,8 +89,10 @@ class OvSession:
         self._request = self._compiled.create_infer_request()
         self.runtime = f"openvino {ov.__version__.split('-')[0]}"
         self.metadata: Mapping[str, str] = _notes(model)
-        dims = [d.get_length() if d.is_static else None for d in model.inputs[0].partial_shape]
-        self.input_shape = checked_shape(dims, self.metadata, path)
+        self.input_shape = checked_shape(_dims(model.inputs[0], path), self.metadata, path)
+        made = model.outputs[0]
+        kind = made.element_type.to_string()
+        checked_output(kind, _dims(made, path), self.input_shape, path)
 
     def run(self, x: Array) -> Array:
         """x (B, 3, S, S) float32 -> the first output, (B, K) float32, copied out of the runtime."""
@@ -109,11 +114,18 @@ class OvSession:
         return _KINDS.get(most, most)
 
 
+def _dims(port: Any, path: Path) -> list[int | None]:
+    """The declared shape, None where it is free. Raises UserError: not even its rank is declared."""
+    shape = port.partial_shape
+    if shape.rank.is_dynamic:
+        raise UserError(f"{path}: {port.node.friendly_name} has no declared shape; export it again")
+    return [d.get_length() if d.is_static else None for d in shape]
+
+
 def _notes(model: Any) -> dict[str, str]:
     """The notes of `exporters.metadata` in rt_info; empty in an IR made by another tool."""
-    if not model.has_rt_info([NOTES]):
-        return {}
-    return {key: str(value) for key, value in model.get_rt_info([NOTES]).value.items()}
+    held = model.get_rt_info([NOTES]).value if model.has_rt_info([NOTES]) else {}
+    return {key: str(value) for key, value in held.items()} if isinstance(held, dict) else {}
 
 
 def _short(error: Exception) -> str:
@@ -130,6 +142,7 @@ def make(
     Opened with the f32 hint, so that the row judges the conversion and not the CPU's choice of precision.
     Raises GateFailed, and leaves `out` as it was, where the verdict is FAIL.
     """
+    _library()
     reference = ort.OrtSession(source, 1)
     x, labels = inputs.shown(reference), None
     files.make_parent(out)

@@ -29,7 +29,7 @@ def open_session(target: Target, artefact: Path, threads: int) -> Session:
         from exporters.ov import OvSession
 
         return OvSession(artefact, threads, target.precision)
-    from exporters.trt import TrtSession
+    from exporters.trt_session import TrtSession
 
     return TrtSession(artefact)
 

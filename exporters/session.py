@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from exporters import metadata
 from pipeline.errors import UserError
 
 Array = NDArray[np.float32]
+CHANNELS = 3
+LARGEST = 1 << 27  # values of one batch: 0.5 GB
 
 
 class Session(Protocol):
@@ -78,19 +82,57 @@ TARGETS: dict[str, Target] = {
 def checked_shape(
     dims: Sequence[int | None], notes: Mapping[str, str], path: Path
 ) -> tuple[int | None, int, int, int]:
-    """The declared input -> (B or None, C, H, W); a free height or width is the notes' image_size.
+    """The declared input -> (B or None, 3, H, W); a free height or width is the notes' image_size.
 
-    Raises UserError: not four dimensions, or a free one that nothing fixes.
+    Raises UserError: not four dimensions, channels that are not 3, a free size that nothing fixes or one that is
+    not the notes', more values than LARGEST, notes that cannot be meant (`metadata.check`).
     """
     if len(dims) != 4:
         raise UserError(
-            f"{path}: input has shape {list(dims)}; allowed: one image input (B, C, H, W)"
+            f"{path}: input has shape {list(dims)}; allowed: one image input (B, 3, H, W)"
         )
-    size = int(notes["image_size"]) if "image_size" in notes else None
+    try:
+        metadata.check(notes)
+        size = metadata.image_size(notes)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     channels, height, width = dims[1], dims[2] or size, dims[3] or size
     if channels is None or height is None or width is None:
         raise UserError(
             f"{path}: input shape {list(dims)} is free beyond the batch and its metadata holds no "
             "image_size; export it with a fixed size"
         )
+    if channels != CHANNELS:
+        raise UserError(
+            f"{path}: input shape {list(dims)} has {channels} channels; allowed: {CHANNELS}, in front of "
+            "height and width"
+        )
+    if min(1 if dims[0] is None else dims[0], height, width) < 1:
+        raise UserError(f"{path}: input shape {list(dims)}; allowed: 1 or more of each")
+    if (values := (dims[0] or 1) * channels * height * width) > LARGEST:
+        raise UserError(
+            f"{path}: input shape {list(dims)} holds {values:,} values; allowed: {LARGEST:,} at most"
+        )
+    if size and (height, width) != (size, size):
+        raise UserError(
+            f"{path}: input is {height}x{width}, its metadata says image_size {size}; export it again"
+        )
     return (dims[0], channels, height, width)
+
+
+def checked_output(
+    kind: str, dims: Sequence[int | None], taken: tuple[int | None, int, int, int], path: Path
+) -> None:
+    """The declared first output: floating logits with a row an image, (B, K) or (B, K, 1, 1).
+
+    `kind` as the runtime names it: `tensor(float)`, `f32`.
+    Raises UserError: another type, a first dimension that is not the batch.
+    """
+    batch = taken[0]
+    if not re.fullmatch(r"tensor\((float|float16|double|bfloat16)\)|b?f(16|32|64)", kind):
+        raise UserError(f"{path}: the first output is {kind}; allowed: floating logits")
+    if len(dims) < 2 or (dims[0] is not None and dims[0] != batch):
+        raise UserError(
+            f"{path}: the first output has shape {list(dims)} for a batch of {batch or 'any size'}; "
+            "allowed: a row an image, (B, K)"
+        )

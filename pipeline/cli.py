@@ -89,5 +89,6 @@ def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
 
 
 def _say(parser: argparse.ArgumentParser, error: Exception | str) -> None:
-    line = " ".join(str(error).split())
+    words = " ".join(str(error).split())
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)
     print(f"{parser.prog}: error: {line}", file=sys.stderr)

@@ -26,7 +26,7 @@ def subject(build: dict[str, Any], args: argparse.Namespace, model: str, threads
     artefact = args.build_dir / (made.get("artefact") or target.artefact.format(model=model))
     skip = made.get("reason") or "not built" if made["status"] == "skipped" else None
     if target.runtime == "trt" and skip is None:
-        skip = engine.obstacle(engine.read_sidecar(artefact))
+        skip = engine.obstacle(engine.read_sidecar(artefact), artefact)
     return Subject(model, artefact, target, threads, skip)
 
 

@@ -14,9 +14,11 @@ import numpy as np
 import onnx
 import pytest
 
-from exporters import agreement, cuda, engine, inputs, onnx_file, trt
+from exporters import agreement, cuda, engine, inputs, onnx_file, trt, trt_build
 from exporters.ort import OrtSession
 from exporters.session import Unavailable
+from exporters.trt_build import Entry, Options
+from exporters.trt_session import TrtSession
 from pipeline.errors import UserError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -50,6 +52,9 @@ def test_every_precision_is_built_and_told_in_its_sidecar(plans: dict[str, Path]
         assert sidecar["precision"] == sidecar["notes"]["precision"] == precision
         assert sidecar["backend"] == "rtx" and f"rtx{sidecar['version'][:3]}" in plan.name
         assert sidecar["shapes"] == [1, 1, 8] and sidecar["input_shape"] == [None, 3, 32, 32]
+        assert sidecar["tf32"] is False and sidecar["platform"] == engine.system()
+        assert not sidecar["version_compatible"] and not sidecar["hardware_compatible"]
+        assert sidecar["timing_cache"] is None and sidecar["optimization_level"] is None
         assert sidecar["onnx"]["opset"] == 18 and sidecar["notes"]["image_size"] == "32"
 
 
@@ -59,10 +64,10 @@ def test_without_a_gpu_a_plan_says_what_it_is_and_that_it_cannot_run(
     plans: dict[str, Path], command: Command
 ) -> None:
     done = command("exporters.trt", "info", plans["fp16"], torch=False)
-    assert done.returncode == 0 and "precision fp16" in done.stdout
+    assert done.returncode == 0 and "precision fp16 (TF32 off), batches [1, 1, 8]" in done.stdout
     assert "runs here: no, no CUDA device" in done.stdout
     with pytest.raises(Unavailable, match="no CUDA device"):
-        trt.TrtSession(plans["fp16"])
+        TrtSession(plans["fp16"])
     source = plans["fp16"].with_name("student.onnx")
     done = command("exporters.parity", source, plans["fp16"], torch=False)
     assert done.returncode == 2 and "no CUDA device" in done.stderr
@@ -79,30 +84,72 @@ def test_a_plan_without_its_own_sidecar_is_refused(plans: dict[str, Path], tmp_p
 
 
 @rtx
-def test_a_plan_of_another_version_or_gpu_says_what_to_build(
+def test_an_rtx_plan_belongs_to_its_release_and_to_ampere_or_newer(
     plans: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sidecar = engine.read_sidecar(plans["fp32"])
-    monkeypatch.setattr(cuda, "device", lambda: cuda.Device("A GPU", "90", "13.0"))
-    assert engine.obstacle(sidecar) is None
-    assert "build it again" in str(engine.obstacle({**sidecar, "version": "1.2.0.1"}))
-    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.13.0"))
-    other = {**sidecar, "backend": "tensorrt", "version": "10.13.0", "gpu": {"sm": "87"}}
-    assert "built for SM 87, this GPU is SM 90" in str(engine.obstacle(other))
+    plan = plans["int8"]
+    sidecar = engine.read_sidecar(plan)
+    monkeypatch.setattr(cuda, "device", lambda: cuda.Device("A GPU", "89", "13.0"))
+    assert engine.obstacle(sidecar, plan) is None
+    told = str(engine.obstacle({**sidecar, "version": "1.2.0.1"}, plan))
+    assert told == (
+        f"built by rtx 1.2.0.1, here is {sidecar['version']}: build it here with `python -m exporters.trt "
+        f"student.onnx -o {plan} --precision int8 --backend rtx --shapes 1,1,8 --calib IMAGES`"
+    )
+    assert "built on sea-turtle" in str(
+        engine.obstacle({**sidecar, "platform": "sea-turtle"}, plan)
+    )
+    monkeypatch.setattr(cuda, "device", lambda: cuda.Device("Old", "75", "13.0"))
+    assert "built for SM 80 and newer, this GPU is SM 75" in str(engine.obstacle(sidecar, plan))
 
 
 @rtx
-def test_what_tensorrt_refuses_comes_with_its_own_words(exported: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--timing-cache", "t.cache"],
+        ["--version-compatible"],
+        ["--hardware-compatible"],
+        ["--optimization-level", "4"],
+    ],
+)
+def test_what_rtx_lacks_is_refused_by_name(
+    argv: list[str], light: Path, tmp_path: Path, command: Command
+) -> None:
+    done = command("exporters.trt", light, "-o", tmp_path / "p.plan", "--backend", "rtx", *argv)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{argv[0]}: " in done.stderr and "--backend tensorrt" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+ENTRY = Entry("image", (None, 3, 32, 32))
+
+
+@rtx
+def test_a_profile_out_of_order_comes_with_tensorrts_own_words(exported: Path) -> None:
     _, module = engine.backend("rtx")
     with pytest.raises(UserError, match=r"--shapes: TensorRT refuses \[8, 1, 1\].*\w"):
-        trt.build(module, exported / "student.onnx", (8, 1, 1))
+        trt_build.build(module, exported / "student.onnx", ENTRY, Options((8, 1, 1)))
+
+
+@rtx
+def test_every_unsupported_operator_is_listed_with_its_node(
+    exported: Path, tmp_path: Path, command: Command
+) -> None:
     proto = onnx_file.read(exported / "student.onnx")
-    node = next(n for n in proto.graph.node if n.op_type == "Relu")
-    node.op_type, node.name = "Frobnicate", "the_odd_one"
-    path = tmp_path / "odd.onnx"
-    path.write_bytes(proto.SerializeToString())
-    with pytest.raises(UserError, match="cannot parse it.*Frobnicate"):
-        trt.build(module, path, (1, 1, 8))
+    odd = [n for n in proto.graph.node if n.op_type == "Relu"][:3]
+    for i, node in enumerate(odd):
+        node.op_type, node.domain, node.name = "Frobnicate", "acme", f"odd_{i}"
+    odd[2].name = ""
+    index = list(proto.graph.node).index(odd[2])
+    proto.opset_import.append(onnx.helper.make_opsetid("acme", 1))
+    (tmp_path / "odd.onnx").write_bytes(proto.SerializeToString())
+    done = command("exporters.trt", tmp_path / "odd.onnx", "--backend", "rtx")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "cannot parse 3 of its nodes" in done.stderr
+    for named in ("Frobnicate odd_0 (", "Frobnicate odd_1 (", f"Frobnicate #{index} ("):
+        assert named in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["odd.onnx"]
 
 
 @rtx
@@ -116,7 +163,7 @@ def test_onnx_runtimes_cpu_int8_is_refused_by_name_not_by_a_crash(
     )
     onnx.save(proto, tmp_path / "cpu.onnx")
     with pytest.raises(UserError, match=r"cpu\.onnx: TensorRT cannot"):
-        trt.build(engine.backend("rtx")[1], tmp_path / "cpu.onnx", (1, 1, 8))
+        trt_build.build(engine.backend("rtx")[1], tmp_path / "cpu.onnx", ENTRY, Options())
 
 
 def test_full_tensorrt_that_is_missing_old_or_without_gpu_is_told(
@@ -134,10 +181,25 @@ def test_full_tensorrt_that_is_missing_old_or_without_gpu_is_told(
         engine.backend("tensorrt")
 
 
-@pytest.mark.parametrize("text", ["8,1,1", "1,1", "0,1,8", "a,b,c", "1,8,4"])
+@pytest.mark.parametrize("name", ["auto", "rtx", "tensorrt"])
+def test_without_any_tensorrt_one_line_names_the_way_to_get_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in engine.MODULES.values():
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(Unavailable) as told:
+        engine.backend(name)
+    extras = {"auto": ("trt", "trt-rtx"), "rtx": ("trt-rtx",), "tensorrt": ("trt",)}[name]
+    assert [f"pip install '.[{e}]'" in str(told.value) for e in extras] == [True] * len(extras)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["8,1,1", "1,1", "0,1,8", "a,b,c", "1,8,4", "1,1,\u0661", "1,1," + "9" * 5000]
+)
 def test_shapes_out_of_order_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="--shapes"):
-        trt.parse_shapes(text)
+        trt_build.parse_shapes(text)
 
 
 @pytest.mark.parametrize(
@@ -155,24 +217,54 @@ def test_a_users_mistake_is_one_line_and_exit_2(
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
+QUICK = ("resnet50", "squeezenet")
+OTHERS = (
+    "bvlc_alexnet",
+    "densenet121",
+    "inception_v1",
+    "inception_v2",
+    "shufflenet",
+    "vgg19",
+    "zfnet512",
+)
+
+
 @rtx
+@pytest.mark.parametrize(
+    "network", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)]
+)
 def test_a_foreign_network_becomes_an_engine_without_torch(
-    light: Path, tmp_path: Path, command: Command
+    network: str, light: Path, tmp_path: Path, command: Command
 ) -> None:
-    plan = tmp_path / "light.plan"
-    done = command("exporters.trt", light, "-o", plan, "--backend", "rtx", torch=False)
-    assert done.returncode == 0, done.stderr
-    assert engine.read_sidecar(plan)["shapes"] == [1, 1, 1]
+    plan, source = tmp_path / "light.plan", light.with_name(f"light_{network}.onnx")
+    done = command("exporters.trt", source, "-o", plan, "--backend", "rtx", torch=False)
+    assert done.returncode == 0 and "fp32 (TF32 off)" in done.stdout, done.stderr
+    sidecar, proto = engine.read_sidecar(plan), onnx.load(source)
+    assert sidecar["shapes"] == [1, 1, 1] and sidecar["input_shape"] == [1, 3, 224, 224]
+    assert sidecar["onnx"]["opset"] == proto.opset_import[0].version
+    assert round(sidecar["size_mb"] * 1e6) == plan.stat().st_size
+    told = command("exporters.trt", "info", plan, torch=False)
+    assert told.returncode == 0 and f"from {source.name}, opset" in told.stdout
+
+
+def test_every_light_network_of_the_wheel_is_tried(light: Path) -> None:
+    found = {p.stem.removeprefix("light_") for p in light.parent.glob("light_*.onnx")}
+    assert found == {*QUICK, *OTHERS}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(cuda.device() is None, reason="no CUDA device")
+@pytest.mark.parametrize("cuda_graph", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_an_engine_agrees_with_its_onnx(precision: str, exported: Path, tmp_path: Path) -> None:
+def test_an_engine_agrees_with_its_onnx(
+    precision: str, cuda_graph: bool, exported: Path, tmp_path: Path
+) -> None:
     source = exported / "student.onnx"
     calibration = np.load(exported / "calibration.npy")
     plan, _ = trt.make(source, tmp_path / "s.plan", precision, calibration=calibration)
-    session = trt.TrtSession(plan)
+    session = TrtSession(plan, cuda_graph)
     x = np.load(exported / "reference.npz")["x"]
-    a, b = inputs.run(OrtSession(source, 1), x), inputs.run(session, x)
-    assert agreement.row(plan, session, a, b, agreement.Gates())["verdict"] == "PASS"
+    a = inputs.run(OrtSession(source, 1), x)
+    for batch in (1, 3, 8, 3):  # each captured once, the last replayed
+        b = np.concatenate([session.run(part) for part in np.split(x, range(batch, len(x), batch))])
+        assert agreement.row(plan, session, a, b, agreement.Gates())["verdict"] == "PASS"
