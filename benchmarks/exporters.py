@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks import record
-from exporters import inputs, ort, ov, trt
+from exporters import inputs, int8, ort, ov, trt
 from exporters.session import Unavailable
 from pipeline import cli, files, models
 from pipeline.errors import GateFailed, UserError
@@ -75,7 +75,7 @@ def through(name: str, folder: Path, args: argparse.Namespace) -> dict[str, dict
     checkpoint(name, STUDENTS[name], args.size, path)
     found = {"ort fp32": timed(partial(ort.export, path, source), source)}
     pictures = chosen(source, args)
-    how = ort.Int8(search_s=args.search_seconds)
+    how = int8.Settings(search_s=args.search_seconds)
     for precision in ort.PRECISIONS:
         out = ort.beside(source, precision)
         if precision != "fp32":
@@ -90,20 +90,20 @@ def through(name: str, folder: Path, args: argparse.Namespace) -> dict[str, dict
     return found
 
 
-def engine(source: Path, plan: Path, precision: str, pictures: ort.Pictures) -> dict[str, Any]:
+def engine(source: Path, plan: Path, precision: str, pictures: int8.Pictures) -> dict[str, Any]:
     """A TensorRT-RTX engine: built, and run where there is a GPU."""
     trt.make(source, plan, precision, "rtx", calibration=pictures.shown)
     told, verdict = trt.ran(source, plan)
     return {"verdict": "built" if verdict == "skipped" else verdict, "reason": told}
 
 
-def chosen(source: Path, args: argparse.Namespace) -> ort.Pictures:
+def chosen(source: Path, args: argparse.Namespace) -> int8.Pictures:
     """Images to calibrate on and to judge by, without labels: the weights are random."""
     if args.calib:
-        found = ort.calibration_images(source, args.calib)
-        return ort.Pictures(found.shown, found.held, np.full(len(found.held), -1))
+        found = int8.calibration_images(source, args.calib)
+        return int8.Pictures(found.shown, found.held, np.full(len(found.held), -1))
     x = inputs.smooth(128, args.size, args.size, seed=9)
-    return ort.Pictures(x[::2], x[1::2], np.full(64, -1))
+    return int8.Pictures(x[::2], x[1::2], np.full(64, -1))
 
 
 def cell(row: dict[str, Any]) -> str:

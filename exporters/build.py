@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters import agreement, engine, inputs, onnx_file, ort, ov, trt, trt_build
+from exporters import agreement, engine, inputs, int8, onnx_file, ov, trt, trt_build
 from exporters.runtimes import open_session
 from exporters.session import Array, Target, Unavailable
 from pipeline.errors import UserError
@@ -35,7 +35,7 @@ class Build(agreement.Gates):
     """`build:` the parity gates, what int8 may cost, and the batches of an engine."""
 
     int8_drop: float = 0.01  # top-1 on the reference images, as a fraction
-    int8_calibration: ort.Calibration = "minmax"
+    int8_calibration: int8.Calibration = "minmax"
     int8_search_s: float = 60.0  # to look for nodes to leave in float, where int8 fails its gates
     trt_shapes: tuple[int, int, int] = trt_build.SHAPES
 
@@ -104,7 +104,6 @@ def make(
 ) -> Path:
     """Write the artefact of that precision; returns its path. Raises Unavailable as its exporter."""
     source = exported.folder / f"{model}.onnx"
-    int8 = precision == "int8"
     if target.runtime == "torch":
         for suffix in (".json", ".safetensors"):
             shutil.copy(source.with_suffix(suffix), out)
@@ -120,12 +119,12 @@ def make(
         )
         return made
     with tempfile.TemporaryDirectory() as folder:
-        graph = Path(folder) / (f"{model}-int8.onnx" if int8 else source.name)
-        proto = onnx_file.read(source)
-        if int8:
-            pictures = ort.Pictures(exported.calibration, exported.x[model], exported.labels)
-            how = ort.Int8(gates.int8_calibration, gates.int8_search_s, gates.int8_drop)
-            proto = ort.to_int8(source, pictures, how, gates)
+        graph, proto = Path(folder) / source.name, onnx_file.read(source)
+        if precision == "int8":
+            graph = graph.with_stem(f"{model}-int8")
+            pictures = int8.Pictures(exported.calibration, exported.x[model], exported.labels)
+            how = int8.Settings(gates.int8_calibration, gates.int8_search_s, gates.int8_drop)
+            proto = int8.quantized(source, pictures, how, gates)
         onnx_file.save(proto, graph)
         if target.runtime == "ov":
             ov.convert(graph, out / f"{graph.stem}.xml")

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporters import agreement, inputs, metadata, onnx_file, ort, quantize
+from exporters import agreement, inputs, int8, metadata, onnx_file, quantize
 from exporters.device import contents, picture
-from exporters.ort import OrtSession
+from exporters.ort_session import OrtSession
 from exporters.session import Array
 from pipeline import cli, files
 from pipeline.data import spread
@@ -66,11 +66,11 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Pictures:
-    """x (N, 3, H, W): the parity inputs; int8: what int8 is made by, none of x calibrated on, or None."""
+    """x (N, 3, H, W): the parity inputs; ranges: what int8 is made by, none of x calibrated on, or None."""
 
     x: Array
     source: str
-    int8: ort.Pictures | None
+    ranges: int8.Pictures | None
 
 
 def pictures(
@@ -83,21 +83,21 @@ def pictures(
     """
     batch = session.input_shape[0] or 1
     count = math.ceil(PARITY_INPUTS / batch) * batch
-    int8 = None
+    ranges = None
     pool, told = inputs.smooth(count, *session.input_shape[2:]), "seeded smooth images"
     if calib is not None:
-        int8 = ort.calibration_images(source, calib)
-        pool = int8.held
+        ranges = int8.calibration_images(source, calib)
+        pool = ranges.held
         told = "images of --calib held out from calibration"
     if images is not None:
-        pool, told = inputs.from_folder(images, session, ort.CALIBRATION), "images of --images"
+        pool, told = inputs.from_folder(images, session, int8.CALIBRATION), "images of --images"
     usable = len(pool) // batch * batch
     if usable < 2:
         raise UserError(
             f"{images or calib}: gives {len(pool)} images for parity; at least {max(2, batch)} are needed"
         )
     rows = spread(np.arange(usable), count)
-    return Pictures(np.ascontiguousarray(pool[rows]), told, int8)
+    return Pictures(np.ascontiguousarray(pool[rows]), told, ranges)
 
 
 def checked(source: Path, session: OrtSession) -> None:
@@ -170,7 +170,7 @@ def add(
     """Write one variant and judge it on the parity inputs; returns its row. What fails is not left in `folder`."""
     path = folder / variant.file
     try:
-        onnx_file.save(convert(variant, source, shown.int8), path)
+        onnx_file.save(convert(variant, source, shown.ranges), path)
         session = OrtSession(path, 1)
         got = inputs.run(session, shown.x)
         row = agreement.row(path, session, logits, got, agreement.Gates())
@@ -182,18 +182,18 @@ def add(
     return row
 
 
-def convert(variant: Variant, source: Path, int8: ort.Pictures | None) -> onnx.ModelProto:
+def convert(variant: Variant, source: Path, ranges: int8.Pictures | None) -> onnx.ModelProto:
     """The fp32 network as that variant. Raises UserError: int8 without images to calibrate on."""
     proto = onnx_file.read(source)
     if variant.precision == "fp16":
         return quantize.to_fp16(proto)
     if variant.precision == "fp32":
         return proto
-    if int8 is None:
+    if ranges is None:
         raise UserError(NO_CALIB)
     if variant.runtimes == ("trt",):
-        return quantize.to_int8(proto, int8.shown, symmetric=True)
-    return ort.to_int8(source, int8, ort.Int8(), agreement.Gates())
+        return quantize.to_int8(proto, ranges.shown, symmetric=True)
+    return int8.quantized(source, ranges, int8.Settings(), agreement.Gates())
 
 
 def _write_notes(folder: Path, names: list[str], notes: dict[str, Any] | None) -> None:
@@ -229,7 +229,7 @@ def provenance(source: Path, proto: onnx.ModelProto, shown: Pictures) -> dict[st
     """Inputs by hash, versions, what the network says of itself; no clock time, no path."""
     notes = onnx_file.notes(proto)
     kept = ("model", "role", "method", "weights_sha256", "torch", "timm")
-    calibration = shown.int8.shown if shown.int8 else None
+    calibration = shown.ranges.shown if shown.ranges else None
     return {
         **files.provenance({"parity_inputs": PARITY_INPUTS}, onnx=source),
         "versions": files.versions(("numpy", "onnx", "onnxruntime")),

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporters import agreement, onnx_file
-from exporters.ort import OrtSession
+from exporters.ort_session import OrtSession
 from exporters.session import Array
 from pipeline.errors import UserError
 

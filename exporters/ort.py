@@ -1,4 +1,4 @@
-"""Checkpoint -> ONNX, checked in ONNX Runtime; its fp16 and int8 versions; and ONNX Runtime as a session.
+"""Checkpoint -> ONNX, checked in ONNX Runtime; its fp16 and int8 versions.
 
 `python -m exporters.ort CHECKPOINT student.onnx [--opset N] [--precision fp32,fp16,int8] [--calib DIR]`
 CHECKPOINT may be an .onnx file, anyone's: it is checked, copied and converted without torch. A precision that
@@ -8,23 +8,20 @@ fails its gate is refused and not written.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from exporters import agreement, embed, inputs, metadata, onnx_file, quantize, sensitive
+from exporters import agreement, embed, inputs, int8, metadata, onnx_file, quantize
+from exporters.ort_session import OrtSession, open_file
 from exporters.quiet import quiet
-from exporters.session import Array, Unavailable, checked_output, checked_shape
+from exporters.session import Array, Unavailable
 from pipeline import cli, files
 from pipeline.data import normalised
 from pipeline.errors import GateFailed, UserError, nearest
@@ -35,10 +32,7 @@ if TYPE_CHECKING:
 
 OPSET = 18  # the one PyTorch's exporter writes natively; others are converted from it
 BATCHES = (1, 2, 7)  # what a free batch axis must take
-CALIBRATION = 256  # images to calibrate on, and as many at most to judge by
-FEWEST = 8  # images int8 can be made from
 PRECISIONS = ("fp32", "fp16", "int8")
-NO_CALIBRATION = "--precision int8: no --calib; give a folder of images like those to come"
 
 
 @dataclass(frozen=True)
@@ -123,88 +117,6 @@ def _check(model: nn.Module, written: Path, out: Path, size: int) -> dict[str, A
     return found
 
 
-class OrtSession:
-    """ONNX Runtime on the CPU."""
-
-    def __init__(self, path: Path, threads: int) -> None:
-        self._path = path
-        self._session = open_file(path, threads)
-        taken = self._session.get_inputs()
-        if len(taken) != 1 or taken[0].type != "tensor(float)":
-            listed = ", ".join(f"{i.name} {i.type}" for i in taken)
-            raise UserError(f"{path}: inputs are {listed}; allowed: one float32 image input")
-        self._input = taken[0].name
-        self._output = self._session.get_outputs()[0].name
-        self.runtime = f"onnxruntime {_library().__version__}"
-        self.metadata: Mapping[str, str] = _notes(self._session, path)
-        self.input_shape = checked_shape(_dims(taken[0]), self.metadata, path)
-        made = self._session.get_outputs()[0]
-        checked_output(made.type, _dims(made), self.input_shape, path)
-
-    def run(self, x: Array) -> Array:
-        """x (B, 3, S, S) float32 -> the first output, (B, K) float32."""
-        logits: Array = self._session.run([self._output], {self._input: x})[0]
-        return logits
-
-    @cached_property
-    def precision_effective(self) -> str:
-        """What most convolutions and matrix products take in, from a profile of one run in a second session."""
-        with tempfile.TemporaryDirectory() as folder:
-            session = open_file(self._path, 1, Path(folder) / "profile")
-            x = inputs.smooth(self.input_shape[0] or 1, *self.input_shape[2:])
-            session.run([self._output], {self._input: x})
-            events = json.loads(Path(session.end_profiling()).read_text())
-        kinds = Counter(
-            _KINDS.get(next(iter(e["args"]["input_type_shape"][0])), "fp32")
-            for e in events
-            if any(word in e.get("args", {}).get("op_name", "") for word in _PRODUCTS)
-            and e["args"].get("input_type_shape")
-        )
-        return kinds.most_common(1)[0][0] if kinds else "fp32"
-
-
-_PRODUCTS = ("Conv", "Gemm", "MatMul", "Attention")
-_KINDS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "int8", "int8": "int8"}
-
-
-def _library() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise Unavailable(f"ONNX Runtime is missing ({error}); `pip install onnxruntime`") from None
-    return onnxruntime
-
-
-def open_file(path: Path, threads: int, profile: Path | None = None) -> Any:
-    """ONNX Runtime's own session on the CPU. Raises UserError: no such file, refused by ONNX Runtime."""
-    ort = _library()
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected an .onnx file")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # an error is raised too
-    if profile:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime has one exception class per status code
-        raise UserError(f"{path}: ONNX Runtime refuses it: {str(error)[:300]}") from None
-
-
-def _notes(session: Any, path: Path) -> Mapping[str, str]:
-    try:
-        notes: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: its metadata is not text ({error}); export it again") from None
-    return notes
-
-
-def _dims(value: Any) -> list[int | None]:
-    return [d if isinstance(d, int) else None for d in value.shape]
-
-
 def beside(out: Path, precision: str) -> Path:
     """student.onnx -> student-int8.onnx; fp32 keeps the plain name."""
     return out if precision == "fp32" else out.with_stem(f"{out.stem}-{precision}")
@@ -221,73 +133,8 @@ def parse_precisions(text: str, allowed: tuple[str, ...] = PRECISIONS) -> list[s
     return wanted
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Images (M, 3, S, S) to calibrate on; images (N, 3, S, S) to judge by with their labels (N,), -1 unknown."""
-
-    shown: Array
-    held: Array
-    labels: NDArray[np.int64]
-
-
-Calibration = Literal["minmax", "percentile", "entropy"]
-
-
-@dataclass(frozen=True)
-class Int8:
-    """How int8 is made: what takes the ranges, and how long nodes to leave in float may be looked for."""
-
-    calibration: Calibration = "minmax"
-    search_s: float = 60.0
-    drop: float = 0.01  # top-1 that may be lost on the images to judge by, as a fraction
-
-
-def calibration_images(source: Path, folder: Path | None) -> Pictures:
-    """Every other image of a folder to calibrate on, the others to judge by, as the ONNX's notes prepare them.
-
-    Raises UserError: no folder given, fewer than 8 images, a network that answers NaN: its ranges have no scale.
-    """
-    if folder is None:
-        raise UserError(NO_CALIBRATION)
-    session = OrtSession(source, 1)
-    batch = session.input_shape[0] or 1
-    x, labels = inputs.labelled(folder, session, 2 * CALIBRATION)
-    fewest = max(FEWEST, 2 * batch)
-    if len(x) < fewest:
-        raise UserError(f"--calib {folder}: holds {len(x)} images; int8 needs {fewest}")
-    if not np.isfinite(session.run(x[:batch])).all():
-        raise UserError(
-            f"{source}: answers {folder} with NaN or infinity: int8 has no range for that"
-        )
-    held = slice(1, len(x) // 2 // batch * batch * 2, 2)
-    return Pictures(x[::2], x[held], labels[held])
-
-
-def to_int8(source: Path, pictures: Pictures, how: Int8, gates: agreement.Gates) -> onnx.ModelProto:
-    """fp32 ONNX -> int8 for CPUs; what had to stay in float to meet the gates is told by the note `int8`."""
-    reference = OrtSession(source, 1)
-    expected = inputs.run(reference, pictures.held)
-
-    def judge(network: onnx.ModelProto) -> sensitive.Judged:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / source.name
-            onnx_file.save(network, path)
-            got = inputs.run(OrtSession(path, 1), pictures.held)
-        figures = agreement.figures(expected, got)
-        verdict, _ = agreement.judge(figures, float(np.abs(expected).max()), "int8", gates)
-        refused = agreement.loses(agreement.top1_drop(expected, got, pictures.labels), how.drop)
-        decibel = figures["sqnr_centered_db"]
-        return sensitive.Judged(
-            verdict != "FAIL" and not refused, -math.inf if decibel is None else decibel
-        )
-
-    with quantize.Calibrated(onnx_file.read(source), pictures.shown, False, how.calibration) as net:
-        found = sensitive.search(net, judge, how.search_s)
-    return onnx_file.annotated(found.network, int8=found.told())
-
-
 def convert(
-    source: Path, out: Path, precision: str, pictures: Pictures | None, how: Int8
+    source: Path, out: Path, precision: str, pictures: int8.Pictures | None, how: int8.Settings
 ) -> dict[str, Any]:
     """fp32 ONNX `source` -> `out` at fp32 (a checked copy), fp16 or, by `pictures`, int8; returns its parity row.
 
@@ -300,7 +147,7 @@ def convert(
         proto = quantize.to_fp16(proto)
     elif precision == "int8":
         assert pictures is not None
-        proto = to_int8(source, pictures, how, agreement.Gates())
+        proto = int8.quantized(source, pictures, how, agreement.Gates())
         x, labels = pictures.held, pictures.labels
     with files.atomic(out) as temporary:
         onnx_file.save(proto, temporary)
@@ -349,8 +196,8 @@ def main(args: argparse.Namespace) -> None:
     if foreign and args.opset:
         raise UserError(f"--opset {args.opset}: {args.checkpoint} keeps its own; leave it out")
     if "int8" in wanted and args.calib is None:
-        raise UserError(NO_CALIBRATION)
-    how = Int8(args.calibration, args.search_seconds)
+        raise UserError(int8.NO_CALIBRATION)
+    how = int8.Settings(args.calibration, args.search_seconds)
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         source = args.checkpoint
@@ -360,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
             if "fp32" in wanted:
                 print(line)
                 wanted.remove("fp32")
-        pictures = calibration_images(source, args.calib) if "int8" in wanted else None
+        pictures = int8.calibration_images(source, args.calib) if "int8" in wanted else None
         for precision in wanted:
             out = beside(args.out, precision)
             try:
@@ -393,29 +240,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--opset", type=int, help=f"of a checkpoint's ONNX, {OPSET} if not given")
     p.add_argument("--precision", default="fp32", help="of fp32,fp16,int8")
-    add_int8(p)
+    int8.add_options(p)
     p.add_argument(
         "--embed-preprocessing",
         action="store_true",
         help="also write OUT-uint8.onnx: takes (B, S, S, 3) uint8 pixels and normalises them inside",
     )
     return p
-
-
-def add_int8(p: argparse.ArgumentParser) -> None:
-    """The options that int8 is made by."""
-    p.add_argument(
-        "--calib", type=Path, help="images to calibrate int8 on: a folder or a prepared one"
-    )
-    p.add_argument(
-        "--calibration", choices=tuple(quantize.METHODS), default="minmax", help="of the ranges"
-    )
-    p.add_argument(
-        "--search-seconds",
-        type=float,
-        default=Int8.search_s,
-        help="how long nodes to leave in float may be looked for where int8 fails its gates",
-    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from exporters import agreement, inputs, onnx_file, ort
+from exporters import agreement, inputs, int8, onnx_file, ort, ort_session
 from exporters.session import Array, Unavailable, checked_output, checked_shape
 from pipeline import cli, files
 from pipeline.errors import GateFailed, UserError
@@ -135,7 +135,7 @@ def _short(error: Exception) -> str:
 
 
 def make(
-    source: Path, out: Path, precision: str, pictures: ort.Pictures | None, how: ort.Int8
+    source: Path, out: Path, precision: str, pictures: int8.Pictures | None, how: int8.Settings
 ) -> dict[str, Any]:
     """fp32 ONNX -> IR at fp32, fp16 (weights) or, by `pictures`, int8 (from our QDQ ONNX); returns its parity row.
 
@@ -143,7 +143,7 @@ def make(
     Raises GateFailed, and leaves `out` as it was, where the verdict is FAIL.
     """
     _library()
-    reference = ort.OrtSession(source, 1)
+    reference = ort_session.OrtSession(source, 1)
     x, labels = inputs.shown(reference), None
     files.make_parent(out)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
@@ -152,7 +152,7 @@ def make(
             assert pictures is not None
             x, labels = pictures.held, pictures.labels
             graph = Path(folder) / source.name
-            onnx_file.save(ort.to_int8(source, pictures, how, agreement.Gates()), graph)
+            onnx_file.save(int8.quantized(source, pictures, how, agreement.Gates()), graph)
         convert(graph, draft, half=precision == "fp16")
         session = OvSession(draft, 1, "fp32")
         a, b = inputs.run(reference, x), inputs.run(session, x)
@@ -171,10 +171,10 @@ def main(args: argparse.Namespace) -> None:
     if args.onnx.suffix != ".onnx":
         raise UserError(f"{args.onnx}: suffix is {args.onnx.suffix!r}; the input is an .onnx file")
     if "int8" in wanted and args.calib is None:
-        raise UserError(ort.NO_CALIBRATION)
+        raise UserError(int8.NO_CALIBRATION)
     out = (args.out or args.onnx.parent) / f"{args.onnx.stem}.xml"
-    how = ort.Int8(args.calibration, args.search_seconds)
-    pictures = ort.calibration_images(args.onnx, args.calib) if "int8" in wanted else None
+    how = int8.Settings(args.calibration, args.search_seconds)
+    pictures = int8.calibration_images(args.onnx, args.calib) if "int8" in wanted else None
     failed = []
     for precision in wanted:
         target = ort.beside(out, precision)
@@ -201,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("onnx", type=Path, help="an fp32 .onnx file, ours or anyone's")
     p.add_argument("-o", "--out", type=Path, help="folder of the IR; beside the ONNX if not given")
     p.add_argument("--precision", default="fp32", help="of fp32,fp16,int8")
-    ort.add_int8(p)
+    int8.add_options(p)
     return p
 
 

@@ -22,7 +22,7 @@ def open_session(target: Target, artefact: Path, threads: int) -> Session:
 
         return EagerSession(artefact, threads)
     if target.runtime == "ort":
-        from exporters.ort import OrtSession
+        from exporters.ort_session import OrtSession
 
         return OrtSession(artefact, threads)
     if target.runtime == "ov":

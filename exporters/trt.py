@@ -16,7 +16,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from exporters import agreement, cuda, engine, inputs, onnx_file, ort, quantize, trt_build
+from exporters import (
+    agreement,
+    cuda,
+    engine,
+    inputs,
+    int8,
+    onnx_file,
+    ort,
+    ort_session,
+    quantize,
+    trt_build,
+)
 from exporters.session import Array, Unavailable
 from exporters.trt_build import Options
 from exporters.trt_session import TrtSession
@@ -93,7 +104,7 @@ def _at(proto: Any, precision: str, calibration: Array | None) -> Any:
         return quantize.to_fp16(proto)
     if precision == "int8":
         if calibration is None:
-            raise UserError(ort.NO_CALIBRATION)
+            raise UserError(int8.NO_CALIBRATION)
         return quantize.to_int8(proto, calibration, symmetric=True)
     return proto
 
@@ -116,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"-o {args.out}: one name for {len(wanted)} precisions; leave it out")
     calibration = None
     if "int8" in wanted:
-        calibration = ort.calibration_images(args.onnx, args.calib).shown
+        calibration = int8.calibration_images(args.onnx, args.calib).shown
     failed = []
     for precision in wanted:
         plan, sidecar = make(args.onnx, args.out, precision, name, options, calibration)
@@ -150,7 +161,7 @@ def ran(source: Path, plan: Path, cuda_graph: bool | None = None) -> tuple[str, 
         session = TrtSession(plan, cuda_graph)
     except Unavailable as error:
         return f"not run here: {error}", "skipped"
-    reference = ort.OrtSession(source, 1)
+    reference = ort_session.OrtSession(source, 1)
     x = inputs.shown(reference)
     a, b = inputs.run(reference, x), inputs.run(session, x)
     row = agreement.row(plan, session, a, b, agreement.Gates())

@@ -29,7 +29,7 @@ from exporters.device import trt as device_trt
 from exporters.device.contents import Bundle
 from exporters.device.errors import UserError as Refused
 from exporters.device.errors import one_line
-from exporters.ort import OrtSession
+from exporters.ort_session import OrtSession
 from pipeline import errors, files, images, latency
 from tests import faked
 from tests.house import ROOT
@@ -151,8 +151,8 @@ def test_labels_preprocessing_and_answers_are_the_networks_own(made: Path, expor
 def test_no_parity_input_was_calibrated_on(exported: Path, digits: Path) -> None:
     source = exported / "student.onnx"
     shown = bundle.pictures(source, OrtSession(source, 1), digits, None)
-    assert shown.int8 is not None
-    seen = {row.tobytes() for row in shown.int8.shown}
+    assert shown.ranges is not None
+    seen = {row.tobytes() for row in shown.ranges.shown}
     assert not seen & {row.tobytes() for row in shown.x}
 
 

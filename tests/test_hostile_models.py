@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from exporters import onnx_file, ort, ov, parity, trt
-from exporters.ort import OrtSession
+from exporters.ort_session import OrtSession
 from pipeline import cli
 from tests import hostile
 

@@ -13,7 +13,7 @@ import pytest
 
 from exporters import inputs, metadata, onnx_file, ort, quantize
 from exporters.eager import EagerSession
-from exporters.ort import OrtSession
+from exporters.ort_session import OrtSession
 from pipeline.errors import GateFailed, UserError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("openvino", reason="the openvino extra is not installed")
 
 from exporters import agreement, inputs, ov
-from exporters.ort import OrtSession
+from exporters.ort_session import OrtSession
 from exporters.ov import OvSession
 from exporters.session import Unavailable
 from pipeline.errors import UserError

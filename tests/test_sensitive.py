@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from exporters import agreement, inputs, onnx_file, ort, quantize, sensitive
+from exporters import agreement, inputs, int8, onnx_file, ort_session, quantize, sensitive
 from exporters.sensitive import Judged
 
 HARM = {"a": 1.0, "b": 9.0, "c": 0.5, "d": 4.0}  # what a node costs in dB while it is in int8
@@ -93,20 +93,20 @@ def test_a_network_with_one_bad_node_is_shipped_with_that_node_in_float(
     harmed: Path, exported: Path
 ) -> None:
     x = np.load(exported / "calibration.npy")
-    pictures = ort.Pictures(x[::2], x[1::2], np.full(len(x[1::2]), -1))
+    pictures = int8.Pictures(x[::2], x[1::2], np.full(len(x[1::2]), -1))
     gates = agreement.Gates(int8_db=24.0)
-    proto = ort.to_int8(harmed, pictures, ort.Int8(), gates)
+    proto = int8.quantized(harmed, pictures, int8.Settings(), gates)
     told = onnx_file.notes(proto)["int8"]
     assert "left in float" in told and "out of" not in told
     path = harmed.with_name("int8.onnx")
     onnx_file.save(proto, path)
-    session = ort.OrtSession(path, 1)
-    a, b = inputs.run(ort.OrtSession(harmed, 1), x), inputs.run(session, x)
+    session = ort_session.OrtSession(path, 1)
+    a, b = inputs.run(ort_session.OrtSession(harmed, 1), x), inputs.run(session, x)
     row = agreement.row(path, session, a, b, gates)
     assert row["verdict"] == "PASS" and row["int8"] == told
     whole = harmed.with_name("whole.onnx")
     onnx_file.save(quantize.to_int8(onnx_file.read(harmed), x[::2]), whole)
-    worse = agreement.figures(a, inputs.run(ort.OrtSession(whole, 1), x))
+    worse = agreement.figures(a, inputs.run(ort_session.OrtSession(whole, 1), x))
     assert worse["sqnr_centered_db"] < 24.0 <= row["sqnr_centered_db"]
 
 

@@ -15,7 +15,7 @@ import onnx
 import pytest
 
 from exporters import agreement, cuda, engine, inputs, onnx_file, trt, trt_build
-from exporters.ort import OrtSession
+from exporters.ort_session import OrtSession
 from exporters.session import Unavailable
 from exporters.trt_build import Entry, Options
 from exporters.trt_session import TrtSession
