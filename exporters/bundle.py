@@ -78,8 +78,8 @@ def pictures(
 ) -> Pictures:
     """The parity inputs: of --images, else of the images of --calib held out from calibration, else smooth ones.
 
-    16, rounded up to the network's own batch, evenly spaced over the first 256 of a folder; fewer where it holds
-    fewer. Raises UserError: not a folder of images, too few of them.
+    16, rounded up to the network's own batch, evenly spaced over the folder; fewer where it holds fewer.
+    Raises UserError: not a folder of images, too few of them.
     """
     batch = session.input_shape[0] or 1
     count = math.ceil(PARITY_INPUTS / batch) * batch
