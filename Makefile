@@ -17,7 +17,7 @@ help:  ## what can be made
 
 $(VENV)/.installed: pyproject.toml
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[openvino,trt-rtx,parquet,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[openvino,nncf,trt-rtx,parquet,dev]'
 	@touch $@
 
 venv: $(VENV)/.installed  ## .venv with everything installed

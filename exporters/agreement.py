@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from exporters import inputs, metadata
 from exporters.session import Array, Session
-from pipeline.errors import UserError
+from pipeline.errors import GateFailed, UserError
 
 BIT_EQUAL_DB = 200.0  # the SQNR of no difference at all: beyond float32, and still a number in JSON
 REACTS = 1e-6  # between-image std over the largest output below this: rounding, not an answer to the image
@@ -149,6 +149,26 @@ def with_accuracy(
     found = {**found, "top1_drop": drop}
     if found["verdict"] == "PASS" and loses(drop, bound):
         found |= {"verdict": "FAIL", "reason": f"top-1 falls by {drop:.3f}, gate {bound:g}"}
+    return found
+
+
+def passed(
+    out: Path,
+    sessions: tuple[Session, Session],
+    x: Array,
+    labels: NDArray[np.int64] | None,
+    bound: float,
+) -> dict[str, Any]:
+    """The row of a conversion to `out`: (its source, what was made of it), shown x and judged by labels if any.
+
+    Raises GateFailed: the verdict is FAIL.
+    """
+    reference, made = (inputs.run(session, x) for session in sessions)
+    found = row(out, sessions[1], reference, made, Gates())
+    if labels is not None:
+        found = with_accuracy(found, reference, made, labels, bound)
+    if found["verdict"] == "FAIL":
+        raise GateFailed(f"{out}: {found['reason']}; not written")
     return found
 
 

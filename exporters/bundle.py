@@ -136,7 +136,7 @@ def make(source: Path, folder: Path, calib: Path | None, images: Path | None) ->
         )
     models, left_out = [], []
     for variant in VARIANTS:
-        row = add(variant, source, folder, shown, logits)
+        row = add(variant, source, proto, folder, shown, logits)
         entry = {"precision": variant.precision, "runtimes": list(variant.runtimes)}
         if row["verdict"] == "FAIL":
             left_out.append({**entry, "reason": row["reason"]})
@@ -165,12 +165,17 @@ def make(source: Path, folder: Path, calib: Path | None, images: Path | None) ->
 
 
 def add(
-    variant: Variant, source: Path, folder: Path, shown: Pictures, logits: Array
+    variant: Variant,
+    source: Path,
+    proto: onnx.ModelProto,
+    folder: Path,
+    shown: Pictures,
+    logits: Array,
 ) -> dict[str, Any]:
     """Write one variant and judge it on the parity inputs; returns its row. What fails is not left in `folder`."""
     path = folder / variant.file
     try:
-        onnx_file.save(convert(variant, source, shown.ranges), path)
+        onnx_file.save(convert(variant, source, proto, shown.ranges), path)
         session = OrtSession(path, 1)
         got = inputs.run(session, shown.x)
         row = agreement.row(path, session, logits, got, agreement.Gates())
@@ -182,9 +187,10 @@ def add(
     return row
 
 
-def convert(variant: Variant, source: Path, ranges: int8.Pictures | None) -> onnx.ModelProto:
+def convert(
+    variant: Variant, source: Path, proto: onnx.ModelProto, ranges: int8.Pictures | None
+) -> onnx.ModelProto:
     """The fp32 network as that variant. Raises UserError: int8 without images to calibrate on."""
-    proto = onnx_file.read(source)
     if variant.precision == "fp16":
         return quantize.to_fp16(proto)
     if variant.precision == "fp32":

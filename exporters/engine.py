@@ -88,26 +88,6 @@ def label(name: str, trt: Any, hardware_compatible: bool = False) -> str:
     return f"trt{version}-sm{f'{AMPERE}plus' if hardware_compatible else gpu.sm}"
 
 
-def logger(trt: Any) -> Any:
-    """A TensorRT logger that keeps errors for the message to raise: failures return None, not exceptions."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors for the message that is raised, drops the rest."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if int(severity) <= int(trt.ILogger.Severity.ERROR):
-                self.errors.append(" ".join(message.split()))
-
-        def told(self) -> str:
-            return "; ".join(self.errors[-3:])
-
-    return Log()
-
-
 def sidecar_of(plan: Path) -> Path:
     """student.plan -> student.plan.json."""
     return plan.with_name(f"{plan.name}.json")

@@ -1,6 +1,6 @@
 """ONNX -> OpenVINO IR, and OpenVINO as a session whose precision is asked for and read back.
 
-`python -m exporters.ov student.onnx [-o DIR] [--precision fp32,fp16,int8] [--calib DIR]`
+`python -m exporters.ov student.onnx [-o DIR] [--precision fp32,fp16,int8] [--calib DIR] [--cache DIR]`
 A precision that fails its gate is refused and not written. fp16 is how the weights are stored; what the CPU
 computes in is chosen when the IR is opened. Without a hint OpenVINO takes bfloat16 on CPUs that have it: twice as
 fast, and a different network by 2-6e-3.
@@ -12,20 +12,21 @@ import argparse
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from exporters import agreement, inputs, int8, onnx_file, ort, ort_session
+from exporters.device.ov import compiled, computes_in
+from exporters.quiet import quiet
 from exporters.session import Array, Unavailable, checked_output, checked_shape
 from pipeline import cli, files
 from pipeline.errors import GateFailed, UserError
 
 NOTES = "cakd"  # the branch of rt_info that holds the notes
-_KINDS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "u8": "int8", "i8": "int8"}
-_PRODUCTS = ("Convolution", "FullyConnected", "MatMul", "GroupConvolution", "MHA")
 
 
 def _library() -> Any:
@@ -45,18 +46,26 @@ def convert(source: Path, out: Path, half: bool = False) -> None:
 
     Raises UserError: OpenVINO cannot read the file.
     """
-    ov = _library()
     notes = onnx_file.notes(onnx_file.read(source))
+    _save(_read(source), {**notes, **({"precision": "fp16"} if half else {})}, out, half)
+
+
+def _read(source: Path) -> Any:
+    """Raises UserError: OpenVINO cannot read the file."""
+    core = _library().Core()
     try:
-        model = ov.Core().read_model(source)
+        return core.read_model(source)
     except Exception as error:  # openvino raises bare RuntimeErrors
         raise UserError(f"{source}: OpenVINO refuses it: {_short(error)}") from None
-    for key, value in {**notes, **({"precision": "fp16"} if half else {})}.items():
+
+
+def _save(model: Any, notes: Mapping[str, str], out: Path, half: bool = False) -> None:
+    for key, value in notes.items():
         model.set_rt_info(value, [NOTES, key])
     files.make_parent(out)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
         made = Path(folder) / out.name
-        ov.save_model(model, made, compress_to_fp16=half)
+        _library().save_model(model, made, compress_to_fp16=half)
         move(made, out)
 
 
@@ -67,9 +76,12 @@ def move(made: Path, out: Path) -> None:
 
 
 class OvSession:
-    """OpenVINO on the CPU, one stream. `precision`: "fp32" and "int8" hint f32, "default" hints nothing."""
+    """OpenVINO on the CPU, one stream. `precision`: "fp32" and "int8" hint f32, "default" hints nothing.
 
-    def __init__(self, path: Path, threads: int, precision: str) -> None:
+    With a folder `cache` it opens what was compiled there for this IR, CPU, OpenVINO and these options.
+    """
+
+    def __init__(self, path: Path, threads: int, precision: str, cache: Path | None = None) -> None:
         ov = _library()
         if not path.is_file() or not path.with_suffix(".bin").is_file():
             raise UserError(f"{path}: an IR is two files, .xml and .bin; one of them is missing")
@@ -80,8 +92,9 @@ class OvSession:
         if precision != "default":
             options["INFERENCE_PRECISION_HINT"] = "f32"
         try:
-            model = ov.Core().read_model(path)
-            self._compiled = ov.Core().compile_model(model, "CPU", options)
+            core = ov.Core()
+            model = core.read_model(path)
+            self._compiled = compiled(core, ov.__version__, path, options, cache)
         except Exception as error:
             raise UserError(f"{path}: OpenVINO refuses it: {_short(error)}") from None
         if len(model.inputs) != 1:
@@ -102,16 +115,7 @@ class OvSession:
     @cached_property
     def precision_effective(self) -> str:
         """What most convolutions and matrix products of the compiled graph run in."""
-        kinds: Counter[str] = Counter()
-        for node in self._compiled.get_runtime_model().get_ops():
-            info = node.get_rt_info()
-            if "layerType" in info and info["layerType"].astype(str) in _PRODUCTS:
-                # `brgconv_avx512_1x1_bf16`: the kernel; `runtimePrecision` would name the stored weights
-                kinds[info["primitiveType"].astype(str).split("_")[-1].lower()] += 1
-        if not kinds:
-            kinds[self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()] = 1
-        most = kinds.most_common(1)[0][0]
-        return _KINDS.get(most, most)
+        return computes_in(self._compiled)
 
 
 def _dims(port: Any, path: Path) -> list[int | None]:
@@ -135,11 +139,17 @@ def _short(error: Exception) -> str:
 
 
 def make(
-    source: Path, out: Path, precision: str, pictures: int8.Pictures | None, how: int8.Settings
+    source: Path,
+    out: Path,
+    precision: str,
+    pictures: int8.Pictures | None,
+    how: int8.Settings,
+    by: str = "qdq",
 ) -> dict[str, Any]:
-    """fp32 ONNX -> IR at fp32, fp16 (weights) or, by `pictures`, int8 (from our QDQ ONNX); returns its parity row.
+    """fp32 ONNX -> IR at fp32, fp16 (weights) or, by `pictures`, int8; returns its parity row.
 
-    Opened with the f32 hint, so that the row judges the conversion and not the CPU's choice of precision.
+    int8 comes from our QDQ ONNX, or of NNCF where `by` is `nncf`. Opened with the f32 hint, so that the row judges
+    the conversion and not the CPU's choice of precision.
     Raises GateFailed, and leaves `out` as it was, where the verdict is FAIL.
     """
     _library()
@@ -147,22 +157,55 @@ def make(
     x, labels = inputs.shown(reference), None
     files.make_parent(out)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
-        graph, draft = source, Path(folder) / out.name
+        draft = Path(folder) / out.name
         if precision == "int8":
             assert pictures is not None
             x, labels = pictures.held, pictures.labels
-            graph = Path(folder) / source.name
-            onnx_file.save(int8.quantized(source, pictures, how, agreement.Gates()), graph)
-        convert(graph, draft, half=precision == "fp16")
+            quantize = _by_nncf if by == "nncf" else _by_qdq
+            quantize(source, pictures, how, draft)
+        else:
+            convert(source, draft, half=precision == "fp16")
         session = OvSession(draft, 1, "fp32")
-        a, b = inputs.run(reference, x), inputs.run(session, x)
-        row = agreement.row(out, session, a, b, agreement.Gates())
-        if labels is not None:
-            row = agreement.with_accuracy(row, a, b, labels, how.drop)
-        if row["verdict"] == "FAIL":
-            raise GateFailed(f"{out}: {row['reason']}; not written")
+        row = agreement.passed(out, (reference, session), x, labels, how.drop)
         move(draft, out)
     return row
+
+
+def _by_qdq(source: Path, pictures: int8.Pictures, how: int8.Settings, out: Path) -> None:
+    graph = out.with_suffix(".onnx")
+    onnx_file.save(int8.quantized(source, pictures, how, agreement.Gates()), graph)
+    convert(graph, out)
+
+
+def _by_nncf(source: Path, pictures: int8.Pictures, _: int8.Settings, out: Path) -> None:
+    """NNCF's post-training quantization, MIXED: symmetric weights, asymmetric activations.
+
+    Raises Unavailable: NNCF is missing; UserError: it refuses the network.
+    """
+    network = _read(source)
+    entry = network.inputs[0].partial_shape[0]
+    batch = entry.get_length() if entry.is_static else 1
+    shown = pictures.shown[: len(pictures.shown) // batch * batch]
+    try:
+        with quiet():
+            import nncf
+
+            made = nncf.quantize(
+                network,
+                nncf.Dataset(list(shown.reshape(-1, batch, *shown.shape[1:]))),
+                preset=nncf.QuantizationPreset.MIXED,
+                subset_size=len(shown) // batch,
+            )
+    except ImportError as error:
+        raise Unavailable(
+            f"--int8-by nncf: NNCF is missing ({error}); `pip install '.[nncf]'`, or leave the option out"
+        ) from None
+    except Exception as error:  # whatever its passes raise
+        raise UserError(
+            f"{source}: NNCF refuses it: {_short(error)}; leave --int8-by out"
+        ) from None
+    notes = onnx_file.notes(onnx_file.read(source))
+    _save(made, {**notes, "precision": "int8", "int8": "by NNCF"}, out)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -180,7 +223,7 @@ def main(args: argparse.Namespace) -> None:
         target = ort.beside(out, precision)
         start = time.perf_counter()
         try:
-            row = make(args.onnx, target, precision, pictures, how)
+            row = make(args.onnx, target, precision, pictures, how, args.int8_by)
         except GateFailed as error:
             failed.append(str(error))
             continue
@@ -191,8 +234,23 @@ def main(args: argparse.Namespace) -> None:
             f"{target}: {size:.2f} MB in {seconds:.1f} s, computes in "
             f"{row['precision_effective']}, {made}{agreement.describe(row)}"
         )
+        if args.cache:
+            print(_kept(target, args.cache))
     if failed:
         raise GateFailed("; ".join(failed))
+
+
+def _kept(ir: Path, cache: Path) -> str:
+    """Fill the cache with the IR, and tell what opening it takes with it and without."""
+
+    def seconds(folder: Path | None) -> float:
+        start = time.perf_counter()
+        OvSession(ir, 1, "fp32", folder)
+        return time.perf_counter() - start
+
+    seconds(cache)
+    ratios = [seconds(cache) / seconds(None) for _ in range(5)]
+    return f"{ir}: compiled into {cache}; opens in {float(np.median(ratios)):.2f} of the time"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -202,6 +260,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--out", type=Path, help="folder of the IR; beside the ONNX if not given")
     p.add_argument("--precision", default="fp32", help="of fp32,fp16,int8")
     int8.add_options(p)
+    p.add_argument(
+        "--int8-by", choices=("qdq", "nncf"), default="qdq", help="our QDQ graph, or NNCF"
+    )
+    p.add_argument(
+        "--cache", type=Path, help="also compile each IR for one thread of this CPU, kept in here"
+    )
     return p
 
 

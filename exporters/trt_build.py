@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from exporters import cuda, engine
+from exporters.device.trt import logger
 from exporters.session import Unavailable
 from pipeline import files
 from pipeline.errors import UserError
@@ -74,7 +75,7 @@ def build(trt: Any, source: Path, entry: Entry, options: Options) -> bytes:
 
     Raises UserError with the parser's and the logger's own errors; Unavailable: TensorRT cannot start.
     """
-    log = engine.logger(trt)
+    log = logger(trt)
     try:
         builder = trt.Builder(log)
     except TypeError as error:  # "factory function returned nullptr": no driver, or one too old

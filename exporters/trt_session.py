@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from exporters import engine
+from exporters.device.trt import logger
 from exporters.session import Array, Unavailable
 from pipeline.errors import UserError
 
@@ -54,7 +55,7 @@ class TrtSession:
             raise Unavailable(f"engines run over torch CUDA tensors: {error}") from None
         name, trt = engine.backend(sidecar["backend"])
         graphs = graphs_wanted() if cuda_graph is None else cuda_graph
-        self._plan, self._trt, self._torch, self._log = plan, trt, torch, engine.logger(trt)
+        self._plan, self._trt, self._torch, self._log = plan, trt, torch, logger(trt)
         self._own, self._captured = name == "rtx" and graphs, name == "tensorrt" and graphs
         self._engine = self._deserialized(sidecar)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]

@@ -668,8 +668,23 @@ def test_tensorrt_without_a_place_to_keep_the_engine_runs_and_says_so(
     (tmp_path / "cache").write_text("a file where a folder belongs")
     line = ("--verify", "--precision", "fp32", "--cache", tmp_path / "cache")
     done = runner(copied, *line, only=("onnxruntime", "tensorrt"), fake="")
-    assert done.returncode == 0 and "the engine is not kept" in done.stderr
+    assert done.returncode == 0 and ".plan is not kept" in done.stderr
     assert not (copied / "cache").exists()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="the openvino extra is not installed"
+)
+def test_openvino_keeps_what_it_compiled_only_where_a_folder_is_given(
+    copied: Path, runner: Runner, tmp_path: Path
+) -> None:
+    line = ("--verify", "--precision", "fp32", "--cache", tmp_path / "cache")
+    assert runner(copied, "--verify", "--precision", "fp32", only=("openvino",)).returncode == 0
+    assert not (copied / "cache").exists()
+    for _ in range(2):
+        done = runner(copied, *line, only=("openvino",))
+        assert done.returncode == 0 and "PASS" in done.stdout, done.stderr
+    assert [p.suffix for p in sorted((tmp_path / "cache").iterdir())] == [".blob", ".json"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +16,11 @@ import pytest
 
 pytest.importorskip("openvino", reason="the openvino extra is not installed")
 
-from exporters import agreement, inputs, ov
+from exporters import agreement, inputs, int8, ov
 from exporters.ort_session import OrtSession
 from exporters.ov import OvSession
 from exporters.session import Unavailable
-from pipeline.errors import UserError
+from pipeline.errors import GateFailed, UserError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -84,6 +87,90 @@ def test_a_lost_bin_and_a_damaged_xml_are_told(ir: Path, tmp_path: Path) -> None
     (tmp_path / "student.xml").write_text("<net>")
     with pytest.raises(UserError, match="OpenVINO refuses it"):
         OvSession(tmp_path / "student.xml", 1, "fp32")
+
+
+def test_a_compiled_model_is_kept_and_opened_again(
+    ir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import openvino
+
+    x, cache = inputs.smooth(3, 32, 32), tmp_path / "cache"
+    first = OvSession(ir / "student-int8.xml", 1, "int8", cache)
+    monkeypatch.setattr(openvino.Core, "compile_model", None)  # calling it would fail
+    again = OvSession(ir / "student-int8.xml", 1, "int8", cache)
+    assert np.array_equal(first.run(x), again.run(x))
+    assert again.precision_effective == first.precision_effective == "int8"
+    assert again.input_shape == first.input_shape and again.metadata == first.metadata
+
+
+@pytest.mark.parametrize("part", ["blob", "json", "model", "options"])
+def test_a_compiled_model_that_was_altered_or_made_otherwise_is_compiled_anew(
+    ir: Path, tmp_path: Path, part: str
+) -> None:
+    for suffix in (".xml", ".bin"):
+        shutil.copy(ir / f"student{suffix}", tmp_path)
+    path, x, cache = tmp_path / "student.xml", inputs.smooth(3, 32, 32), tmp_path / "cache"
+    expected = OvSession(path, 1, "fp32", cache).run(x)
+    blob = next(cache.glob("*.blob"))
+    whole = blob.read_bytes()
+    if part == "blob":
+        blob.write_bytes(whole[: len(whole) // 2] + bytes(64) + whole[len(whole) // 2 + 64 :])
+    elif part == "json":
+        blob.with_name(f"{blob.name}.json").unlink()
+    elif part == "model":
+        path.write_text(path.read_text() + "<!-- another file -->")
+    threads = 2 if part == "options" else 1
+    assert np.allclose(OvSession(path, threads, "fp32", cache).run(x), expected, atol=1e-5)
+    told = json.loads(blob.with_name(f"{blob.name}.json").read_text())
+    assert told["sha256"] == hashlib.sha256(blob.read_bytes()).hexdigest()
+    assert told["options"]["INFERENCE_NUM_THREADS"] == str(threads)
+    parts = (path, path.with_suffix(".bin"))
+    assert told["model_sha256"] == [hashlib.sha256(p.read_bytes()).hexdigest() for p in parts]
+
+
+def test_the_command_fills_the_cache_and_tells_the_ratio(
+    exported: Path, tmp_path: Path, command: Command
+) -> None:
+    line = (exported / "student.onnx", "-o", tmp_path / "ir", "--cache", tmp_path / "cache")
+    done = command("exporters.ov", *line, torch=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"compiled into .*cache; opens in \d+\.\d\d of the time$", done.stdout.strip())
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_nncf_makes_an_int8_with_the_notes_and_it_goes_through_the_gates(
+    exported: Path, digits: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("nncf", reason="the nncf extra is not installed")
+    source, out = exported / "student.onnx", tmp_path / "student-int8.xml"
+    pictures = int8.calibration_images(source, digits)
+    reference = OrtSession(source, 1)
+    try:
+        row = ov.make(source, out, "int8", pictures, int8.Settings(), "nncf")
+    except GateFailed as error:
+        decibel = float(re.search(r"(\S+) dB, int8 gate 15", str(error)).group(1))
+        assert 10 < decibel < 15 and list(tmp_path.iterdir()) == []
+        ov._by_nncf(source, pictures, int8.Settings(), out)
+    else:
+        assert row["verdict"] == "PASS" and row["sqnr_centered_db"] >= 15
+    session = OvSession(out, 1, "int8")
+    assert session.precision_effective == "int8"
+    assert session.metadata == {**reference.metadata, "precision": "int8", "int8": "by NNCF"}
+    alike = inputs.run(session, pictures.held).argmax(1) == inputs.run(
+        reference, pictures.held
+    ).argmax(1)
+    assert alike.mean() > 0.8
+
+
+def test_without_nncf_one_line_says_how_to_get_it(
+    exported: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    pictures = int8.calibration_images(exported / "student.onnx", digits)
+    out = tmp_path / "student-int8.xml"
+    with pytest.raises(Unavailable, match=r"pip install '\.\[nncf\]'"):
+        ov.make(exported / "student.onnx", out, "int8", pictures, int8.Settings(), "nncf")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_openvino_the_reason_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

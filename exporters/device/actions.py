@@ -39,7 +39,7 @@ class Opened:
         model = bundle.root / bundle.model(name, precision).file
         began = time.perf_counter()
         self.session: Session = open_session(
-            name, library, model, precision, args.threads or 1, args.cache or bundle.root / "cache"
+            name, library, model, precision, args.threads or 1, args.cache
         )
         seconds = time.perf_counter() - began - (self.session.build_seconds or 0)
         self.facts: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,26 +10,68 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import kept
 from .errors import UserError, one_line
 
 KINDS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "u8": "int8", "i8": "int8"}
 PRODUCTS = ("Convolution", "FullyConnected", "MatMul", "GroupConvolution", "MHA")
 
 
+SCHEMA = "cakd.compiled/1"
+WEIGHTS = ".bin"  # beside an IR
+
+
+def compiled(core: Any, version: str, model: Path, options: Any, cache: Path | None) -> Any:
+    """The model on the CPU; with a `cache`, as an earlier process compiled it there, else kept there.
+
+    OpenVINO's own CACHE_DIR takes a blob of altered bytes: here a SHA-256 is held against it first.
+    """
+    if cache is None:
+        return core.compile_model(core.read_model(str(model)), "CPU", options)
+    parts = [p for p in (model, model.with_suffix(WEIGHTS)) if p.is_file()]
+    maker = {
+        "schema": SCHEMA,
+        "openvino": version,
+        "cpu": core.get_property("CPU", "FULL_DEVICE_NAME"),
+        "options": {key: str(value) for key, value in options.items()},
+        "model_sha256": [hashlib.sha256(p.read_bytes()).hexdigest() for p in parts],
+    }
+    path = cache / f"{model.stem}.ov{version.split('-')[0]}.blob"
+    known = kept.load(path, maker)
+    if known is not None:
+        return core.import_model(known, "CPU", options)
+    made = core.compile_model(core.read_model(str(model)), "CPU", options)
+    kept.keep(path, made.export_model().getvalue(), maker)
+    return made
+
+
+def computes_in(compiled: Any) -> str:
+    """What most convolutions and matrix products of a compiled model run in; without any, what it was told."""
+    kinds: Counter[str] = Counter()
+    for node in compiled.get_runtime_model().get_ops():
+        info = node.get_rt_info()
+        if "layerType" in info and info["layerType"].astype(str) in PRODUCTS:
+            # `brgconv_avx512_1x1_bf16`: the kernel; `runtimePrecision` would name the stored weights
+            kinds[info["primitiveType"].astype(str).split("_")[-1].lower()] += 1
+    if not kinds:
+        kinds[compiled.get_property("INFERENCE_PRECISION_HINT").to_string()] = 1
+    most = kinds.most_common(1)[0][0]
+    return KINDS.get(most, most)
+
+
 class OvSession:
-    """One model read from its ONNX, one stream."""
+    """One model read from its ONNX or IR, one stream."""
 
     build_seconds: float | None = None
 
-    def __init__(self, module: Any, model: Path, threads: int) -> None:
+    def __init__(self, module: Any, model: Path, threads: int, cache: Path | None) -> None:
         options = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "INFERENCE_PRECISION_HINT": "f32",
         }
         try:
-            core = module.Core()
-            self._compiled = core.compile_model(core.read_model(str(model)), "CPU", options)
+            self._compiled = compiled(module.Core(), module.__version__, model, options, cache)
             self._request = self._compiled.create_infer_request()
         except Exception as error:  # openvino raises bare RuntimeErrors
             raise UserError(
@@ -45,10 +88,4 @@ class OvSession:
 
     def computes_in(self) -> str:
         """What most convolutions and matrix products of the compiled graph run in."""
-        kinds: Counter[str] = Counter()
-        for node in self._compiled.get_runtime_model().get_ops():
-            info = node.get_rt_info()
-            if "layerType" in info and info["layerType"].astype(str) in PRODUCTS:
-                kinds[info["primitiveType"].astype(str).split("_")[-1].lower()] += 1
-        most = kinds.most_common(1)[0][0] if kinds else "f32"
-        return KINDS.get(most, most)
+        return computes_in(self._compiled)

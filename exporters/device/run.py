@@ -61,7 +61,11 @@ def parser() -> Parser:
     )
     p.add_argument("--threads", type=int, help="of a CPU runtime, 1 if not given")
     p.add_argument("--seconds", type=_seconds, default=3.0, help="of --bench, after the warm-up")
-    p.add_argument("--cache", type=Path, help="where TensorRT's engines are kept; ./cache")
+    p.add_argument(
+        "--cache",
+        type=Path,
+        help="where compiled models are kept: TensorRT's, else in ./cache; OpenVINO's, else nowhere",
+    )
     p.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     return p
 

@@ -83,10 +83,11 @@ def open_session(
     model: Path,
     precision: str,
     threads: int,
-    cache: Path,
+    cache: Path | None,
 ) -> Session:
-    """Load one ONNX file in a runtime; `cache` is where TensorRT keeps its plan.
+    """Load one ONNX file in a runtime; `cache` is where its compiled form is kept.
 
+    Without it TensorRT's plan goes into `cache/` beside the model, OpenVINO's is not kept.
     Raises UserError: the runtime refuses the file.
     """
     if name == "ort":
@@ -96,10 +97,10 @@ def open_session(
     if name == "ov":
         from .ov import OvSession
 
-        return OvSession(module, model, threads)
+        return OvSession(module, model, threads, cache)
     from .trt import TrtSession
 
-    return TrtSession(module, model, precision, cache)
+    return TrtSession(module, model, precision, cache or model.parent / "cache")
 
 
 def usable_cores() -> int:

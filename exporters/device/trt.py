@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import kept
 from .cudart import Cuda
 from .errors import UserError
 
-SCHEMA = "cakd.bundle-plan/1"
+SCHEMA = "cakd.bundle-plan/2"
 BATCHES = (1, 1, 8)  # smallest, usual and largest, where the model leaves the batch free
 WORKSPACE = 1 << 30  # bytes, cut by TensorRT to what the device has
 
@@ -117,52 +115,15 @@ class TrtSession:
             "onnx_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
         }
         path = cache / f"{model.stem}.trt{self._trt.__version__}-sm{gpu['sm']}.plan"
-        kept = _kept(path, maker)
-        if kept is not None:
-            return kept, None
+        known = kept.load(path, maker)
+        if known is not None:
+            return known, None
         print(f"building the engine of {model.name}, once; it may take minutes", file=sys.stderr)
         began = time.perf_counter()
         plan = build(self._trt, self._log, model)
         seconds = time.perf_counter() - began
-        try:
-            _keep(path, plan, {**maker, "plan_sha256": hashlib.sha256(plan).hexdigest()})
-        except OSError as error:
-            print(
-                f"the engine is not kept, {cache}: {error.strerror}; give a writable --cache",
-                file=sys.stderr,
-            )
+        kept.keep(path, plan, maker)
         return plan, seconds
-
-
-def _sidecar(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
-
-
-def _kept(path: Path, maker: dict[str, Any]) -> bytes | None:
-    """A plan in the cache that this maker made and that is whole, else None."""
-    try:
-        noted = json.loads(_sidecar(path).read_text(encoding="utf-8"))
-        plan = path.read_bytes()
-    except (OSError, ValueError):
-        return None
-    whole = noted == {**maker, "plan_sha256": hashlib.sha256(plan).hexdigest()}
-    return plan if whole else None
-
-
-def _keep(path: Path, plan: bytes, noted: dict[str, Any]) -> None:
-    """Write plan and sidecar, each whole or not at all. Raises OSError: not writable, no space."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for target, data in (
-        (path, plan),
-        (_sidecar(path), json.dumps(noted, indent=1).encode() + b"\n"),
-    ):
-        fd, name = tempfile.mkstemp(dir=str(path.parent), prefix=f".{target.name}.")
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(data)
-            Path(name).replace(target)
-        finally:
-            Path(name).unlink(missing_ok=True)
 
 
 def logger(trt: Any) -> Any:
