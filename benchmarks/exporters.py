@@ -37,8 +37,11 @@ STUDENTS: dict[str, dict[str, Any]] = {
 RUNTIMES = ("ort", "ov", "rtx")
 
 
-def checkpoint(name: str, kwargs: dict[str, Any], size: int, path: Path) -> None:
-    """A student of random weights that reacts to its input: four passes set the statistics of its batch norms."""
+def reactive(name: str, kwargs: dict[str, Any], size: int) -> nn.Module:
+    """A network of random weights for 10 classes that does not answer every image alike.
+
+    Four passes over smooth images give its batch norms statistics.
+    """
     torch.manual_seed(0)
     model = models.create(name, kwargs, 10)
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -46,6 +49,12 @@ def checkpoint(name: str, kwargs: dict[str, Any], size: int, path: Path) -> None
     with torch.no_grad():
         for seed in range(4):
             model.train()(torch.from_numpy(inputs.smooth(16, size, size, seed)))
+    return model
+
+
+def checkpoint(name: str, kwargs: dict[str, Any], size: int, path: Path) -> None:
+    """Write that network as a student's checkpoint."""
+    model = reactive(name, kwargs, size)
     description = {
         "model": name,
         "kwargs": kwargs,

@@ -65,13 +65,8 @@ def features(
 
 @pytest.fixture(scope="session")
 def exported(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """artifacts/export of an untrained student and teacher that react to their input, 10 classes at 32 px.
-
-    Random weights alone answer every image alike; four train-mode passes give the batch norms real statistics.
-    """
-    import torch
-
-    from exporters.inputs import smooth
+    """artifacts/export of an untrained student and teacher that react to their input, 10 classes at 32 px."""
+    from benchmarks.exporters import reactive
     from pipeline import models
 
     folder = tmp_path_factory.mktemp("exported")
@@ -79,13 +74,7 @@ def exported(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("student", "test_resnet", {"channels": [8, 12, 16, 24], "output_stride": 8}),
         ("teacher", "test_vit", {"img_size": 32, "patch_size": 4}),
     ):
-        torch.manual_seed(0)
-        model = models.create(name, kwargs, 10)
-        for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-            norm.momentum = None
-        with torch.no_grad():
-            for _ in range(4):
-                model.train()(torch.from_numpy(smooth(16, 32, 32)))
+        model = reactive(name, kwargs, 32)
         description = {
             "model": name,
             "kwargs": kwargs,

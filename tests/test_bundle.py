@@ -31,7 +31,7 @@ from exporters.device.errors import UserError as Refused
 from exporters.device.errors import one_line
 from exporters.ort_session import OrtSession
 from pipeline import errors, files, images, latency
-from tests import faked
+from tests import fake_jetson
 from tests.house import ROOT
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -89,7 +89,7 @@ def runner() -> Runner:
         **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         blocked = {*OURS, *RUNTIMES, "PIL"} - set(only) - ({"PIL"} if pillow else set())
-        stand_in = None if fake is None else str(ROOT / "tests" / "faked.py")
+        stand_in = None if fake is None else str(ROOT / "tests" / "fake_jetson.py")
         code = START.format(blocked=sorted(blocked), fake=stand_in)
         return subprocess.run(
             [sys.executable, "-c", code, *map(str, argv)],
@@ -639,13 +639,15 @@ def test_an_engine_of_another_version_gpu_or_file_is_built_again(
 def test_batches_of_any_size_share_the_engines_buffers_and_lose_none(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cudart, "_load", faked.cudart)
-    monkeypatch.setattr(faked, "MEMORY", {})
-    engine = device_trt.TrtSession(faked.tensorrt(), made / "model-fp32.onnx", "fp32", tmp_path)
+    monkeypatch.setattr(cudart, "_load", fake_jetson.cudart)
+    monkeypatch.setattr(fake_jetson, "MEMORY", {})
+    engine = device_trt.TrtSession(
+        fake_jetson.tensorrt(), made / "model-fp32.onnx", "fp32", tmp_path
+    )
     x, logits = Bundle.open(made).parity()
     for size in (1, 3, 2, 8, 16, 1):
         assert np.abs(engine.run(x[:size]) - logits[:size]).max() < 1e-5
-        assert len(faked.MEMORY) == 2
+        assert len(fake_jetson.MEMORY) == 2
 
 
 @pytest.mark.parametrize("name", ["ort", "ov"])
