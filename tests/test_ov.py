@@ -134,7 +134,9 @@ def test_the_command_fills_the_cache_and_tells_the_ratio(
     line = (exported / "student.onnx", "-o", tmp_path / "ir", "--cache", tmp_path / "cache")
     done = command("exporters.ov", *line, torch=False)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"compiled into .*cache; opens in \d+\.\d\d of the CPU time$", done.stdout.strip())
+    assert re.search(
+        r"compiled into .*cache; opens in \d+\.\d\d of the CPU time$", done.stdout.strip()
+    )
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
