@@ -139,7 +139,11 @@ def _rows(summary: Summary) -> Iterator[Named]:
             if row["status"] == "measured":
                 threads = f"{row['threads']} thread" + "s" * (row["threads"] != 1)
                 batch = f", batch {row['batch']}" * (row["batch"] != 1)
-                yield f"{row['model']} on {target['target']}, {threads}{batch}", target["target"], row
+                yield (
+                    f"{row['model']} on {target['target']}, {threads}{batch}",
+                    target["target"],
+                    row,
+                )
 
 
 def _machine(summary: Summary) -> str:

@@ -1,4 +1,4 @@
-"""Accuracy against latency: the points of a summary with their intervals, the front among them, a CSV. Torch-free."""
+"""Accuracy against latency: the points of a summary with their intervals, the front, a CSV. Torch-free."""
 
 from __future__ import annotations
 

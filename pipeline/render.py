@@ -28,7 +28,9 @@ MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 
 def markdown(summaries: Sequence[Summary], earlier: Earlier = ()) -> str:
     """The report as GitHub Markdown, made for `$GITHUB_STEP_SUMMARY`; whatever a file named is escaped."""
-    return _fill("edge.md", _with_history(summaries, earlier), autoescape=False, finalize=escape_markdown)
+    return _fill(
+        "edge.md", _with_history(summaries, earlier), autoescape=False, finalize=escape_markdown
+    )
 
 
 def page(
@@ -115,7 +117,10 @@ def _worded(summary: Summary) -> dict[str, Any]:
 def _pictures(summary: Summary, name: str) -> dict[str, Any]:
     """The pictures of one summary, with ids that begin with `name`, and the colours of the methods in them."""
     training, past = summary["training"], summary["history"]
-    pairs, compared = forest.of_pairs(summary["pairs"]), forest.of_comparisons(summary["comparisons"])
+    pairs, compared = (
+        forest.of_pairs(summary["pairs"]),
+        forest.of_comparisons(summary["comparisons"]),
+    )
     drawn = {
         "tradeoff": tradeoff.picture(summary, f"{name}-tradeoff"),
         "ecdf": ecdf.picture(summary, f"{name}-ecdf"),

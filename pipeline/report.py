@@ -207,12 +207,12 @@ def compare(models: Mapping[str, Any]) -> dict[str, Any]:
 def target(
     name: str, rows: Sequence[Any], builds: Mapping[str, Any], parity: Sequence[Any]
 ) -> dict[str, Any]:
-    """One target: its student and teacher at the fewest threads, and how much faster the student is.
+    """One target: its student and teacher at the fewest threads and images, and how much faster the student is.
 
     `speedup` is teacher p50 / student p50, both of one run; None unless both were measured.
     """
-    threads = min((row["threads"] for row in rows), default=1)
-    first = [row for row in rows if row["threads"] == threads]
+    threads, batch = min(map(_load, rows), default=(1, 1))
+    first = [row for row in rows if _load(row) == (threads, batch)]
     pair = {m: _row(m, first, builds.get(m, {}), parity) for m in MODELS}
     both = [pair[m]["wall_ms"]["p50"] for m in MODELS if pair[m]["status"] == "measured"]
     return {
@@ -223,9 +223,14 @@ def target(
         "more_threads": [
             _without_samples(row)
             for row in rows
-            if row["threads"] > threads and row["status"] == "measured"
+            if _load(row) > (threads, batch) and row["status"] == "measured"
         ],
     }
+
+
+def _load(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Threads and images a call, what the rows of one target differ by."""
+    return row["threads"], row["batch"]
 
 
 def _row(

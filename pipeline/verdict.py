@@ -16,7 +16,7 @@ class Gate:
 
     kind: str  # parity, budget, precision, baseline
     name: str
-    verdict: str  # PASS, FAIL, INCONCLUSIVE, NOT MEASURED, FELL BACK, ...
+    verdict: str  # PASS, FAIL, INCONCLUSIVE, NOT MEASURED, FELL BACK, UNKNOWN, ...
     message: str
     decides: bool = True
 
@@ -72,11 +72,22 @@ def _precision(targets: Iterable[Mapping[str, Any]]) -> Iterator[Gate]:
 
 def _compared(found: Mapping[str, Any]) -> Iterator[Gate]:
     where = place(found)
-    yield Gate("baseline", f"{where}: latency", found["verdict"], f"{where}: {_ratio(found)}")
+    yield Gate("baseline", f"{where}: latency", of_latency(found), f"{where}: {_ratio(found)}")
     for gate in found.get("gates", []):
-        said = f"{where}: {gate['name']}: baseline {gate['baseline']}, candidate {gate['candidate']}"
+        said = (
+            f"{where}: {gate['name']}: baseline {gate['baseline']}, candidate {gate['candidate']}"
+        )
         said += f", limit {gate['limit']}" * (gate["limit"] is not None)
         yield Gate("baseline", f"{where}: {gate['name']}", gate["verdict"], said)
+
+
+def of_latency(found: Mapping[str, Any]) -> str:
+    """The verdict on the ratio alone: that of a comparison is the worst of the ratio and the gates beside it."""
+    ratio, verdict = found.get("ratio"), str(found["verdict"])
+    by_gate = any(gate["verdict"] == "FAIL" for gate in found.get("gates", []))
+    if verdict != "FAIL" or not by_gate or not ratio or ratio["ci_low"] > 1 + ratio["tol"]:
+        return verdict
+    return "PASS" if ratio["ci_high"] < 1 + ratio["tol"] else "INCONCLUSIVE"
 
 
 def place(found: Mapping[str, Any]) -> str:
@@ -103,7 +114,7 @@ def judge(summary: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = gates(summary)
     failures = [gate.message for gate in found if gate.failed]
-    undecided = any(g.kind == "baseline" and not g.open for g in found)
+    undecided = any(c["verdict"] not in KEPT for c in summary.get("comparisons", []))
     judged = any(g.kind != "precision" for g in found)
     status = "INCONCLUSIVE" if undecided else "PASS" if judged else "NOT JUDGED"
     return {
@@ -130,7 +141,7 @@ def _notes(summary: Mapping[str, Any], found: Iterable[Gate]) -> Iterator[str]:
         if budget["verdict"] == "INCONCLUSIVE":
             yield f"budget {budget['name']} is inconclusive: only noise stands above {budget['limit']}"
     for gate in found:
-        if gate.kind == "baseline" and gate.verdict not in ("PASS", "FAIL"):
+        if gate.kind == "baseline" and gate.verdict not in ("PASS", "FAIL", "UNKNOWN"):
             yield f"{gate.verdict.lower()}: {gate.message}"
 
 

@@ -1,7 +1,7 @@
 """Stage report: the figures of a run -> edge.json, edge.md, index.html and the merged parity.json; then the gates.
 
-`--merge A.json B.json` joins the edge.json (or bench JSON) of several machines instead; `--from A.json --as FORMAT`
-writes one of them for another service.
+`--merge A.json B.json` joins the edge.json (or bench JSON) of several machines instead;
+`--from A.json --as FORMAT` writes one of them for another service.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every picture of the report shares: style, axes, and a matplotlib figure as SVG for an HTML page. Torch-free.
+"""What the pictures of the report share: style, axes, a matplotlib figure as SVG in an HTML page. Torch-free.
 
 Colours leave here as CSS variables (`--ink`, `--rule`, `--s0` ... `--s5`), so that one picture is readable on a
 light and on a dark page; ids carry the picture's name, so that several pictures share a page.

@@ -44,5 +44,3 @@ def _histogram(totals: Sequence[int], name: str) -> str:
         axis.set_xlabel("images a class")
         axis.set_ylabel("classes")
         return canvas.svg(figure, name, "How many classes have how many images")
-
-

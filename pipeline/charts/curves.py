@@ -39,4 +39,6 @@ def _curve(lines: Mapping[str, Any], methods: Sequence[str], name: str, term: st
         axis.grid(axis="y")
         axis.set_xlabel("step")
         axis.set_ylabel("fraction" if term.endswith("accuracy") else "loss")
-        return canvas.svg(figure, name, f"Training curve of the loss term {term}: {', '.join(lines)}")
+        return canvas.svg(
+            figure, name, f"Training curve of the loss term {term}: {', '.join(lines)}"
+        )

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.charts import canvas
 from pipeline.charts.canvas import INK, RULE, SERIES, SMALL, WIDTH
+from pipeline.verdict import of_latency
 from pipeline.wording import figure
 
 ROW = 40  # px
@@ -30,7 +31,7 @@ class Row:
 def of_pairs(pairs: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Student over teacher, a row each pair."""
     return [
-        Row(_place(p["target"], p["threads"]), r["median"], r["ci_low"], r["ci_high"])
+        Row(_place(p), r["median"], r["ci_low"], r["ci_high"])
         for p in pairs
         if (r := p.get("ratio"))
     ]
@@ -41,16 +42,19 @@ def of_comparisons(comparisons: Sequence[Mapping[str, Any]]) -> list[Row]:
     several = len({c["model"] for c in comparisons}) > 1
     rows = []
     for found in comparisons:
-        name = _place(found["target"], found["threads"])
+        name = _place(found)
         name = f"{found['model']} {name}" if several else name
         if r := found.get("ratio"):
             values = (r["median"], r["ci_low"], r["ci_high"], r["tol"])
-            rows.append(Row(name, *values, verdict=found["verdict"]))
+            rows.append(Row(name, *values, verdict=of_latency(found)))
     return rows
 
 
-def _place(target: str, threads: int) -> str:
-    return target if threads == 1 else f"{target}, {threads} threads"
+def _place(found: Mapping[str, Any]) -> str:
+    """The target, with threads and batch where they are not 1."""
+    threads, batch = found["threads"], found.get("batch", 1)
+    more = [f"{threads} threads"] * (threads != 1) + [f"batch {batch}"] * (batch != 1)
+    return ", ".join([found["target"], *more])
 
 
 def picture(rows: Sequence[Row], name: str, what: str) -> str | None:

@@ -17,7 +17,9 @@ Run = Mapping[str, Any]
 def latencies(history: Mapping[str, Any], name: str) -> str | None:
     """p50 in ms over the runs, a line a target; a NOISY row is ringed. None without a figure."""
     runs = history["runs"]
-    lines = {t: [(i, r) for i, r in enumerate(runs) if t in r["p50_ms"]] for t in history["targets"]}
+    lines = {
+        t: [(i, r) for i, r in enumerate(runs) if t in r["p50_ms"]] for t in history["targets"]
+    }
     lines = {target: line for target, line in lines.items() if line}
     if not lines:
         return None

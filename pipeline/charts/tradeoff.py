@@ -95,7 +95,9 @@ def _scale(axis: Any, found: Sequence[Point], floor: Sequence[Budget], below: fl
     def height(percent: float) -> float:
         return below + BAND * (percent - low) / (high - low)
 
-    ticks = [t for t in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= t <= high]
+    ticks = [
+        t for t in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= t <= high
+    ]
     axis.set_yticks([height(t) for t in ticks], [f"{t:g}" for t in ticks])
     return height
 
