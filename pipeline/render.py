@@ -115,7 +115,7 @@ def _worded(summary: Summary) -> dict[str, Any]:
 
 
 def _pictures(summary: Summary, name: str) -> dict[str, Any]:
-    """The pictures of one summary, with ids that begin with `name`, and the colours of the methods in them."""
+    """The pictures of one summary, with ids that begin with `name`, and the lines of the methods in them."""
     training, past = summary["training"], summary["history"]
     pairs, compared = (
         forest.of_pairs(summary["pairs"]),
@@ -134,5 +134,5 @@ def _pictures(summary: Summary, name: str) -> dict[str, Any]:
     return {
         **{key: svg and Markup(svg) for key, svg in drawn.items()},
         "curves": [(t, Markup(svg)) for t, svg in curves.pictures(training, f"{name}-curve")],
-        "colours": canvas.series_colours(list(training)),
+        "lines": curves.keys(list(training)),
     }

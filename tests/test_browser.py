@@ -54,7 +54,7 @@ def test_the_page_is_whole_and_quiet(view: str, run: Run) -> None:  # noqa: F811
     path = written(run)
     with Browser(str(find())) as browser:
         page = browser.open(path, **VIEWS[view])
-        assert page.evaluate("document.querySelectorAll('svg').length") == 14
+        assert page.evaluate("document.querySelectorAll('figure svg').length") == 14
         assert page.evaluate("document.querySelectorAll('img').length") == 53
         assert page.evaluate(f"{EMPTY}.length") == 0
         assert page.evaluate("[...document.images].every(i => i.naturalWidth > 0)")

@@ -58,6 +58,11 @@ def test_pictures_take_every_colour_from_the_page_and_say_what_they_show(run: Ru
         ET.fromstring(picture.replace("xlink:", ""))
 
 
+def test_methods_differ_by_line_as_well_as_by_colour() -> None:
+    keys = curves.keys([f"method {i}" for i in range(6)])
+    assert len({k[1:] for k in keys}) == 6 and len({dashes for _, _, dashes in keys}) == 4
+
+
 def test_labels_of_the_tradeoff_stay_apart_and_inside(run: Run) -> None:  # noqa: F811
     for target in TARGETS:  # the worst case: all targets equally fast
         wall = {"p50": 1.0, "p90": None, "p99": None, "min": 1.0, "n": 90}

@@ -7,7 +7,14 @@ from typing import Any
 
 from pipeline.charts import canvas
 
-LINE = ("-", "--", "-.", ":")
+LINE = {"-": "none", "--": "6 3", "-.": "8 3 2 3", ":": "2 3"}  # and as dashes of an SVG
+
+
+def keys(methods: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(method, CSS colour, dashes) of its line in every picture: what a legend needs."""
+    dashes = list(LINE.values())
+    colours = canvas.series_colours(methods)
+    return [(method, colours[method], dashes[i % len(LINE)]) for i, method in enumerate(methods)]
 
 
 def pictures(training: Mapping[str, Any], name: str = "curves") -> list[tuple[str, str]]:
@@ -30,7 +37,7 @@ def _curve(lines: Mapping[str, Any], methods: Sequence[str], name: str, term: st
         for method, line in lines.items():
             i = methods.index(method)
             steps, values = zip(*line)
-            axis.plot(steps, values, LINE[i % len(LINE)], color=canvas.series(i), lw=1.6)
+            axis.plot(steps, values, list(LINE)[i % len(LINE)], color=canvas.series(i), lw=1.6)
         low, high = axis.dataLim.y0, axis.dataLim.y1
         if low > 0 and high / low > 30:
             axis.set_yscale("log")

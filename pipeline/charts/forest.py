@@ -13,7 +13,7 @@ from pipeline.wording import figure
 
 ROW = 40  # px
 MARKER = {"PASS": "o", "FAIL": "X", "INCONCLUSIVE": "D"}
-LETTERS = 27  # of a row's name
+LETTERS = 32  # of a row's name
 
 
 @dataclass(frozen=True)
