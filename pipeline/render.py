@@ -91,12 +91,21 @@ def _fill(
     environment.filters.update({name: getattr(wording, name) for name in FILTERS})
     environment.filters |= {"unbroken": unbroken, "thousands": "{:,}".format}
     return environment.get_template(template).render(
-        runs=[_worded(s) for s in summaries],
+        runs=_told_apart([_worded(s) for s in summaries]),
         gallery=gallery,
         several=len(summaries) > 1,
         baselines=BASELINES,
         unmeasured=wording.NONE,
     )
+
+
+def _told_apart(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs, those of one machine with their titles behind its name."""
+    names = [run["machine_name"] for run in runs]
+    return [
+        run | {"machine_name": f"{name} ({run['title']})" if names.count(name) > 1 else name}
+        for run, name in zip(runs, names)
+    ]
 
 
 def _worded(summary: Summary) -> dict[str, Any]:

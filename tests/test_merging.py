@@ -51,6 +51,14 @@ def test_one_failed_comparison_ends_a_merge_with_exit_3(
     assert (run.folder / "out" / "edge.md").read_text().startswith("**FAIL**")
 
 
+def test_two_files_of_one_machine_are_told_apart(run: Run) -> None:  # noqa: F811
+    path = compared.against(run.folder, comparison())
+    run.write("other.json", run.read("against.json"))
+    text = command(["--merge", path, run.folder / "other.json"]).stdout
+    for title in ("against", "other"):
+        assert f"## Against the baseline on Example CPU 7, 2 of 4 cores ({title})" in text
+
+
 def test_an_inconclusive_comparison_is_no_pass(run: Run) -> None:  # noqa: F811
     path = compared.against(run.folder, comparison(verdict="INCONCLUSIVE", median=1.1))
     done = command(["--merge", path])
