@@ -19,7 +19,7 @@ Summary = Mapping[str, Any]
 
 
 def read(paths: Iterable[Path]) -> list[tuple[str, dict[str, Any]]]:
-    """(name, summary) of earlier runs: files, and every summary in and below folders; JSON of other schemas is passed.
+    """(name, summary) of earlier runs: files, and every summary in and below folders; other schemas are passed.
 
     Raises UserError: no such path, a file that is no `cakd.edge/1`, JSON in a folder that cannot be read.
     """
