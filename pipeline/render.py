@@ -10,41 +10,57 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline import charts, wording
+from pipeline import history, wording
+from pipeline.charts import bars, canvas, classes, curves, ecdf, forest, timeline, tradeoff
 from pipeline.report import BASELINES
+
+Summary = Mapping[str, Any]
+Earlier = Sequence[tuple[str, Summary]]
 
 TEMPLATES = Path(__file__).parent / "templates"
 FILTERS = (
     *("figure", "percent", "points", "millions", "top1"),
     *("labels", "p50", "speedup", "precision", "parity", "status", "flat"),
+    *("ratio", "interval", "clock", "day", "counted", "p50_interval", "details", "left_out"),
 )
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 
 
-def markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
+def markdown(summaries: Sequence[Summary], earlier: Earlier = ()) -> str:
     """The report as GitHub Markdown, made for `$GITHUB_STEP_SUMMARY`; whatever a file named is escaped."""
-    return _fill("edge.md", summaries, autoescape=False, finalize=escape_markdown)
+    return _fill(
+        "edge.md", _with_history(summaries, earlier), autoescape=False, finalize=escape_markdown
+    )
 
 
-def page(summaries: Sequence[Mapping[str, Any]], gallery: Mapping[str, Any] | None = None) -> str:
+def page(
+    summaries: Sequence[Summary],
+    gallery: Mapping[str, Any] | None = None,
+    earlier: Earlier = (),
+) -> str:
     """The report as one HTML file: no script, no other file, nothing from the network.
 
     `gallery` is that of a single run (`gallery.gallery`); a page of several machines has none.
     """
-    pictures = [_pictures(s, f"m{i}") for i, s in enumerate(summaries)]
-    runs = [{**s, **p} for s, p in zip(summaries, pictures)]
+    runs = [
+        {**run, **_pictures(run, f"m{i}")}
+        for i, run in enumerate(_with_history(summaries, earlier))
+    ]
     return _fill("index.html", runs, gallery and _drawn(gallery), autoescape=True)
+
+
+def _with_history(summaries: Sequence[Summary], earlier: Earlier) -> list[dict[str, Any]]:
+    return [{**s, "history": history.beside(s, earlier)} for s in summaries]
 
 
 def _drawn(gallery: Mapping[str, Any]) -> dict[str, Any]:
     """The gallery with the chart of its classes and the colours in it."""
     by_series = gallery["data"]["counts"]
     shown = [label for label, values in by_series.items() if any(values)]
-    chart = charts.counts(by_series, gallery["data"]["classes"], "classes")
-    barred = (
-        len(gallery["data"]["classes"]) <= charts.BARS
-    )  # a histogram has one colour and no legend
-    drawn = {"chart": Markup(chart), "colours": charts.method_colours(shown) if barred else {}}
+    names = gallery["data"]["classes"]
+    chart = classes.picture(by_series, names, "classes")
+    barred = len(names) <= classes.BARS  # a histogram has one colour and no legend
+    drawn = {"chart": Markup(chart), "colours": canvas.series_colours(shown) if barred else {}}
     return {**gallery, "data": {**gallery["data"], **drawn}}
 
 
@@ -60,7 +76,7 @@ def unbroken(text: str) -> str:
 
 def _fill(
     template: str,
-    summaries: Sequence[Mapping[str, Any]],
+    summaries: Sequence[Summary],
     gallery: Mapping[str, Any] | None = None,
     **escaping: Any,
 ) -> str:
@@ -75,7 +91,7 @@ def _fill(
     environment.filters.update({name: getattr(wording, name) for name in FILTERS})
     environment.filters |= {"unbroken": unbroken, "thousands": "{:,}".format}
     return environment.get_template(template).render(
-        runs=[_worded(s) for s in summaries],
+        runs=_told_apart([_worded(s) for s in summaries]),
         gallery=gallery,
         several=len(summaries) > 1,
         baselines=BASELINES,
@@ -83,7 +99,16 @@ def _fill(
     )
 
 
-def _worded(summary: Mapping[str, Any]) -> dict[str, Any]:
+def _told_apart(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs, those of one machine with their titles behind its name."""
+    names = [run["machine_name"] for run in runs]
+    return [
+        run | {"machine_name": f"{name} ({run['title']})" if names.count(name) > 1 else name}
+        for run, name in zip(runs, names)
+    ]
+
+
+def _worded(summary: Summary) -> dict[str, Any]:
     """A summary with the sentences made from several of its figures."""
     return {
         **summary,
@@ -93,18 +118,30 @@ def _worded(summary: Mapping[str, Any]) -> dict[str, Any]:
         "cosines": wording.cosines(summary["models"]),
         "circumstances": wording.circumstances(summary["targets"]),
         "labels": wording.labels_in_words(summary["models"]),
-        "more": [(t["target"], row) for t in summary["targets"] for row in t["more_threads"]],
+        "rows": [(t["target"], row) for t in summary["targets"] for row in wording.measured(t)],
+        "forest_clocks": list(dict.fromkeys(wording.clock(pair) for pair in summary["pairs"])),
     }
 
 
-def _pictures(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The pictures of one summary, with ids that begin with `name`, and the colours of the methods in them."""
-    training = summary["training"]
-    scatter = charts.scatter(summary, f"{name}-scatter")
-    strips = charts.strips(summary, f"{name}-strips")
+def _pictures(summary: Summary, name: str) -> dict[str, Any]:
+    """The pictures of one summary, with ids that begin with `name`, and the lines of the methods in them."""
+    training, past = summary["training"], summary["history"]
+    pairs, compared = (
+        forest.of_pairs(summary["pairs"]),
+        forest.of_comparisons(summary["comparisons"]),
+    )
+    drawn = {
+        "tradeoff": tradeoff.picture(summary, f"{name}-tradeoff"),
+        "ecdf": ecdf.picture(summary, f"{name}-ecdf"),
+        "pairs_forest": forest.picture(pairs, f"{name}-pairs", "student time / teacher time"),
+        "baseline_forest": forest.picture(compared, f"{name}-baseline", "CPU time / baseline's"),
+        "sizes": bars.picture(summary, "size_mb", f"{name}-sizes"),
+        "memory": bars.picture(summary, "rss_mb", f"{name}-memory"),
+        "past_p50": past and timeline.latencies(past, f"{name}-past-p50"),
+        "past_top1": past and timeline.accuracies(past, f"{name}-past-top1"),
+    }
     return {
-        "scatter": scatter and Markup(scatter),
-        "strips": strips and Markup(strips),
-        "curves": [(t, Markup(svg)) for t, svg in charts.curves(training, f"{name}-curve")],
-        "colours": charts.method_colours(list(training)),
+        **{key: svg and Markup(svg) for key, svg in drawn.items()},
+        "curves": [(t, Markup(svg)) for t, svg in curves.pictures(training, f"{name}-curve")],
+        "lines": curves.keys(list(training)),
     }

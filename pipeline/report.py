@@ -1,6 +1,7 @@
 """One run's figures -> one summary with its verdicts (`cakd.edge/1`): what the report shows and the gates judge.
 
-Torch-free. The pictures are in pipeline/charts.py, the two pages in pipeline/render.py.
+Torch-free. The verdict is in pipeline/verdict.py, the pictures in pipeline/charts, the two pages in
+pipeline/render.py.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any
 
 from pipeline import files
 from pipeline.errors import UserError, nearest
+from pipeline.verdict import MODELS, judge, noisy
 
 SCHEMA = "cakd.edge/1"
-BENCH = "cakd.bench/1"
-MODELS = ("student", "teacher")
+BENCH = ("cakd.bench/1", "cakd.bench/2")
 BASELINES = ("plain", "logits")  # every method is compared with these two, in points
 KEPT_SAMPLES = 61  # latencies kept of each row, evenly spaced in rank, both extremes among them
 
@@ -76,6 +77,7 @@ def summarise(
             f"{nearest(shipped, accuracy['models'])}"
         )
     parity = read_parity(sources.build, targets)
+    benches = {name: read_bench(sources.bench / f"{name}.json") for name in targets}
     inputs = {name: getattr(sources, name) for name in ("accuracy", "train_perf", "device")}
     inputs |= {f"bench/{name}": sources.bench / f"{name}.json" for name in targets}
     summary = {
@@ -87,7 +89,7 @@ def summarise(
         "targets": [
             target(
                 name,
-                files.read_json(sources.bench / f"{name}.json", BENCH)["rows"],
+                benches[name]["rows"],
                 files.read_json(sources.build / name / "build.json", "cakd.build/1")["models"],
                 [row for row in parity if row["target"] == name],
             )
@@ -95,6 +97,8 @@ def summarise(
         ],
         "training": files.read_json(sources.train_perf, "cakd.train_perf/1")["methods"],
         "parity": parity,
+        "pairs": [pair for name in targets for pair in benches[name].get("pairs", [])],
+        "comparisons": [],
     }
     summary["budgets"] = [judge_budget(summary, n, limit) for n, limit in config.budgets.items()]
     return {
@@ -125,23 +129,31 @@ def read_parity(build: Path, targets: Iterable[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def read_bench(path: Path) -> dict[str, Any]:
+    """A bench JSON of either version. Raises UserError: missing, another schema."""
+    found = files.read_json(path)
+    if found.get("schema") not in BENCH:
+        raise UserError(
+            f"{path}: schema is {found.get('schema')!r}; allowed: {', '.join(BENCH)}; run its stage again"
+        )
+    return found
+
+
 def read_machine(path: Path) -> dict[str, Any]:
-    """One machine's figures: a summary of this stage, or a `cakd.bench/1` file of `exporters.bench --json`.
+    """One machine's figures: a summary of this stage, or a bench JSON of `exporters.bench --json`.
 
     Raises UserError: another schema, a row about neither student nor teacher.
     """
     found = files.read_json(path)
     if found.get("schema") == SCHEMA:
-        return found
-    if found.get("schema") != BENCH:
-        raise UserError(f"{path}: schema is {found.get('schema')!r}; allowed: {SCHEMA}, {BENCH}")
-    for row in found["rows"]:
-        if model_of(row["model"]) not in MODELS:
-            raise UserError(
-                f"{path}: a row is about {row['model']!r}; a report knows student and teacher: name the "
-                "files student*.onnx and teacher*.onnx and run the bench again"
-            )
-    names = dict.fromkeys(row["target"] for row in found["rows"])
+        return {"pairs": [], "comparisons": [], **found}
+    if found.get("schema") not in BENCH:
+        allowed = ", ".join((SCHEMA, *BENCH))
+        raise UserError(f"{path}: schema is {found.get('schema')!r}; allowed: {allowed}")
+    compared = comparisons(found)
+    if not compared:
+        refuse_other_models(path, found["rows"])
+    rows = [] if compared else found["rows"]
     summary: dict[str, Any] = {
         "schema": SCHEMA,
         "title": path.stem,
@@ -149,14 +161,36 @@ def read_machine(path: Path) -> dict[str, Any]:
         "noise": [],
         "models": {},
         "targets": [
-            target(n, [r for r in found["rows"] if r["target"] == n], {}, []) for n in names
+            target(name, [row for row in rows if row["target"] == name], {}, [])
+            for name in dict.fromkeys(row["target"] for row in rows)
         ],
         "training": {},
         "parity": [],
+        "pairs": found.get("pairs", []),
+        "comparisons": compared,
         "budgets": [],
     }
     machine = {key: found[key] for key in ("machine", "provenance")}
     return {**summary, "verdict": judge(summary), **machine}
+
+
+def refuse_other_models(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Raise UserError where a row is about neither student nor teacher."""
+    for row in rows:
+        if model_of(row["model"]) not in MODELS:
+            raise UserError(
+                f"{path}: a row is about {row['model']!r}; a report knows student and teacher: name the "
+                "files student*.onnx and teacher*.onnx and run the bench again"
+            )
+
+
+def comparisons(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a bench JSON says of a model against its baseline; `cakd.bench/1` held one, at its top."""
+    if "comparisons" in found or "verdict" not in found:
+        return list(found.get("comparisons", []))
+    keys = ("verdict", "ratio", "rounds", "processes", "process_spread")
+    first = {key: found["rows"][0][key] for key in ("model", "target", "threads")}
+    return [{**first, **{key: found[key] for key in keys}, "gates": []}]
 
 
 def compare(models: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,12 +207,12 @@ def compare(models: Mapping[str, Any]) -> dict[str, Any]:
 def target(
     name: str, rows: Sequence[Any], builds: Mapping[str, Any], parity: Sequence[Any]
 ) -> dict[str, Any]:
-    """One target: its student and teacher at the fewest threads, and how much faster the student is.
+    """One target: its student and teacher at the fewest threads and images, and how much faster the student is.
 
     `speedup` is teacher p50 / student p50, both of one run; None unless both were measured.
     """
-    threads = min((row["threads"] for row in rows), default=1)
-    first = [row for row in rows if row["threads"] == threads]
+    threads, batch = min(map(_load, rows), default=(1, 1))
+    first = [row for row in rows if _load(row) == (threads, batch)]
     pair = {m: _row(m, first, builds.get(m, {}), parity) for m in MODELS}
     both = [pair[m]["wall_ms"]["p50"] for m in MODELS if pair[m]["status"] == "measured"]
     return {
@@ -189,9 +223,14 @@ def target(
         "more_threads": [
             _without_samples(row)
             for row in rows
-            if row["threads"] > threads and row["status"] == "measured"
+            if _load(row) > (threads, batch) and row["status"] == "measured"
         ],
     }
+
+
+def _load(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Threads and images a call, what the rows of one target differ by."""
+    return row["threads"], row["batch"]
 
 
 def _row(
@@ -263,77 +302,3 @@ def _bounds(row: Mapping[str, Any], quantity: str) -> tuple[float, float]:
         return row["size_mb"], row["size_mb"]
     wall = row["wall_ms"]
     return wall["p50"], wall["min"] if noisy(row) else wall["p50"]
-
-
-def noisy(row: Mapping[str, Any]) -> bool:
-    """Whether the bench flagged the row: its milliseconds are not to be trusted."""
-    return "NOISY" in row.get("flags", [])
-
-
-def fell_back(row: Mapping[str, Any]) -> bool:
-    """Whether a measured row computes in another precision than it was asked for."""
-    asked = row.get("precision_requested")
-    return row["status"] == "measured" and asked not in (
-        None,
-        "default",
-        row["precision_effective"],
-    )
-
-
-def fall_back(row: Mapping[str, Any]) -> str:
-    """Why a row computes in another precision than it was asked for."""
-    asked, got = row["precision_requested"], row["precision_effective"]
-    return row["reason"] or f"asked for {asked}, runs in {got}, no reason given"
-
-
-def judge(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """PASS, FAIL or NOT JUDGED with the reasons, and notes: what a reader must know although it fails nothing."""
-    failures = [
-        f"fp32 parity of {row['target']} {row['artifact']}: {row.get('reason') or 'not the trained network'}"
-        for row in summary["parity"]
-        if row["precision_effective"] == "fp32" and row["verdict"] == "FAIL"
-    ]
-    failures += [
-        f"budget {b['name']}: got {'no measurement' if b['value'] is None else round(b['value'], 4)}, "
-        f"limit {b['limit']}"
-        for b in summary["budgets"]
-        if b["verdict"] in ("FAIL", "NOT MEASURED")
-    ]
-    judged = summary["parity"] or summary["budgets"]
-    return {
-        "status": "FAIL" if failures else "PASS" if judged else "NOT JUDGED",
-        "failures": failures,
-        "notes": list(_notes(summary)),
-    }
-
-
-def _notes(summary: Mapping[str, Any]) -> Iterable[str]:
-    shipped = summary["models"].get(summary["shipped"], {})
-    for baseline, points in shipped.get("points", {}).items():
-        if points < 0:
-            yield f"the shipped {summary['shipped']} is {-points:.1f} points below {baseline}"
-    for found in summary["targets"]:
-        said: dict[str, list[str]] = {}  # what there is to say -> of which models
-        for model in MODELS:
-            for remark in _remarks(found[model], found["student"]):
-                said.setdefault(remark, []).append(model)
-        for remark, models in said.items():
-            yield f"{found['target']} {' and '.join(models)}: {remark}"
-    disturbed = [found[m] for found in summary["targets"] for m in MODELS if noisy(found[m])]
-    if disturbed:
-        yield (
-            f"{len(disturbed)} of {2 * len(summary['targets'])} rows are NOISY: the machine was disturbed, their "
-            "milliseconds are not to be trusted"
-        )
-    for budget in summary["budgets"]:
-        if budget["verdict"] == "INCONCLUSIVE":
-            yield f"budget {budget['name']} is inconclusive: only noise stands above {budget['limit']}"
-
-
-def _remarks(row: Mapping[str, Any], student: Mapping[str, Any]) -> Iterable[str]:
-    if "skipped" == row["status"] == student["status"]:  # a teacher left out alone is in the table
-        yield f"skipped, {row['reason']}"
-    if fell_back(row):
-        yield fall_back(row)
-    if row["parity"] in ("FAIL", "UNDECIDED"):
-        yield f"parity {row['parity']}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.report import MODELS, fall_back, fell_back, noisy
+from pipeline.verdict import MODELS, fall_back, fell_back, noisy
 
 NONE = "not measured"
 Block = Mapping[str, Any]
@@ -92,6 +92,12 @@ def circumstances(targets: Sequence[Block]) -> list[str]:
     )
 
 
+def measured(target: Block) -> list[Block]:
+    """The measured rows of a target, at the fewest threads first."""
+    rows = [target[model] for model in MODELS] + list(target["more_threads"])
+    return [row for row in rows if row["status"] == "measured"]
+
+
 def threads(count: int) -> str:
     """1 -> "1 thread"."""
     return f"{count} thread" + "s" * (count != 1)
@@ -110,11 +116,66 @@ def p50(row: Block) -> str:
     return figure(row["wall_ms"]["p50"]) + (" NOISY" if noisy(row) else "")
 
 
+def p50_interval(row: Block) -> str:
+    """The ends of the 95 % interval of the median, in ms; a dash where it was not measured."""
+    ends = row["wall_ms"].get("p50_ci")
+    return f"[{figure(ends[0])}, {figure(ends[1])}]" if ends else "–"
+
+
+def details(row: Block) -> list[str]:
+    """p90, p99, CPU and engine p50, load, first call (ms) and memory (MB) of a row; a dash for a gap."""
+    wall, engine = row["wall_ms"], row.get("engine_ms") or {}
+    values = [wall["p90"], wall["p99"], row["cpu_ms"]["p50"], engine.get("p50")]
+    values += [row[key] for key in ("load_ms", "first_ms", "rss_mb")]
+    return ["–" if value is None else figure(value) for value in values]
+
+
 def speedup(target: Block) -> str:
     """How many times faster the student is, NOISY where either of the two rows is."""
     if target["speedup"] is None:
         return NONE
     return figure(target["speedup"]) + " NOISY" * any(noisy(target[m]) for m in MODELS)
+
+
+def ratio(block: Block | None) -> str:
+    """A ratio with its 95 % interval: "0.141 [0.138, 0.145]"."""
+    if not block:
+        return NONE
+    low, high = figure(block["ci_low"]), figure(block["ci_high"])
+    return f"{figure(block['median'])} [{low}, {high}]"
+
+
+def interval(share: float | None, ends: Sequence[float] | None) -> str:
+    """A share in percent with the ends of its interval: "99.0 [97.5, 99.6]"."""
+    if share is None or not ends:
+        return NONE
+    return f"{percent(share)} [{percent(ends[0])}, {percent(ends[1])}]"
+
+
+def clock(pair: Block) -> str:
+    """Which time a pair compares, in words."""
+    return {"cpu": "CPU time", "engine": "engine time on the GPU"}.get(
+        pair.get("clock", "cpu"), str(pair.get("clock"))
+    )
+
+
+def day(time: str | None) -> str:
+    """The date of an ISO 8601 time, a dash without one."""
+    return time[:10] if time else "–"
+
+
+def left_out(runs: int) -> str:
+    """Why some earlier runs are not shown; empty where all are."""
+    if not runs:
+        return ""
+    return f"{runs} earlier run{'s' * (runs != 1)} of other machines left out."
+
+
+def counted(value: object) -> str:
+    """What a gate compared, as it stands in the file; whole numbers with separators, a dash for nothing."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "–" if value is None else flat(value)
 
 
 def precision(target: Block) -> str:
@@ -194,10 +255,19 @@ def headline(summary: Block) -> str:
         parts.append(f"{figure(best['student']['wall_ms']['p50'])} ms{noise} on {best['target']}")
         if best["speedup"]:
             parts.append(f"{figure(best['speedup'], 2)} times as fast as the teacher")
+    if summary["comparisons"]:
+        parts.append(compared(summary["comparisons"]))
     if summary["budgets"]:
         kept = sum(b["verdict"] == "PASS" for b in summary["budgets"])
         parts.append(f"{kept} of {len(summary['budgets'])} budgets kept")
     return ", ".join(parts) or "nothing was measured"
+
+
+def compared(comparisons: Sequence[Block]) -> str:
+    """How many comparisons with a baseline ended how: "2 of 3 against the baseline PASS, 1 FAIL"."""
+    verdicts = [str(c["verdict"]) for c in comparisons]
+    counts = [f"{verdicts.count(v)} {v}" for v in dict.fromkeys(sorted(verdicts))]
+    return f"{len(verdicts)} compared with the baseline: {', '.join(counts)}"
 
 
 def cards(summary: Block) -> list[tuple[str, str, str]]:

@@ -1,6 +1,7 @@
 """Stage report: the figures of a run -> edge.json, edge.md, index.html and the merged parity.json; then the gates.
 
-`python -m stages.report --merge A.json B.json` joins the edge.json (or bench JSON) of several machines instead.
+`--merge A.json B.json` joins the edge.json (or bench JSON) of several machines instead;
+`--from A.json --as FORMAT` writes one of them for another service.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli, config, files, gallery, render, report, wording
+from pipeline import adapters, cli, config, files, gallery, history, pareto, render, report, wording
 from pipeline.data import Prepared
 from pipeline.errors import GateFailed
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the four files, then fail if a budget or an fp32 parity failed."""
+    """Write the files, then fail if a budget or an fp32 parity failed."""
     started = time.perf_counter()
     section = config.load(report.Report, args.params)
     sources = report.Sources(args.accuracy, args.train_perf, args.build, args.bench, args.device)
@@ -27,12 +28,15 @@ def main(args: argparse.Namespace) -> None:
         config.value("export.method", args.params),
     )
     summary = report.summarise(sources, targets, shipped, section)
+    earlier = history.read(args.history)
     files.write_json(args.edge_json, summary)
     files.write_json(args.parity, parity(summary))
-    publish(args.edge_md, render.markdown([summary]))
+    if args.pareto:
+        publish(args.pareto, pareto.table(pareto.points(summary)))
+    publish(args.edge_md, render.markdown([summary], earlier))
     seen = files.read_json(args.evidence, gallery.EVIDENCE)
     shown = gallery.gallery(seen, Prepared.open(args.prepared), shipped)
-    publish(args.index_html, render.page([summary], shown))
+    publish(args.index_html, render.page([summary], shown, earlier))
     print(
         f"{args.index_html}: {args.index_html.stat().st_size / 1e6:.2f} MB, "
         f"{time.perf_counter() - started:.1f} s, {summary['verdict']['status']}: {wording.headline(summary)}"
@@ -53,18 +57,29 @@ def parity(summary: Mapping[str, Any]) -> dict[str, Any]:
 def merge(args: argparse.Namespace) -> None:
     """One report of several machines: on stdout as Markdown, and with --out as edge.md and index.html."""
     summaries = [report.read_machine(path) for path in args.merge]
-    text = render.markdown(summaries)
+    earlier = history.read(args.history)
+    text = render.markdown(summaries, earlier)
     if args.out is None:
         print(text, end="")
     else:
         publish(args.out / "edge.md", text)
-        publish(args.out / "index.html", render.page(summaries))
+        publish(args.out / "index.html", render.page(summaries, earlier=earlier))
         print(f"{args.out / 'index.html'}: {len(summaries)} machines")
     fail_if(summaries)
 
 
+def convert(args: argparse.Namespace) -> None:
+    """One machine's figures in another format, on stdout or in --out. Judges nothing: that is for the reader."""
+    text = adapters.FORMATS[args.format](report.read_machine(args.source))
+    if args.out is None:
+        print(text, end="")
+    else:
+        publish(args.out, text)
+        print(f"{args.out}: {args.source} as {args.format}")
+
+
 def fail_if(summaries: Sequence[Mapping[str, Any]]) -> None:
-    """Raises GateFailed: a budget or an fp32 parity of any of them failed."""
+    """Raises GateFailed: a budget, an fp32 parity or a baseline's gate of any of them failed."""
     failures = [failure for summary in summaries for failure in summary["verdict"]["failures"]]
     if failures:
         raise GateFailed("; ".join(failures))
@@ -78,7 +93,7 @@ def publish(path: Path, text: str) -> None:
 
 def run_parser() -> argparse.ArgumentParser:
     """The command line of one run."""
-    parser = argparse.ArgumentParser(prog="python -m stages.report", description=__doc__)
+    parser = _parser()
     add = parser.add_argument
     add("accuracy", type=Path, help="reports/accuracy.json")
     add("train_perf", type=Path, help="reports/train_perf.json")
@@ -91,21 +106,53 @@ def run_parser() -> argparse.ArgumentParser:
     add("parity", type=Path, help="out: the parity rows of all targets")
     add("edge_md", type=Path, help="out: the report for CI")
     add("index_html", type=Path, help="out: the report for people")
+    add("--pareto", type=Path, metavar="CSV", help="out: accuracy and latency, for `dvc plots`")
     add("--params", type=Path, default=Path("params.yaml"))
+    _takes_history(parser)
     return parser
 
 
 def merge_parser() -> argparse.ArgumentParser:
     """The command line that joins several machines."""
-    parser = argparse.ArgumentParser(prog="python -m stages.report", description=__doc__)
-    parser.add_argument(
-        "--merge", type=Path, nargs="+", required=True, metavar="JSON", help="one file a machine"
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write edge.md and index.html here")
+    parser = _parser()
+    add = parser.add_argument
+    add("--merge", type=Path, nargs="+", required=True, metavar="JSON", help="one file a machine")
+    add("--out", type=Path, metavar="DIR", help="write edge.md and index.html here")
+    _takes_history(parser)
     return parser
 
 
+def convert_parser() -> argparse.ArgumentParser:
+    """The command line that writes another format."""
+    parser = _parser()
+    add = parser.add_argument
+    add("--from", dest="source", type=Path, required=True, metavar="JSON", help="edge or bench")
+    add("--as", dest="format", choices=adapters.FORMATS, required=True)
+    add("--out", type=Path, metavar="F", help="write here; default: stdout")
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog="python -m stages.report", description=__doc__, allow_abbrev=False
+    )
+
+
+def _takes_history(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--history",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="edge.json of earlier runs, or folders of them: shown beside this run where the machine is the same",
+    )
+
+
+MODES = {"--merge": (merge, merge_parser), "--from": (convert, convert_parser)}
+
 if __name__ == "__main__":
-    if any(argument.startswith("--merge") for argument in sys.argv[1:]):
-        cli.run(merge, merge_parser())
-    cli.run(main, run_parser())
+    given = {argument.partition("=")[0] for argument in sys.argv[1:]}
+    mode = next((option for option in MODES if option in given), None)
+    action, command_line = MODES[mode] if mode else (main, run_parser)
+    cli.run(action, command_line())

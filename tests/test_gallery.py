@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import charts, gallery
+from pipeline import gallery
+from pipeline.charts import classes
 from pipeline.data import Prepared
 from pipeline.prepare import Prepare, prepare
 
@@ -112,8 +113,8 @@ def test_the_names_of_many_classes_gathered_are_counted(prepared):
 def test_equal_counts_make_a_histogram_that_begins_at_nothing_and_script_of_any_kind_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        charts.counts({"train": [3, 4]}, ["教会", "äpfel"], "c")
-        picture = charts.counts({"train": [100] * 40}, [str(i) for i in range(40)], "c")
+        classes.picture({"train": [3, 4]}, ["教会", "äpfel"], "c")
+        picture = classes.picture({"train": [100] * 40}, [str(i) for i in range(40)], "c")
     said = re.findall(r">([^<>]+)</text>", picture)
     assert {"0", "100", "40"} <= set(said) and not [s for s in said if "." in s]
 
@@ -130,10 +131,10 @@ def test_without_projectors_there_is_no_attention_to_show(prepared):
 def test_the_chart_of_the_classes_has_a_unit_on_every_axis(n):
     draw = np.random.default_rng(0)
     series = {"train, label seen": draw.integers(1, 90, n).tolist(), "val": [0] * n}
-    picture = charts.counts(series, [f"a rather long name of class {i}" for i in range(n)], "c")
+    picture = classes.picture(series, [f"a rather long name of class {i}" for i in range(n)], "c")
     said = re.findall(r">([^<>]+)</text>", picture)
-    assert ({"images", "class"} <= set(said)) == (n <= charts.BARS)
-    assert ("images a class" in said and "classes" in said) == (n > charts.BARS)
+    assert ({"images", "class"} <= set(said)) == (n <= classes.BARS)
+    assert ("images a class" in said and "classes" in said) == (n > classes.BARS)
     assert "val" not in picture.partition(">")[0] and not re.findall(
         r"(?:fill|stroke): ?#", picture
     )

@@ -1,0 +1,139 @@
+"""Reports that join a run with comparisons and with what the second version of the bench files adds."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from pipeline import render, report
+from tests import compared
+from tests.compared import comparison, gate
+from tests.test_report import OUT, Run, cells, command, run, stage, summary  # noqa: F401
+from tests.test_schemas import problems
+
+NEW = (
+    "$.pairs",
+    "$.comparisons",
+    "$.verdict",
+    "$.budgets",
+)  # of the schema; the rest has its tests
+
+
+def test_a_comparison_is_shown_with_its_gates_and_passes(run: Run) -> None:  # noqa: F811
+    path = compared.against(run.folder, comparison(), comparison("ov-fp32", gates=[]))
+    assert stage(run).returncode == 0
+    done = command(["--merge", run.folder / OUT / "edge.json", path])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "2 compared with the baseline: 2 PASS" in done.stdout
+    told = done.stdout.split("## Against the baseline")[1]
+    row = next(r for r in told.splitlines() if r.startswith("| student.onnx | ort-fp32 |"))
+    assert row.split(" | ")[2:] == ["1", r"1.00 \[0.970, 1.03\]", "1.10", "PASS |"]
+    gates = r"| student.onnx | ort-fp32 | macs | 2,510,000 | 2,510,000 | 2,510,000 | PASS |"
+    assert told.count(gates) == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (comparison("ov-fp32", "FAIL", 1.3), "1.300 times the baseline's"),
+        (comparison("ov-fp32", gates=[gate("opset", "FAIL", 21)]), "opset: baseline"),
+    ],
+)
+def test_one_failed_comparison_ends_a_merge_with_exit_3(
+    run: Run,  # noqa: F811
+    bad: dict,
+    said: str,
+) -> None:
+    path = compared.against(run.folder, comparison(), bad)
+    done = command(["--merge", path, "--out", run.folder / "out"])
+    assert done.returncode == 3 and said in done.stderr and done.stderr.count("\n") == 1
+    assert (run.folder / "out" / "edge.md").read_text().startswith("**FAIL**")
+
+
+def test_two_files_of_one_machine_are_told_apart(run: Run) -> None:  # noqa: F811
+    path = compared.against(run.folder, comparison())
+    run.write("other.json", run.read("against.json"))
+    text = command(["--merge", path, run.folder / "other.json"]).stdout
+    for title in ("against", "other"):
+        assert f"## Against the baseline on Example CPU 7, 2 of 4 cores ({title})" in text
+
+
+def test_an_inconclusive_comparison_is_no_pass(run: Run) -> None:  # noqa: F811
+    path = compared.against(run.folder, comparison(verdict="INCONCLUSIVE", median=1.1))
+    done = command(["--merge", path])
+    assert done.returncode == 0 and done.stdout.startswith("**INCONCLUSIVE**")
+
+
+def test_a_comparison_of_the_first_version_is_understood(run: Run) -> None:  # noqa: F811
+    path = compared.against(run.folder)
+    found = {**run.read("against.json"), "schema": "cakd.bench/1", "verdict": "FAIL"}
+    del found["comparisons"]
+    found |= {"ratio": compared.ratio(1.3, 0.1), "rounds": 8, "processes": 3, "process_spread": {}}
+    run.write("against.json", found)
+    (only,) = report.read_machine(path)["comparisons"]
+    assert (only["model"], only["target"], only["verdict"]) == ("student.onnx", "ort-fp32", "FAIL")
+    assert command(["--merge", path]).returncode == 3
+
+
+def test_a_comparison_alone_makes_a_page_without_empty_sections(run: Run) -> None:  # noqa: F811
+    found = report.read_machine(compared.against(run.folder, comparison()))
+    page, text = render.page([found]), render.markdown([found])
+    assert "<h2>Against the baseline</h2>" in page and "<h2>Targets</h2>" not in page
+    assert "## Targets" not in text and "## Budgets" not in text
+
+
+def test_pairs_are_shown_by_target_with_their_clock(run: Run) -> None:  # noqa: F811
+    compared.as_of_version_2(run)
+    found = run.read("bench/ort-fp32.json")
+    found["pairs"][0] |= {"clock": "engine", "batch": 8}
+    run.write("bench/ort-fp32.json", found)
+    edge = summary(run)
+    text = render.markdown([edge]).split("## Student over teacher")[1]
+    row = [r"0.200 \[0.194, 0.206\]", "engine time on the GPU"]
+    assert cells(text, "ort-fp32")[1:] == ["1", "8", *row]
+    assert cells(text, "ov-default")[2:] == ["1", row[0], "CPU time"]
+    page = render.page([edge])
+    assert "<h3>Student over teacher</h3>" in page and "ort-fp32, batch 8" in page
+
+
+def test_files_of_the_first_version_show_neither_pairs_nor_intervals(run: Run) -> None:  # noqa: F811
+    page = render.page([summary(run)])
+    for heading in ("Student over teacher", "Against the baseline", "Earlier runs"):
+        assert heading not in page
+
+
+def test_a_larger_batch_stands_beside_the_row_of_a_target(run: Run) -> None:  # noqa: F811
+    found = run.read("bench/ort-fp32.json")
+    larger = [{**row, "batch": 8} for row in found["rows"]]
+    for row in larger[:1]:
+        row["wall_ms"] = {**row["wall_ms"], "p50": 4.5678}
+    run.write("bench/ort-fp32.json", {**found, "rows": [*larger, *found["rows"]]})
+    target = summary(run)["targets"][1]
+    assert (target["student"]["batch"], target["teacher"]["batch"]) == (1, 1)
+    assert [(r["threads"], r["batch"]) for r in target["more_threads"]][:2] == [(1, 8), (1, 8)]
+    assert "4.57" in render.page([summary(run)])
+
+
+def test_what_is_merged_and_what_is_written_keep_their_schema(run: Run) -> None:  # noqa: F811
+    compared.as_of_version_2(run)
+    crashed = comparison(verdict="FAIL", ratio=None, reason="candidate: killed", rounds=0)
+    crashed["process_spread"] = {"candidate": None, "baseline": None}
+    path = compared.against(run.folder, comparison(), crashed)
+    for found in (report.read_machine(path), summary(run, {"top1_min": 0.8})):
+        assert not [p for p in problems(found) if p.startswith(NEW)]
+    wrong = report.read_machine(path)
+    wrong["comparisons"][0]["ratio"].pop("tol")
+    wrong["pairs"] = [{"target": "ort-fp32", "threads": 1}]
+    assert len([p for p in problems(wrong) if p.startswith(NEW)]) == 2
+
+
+def test_names_of_comparisons_cannot_leave_their_place(run: Run) -> None:  # noqa: F811
+    evil = "x|y `z` <script>alert(1)</script>\n# $w$ [a](b)"
+    bad = gate(evil, "FAIL", evil)
+    path = compared.against(run.folder, comparison(model=evil, gates=[bad], target=evil))
+    found = report.read_machine(path)
+    page, text = render.page([found]), render.markdown([found])
+    assert "<script" not in page and "alert(1)" in page
+    assert "script" in text and not re.search(r"(?<!\\)<", text)
+    assert not [line for line in text.splitlines() if line.startswith("# ")]
