@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -737,6 +738,23 @@ def test_a_device_without_the_cuda_library_is_told_where_it_was_looked_for(
     monkeypatch.setattr(cudart.ctypes, "CDLL", absent)
     with pytest.raises(Refused, match=r"no CUDA runtime library \(libcudart\.so\.12, "):
         cudart.Cuda()
+
+
+def test_what_a_device_measured_goes_into_a_report_of_several_machines(
+    copied: Path, runner: Runner, command: Command, tmp_path: Path
+) -> None:
+    found = runner(copied, "--bench", "--seconds", "0.2", "--precision", "int8", "--json")
+    assert found.returncode == 0, found.stderr
+    path = tmp_path / "pi.json"
+    path.write_text(found.stdout)
+    done = command("stages.report", "--merge", path, "--out", tmp_path / "edge")
+    assert done.returncode == 0, done.stderr
+    p50 = json.loads(found.stdout)["wall_ms"]["p50"]
+    told = (tmp_path / "edge" / "edge.md").read_text()
+    row = next(line for line in told.splitlines() if line.startswith("| ort-int8 |"))
+    assert f"| {p50:.3g}" in row and "| int8 |" in row
+    assert "not measured" in row  # the teacher
+    assert platform.machine().replace("_", r"\_") in told
 
 
 def test_of_a_long_message_the_end_is_kept(made: Path, tmp_path: Path) -> None:
