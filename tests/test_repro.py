@@ -3,38 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 
-from tests.house import FLOORS, ROOT
+from tests import tiny
 from tests.test_schemas import problems
-
-TINY = {
-    "teach": {"epochs": 1},
-    "cache": {"views": 1},
-    "distill": {"epochs": 1, "methods": ["plain", "logits", "cakd+logits"]},
-    "export": {"reference_images": 32, "calibration_images": 32},
-    "bench": {"enabled": ["ort-fp32", "rtx-fp16"], "seconds_per_row": 0.2, "rounds": 4},
-    "report": {"budgets": {}},
-}
-
-
-def dvc(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "dvc", *args],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+from tests.tiny import dvc
 
 
 def stages_run(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -47,18 +22,7 @@ def stages_run(done: subprocess.CompletedProcess[str]) -> list[str]:
 def house(tmp_path_factory):
     """A finished tiny run."""
     folder = tmp_path_factory.mktemp("house with a space")
-    for name in (*FLOORS, ".dvc"):
-        shutil.copytree(
-            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "cache", "tmp")
-        )
-    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
-        shutil.copy(ROOT / name, folder)
-    yaml = YAML()
-    params = yaml.load(ROOT / "params.yaml")
-    for section, values in TINY.items():
-        params[section].update(values)
-    yaml.dump(params, folder / "params.yaml")
-    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    tiny.copy(folder)
     done = dvc(folder, "repro")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     return folder

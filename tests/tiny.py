@@ -1,0 +1,51 @@
+"""A copy of the repository with parameters so small that the whole chain runs in half a minute."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from tests.house import FLOORS, ROOT
+
+PARAMS: dict[str, dict[str, Any]] = {
+    "teach": {"epochs": 1},
+    "cache": {"views": 1},
+    "distill": {"epochs": 1, "methods": ["plain", "logits", "cakd+logits"]},
+    "export": {"reference_images": 32, "calibration_images": 32},
+    "bench": {"enabled": ["ort-fp32", "rtx-fp16"], "seconds_per_row": 0.2, "rounds": 4},
+    "report": {"budgets": {}},
+}
+
+
+def copy(folder: Path, **params: dict[str, Any]) -> None:
+    """The repository without what runs made, as a git repository of its own; `params` by section over PARAMS."""
+    for name in (*FLOORS, ".dvc"):
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "cache", "tmp")
+        )
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    yaml = YAML()
+    held = yaml.load(ROOT / "params.yaml")
+    for section, values in (*PARAMS.items(), *params.items()):
+        held[section].update(values)
+    yaml.dump(held, folder / "params.yaml")
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+
+
+def environment() -> dict[str, str]:
+    """Ours, with this Python's commands first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1"}
+
+
+def dvc(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """`dvc ARGS` there."""
+    command = [sys.executable, "-m", "dvc", *args]
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
