@@ -14,7 +14,7 @@ from pipeline import files
 from pipeline.errors import UserError, nearest
 
 SCHEMA = "cakd.edge/1"
-BENCH = "cakd.bench/1"
+BENCH = "cakd.bench/2"
 MODELS = ("student", "teacher")
 BASELINES = ("plain", "logits")  # every method is compared with these two, in points
 KEPT_SAMPLES = 61  # latencies kept of each row, evenly spaced in rank, both extremes among them
