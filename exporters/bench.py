@@ -31,6 +31,7 @@ class Bench:
 
     enabled: tuple[str, ...]  # of exporters.session.TARGETS, one report file each
     threads: tuple[int, ...] = (1,)  # a row each
+    batches: tuple[int, ...] = (1,)  # images a call, a row each
     rounds: int = 20  # blocks a row, interleaved with those of the other rows
     seconds_per_row: float = 3.0  # in all blocks of a row, warm-up not counted
     seed: int = 0  # of the order within the rounds
@@ -39,10 +40,9 @@ class Bench:
         for name in self.enabled:
             if name not in TARGETS:
                 raise ValueError(f"enabled names {name!r}; {nearest(name, TARGETS)}")
-        if not self.threads or min(self.threads) < 1:
-            raise ValueError(
-                f"threads is {list(self.threads)}; allowed: a list of counts from 1 on"
-            )
+        for name, counts in (("threads", self.threads), ("batches", self.batches)):
+            if not counts or min(counts) < 1:
+                raise ValueError(f"{name} is {list(counts)}; allowed: a list of counts from 1 on")
         if self.rounds < 1 or self.seconds_per_row <= 0:
             raise ValueError(
                 f"rounds is {self.rounds}, seconds_per_row {self.seconds_per_row}; both must be above 0"

@@ -22,7 +22,9 @@ BUILD_SCHEMA = "cakd.build/1"
 MODELS = ("student", "teacher")
 
 
-def subject(build: dict[str, Any], args: argparse.Namespace, model: str, threads: int) -> Subject:
+def subject(
+    build: dict[str, Any], args: argparse.Namespace, model: str, threads: int, batch: int
+) -> Subject:
     """What build.json says of one model: its artefact, or why there is none."""
     target: Target = TARGETS[args.target]
     made = build["models"].get(model, {"status": "skipped", "reason": "not in build.json"})
@@ -30,7 +32,7 @@ def subject(build: dict[str, Any], args: argparse.Namespace, model: str, threads
     skip = made.get("reason") or "not built" if made["status"] == "skipped" else None
     if target.runtime == "trt" and skip is None:
         skip = engine.obstacle(engine.read_sidecar(artefact), artefact)
-    return Subject(model, artefact, target, threads, skip)
+    return Subject(model, artefact, target, threads, skip, batch)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -42,8 +44,8 @@ def main(args: argparse.Namespace) -> None:
     reference = args.export_dir / "reference.npz"
     read_reference(reference)
     subjects = [
-        subject(build, args, model, threads)
-        for model, threads in itertools.product(MODELS, params.threads)
+        subject(build, args, *of)
+        for of in itertools.product(MODELS, params.threads, params.batches)
     ]
     seconds = params.seconds_per_row / params.rounds
     found = measure(subjects, params.rounds, seconds, params.seed, reference)
@@ -56,9 +58,13 @@ def main(args: argparse.Namespace) -> None:
 
 
 def headline(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Wall p50 by model and thread count, for `dvc metrics show`, which passes lists over."""
+    """Wall p50 by model, thread count and batch above 1, for `dvc metrics show`, which passes lists over."""
     measured = [r for r in rows if r["status"] == "measured"]
-    return {f"{r['model']}_{r['threads']}t": r["wall_ms"]["p50"] for r in measured}
+    return {f"{r['model']}_{r['threads']}t{_batch(r)}": r["wall_ms"]["p50"] for r in measured}
+
+
+def _batch(row: dict[str, Any]) -> str:
+    return f"_b{row['batch']}" if row["batch"] > 1 else ""
 
 
 def pairs(found: Sequence[Measured], seed: int) -> list[dict[str, Any]]:
