@@ -1,4 +1,4 @@
-"""Latency of any artefact in any runtime, without torch here: a row each, or a paired verdict between two."""
+"""Latency of any artefact in any runtime, without torch here: a row each, or a paired verdict a target."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters.measure import Subject, compare, measure
+from exporters import gates, versus
+from exporters.measure import Measured, Subject, measure, save_samples
 from exporters.session import TARGETS, Target
 from exporters.worker import read_reference
-from pipeline import cli, files
-from pipeline.device import machine
+from pipeline import cli, files, latency
+from pipeline.device import machine, usable_cores
 from pipeline.errors import GateFailed, UserError, nearest
 
-SCHEMA = "cakd.bench/1"
+SCHEMA = "cakd.bench/2"
 SUFFIXES = {"torch": ".safetensors", "ort": ".onnx", "ov": ".xml", "trt": ".plan"}
 COLUMNS = (
-    *("model", "target", "threads", "precision", "p50_ms", "p90_ms", "p99_ms", "min_ms"),
+    *("model", "target", "threads", "batch", "precision", "p50_ms", "p90_ms", "p99_ms", "min_ms"),
     *("cpu_p50_ms", "load_ms", "first_ms", "size_mb", "rss_mb"),
 )
 
@@ -30,6 +31,7 @@ class Bench:
 
     enabled: tuple[str, ...]  # of exporters.session.TARGETS, one report file each
     threads: tuple[int, ...] = (1,)  # a row each
+    batches: tuple[int, ...] = (1,)  # images a call, a row each
     rounds: int = 20  # blocks a row, interleaved with those of the other rows
     seconds_per_row: float = 3.0  # in all blocks of a row, warm-up not counted
     seed: int = 0  # of the order within the rounds
@@ -38,10 +40,9 @@ class Bench:
         for name in self.enabled:
             if name not in TARGETS:
                 raise ValueError(f"enabled names {name!r}; {nearest(name, TARGETS)}")
-        if not self.threads or min(self.threads) < 1:
-            raise ValueError(
-                f"threads is {list(self.threads)}; allowed: a list of counts from 1 on"
-            )
+        for name, counts in (("threads", self.threads), ("batches", self.batches)):
+            if not counts or min(counts) < 1:
+                raise ValueError(f"{name} is {list(counts)}; allowed: a list of counts from 1 on")
         if self.rounds < 1 or self.seconds_per_row <= 0:
             raise ValueError(
                 f"rounds is {self.rounds}, seconds_per_row {self.seconds_per_row}; both must be above 0"
@@ -49,9 +50,12 @@ class Bench:
 
 
 def subjects_of(
-    models: Sequence[Path], names: Sequence[str] | None, threads: Sequence[int]
+    models: Sequence[Path],
+    names: Sequence[str] | None,
+    threads: Sequence[int],
+    batches: Sequence[int | None] = (None,),
 ) -> list[Subject]:
-    """Every model in every target that reads its kind of file, at every thread count.
+    """Every model in every target that reads its kind of file, at every thread count and batch.
 
     Raises UserError: no such file, unknown target, a model that none of the targets reads.
     """
@@ -64,7 +68,10 @@ def subjects_of(
             raise UserError(
                 f"{model}: none of the targets {', '.join(names or [])} reads it; {_readers(model)}"
             )
-        found += [Subject(model.name, model, t, n) for t, n in itertools.product(targets, threads)]
+        found += [
+            Subject(model.name, model, target, count, batch=batch)
+            for target, count, batch in itertools.product(targets, threads, batches)
+        ]
     return found
 
 
@@ -116,75 +123,135 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         note = f"skipped: {r['reason']}" if r["reason"] else ", ".join(r["flags"])
         precision = r["precision_effective"] or r["precision_requested"]
         shown = ["n/a" if f is None else f"{f:.4g}" for f in figures]
-        cells.append([r["model"], r["target"], str(r["threads"]), precision, *shown, note])
+        counts = [str(r["threads"]), str(r["batch"])]
+        cells.append([r["model"], r["target"], *counts, precision, *shown, note])
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join(
         "  ".join(
-            c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths[:-1]))
+            c.ljust(w) if i < 5 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths[:-1]))
         )
         + f"  {line[-1]}".rstrip()
         for line in cells
     )
 
 
-def against(args: argparse.Namespace, subjects: Sequence[Subject]) -> dict[str, Any]:
-    """`--against` and `--self-test`: the one subject beside its baseline, or beside itself.
+def pairs(args: argparse.Namespace, subjects: Sequence[Subject]) -> list[tuple[Subject, Subject]]:
+    """`--against` and `--self-test`: every subject beside its baseline, or beside itself.
 
-    Raises UserError: more than one subject, work that is not on the CPU, a baseline its target does not read.
+    Raises UserError: work that is not on the CPU, a baseline that is missing or that its target does not read.
     """
-    if len(subjects) != 1:
-        raise UserError(
-            f"a comparison takes one model, target and thread count, got {len(subjects)}; "
-            "give one MODEL, one of --targets and one of --threads"
-        )
-    candidate = subjects[0]
-    if candidate.target.runtime == "trt":
-        raise UserError(
-            f"{candidate.target.name} runs on a GPU: the verdict is on CPU time; compare the rows instead"
-        )
-    if args.self_test:
-        return compare(candidate, candidate, args.seed, args.reference)
+    for subject in subjects:
+        if subject.target.runtime == "trt":
+            raise UserError(
+                f"{subject.target.name} runs on a GPU: the verdict is on CPU time; compare the rows instead"
+            )
+    return [(s, s if args.self_test else _baseline(s, args)) for s in subjects]
+
+
+def _baseline(candidate: Subject, args: argparse.Namespace) -> Subject:
+    """The file of `--against`, or that of the candidate's name in its folder, where the candidate runs."""
+    path = args.against / candidate.artefact.name if args.against.is_dir() else args.against
     names = [args.against_target or candidate.target.name]
-    if not args.against_target and not reads(candidate.target, args.against):
-        names = [_default(args.against)]
-    (baseline,) = subjects_of([args.against], names, args.threads)
-    return compare(candidate, baseline, args.seed, args.reference)
+    if not args.against_target and path.is_file() and not reads(candidate.target, path):
+        names = [_default(path)]
+    (found,) = subjects_of([path], names, [candidate.threads], [candidate.batch])
+    return found
 
 
-def verdict_line(result: dict[str, Any]) -> str:
-    """The comparison in words."""
-    ratio, spread = result["ratio"], result["process_spread"]
+def compared(args: argparse.Namespace, subjects: Sequence[Subject]) -> tuple[Any, list[Measured]]:
+    """Every pair, one after the other: the verdicts, and what was measured in the order of the rows."""
+    comparisons, found = [], []
+    for candidate, baseline in pairs(args, subjects):
+        told, both = versus.compare(candidate, baseline, args.seed, args.reference, args.allow)
+        comparisons.append(told)
+        found += both
+    verdict = latency.worst(told["verdict"] for told in comparisons)
+    return {"verdict": verdict, "comparisons": comparisons}, found
+
+
+def verdict_line(told: dict[str, Any]) -> str:
+    """A comparison in words."""
+    broken = [_gate(g) for g in told["gates"] if g["verdict"] in ("FAIL", "ALLOWED")]
+    parts = [told["reason"]] if told["reason"] else [*broken, _time(told)]
+    where = f"{told['model']} on {told['target']}, {told['threads']} threads"
+    return f"{told['verdict']}: {'; '.join(parts)} [{where}]"
+
+
+def _gate(row: dict[str, Any]) -> str:
+    what = f"{row['name']}: {row['candidate']}, baseline {row['baseline']}, limit {row['limit']}"
+    return f"{what} (allowed)" if row["verdict"] == "ALLOWED" else what
+
+
+def _time(told: dict[str, Any]) -> str:
+    ratio, spread = told["ratio"], told["process_spread"]
     return (
-        f"{result['verdict']}: CPU p50 {ratio['median']:.3f} times the baseline's, 95 % interval "
+        f"CPU p50 {ratio['median']:.3f} times the baseline's, 95 % interval "
         f"{ratio['ci_low']:.3f} to {ratio['ci_high']:.3f}, tolerated 1 + {ratio['tol']:g}; "
-        f"{result['processes']} processes a side (apart by {spread['candidate']:.1%} and "
-        f"{spread['baseline']:.1%}), {result['rounds']} rounds"
+        f"{told['processes']} processes a side (apart by {spread['candidate']:.1%} and "
+        f"{spread['baseline']:.1%}), {told['rounds']} rounds"
+    )
+
+
+def noise_floor(comparisons: Sequence[dict[str, Any]]) -> str:
+    """What a self-test says of this machine, now: the smallest change that it can tell from none."""
+    ratios = [told["ratio"] for told in comparisons if told["ratio"]]
+    floor = max(max(ratio["ci_high"] - 1, 1 - ratio["ci_low"]) for ratio in ratios)
+    return (
+        f"noise floor here and now: a change of CPU time below {floor:.1%} cannot be told from none"
     )
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure or compare, print, write `--json`, then let a failed verdict end with exit 3."""
-    subjects = subjects_of(args.models, args.targets, args.threads)
+    """Measure or compare, print, write `--json` and `--samples`, then let a failed verdict end with exit 3."""
+    subjects = subjects_of(args.models, args.targets, args.threads, args.batch)
     if args.reference:
         read_reference(args.reference)
+    verdicts: dict[str, Any] = {}
     if args.against or args.self_test:
-        content = against(args, subjects)
+        verdicts, found = compared(args, subjects)
     else:
         seconds = args.seconds / args.rounds
-        content = {"rows": measure(subjects, args.rounds, seconds, args.seed, args.reference)}
-    print(table(content["rows"]))
-    if "verdict" in content:
-        print(verdict_line(content))
+        found = measure(subjects, args.rounds, seconds, args.seed, args.reference)
+    rows = [one.row for one in found]
+    print("\n".join([table(rows), *map(verdict_line, verdicts.get("comparisons", []))]))
+    write(args, subjects, found, {**verdicts, "rows": rows})
+    conclude(args, found, verdicts)
+
+
+def write(
+    args: argparse.Namespace,
+    subjects: Sequence[Subject],
+    found: Sequence[Measured],
+    content: dict[str, Any],
+) -> None:
+    """The files asked for by `--json` and `--samples`."""
+    if args.samples:
+        save_samples(args.samples, found)
     if args.json:
         names = dict.fromkeys(s.target.name for s in subjects)
-        inputs = {path.name: path for path in (*args.models, *filter(None, [args.against]))}
+        inputs = {path.name: path for path in args.models}
+        if args.against and args.against.is_file():
+            inputs[args.against.name] = args.against
         params = {"rounds": args.rounds, "seconds": args.seconds, "seed": args.seed}
         files.write_json(args.json, document(",".join(names), params, inputs, **content))
-    if all(r["status"] == "skipped" for r in content["rows"]):
-        raise UserError(f"nothing could be measured: {content['rows'][0]['reason']}")
-    if content.get("verdict") == "FAIL":
-        what = "this machine tells a file from itself" if args.self_test else "slower"
-        raise GateFailed(f"{args.models[0]}: {what}: {verdict_line(content)}")
+
+
+def conclude(args: argparse.Namespace, found: Sequence[Measured], verdicts: dict[str, Any]) -> None:
+    """The end of the command by what was found.
+
+    Raises UserError: nothing could be measured or compared; GateFailed: a verdict is FAIL.
+    """
+    comparisons = verdicts.get("comparisons", [])
+    failed = [verdict_line(told) for told in comparisons if told["verdict"] == "FAIL"]
+    if failed:
+        what = "this machine tells a file from itself" if args.self_test else "not as good"
+        raise GateFailed(f"{args.models[0]}: {what}: {'; '.join(failed)}")
+    if not any(one.measured for one in found):
+        raise UserError(f"nothing could be measured: {found[0].row['reason']}")
+    if comparisons and not any(told["ratio"] for told in comparisons):
+        raise UserError(f"not comparable: {comparisons[0]['reason']}")
+    if args.self_test:
+        print(noise_floor(comparisons))
 
 
 def _count(text: str) -> int:
@@ -195,6 +262,12 @@ def _count(text: str) -> int:
 
 def _counts(text: str) -> list[int]:
     return [_count(part) for part in text.split(",")]
+
+
+def _threads(text: str) -> list[int]:
+    """As `_counts`; `all` is every core this process may use, once if that is a count already given."""
+    counts = [usable_cores() if part == "all" else _count(part) for part in text.split(",")]
+    return list(dict.fromkeys(counts))
 
 
 def _seconds(text: str) -> float:
@@ -213,7 +286,8 @@ def parser() -> argparse.ArgumentParser:
         type=lambda s: s.split(","),
         help=f"of {', '.join(TARGETS)}; default: by suffix",
     )
-    add("--threads", type=_counts, default=[1], metavar="N[,N]", help="default 1")
+    add("--threads", type=_threads, default=[1], metavar="N[,all]", help="default 1")
+    add("--batch", type=_counts, default=[None], metavar="N[,N]", help="images a call, default 1")
     add("--rounds", type=_count, default=Bench.rounds, help="blocks a row")
     add(
         "--seconds",
@@ -223,15 +297,20 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=0, help="of the order of the blocks")
     add("--reference", type=Path, metavar="NPZ", help="run its pictures x instead of smooth ones")
-    add("--json", type=Path, metavar="F", help="write the rows, raw times included")
+    add("--json", type=Path, metavar="F", help="write the rows, and the verdicts")
+    add("--samples", type=Path, metavar="NPZ", help="write every call's times, and the blocks")
     mode = p.add_mutually_exclusive_group()
     mode.add_argument(
-        "--against", type=Path, metavar="BASELINE", help="paired verdict; FAIL exits 3"
+        "--against",
+        type=Path,
+        metavar="BASELINE",
+        help="a file, or a folder with one of each MODEL's name: paired verdicts; FAIL exits 3",
     )
     mode.add_argument(
         "--self-test", action="store_true", help="MODEL against itself: the noise here"
     )
     add("--against-target", metavar="NAME", help="run BASELINE there; default: where MODEL runs")
+    add("--allow", nargs="+", default=(), choices=gates.GATES, help="hard gates that may change")
     return p
 
 

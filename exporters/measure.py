@@ -1,4 +1,4 @@
-"""Rows and verdicts: workers warmed up, blocks of all of them in shuffled rounds, one JSON row each.
+"""Rows: workers warmed up, blocks of all of them in shuffled rounds, one JSON row each.
 
 Every row has its own process (`exporters.worker`), idle but for its blocks. Protocol: `pipeline.latency`.
 """
@@ -14,30 +14,32 @@ from typing import Any
 
 import numpy as np
 
+from exporters import graph
 from exporters.session import Target
 from exporters.worker import Worker, WorkerFailed, started
-from pipeline import latency
+from pipeline import files, latency
 from pipeline.device import conditions, usable_cores
-from pipeline.errors import UserError
 
-PROCESSES = 3  # a side, of a comparison
-COMPARE_ROUNDS = 8
-BESIDE = {".xml": (".bin",), ".onnx": (".onnx.data", ".onnx_data")}  # where the weights may lie
 NO_FIGURES: dict[str, Any] = {
-    "wall_ms": {"p50": None, "p90": None, "p99": None, "min": None, "n": 0},
+    "wall_ms": {**dict.fromkeys(("p50", "p90", "p99", "min")), "n": 0, "p50_ci": None},
     "cpu_ms": {"p50": None},
+    "engine_ms": None,
 }
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a row is about. `skip`: why there is nothing to run, where that is known beforehand."""
+    """What a row is about.
+
+    skip: why there is nothing to run, where that is known beforehand; batch: None for what the artefact takes.
+    """
 
     model: str
     artefact: Path
     target: Target
     threads: int = 1
     skip: str | None = None
+    batch: int | None = None
 
 
 @dataclass
@@ -73,7 +75,9 @@ def warmed(subjects: Sequence[Subject], reference: Path | None) -> Iterator[list
         runners = []
         for subject in subjects:
             reason = subject.skip or _too_many_threads(subject)
-            process = started(subject.artefact, subject.target, subject.threads, reference)
+            process = started(
+                subject.artefact, subject.target, subject.threads, reference, subject.batch
+            )
             runner = Runner(subject, None if reason else stack.enter_context(process), reason)
             runner.facts |= runner.ask("open")
             runner.facts |= runner.ask("warm_up")
@@ -95,10 +99,24 @@ def run_rounds(runners: Sequence[Runner], rounds: int, seconds: float, seed: int
             runners[i].block(seconds)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A subject's JSON row, and what it is drawn from: the blocks of each of its processes, counts of its file."""
+
+    row: dict[str, Any]
+    processes: list[list[latency.Block]]
+    figures: graph.Figures
+
+    @property
+    def measured(self) -> bool:
+        """Whether there are figures."""
+        return bool(self.row["status"] == "measured")
+
+
 def measure(
     subjects: Sequence[Subject], rounds: int, seconds: float, seed: int, reference: Path | None
-) -> list[dict[str, Any]]:
-    """A row per subject, in their order, from `rounds` blocks of `seconds`; one that cannot run is a row too.
+) -> list[Measured]:
+    """One each, in their order, from `rounds` blocks of `seconds`; one that cannot run has a row too.
 
     reference: an .npz whose `x` holds the pictures to run; None: seeded smooth ones.
     """
@@ -106,90 +124,65 @@ def measure(
     with warmed(subjects, reference) as runners:
         run_rounds(runners, rounds, seconds, seed)
         after = conditions()
-        return [row([runner], before, after) for runner in runners]
+        return [measured([runner], before, after) for runner in runners]
 
 
-def compare(
-    candidate: Subject, baseline: Subject, seed: int, reference: Path | None
-) -> dict[str, Any]:
-    """Both interleaved, PROCESSES a side: rows, ratio of CPU p50, verdict; as long again when INCONCLUSIVE.
-
-    Raises UserError: one of the two cannot run here.
-    """
-    before = conditions()
-    with warmed([candidate, baseline] * PROCESSES, reference) as runners:
-        _all_run(runners)
-        rounds = 0
-        for attempt in (seed, seed + 1):
-            run_rounds(runners, COMPARE_ROUNDS, latency.BLOCK_SECONDS, attempt)
-            _all_run(runners)
-            rounds += COMPARE_ROUNDS
-            sides = [
-                [[float(np.median(b.cpu_ms)) for b in r.blocks] for r in runners[s::2]]
-                for s in (0, 1)
-            ]
-            ratio = latency.compare(sides[0], sides[1], seed)
-            if ratio.verdict != "INCONCLUSIVE":
-                break
-        after = conditions()
-        return {
-            "verdict": ratio.verdict,
-            "ratio": vars(ratio),
-            "rounds": rounds,
-            "processes": PROCESSES,
-            "process_spread": {"candidate": _spread(sides[0]), "baseline": _spread(sides[1])},
-            "rows": [row(runners[0::2], before, after), row(runners[1::2], before, after)],
-        }
-
-
-def _all_run(runners: Sequence[Runner]) -> None:
-    for runner in runners:
-        if runner.reason:
-            raise UserError(f"{runner.subject.artefact}: not comparable: {runner.reason}")
-
-
-def _spread(side: Sequence[Sequence[float]]) -> float:
-    """How far the processes of one side lie apart in CPU p50: slowest over fastest, less 1."""
-    medians = np.median(np.array(side), axis=1)
-    return round(float(medians.max() / medians.min() - 1), 4)
-
-
-def row(runners: Sequence[Runner], before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """The JSON row of one subject, measured by one process or several (figures of a process: the median)."""
+def measured(runners: Sequence[Runner], before: dict[str, Any], after: dict[str, Any]) -> Measured:
+    """One subject, measured by one process or several (figures of a process: the median)."""
     subject = runners[0].subject
     told = [runner.facts | runner.ask("describe") for runner in runners]
     reason = next((r.reason for r in runners if r.reason), None)
-    calls = latency.Block.join([b for r in runners for b in r.blocks])
-    measured = reason is None
+    figures = graph.figures(subject.artefact)
+    blocks = [b for r in runners for b in r.blocks] if reason is None else []
 
     def median(name: str) -> float | None:
-        return latency.significant(np.median([t[name] for t in told])) if measured else None
+        return latency.significant(np.median([t[name] for t in told])) if blocks else None
 
-    summary = latency.summarise(calls) if measured else NO_FIGURES
+    summary = latency.summarise(blocks) if blocks else NO_FIGURES
     p50 = summary["wall_ms"]["p50"]
-    batch = told[0].get("batch", 1)
-    return {
+    batch = told[0].get("batch", subject.batch or 1)
+    size = graph.size_bytes(subject.artefact)
+    row = {
         "model": subject.model,
         "artefact": subject.artefact.name,
         "target": subject.target.name,
         "runtime": told[0].get("runtime"),
         "threads": subject.threads,
         "batch": batch,
-        "status": "measured" if measured else "skipped",
+        "status": "measured" if blocks else "skipped",
         "reason": reason,
         "precision_requested": subject.target.precision,
         "precision_effective": told[0].get("precision_effective"),
         **summary,
-        "img_per_s": latency.significant(1e3 * batch / p50) if measured else None,
+        "img_per_s": latency.significant(1e3 * batch / p50) if blocks else None,
         "load_ms": median("load_ms"),
         "first_ms": median("first_ms"),
-        "size_mb": size_mb(subject.artefact),
+        "size_mb": size and latency.significant(size / 1e6),
+        "params": told[0].get("params", figures.params),
+        "macs": told[0].get("macs", figures.macs),
         "rss_mb": median("rss_mb"),
         "warm_up_seconds": median("seconds"),
-        "flags": _flags(subject, calls, told, before, after) if measured else [],
+        "flags": _flags(subject, latency.Block.join(blocks), told, before, after) if blocks else [],
         "conditions": after,
-        "samples_ms": latency.thin(calls.wall_ms) if measured else [],
+        "samples_ms": latency.thin([ms for b in blocks for ms in b.wall_ms]),
     }
+    return Measured(row, [r.blocks for r in runners], figures)
+
+
+def save_samples(path: Path, found: Sequence[Measured]) -> None:
+    """Every call of every row, not thinned, as one .npz; docs/latency.md names the arrays."""
+    arrays: dict[str, Any] = {}
+    for i, subject in enumerate(found):
+        blocks = [b for process in subject.processes for b in process]
+        calls = latency.Block.join(blocks)
+        for name, values in vars(calls).items():
+            arrays[f"{i}.{name}"] = np.array(values, dtype=np.float32)
+        lengths = [len(b.wall_ms) for b in blocks]
+        arrays[f"{i}.block_start"] = np.cumsum([0, *lengths])[:-1].astype(np.int64)
+        process = [k for k, own in enumerate(subject.processes) for _ in own]
+        arrays[f"{i}.block_process"] = np.array(process, dtype=np.int64)
+    with files.atomic(path) as temporary, temporary.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)
 
 
 def _flags(
@@ -207,10 +200,3 @@ def _flags(
         cores=os.cpu_count() or 1,
         throttled=(after["throttled"] or 0) - (before["throttled"] or 0),
     )
-
-
-def size_mb(artefact: Path) -> float | None:
-    """Bytes of the artefact and of the weights beside it, in 1e6; None where there is no file."""
-    beside = [artefact.with_suffix(suffix) for suffix in BESIDE.get(artefact.suffix, ())]
-    sizes = [path.stat().st_size for path in (artefact, *beside) if path.is_file()]
-    return latency.significant(sum(sizes) / 1e6) if sizes else None

@@ -20,7 +20,7 @@ def open_session(target: Target, artefact: Path, threads: int) -> Session:
     if target.runtime == "torch":
         from exporters.eager import EagerSession
 
-        return EagerSession(artefact, threads)
+        return EagerSession(artefact, threads, compiled=target.name == "torch-compile")
     if target.runtime == "ort":
         from exporters.ort_session import OrtSession
 

@@ -65,6 +65,7 @@ TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
         Target("torch-eager", "torch", "fp32", "{model}.safetensors"),
+        Target("torch-compile", "torch", "fp32", "{model}.safetensors"),
         Target("ort-fp32", "ort", "fp32", "{model}.onnx"),
         Target("ort-int8", "ort", "int8", "{model}-int8.onnx"),
         Target("ov-fp32", "ov", "fp32", "{model}.xml"),

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +53,16 @@ class WorkerFailed(Exception):
 
 @contextmanager
 def started(
-    artefact: Path, target: Target, threads: int, reference: Path | None = None
+    artefact: Path,
+    target: Target,
+    threads: int,
+    reference: Path | None = None,
+    batch: int | None = None,
 ) -> Iterator[Worker]:
     """A worker until the end of the block. It imports and loads nothing before `ask("open")`.
 
-    `reference`: an .npz whose `x` holds the pictures to run; without it, seeded smooth ones.
+    reference: an .npz whose `x` holds the pictures to run; without it, seeded smooth ones.
+    batch: images a call; without it, one, or as many as the artefact fixes.
     """
     command = [
         *COMMAND,
@@ -68,6 +73,7 @@ def started(
         str(threads),
     ]
     command += ["--reference", str(reference)] if reference else []
+    command += ["--batch", str(batch)] if batch else []
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, **dict.fromkeys(POOLS, str(threads))}
     with (
@@ -141,6 +147,7 @@ class Subject:
         """Keep the command line's wishes; nothing is loaded before `open`."""
         self.args = args
         self.session: Session
+        self.engine_ms: Callable[[], float] | None = None
 
     def open(self) -> dict[str, Any]:
         """Load, then run once: ms of each (the runtime's import in neither), and the batch it takes.
@@ -153,43 +160,64 @@ class Subject:
             with suppress(ImportError):
                 importlib.import_module(name)
         began = time.perf_counter()
-        self.session = open_session(target, self.args.artefact, self.args.threads)
+        self.session = self._opened(target)
         loaded = time.perf_counter()
-        pictures = batches(self.session, self.args.reference)
-        self.turns = latency.turns(pictures)
+        self.pictures = batches(self.session, self.args.reference, self.args.batch)
+        self.turns = latency.turns(self.pictures)
         ready = time.perf_counter()
         self.session.run(next(self.turns))
         return {
             "load_ms": 1e3 * (loaded - began),
             "first_ms": 1e3 * (time.perf_counter() - ready),
-            "batch": len(pictures[0]),
+            "batch": len(self.pictures[0]),
         }
+
+    def _opened(self, target: Target) -> Session:
+        """The session; one on a GPU tells the engine's own time."""
+        if target.runtime != "trt":
+            return open_session(target, self.args.artefact, self.args.threads)
+        from exporters.engine_clock import ClockedSession
+
+        session = ClockedSession(self.args.artefact)
+        self.engine_ms = session.engine_ms
+        return session
 
     def warm_up(self) -> dict[str, Any]:
         """Warm up by the protocol; the memory of the process after it."""
-        return {**vars(latency.warm_up(self.session.run, self.turns)), "rss_mb": resident_mb()}
+        warm = latency.warm_up(self.session.run, self.turns, engine=self.engine_ms)
+        return {**vars(warm), "rss_mb": resident_mb()}
 
     def block(self, seconds: float) -> dict[str, Any]:
         """One timed block."""
-        return vars(latency.run_block(self.session.run, self.turns, seconds))
+        return vars(latency.run_block(self.session.run, self.turns, seconds, self.engine_ms))
+
+    def logits(self) -> dict[str, Any]:
+        """What the first pictures are answered, for parity."""
+        count = -(-PICTURES // len(self.pictures[0]))
+        answers = [self.session.run(x) for x in self.pictures[:count]]
+        return {"logits": np.concatenate(answers)[:PICTURES].tolist()}
 
     def describe(self) -> dict[str, Any]:
         """What ran, asked last: finding the effective precision may load the artefact once more."""
         return {
             "runtime": self.session.runtime,
             "precision_effective": self.session.precision_effective,
+            "notes": dict(self.session.metadata),
+            **getattr(self.session, "counted", {}),
         }
 
 
-def batches(session: Session, reference: Path | None) -> list[Array]:
-    """Pictures in batches as the artefact takes them (1 where it is free), at least MIN_INPUTS of them.
+def batches(session: Session, reference: Path | None, wanted: int | None = None) -> list[Array]:
+    """Pictures in batches of `wanted`, or as the artefact takes them (1 where it is free), MIN_INPUTS at least.
 
-    Raises UserError: the reference holds no `x`, or `x` of another size than the input.
+    Raises UserError: the reference holds no `x`, or `x` of another size than the input; another batch is fixed.
     """
     batch, _, height, width = session.input_shape
-    size = batch or 1
+    size = wanted or batch or 1
+    if batch not in (None, size):
+        raise UserError(f"batch {size} asked for, the artefact is fixed at {batch}")
     if reference is None:
-        x = inputs.smooth(size * PICTURES, height, width)
+        x = inputs.smooth(size * max(latency.MIN_INPUTS, PICTURES // size), height, width)
     else:
         x = read_reference(reference)[: size * PICTURES]
         if x.shape[1:] != (3, height, width):
@@ -256,6 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", choices=TARGETS, required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--reference", type=Path)
+    parser.add_argument("--batch", type=int)
     args = parser.parse_args(argv)
     answers = private_stdout()
     serve(Subject(args), sys.stdin, answers)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
+import threading
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from pipeline import files
 
 ROOT = Path("/")
+TOOL_SECONDS = 5.0  # for the first line of a tool that never ends
 RUNTIMES = ("torch", "timm", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx-cu13")
 ISA = {  # name in the report -> the kernel's names for it, x86 `flags` and Arm `Features`
     "avx2": ("avx2",),
@@ -51,20 +54,31 @@ def machine(root: Path = ROOT) -> dict[str, Any]:
 
 
 def conditions(root: Path = ROOT) -> dict[str, Any]:
-    """The moment of a measurement: time, kernel, load, governor, clocks, and how often the quota throttled us."""
+    """The moment of a measurement: time, kernel, load, limits of the cgroup, governor, clocks, power, throttling.
+
+    On a Jetson the power mode is nvpmodel's, clock, power and temperature are the first line of tegrastats.
+    """
     frequency = root / "sys/devices/system/cpu/cpu0/cpufreq"
     khz = _text(frequency / "scaling_cur_freq")
     mhz = float(khz) / 1000 if khz else float(_cpuinfo(root).get("cpu MHz", "nan"))
     load = _text(root / "proc/loadavg")
     clock = _nvidia_smi("clocks.sm")
+    gpu_mhz = int(clock[0][0]) if clock and clock[0][0].isdigit() else None
+    jetson = _tegrastats()
+    quotas = [q for folder in _cgroups(root) if (q := _quota(folder)) is not None]
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kernel": platform.release(),
         "load_1m": float(load.split()[0]) if load else None,
         "governor": _text(frequency / "scaling_governor"),
         "cpu_mhz": None if math.isnan(mhz) else round(mhz),
-        "gpu_mhz": int(clock[0][0]) if clock and clock[0][0].isdigit() else None,
+        "gpu_mhz": jetson["gpu_mhz"] if gpu_mhz is None else gpu_mhz,
         "throttled": _throttled(root),
+        "cpu_quota": min(quotas, default=None),
+        "memory_limit_gb": _memory_limit_gb(root),
+        "power_mode": _power_mode(),
+        "power_w": jetson["power_w"],
+        "celsius": jetson["celsius"],
     }
 
 
@@ -97,6 +111,13 @@ def _quota(cgroup: Path) -> float | None:
     if quota in (None, "max") or period is None or float(quota) <= 0:
         return None
     return float(quota) / float(period)
+
+
+def _memory_limit_gb(root: Path) -> float | None:
+    """The tightest memory limit of our cgroups in 1e9 bytes; None without one."""
+    texts = (_text(folder / "memory.max") for folder in _cgroups(root))
+    limits = [int(text) for text in texts if text and text.isdigit()]
+    return round(min(limits) / 1e9, 2) if limits else None
 
 
 def _throttled(root: Path) -> int | None:
@@ -155,6 +176,50 @@ def _nvidia_smi(query: str) -> list[list[str]]:
         return []
     rows = [[v.strip() for v in line.split(",")] for line in done.stdout.splitlines()]
     return [row for row in rows if len(row) == query.count(",") + 1]
+
+
+def _power_mode() -> str | None:
+    """A Jetson's power mode as `nvpmodel -q` names it: `15W`; None elsewhere."""
+    tool = shutil.which("nvpmodel")
+    if tool is None:
+        return None
+    try:
+        done = subprocess.run([tool, "-q"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    named = re.search(r"NV Power Mode:\s*(\S+)", done.stdout)
+    return named[1] if named else None
+
+
+def _tegrastats() -> dict[str, Any]:
+    """`gpu_mhz`, `power_w` of the board, `celsius` of the GPU from one line of tegrastats; None where untold."""
+    line = _first_line("tegrastats", "--interval", "100")
+    clock = re.search(r"GR3D_FREQ \d+%@\[?(\d+)", line)
+    power = re.search(r"(?:VDD_IN|POM_5V_IN) (\d+)(?:mW)?/", line)
+    heat = re.search(r"gpu@(-?[\d.]+)C", line, re.IGNORECASE)
+    return {
+        "gpu_mhz": int(clock[1]) if clock else None,
+        "power_w": int(power[1]) / 1000 if power else None,
+        "celsius": float(heat[1]) if heat else None,
+    }
+
+
+def _first_line(name: str, *options: str) -> str:
+    """What a tool that never ends says first; empty where it is absent or silent for TOOL_SECONDS."""
+    tool = shutil.which(name)
+    if tool is None:
+        return ""
+    try:
+        with subprocess.Popen([tool, *options], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            deadline = threading.Timer(TOOL_SECONDS, process.kill)
+            deadline.start()
+            line = process.stdout.readline()
+            deadline.cancel()
+            process.kill()
+    except OSError:
+        return ""
+    return line
 
 
 def _text(path: Path) -> str | None:

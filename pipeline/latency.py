@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -24,14 +24,17 @@ WARM_UP_AGREEMENT = 0.03  # three block medians within this share of each other
 MIN_INPUTS = 4
 MIN_CPU_SHARE = 0.9  # CPU over wall time below which one thread was disturbed
 SAMPLES_KEPT = 2000
+MIN_BLOCKS = 5  # of which an interval of the median is drawn
+DRAWS = 1000  # of a bootstrap over blocks
 
 
 @dataclass(frozen=True)
 class Block:
-    """Calls timed one by one: wall and process-CPU time of each, in ms."""
+    """Calls timed one by one: wall and process-CPU time of each, and the engine's own on a GPU, in ms."""
 
     wall_ms: list[float]
     cpu_ms: list[float]
+    engine_ms: list[float] = field(default_factory=list)  # empty off the GPU
 
     @classmethod
     def join(cls, blocks: Sequence[Block]) -> Block:
@@ -39,6 +42,7 @@ class Block:
         return cls(
             [ms for block in blocks for ms in block.wall_ms],
             [ms for block in blocks for ms in block.cpu_ms],
+            [ms for block in blocks for ms in block.engine_ms],
         )
 
 
@@ -61,10 +65,18 @@ def turns(inputs: Sequence[Array]) -> Iterator[Array]:
 
 
 def run_block(
-    run: Callable[[Array], object], inputs: Iterator[Array], seconds: float = BLOCK_SECONDS
+    run: Callable[[Array], object],
+    inputs: Iterator[Array],
+    seconds: float = BLOCK_SECONDS,
+    engine: Callable[[], float] | None = None,
 ) -> Block:
-    """Time `run(x)` over and over for `seconds`, once at least. What `run` copies in and out is included."""
+    """Time `run(x)` over and over for `seconds`, once at least. What `run` copies in and out is included.
+
+    engine: gives the ms that the device took since it was last asked, by its own clock.
+    """
     block = Block([], [])
+    if engine is not None:
+        engine()  # what ran before is not of this block
     end = time.perf_counter() + seconds
     while not block.wall_ms or time.perf_counter() < end:
         x = next(inputs)
@@ -73,17 +85,22 @@ def run_block(
         wall, cpu = time.perf_counter_ns() - wall, time.process_time_ns() - cpu
         block.wall_ms.append(wall / 1e6)
         block.cpu_ms.append(cpu / 1e6)
+        if engine is not None:
+            block.engine_ms.append(engine())
     return block
 
 
 def warm_up(
-    run: Callable[[Array], object], inputs: Iterator[Array], limit: float = WARM_UP_SECONDS
+    run: Callable[[Array], object],
+    inputs: Iterator[Array],
+    limit: float = WARM_UP_SECONDS,
+    engine: Callable[[], float] | None = None,
 ) -> WarmUp:
     """Run blocks until three wall medians in a row agree within 3 %, or `limit` seconds have passed."""
     began = time.perf_counter()
     medians: list[float] = []
     while True:
-        medians.append(float(np.median(run_block(run, inputs).wall_ms)))
+        medians.append(float(np.median(run_block(run, inputs, engine=engine).wall_ms)))
         seconds = time.perf_counter() - began
         last = medians[-3:]
         if len(last) == 3 and max(last) <= (1 + WARM_UP_AGREEMENT) * min(last):
@@ -92,23 +109,57 @@ def warm_up(
             return WarmUp(seconds, False)
 
 
-def summarise(calls: Block) -> dict[str, Any]:
-    """`wall_ms` {p50, p90, p99, min, n} and `cpu_ms` {p50}; p90 from 100 calls on, p99 from 1,000, else None."""
-    wall = np.array(calls.wall_ms)
+def summarise(blocks: Sequence[Block], seed: int = 0) -> dict[str, Any]:
+    """`wall_ms` {p50, p90, p99, min, n, p50_ci}, `cpu_ms` {p50}, `engine_ms` as wall_ms without p50_ci, or None.
 
-    def percentile(q: int, least: int) -> float | None:
-        return significant(np.percentile(wall, q)) if len(wall) >= least else None
-
+    p90 from 100 calls on, p99 from 1,000, else None.
+    """
+    calls = Block.join(blocks)
     return {
         "wall_ms": {
-            "p50": percentile(50, 1),
-            "p90": percentile(90, 100),
-            "p99": percentile(99, 1000),
-            "min": significant(wall.min()),
-            "n": len(wall),
+            **_percentiles(calls.wall_ms),
+            "p50_ci": median_interval([block.wall_ms for block in blocks], seed),
         },
         "cpu_ms": {"p50": significant(np.median(calls.cpu_ms))},
+        "engine_ms": _percentiles(calls.engine_ms) if calls.engine_ms else None,
     }
+
+
+def _percentiles(milliseconds: Sequence[float]) -> dict[str, Any]:
+    values = np.array(milliseconds)
+
+    def percentile(q: int, least: int) -> float | None:
+        return significant(np.percentile(values, q)) if len(values) >= least else None
+
+    return {
+        "p50": percentile(50, 1),
+        "p90": percentile(90, 100),
+        "p99": percentile(99, 1000),
+        "min": significant(values.min()),
+        "n": len(values),
+    }
+
+
+def median_interval(blocks: Sequence[Sequence[float]], seed: int = 0) -> list[float] | None:
+    """[low, high]: bootstrap 95 % interval of the median of all calls; None below MIN_BLOCKS blocks.
+
+    Whole blocks are drawn: calls of one block share its disturbance and are not independent.
+    """
+    if len(blocks) < MIN_BLOCKS:
+        return None
+    values = np.concatenate([np.asarray(block) for block in blocks])
+    of_block = np.repeat(np.arange(len(blocks)), [len(block) for block in blocks])
+    order = np.argsort(values, kind="stable")
+    values, of_block = values[order], of_block[order]
+    generator = np.random.default_rng(seed)
+    medians = []
+    for _ in range(DRAWS):
+        drawn = np.bincount(
+            generator.integers(len(blocks), size=len(blocks)), minlength=len(blocks)
+        )
+        reached = np.cumsum(drawn[of_block])
+        medians.append(values[np.searchsorted(reached, reached[-1] / 2)])
+    return [significant(bound) for bound in np.percentile(medians, [2.5, 97.5])]
 
 
 def significant(value: float, digits: int = 4) -> float:
@@ -156,12 +207,18 @@ def schedule(runners: int, rounds: int, seed: int = 0) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """Candidate over baseline: median of the rounds, bootstrap 95 % interval, the slow-down tolerated."""
+class Interval:
+    """Candidate over baseline: median of the rounds, bootstrap 95 % interval."""
 
     median: float
     ci_low: float
     ci_high: float
+
+
+@dataclass(frozen=True)
+class Ratio(Interval):
+    """An interval beside the slow-down tolerated."""
+
     tol: float
 
     @property
@@ -172,18 +229,23 @@ class Ratio:
         return "PASS" if self.ci_high < 1 + self.tol else "INCONCLUSIVE"
 
 
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """FAIL before INCONCLUSIVE before PASS."""
+    return min(verdicts, key=("FAIL", "INCONCLUSIVE", "PASS").index)
+
+
 def tolerance(baseline_ms: float) -> float:
     """5 % from 5 ms on, 10 % below: the processes of a small net differ by several percent among themselves."""
     return 0.05 if baseline_ms >= 5 else 0.10
 
 
-def compare(
+def paired(
     candidate: Sequence[Sequence[float]],
     baseline: Sequence[Sequence[float]],
     seed: int = 0,
     draws: int = 4000,
-) -> Ratio:
-    """CPU p50 of each process and round, (processes, rounds) a side -> the paired ratio.
+) -> Interval:
+    """p50 of each process and round, (processes, rounds) a side -> the ratio, paired round by round.
 
     The ratio of a round is that of the sides' medians over processes. The bootstrap draws rounds and, on each
     side, processes again: two processes of one artefact differ, and more rounds do not tell that apart from
@@ -196,9 +258,12 @@ def compare(
     drawn = np.median(a[side[0], rounds], axis=1) / np.median(b[side[1], rounds], axis=1)
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
     middle = np.median(np.median(a, axis=0) / np.median(b, axis=0))
-    return Ratio(
-        median=round(float(middle), 4),
-        ci_low=round(float(low), 4),
-        ci_high=round(float(high), 4),
-        tol=tolerance(float(np.median(b))),
-    )
+    return Interval(round(float(middle), 4), round(float(low), 4), round(float(high), 4))
+
+
+def compare(
+    candidate: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]], seed: int = 0
+) -> Ratio:
+    """The paired ratio of CPU p50 beside the tolerance of the baseline's time: what the verdict is of."""
+    tol = tolerance(float(np.median(np.array(baseline))))
+    return Ratio(**vars(paired(candidate, baseline, seed)), tol=tol)

@@ -1,25 +1,30 @@
-"""Stage bench: latency of one target's student and teacher, batch 1, on the exported reference pictures."""
+"""Stage bench: latency of one target's student and teacher on the exported reference pictures."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from exporters import engine
 from exporters.bench import Bench, document
-from exporters.measure import Subject, measure
+from exporters.measure import Measured, Subject, measure
 from exporters.session import TARGETS, Target
 from exporters.worker import read_reference
-from pipeline import cli, config, files
+from pipeline import cli, config, files, latency
 
 BUILD_SCHEMA = "cakd.build/1"
 MODELS = ("student", "teacher")
 
 
-def subject(build: dict[str, Any], args: argparse.Namespace, model: str, threads: int) -> Subject:
+def subject(
+    build: dict[str, Any], args: argparse.Namespace, model: str, threads: int, batch: int
+) -> Subject:
     """What build.json says of one model: its artefact, or why there is none."""
     target: Target = TARGETS[args.target]
     made = build["models"].get(model, {"status": "skipped", "reason": "not in build.json"})
@@ -27,7 +32,7 @@ def subject(build: dict[str, Any], args: argparse.Namespace, model: str, threads
     skip = made.get("reason") or "not built" if made["status"] == "skipped" else None
     if target.runtime == "trt" and skip is None:
         skip = engine.obstacle(engine.read_sidecar(artefact), artefact)
-    return Subject(model, artefact, target, threads, skip)
+    return Subject(model, artefact, target, threads, skip, batch)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -39,22 +44,64 @@ def main(args: argparse.Namespace) -> None:
     reference = args.export_dir / "reference.npz"
     read_reference(reference)
     subjects = [
-        subject(build, args, model, threads)
-        for model, threads in itertools.product(MODELS, params.threads)
+        subject(build, args, *of)
+        for of in itertools.product(MODELS, params.threads, params.batches)
     ]
     seconds = params.seconds_per_row / params.rounds
-    rows = measure(subjects, params.rounds, seconds, params.seed, reference)
+    found = measure(subjects, params.rounds, seconds, params.seed, reference)
+    rows = [one.row for one in found]
     inputs = {"build": built, "reference": reference}
     used = {key: value for key, value in params.__dict__.items() if key != "enabled"}
-    content = {"p50_ms": headline(rows), "rows": rows}
+    content = {"p50_ms": headline(rows), "pairs": pairs(found, params.seed), "rows": rows}
     files.write_json(args.out, document(args.target, used, inputs, **content))
     print(f"{args.out}: p50 {', '.join(map(_said, rows))} ({time.monotonic() - began:.0f} s)")
 
 
 def headline(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Wall p50 by model and thread count, for `dvc metrics show`, which passes lists over."""
+    """Wall p50 by model, thread count and batch above 1, for `dvc metrics show`, which passes lists over."""
     measured = [r for r in rows if r["status"] == "measured"]
-    return {f"{r['model']}_{r['threads']}t": r["wall_ms"]["p50"] for r in measured}
+    return {f"{r['model']}_{r['threads']}t{_batch(r)}": r["wall_ms"]["p50"] for r in measured}
+
+
+def _batch(row: dict[str, Any]) -> str:
+    return f"_b{row['batch']}" if row["batch"] > 1 else ""
+
+
+def pairs(found: Sequence[Measured], seed: int) -> list[dict[str, Any]]:
+    """Student over teacher where both ran at the fewest threads, batch by batch, paired round by round.
+
+    By CPU time; on a GPU by the engine's own. One process a side: what two processes differ by is not in it.
+    """
+    fewest = min(one.row["threads"] for one in found)
+    sides = {
+        (one.row["model"], one.row["batch"]): one
+        for one in found
+        if one.measured and one.row["threads"] == fewest
+    }
+    rows = []
+    for (model, batch), student in sides.items():
+        teacher = sides.get(("teacher", batch))
+        if model != "student" or teacher is None:
+            continue
+        clock = "engine" if student.row["engine_ms"] else "cpu"
+        ratio = latency.paired(_medians(student, clock), _medians(teacher, clock), seed)
+        rows.append(
+            {
+                "target": student.row["target"],
+                "threads": fewest,
+                "batch": batch,
+                "candidate": "student",
+                "baseline": "teacher",
+                "clock": clock,
+                "ratio": vars(ratio),
+            }
+        )
+    return rows
+
+
+def _medians(one: Measured, clock: str) -> list[list[float]]:
+    """(processes, rounds): the median of each block by that clock, in ms."""
+    return [[float(np.median(getattr(b, f"{clock}_ms"))) for b in p] for p in one.processes]
 
 
 def _said(row: dict[str, Any]) -> str:

@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporters import bench, measure, worker
+from exporters import bench, gates, graph, measure, versus, worker
 from exporters.measure import Subject
 from exporters.session import TARGETS
 from pipeline import latency
 from pipeline.errors import GateFailed, UserError
+from stages import bench as stage
 
 ROOT = Path(__file__).parents[1]
 PLAYER = '''
 """A worker whose session does what the artefact's text says."""
-import functools, os, signal, sys, time
+import ctypes, functools, os, signal, sys, time
 import numpy as np
 import exporters.worker
 from exporters.session import Unavailable
@@ -44,7 +45,7 @@ class Session:
         if "damaged" in self.play:
             raise UserError("not a model; export it again")
         if "segfault-on-load" in self.play:
-            os.kill(os.getpid(), signal.SIGSEGV)
+            ctypes.string_at(0)
 
     def run(self, x):
         assert x.shape == (self.input_shape[0] or 1, 3, 8, 8) and x.dtype == np.float32 and x.any()
@@ -52,6 +53,8 @@ class Session:
         self.calls += 1
         if "killed" in self.play and self.calls > 20:
             os.kill(os.getpid(), signal.SIGKILL)
+        if "segfault" in self.play and self.calls > 20:
+            ctypes.string_at(0)
         if "raises" in self.play and self.calls > 20:
             raise RuntimeError("out of\\nmemory")
         if "exits" in self.play and self.calls > 20:
@@ -63,6 +66,7 @@ class Session:
         end = time.thread_time() + milliseconds / 1e3
         while time.thread_time() < end:
             pass
+        return x.mean(axis=(2, 3))
 
 exporters.worker.open_session = Session
 latency.warm_up = functools.partial(latency.warm_up, limit=0.3)
@@ -90,7 +94,7 @@ def subject(folder: Path, play: str, **changes: Any) -> Subject:
 
 
 def rows_of(subjects: list[Subject], reference: Path | None = None) -> list[dict[str, Any]]:
-    return measure.measure(subjects, 2, 0.05, 0, reference)
+    return [one.row for one in measure.measure(subjects, 2, 0.05, 0, reference)]
 
 
 def run_main(*argv: object) -> None:
@@ -110,21 +114,22 @@ def test_a_row_carries_every_figure_of_the_contract(player: None, tmp_path: Path
 
 
 def test_rows_that_cannot_run_do_not_end_the_others(player: None, tmp_path: Path) -> None:
-    plays = ["unavailable", "damaged", "segfault-on-load", "killed", "raises", "exits"]
+    plays = ["unavailable", "damaged", "segfault-on-load", "segfault", "killed", "raises", "exits"]
     rows = rows_of([subject(tmp_path, p) for p in plays] + [subject(tmp_path, "")])
-    assert [r["status"] for r in rows] == ["skipped"] * 6 + ["measured"]
-    assert [r["reason"] for r in rows[:6]] == [
+    assert [r["status"] for r in rows] == ["skipped"] * 7 + ["measured"]
+    assert [r["reason"] for r in rows[:7]] == [
         "no such device here",
         "not a model; export it again",
+        "the worker was killed by SIGSEGV: and one below Python",
         "the worker was killed by SIGSEGV: and one below Python",
         "the worker was killed by SIGKILL: and one below Python",
         "RuntimeError: out of memory",
         "the worker was ended with exit 7: assertion failed in a library",
     ]
-    for row in rows[:6]:
-        assert row["wall_ms"] == {"p50": None, "p90": None, "p99": None, "min": None, "n": 0}
+    for row in rows[:7]:
+        assert set(row["wall_ms"].values()) == {None, 0} and row["wall_ms"]["n"] == 0
         assert row["samples_ms"] == [] and row["rss_mb"] is None and row["flags"] == []
-    assert set(rows[0]) == set(rows[6])  # one schema for both
+    assert set(rows[0]) == set(rows[7])  # one schema for both
 
 
 def test_a_worker_that_hangs_is_killed_and_told_so(
@@ -153,6 +158,18 @@ def test_a_fixed_batch_is_fed_and_counted(player: None, tmp_path: Path) -> None:
     (row,) = rows_of([subject(tmp_path, "batch3")])
     assert row["batch"] == 3
     assert row["img_per_s"] == pytest.approx(3e3 / row["wall_ms"]["p50"], rel=1e-3)
+
+
+def test_a_free_batch_is_as_large_as_asked_and_a_fixed_one_refuses(
+    player: None, tmp_path: Path
+) -> None:
+    asked = [subject(tmp_path, play, batch=batch) for play, batch in (("batch3", 3), ("batch3", 5))]
+    fed, refused = rows_of(asked)
+    assert (fed["batch"], fed["status"]) == (3, "measured")
+    assert refused["reason"] == "batch 5 asked for, the artefact is fixed at 3"
+    assert refused["batch"] == 5
+    made = worker.batches(Shape(None), None, 8)
+    assert {len(b) for b in made} == {8} and len({b.tobytes() for b in made}) == len(made) >= 4
 
 
 class Shape:
@@ -203,16 +220,57 @@ def test_a_file_twice_as_slow_fails_the_verdict_with_exit_3_after_writing(
     player: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slow, plain, out = artefact(tmp_path, "slow"), artefact(tmp_path, ""), tmp_path / "o.json"
-    with pytest.raises(GateFailed, match="slower: FAIL"):
+    with pytest.raises(GateFailed, match="not as good: FAIL"):
         run_main(slow, "--against", plain, "--json", out)
     written = json.loads(out.read_text())
-    assert written["verdict"] == "FAIL"
-    assert written["ratio"]["ci_low"] > 1.5 and written["ratio"]["median"] == pytest.approx(
-        2, rel=0.15
-    )
+    (told,) = written["comparisons"]
+    assert written["verdict"] == told["verdict"] == "FAIL"
+    assert told["ratio"]["ci_low"] > 1.5 and told["ratio"]["median"] == pytest.approx(2, rel=0.15)
     assert [r["artefact"] for r in written["rows"]] == [slow.name, plain.name]
-    assert written["processes"] == 3 and written["rounds"] == 8
+    assert told["processes"] == 3 and told["rounds"] == 8 and told["reason"] is None
+    assert {g["name"]: g["verdict"] for g in told["gates"]} == {
+        **dict.fromkeys(gates.GATES, "UNKNOWN"),  # a text file tells little
+        "precision": "PASS",
+        "bytes": "PASS",
+    }
     assert "FAIL: CPU p50" in capsys.readouterr().out
+
+
+def test_every_target_gets_its_verdict_and_the_worst_is_that_of_the_command(
+    player: None, tmp_path: Path
+) -> None:
+    base, head, out = tmp_path / "base", tmp_path / "head", tmp_path / "o.json"
+    for folder, plays in ((base, ("", "", "segfault-on-load")), (head, ("", "segfault", ""))):
+        folder.mkdir()
+        for name, play in zip(("a.onnx", "b.onnx", "c.onnx"), plays):
+            (folder / name).write_text(play)
+    models = [head / name for name in ("a.onnx", "b.onnx", "c.onnx")]
+    with pytest.raises(GateFailed, match="candidate b.onnx: the worker was killed by SIGSEGV"):
+        run_main(*models, "--against", base, "--json", out)
+    written = json.loads(out.read_text())
+    told = {c["model"]: c for c in written["comparisons"]}
+    assert told["a.onnx"]["verdict"] in ("PASS", "INCONCLUSIVE") and told["a.onnx"]["ratio"]
+    assert told["b.onnx"]["verdict"] == written["verdict"] == "FAIL"
+    assert told["c.onnx"]["verdict"] == "INCONCLUSIVE"
+    assert told["c.onnx"]["reason"].startswith("baseline c.onnx: the worker was killed by SIGSEGV")
+    assert [told[n]["ratio"] for n in ("b.onnx", "c.onnx")] == [None, None]
+    assert [r["status"] for r in written["rows"]] == [
+        *("measured", "measured"),
+        *("skipped", "measured"),
+        *("measured", "skipped"),
+    ]
+
+
+def test_a_gate_fails_the_verdict_whatever_the_time_unless_it_is_allowed(
+    player: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = artefact(tmp_path, "")
+    fat = tmp_path / "fat.onnx"
+    fat.write_text(" " * 2 * gates.NOTES_BYTES)
+    with pytest.raises(GateFailed, match="bytes: 8192, baseline 0, limit 4096"):
+        run_main(fat, "--against", plain)
+    run_main(fat, "--against", plain, "--allow", "bytes")
+    assert "bytes: 8192, baseline 0, limit 4096 (allowed); CPU p50" in capsys.readouterr().out
 
 
 def test_an_undecided_verdict_runs_as_long_again_once(
@@ -226,24 +284,26 @@ def test_an_undecided_verdict_runs_as_long_again_once(
 
     monkeypatch.setattr(latency, "compare", undecided)
     monkeypatch.setattr(latency, "BLOCK_SECONDS", 0.01)
-    monkeypatch.setattr(measure, "PROCESSES", 1)
+    monkeypatch.setattr(versus, "PROCESSES", 1)
     same = subject(tmp_path, "")
-    result = measure.compare(same, same, 0, None)
-    assert (result["verdict"], result["rounds"]) == ("INCONCLUSIVE", 16)
+    told, found = versus.compare(same, same, 0, None)
+    assert (told["verdict"], told["rounds"]) == ("INCONCLUSIVE", 16)
     assert seen == [((1, 8), (1, 8)), ((1, 16), (1, 16))]
-    assert result["rows"][0]["wall_ms"]["n"] >= 16
+    assert found[0].row["wall_ms"]["n"] >= 16
 
 
 def test_the_self_test_passes_a_file_against_itself(
     player: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_main(artefact(tmp_path, ""), "--self-test")
-    assert "PASS: CPU p50" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert ": CPU p50" in shown and "FAIL" not in shown
+    assert "noise floor here and now: a change of CPU time below " in shown.splitlines()[-1]
 
 
 def test_a_comparison_with_what_cannot_run_is_refused(player: None, tmp_path: Path) -> None:
     plain, gone = artefact(tmp_path, ""), artefact(tmp_path, "unavailable")
-    with pytest.raises(UserError, match="not comparable: no such device here"):
+    with pytest.raises(UserError, match="not comparable: baseline .*: no such device here"):
         run_main(plain, "--against", gone)
 
 
@@ -254,7 +314,7 @@ def test_a_table_and_a_json_hold_every_model_and_thread_count(
     run_main(a, gone, "--rounds", 2, "--seconds", 0.05, "--threads", "1,4096", "--json", out)
     written = json.loads(out.read_text())
     assert list(written)[:3] == ["schema", "target", "rows"]
-    assert written["schema"] == "cakd.bench/1" and written["machine"]["cores"]
+    assert written["schema"] == "cakd.bench/2" and written["machine"]["cores"]
     assert set(written["provenance"]["inputs"]) == {a.name, gone.name}
     assert [(r["model"], r["threads"], r["status"]) for r in written["rows"]] == [
         (a.name, 1, "measured"),
@@ -263,8 +323,21 @@ def test_a_table_and_a_json_hold_every_model_and_thread_count(
         (gone.name, 4096, "skipped"),
     ]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:6] == ["model", "target", "threads", "precision", "p50_ms", "p90_ms"]
+    assert lines[0].split()[:5] == ["model", "target", "threads", "batch", "precision"]
     assert len(lines) == 5 and lines[3].endswith("skipped: no such device here")
+
+
+def test_samples_hold_every_call_with_its_block_and_process(player: None, tmp_path: Path) -> None:
+    a, gone, out = artefact(tmp_path, ""), artefact(tmp_path, "unavailable"), tmp_path / "o.npz"
+    run_main(a, gone, "--rounds", 3, "--seconds", 0.1, "--samples", out, "--json", tmp_path / "o")
+    (row, _) = json.loads((tmp_path / "o").read_text())["rows"]
+    with np.load(out, allow_pickle=False) as held:
+        found = {key: held[key] for key in held}
+    assert len(found["0.wall_ms"]) == len(found["0.cpu_ms"]) == row["wall_ms"]["n"]
+    assert np.median(found["0.wall_ms"]) == pytest.approx(row["wall_ms"]["p50"], rel=1e-3)
+    assert len(found["0.block_start"]) == len(found["0.block_process"]) == 3
+    assert found["0.block_start"][0] == 0 and (np.diff(found["0.block_start"]) > 0).all()
+    assert not found["1.wall_ms"].size and not found["0.engine_ms"].size
 
 
 def test_nothing_measured_is_the_users_to_know(player: None, tmp_path: Path) -> None:
@@ -311,7 +384,7 @@ def test_every_model_meets_every_target_that_reads_it(tmp_path: Path) -> None:
         (["m.onnx", "--targets", "torch-eager"], "none of the targets torch-eager reads it; give"),
         (["m.plan"], "give --targets from: rtx-fp32"),
         (["m.pth"], "no target reads such a file"),
-        (["m.onnx", "m.onnx", "--self-test"], "takes one model, target and thread count, got 2"),
+        (["m.onnx", "--against", "folder"], "folder/m.onnx: no such file"),
         (["m.onnx", "--against", "gone.onnx"], "gone.onnx: no such file"),
         (["m.plan", "--targets", "trt-fp16", "--self-test"], "trt-fp16 runs on a GPU"),
         (["m.onnx", "--reference", "m.onnx"], "not an .npz with an array 'x'"),
@@ -321,6 +394,7 @@ def test_a_mistake_is_told_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str
 ) -> None:
     monkeypatch.setattr(worker, "COMMAND", ("false",))
+    (tmp_path / "folder").mkdir()
     for name in ("m.onnx", "m.plan", "m.pth"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
@@ -333,6 +407,7 @@ def test_a_mistake_is_told_before_anything_runs(
     [
         ({"enabled": ("ort-fp23",)}, "did you mean 'ort-fp32'"),
         ({"enabled": (), "threads": (0,)}, r"threads is \[0\]"),
+        ({"enabled": (), "batches": (1, 0)}, r"batches is \[1, 0\]"),
         ({"enabled": (), "rounds": 0}, "rounds is 0"),
         ({"enabled": (), "seconds_per_row": 0.0}, "seconds_per_row 0.0"),
     ],
@@ -346,7 +421,8 @@ def test_size_counts_the_weights_beside_the_file(tmp_path: Path) -> None:
     for name in ("a.xml", "a.bin", "b.onnx", "b.onnx.data", "c.onnx", "c.bin"):
         (tmp_path / name).write_bytes(bytes(1_000_000))
     names = ("a.xml", "b.onnx", "c.onnx", "d.onnx")
-    assert [measure.size_mb(tmp_path / n) for n in names] == [2, 2, 1, None]
+    sizes = [2_000_000, 2_000_000, 1_000_000, None]
+    assert [graph.size_bytes(tmp_path / n) for n in names] == sizes
 
 
 @pytest.fixture(scope="module")
@@ -435,7 +511,8 @@ def test_stage_writes_student_and_teacher_the_skipped_one_with_its_reason(export
     done = run_stage(exported)
     assert done.returncode == 0, done.stderr
     written = json.loads((exported / "bench.json").read_text())
-    assert (written["schema"], written["target"]) == ("cakd.bench/1", "ort-fp32")
+    assert (written["schema"], written["target"]) == ("cakd.bench/2", "ort-fp32")
+    assert written["pairs"] == []  # nothing to pair a student with
     student, teacher = written["rows"]
     assert (student["model"], student["status"], student["batch"]) == ("student", "measured", 1)
     assert student["size_mb"] > 0 and student["wall_ms"]["n"] >= 3
@@ -444,6 +521,39 @@ def test_stage_writes_student_and_teacher_the_skipped_one_with_its_reason(export
     assert set(written["provenance"]["inputs"]) == {"build", "reference"}
     assert written["p50_ms"] == {"student_1t": student["wall_ms"]["p50"]}
     assert "teacher too large for this box" in done.stdout
+
+
+def test_stage_pairs_student_and_teacher_at_the_fewest_threads_batch_by_batch(
+    exported: Path,
+) -> None:
+    pytest.importorskip("onnxruntime")
+    built = json.loads((exported / "build/build.json").read_text())
+    built["models"]["teacher"] = built["models"]["student"]
+    (exported / "build/build.json").write_text(json.dumps(built))
+    with (exported / "params.yaml").open("a") as params:
+        params.write("  batches: [1, 4]\n")
+    assert run_stage(exported).returncode == 0
+    written = json.loads((exported / "bench.json").read_text())
+    assert [(p["batch"], p["clock"], p["threads"]) for p in written["pairs"]] == [
+        (1, "cpu", 1),
+        (4, "cpu", 1),
+    ]
+    for pair in written["pairs"]:
+        assert (pair["candidate"], pair["baseline"]) == ("student", "teacher")
+        ratio = pair["ratio"]  # of a network to itself
+        assert 0.5 < ratio["ci_low"] <= ratio["median"] <= ratio["ci_high"] < 2
+    assert set(written["p50_ms"]) == {"student_1t", "student_1t_b4", "teacher_1t", "teacher_1t_b4"}
+    assert {(r["params"], r["macs"]) for r in written["rows"]} == {(592, 388960)}
+
+
+def test_pairs_of_a_gpu_are_of_the_engines_own_time() -> None:
+    def made(model: str, ms: float) -> measure.Measured:
+        blocks = [latency.Block([9.0], [9.0], [ms * drift]) for drift in (1.0, 1.5, 2.0)]
+        row = {"model": model, "batch": 1, "threads": 1, "target": "trt-fp16", "status": "measured"}
+        return measure.Measured({**row, "engine_ms": {"p50": ms}}, [blocks], graph.Figures())
+
+    (pair,) = stage.pairs([made("student", 1.0), made("teacher", 4.0)], 0)
+    assert pair["clock"] == "engine" and pair["ratio"]["median"] == 0.25
 
 
 def test_stage_tells_when_what_was_built_is_gone(exported: Path) -> None:

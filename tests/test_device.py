@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,66 @@ def test_conditions_tell_load_governor_clock_and_throttling(tmp_path: Path) -> N
     assert told["time"].endswith("+00:00")
 
 
+def tool(folder: Path, name: str, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (
+            "RAM 2448/7620MB CPU [5%@1510,2%@1510] GR3D_FREQ 12%@[624] cpu@48C gpu@46.5C VDD_IN 4998mW/5000mW",
+            (624, 4.998, 46.5),
+        ),
+        ("RAM 1/3964MB GR3D_FREQ 0%@76 PLL@31C GPU@-2C POM_5V_IN 1540/1540", (76, 1.54, -2.0)),
+        ("RAM 1/3964MB GR3D_FREQ 0% no clocks here", (None, None, None)),
+        ("", (None, None, None)),
+    ],
+)
+def test_a_jetson_tells_its_power_mode_clock_power_and_heat(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    told: tuple[int | None, float | None, float | None],
+) -> None:
+    tool(tmp_path, "tegrastats", f"echo '{line}'; exec sleep 60", monkeypatch)
+    tool(tmp_path, "nvpmodel", "printf 'NV Power Mode: MAXN_SUPER\n2\n'", monkeypatch)
+    found = device.conditions(tmp_path)
+    assert (found["gpu_mhz"], found["power_w"], found["celsius"]) == told
+    assert found["power_mode"] == "MAXN_SUPER"
+
+
+def test_a_silent_or_broken_tool_of_the_board_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "TOOL_SECONDS", 0.2)
+    tool(tmp_path, "tegrastats", "exec sleep 60", monkeypatch)
+    tool(tmp_path, "nvpmodel", "echo 'NVPM ERROR: no permission'; exit 1", monkeypatch)
+    began = time.monotonic()
+    found = device.conditions(tmp_path)
+    assert time.monotonic() - began < 10
+    assert (found["gpu_mhz"], found["power_w"], found["power_mode"]) == (None, None, None)
+
+
+def test_conditions_tell_the_tightest_limits_of_the_cgroups(tmp_path: Path) -> None:
+    root = write(
+        tmp_path,
+        proc__self__cgroup="0::/box/job\n",
+        **{
+            "sys__fs__cgroup__box__cpu.max": "150000 100000",
+            "sys__fs__cgroup__box__memory.max": "2000000000\n",
+            "sys__fs__cgroup__box__job__cpu.max": "max 100000",
+            "sys__fs__cgroup__box__job__memory.max": "max\n",
+        },
+    )
+    told = device.conditions(root)
+    assert (told["cpu_quota"], told["memory_limit_gb"]) == (1.5, 2.0)
+
+
 def test_conditions_of_a_bare_box_are_nulls(tmp_path: Path) -> None:
     told = device.conditions(tmp_path)
-    assert told["load_1m"] is None and told["cpu_mhz"] is None and told["throttled"] is None
+    assert {key for key, value in told.items() if value is not None} == {"time", "kernel"}
     json.dumps(told, allow_nan=False)

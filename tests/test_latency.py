@@ -105,11 +105,57 @@ def test_a_call_longer_than_the_limit_still_gets_three_blocks(clock: Callable[..
 def test_percentiles_are_given_only_where_enough_calls_carry_them(
     n: int, known: tuple[str, ...]
 ) -> None:
-    wall = summarise(Block([float(i + 1) for i in range(n)], [1.0] * n))["wall_ms"]
+    wall = summarise([Block([float(i + 1) for i in range(n)], [1.0] * n)])["wall_ms"]
     assert wall["n"] == n and wall["min"] == 1 and wall["p50"] == pytest.approx((n + 1) / 2)
     assert tuple(k for k in ("p90", "p99") if wall[k] is not None) == known
     if "p90" in known:
         assert wall["p90"] == pytest.approx(0.9 * n, rel=0.02)
+
+
+def test_engine_time_is_summarised_where_there_is_some_and_taken_call_by_call(
+    clock: Callable[..., Clock],
+) -> None:
+    told = iter([99.0, 0.5, 0.25, 0.75, 0.5])  # the first is of what ran before the block
+    block = run_block(clock(steady(40.0)).run, turns(PICTURES), 0.15, lambda: next(told))
+    assert block.engine_ms == [0.5, 0.25, 0.75, 0.5]
+    assert summarise([block, block])["engine_ms"]["p50"] == 0.5
+    assert summarise([block, block])["engine_ms"]["n"] == 8
+    assert summarise([Block([1.0], [1.0])])["engine_ms"] is None
+
+
+def made_blocks(seed: int, between: float) -> list[list[float]]:
+    """20 blocks of 15 calls around 10 ms: 1 % of noise a call, `between` a block."""
+    generator = np.random.default_rng(seed)
+    level = 10 * (1 + between * generator.standard_normal((20, 1)))
+    return (level * (1 + 0.01 * generator.standard_normal((20, 15)))).tolist()
+
+
+def test_the_interval_of_the_median_is_that_of_pooled_calls_of_drawn_blocks() -> None:
+    blocks = made_blocks(0, 0.02)
+    generator = np.random.default_rng(1)
+    drawn = [generator.integers(20, size=20) for _ in range(2000)]
+    slow = [np.median(np.array(blocks)[rows]) for rows in drawn]
+    assert latency.median_interval(blocks) == pytest.approx(
+        np.percentile(slow, [2.5, 97.5]), rel=2e-3
+    )
+
+
+def test_the_interval_of_the_median_holds_the_truth_nineteen_times_in_twenty() -> None:
+    found = [latency.median_interval(made_blocks(seed, 0.02)) for seed in range(100)]
+    assert 85 <= sum(i is not None and i[0] <= 10 <= i[1] for i in found) <= 100
+
+
+def test_blocks_that_differ_widen_the_interval_of_the_median_and_few_give_none() -> None:
+    (a, b), (c, d) = (latency.median_interval(made_blocks(0, s)) or [0, 0] for s in (0.0, 0.05))
+    assert d - c > 4 * (b - a) > 0
+    assert latency.median_interval(made_blocks(0, 0.0)[:4]) is None
+    assert latency.median_interval(made_blocks(0, 0.0)) == [a, b]
+
+
+def test_the_worst_of_several_verdicts() -> None:
+    assert latency.worst(["PASS", "INCONCLUSIVE", "FAIL"]) == "FAIL"
+    assert latency.worst(["PASS", "INCONCLUSIVE"]) == "INCONCLUSIVE"
+    assert latency.worst(["PASS"]) == "PASS"
 
 
 def test_thinned_samples_keep_order_ends_and_four_digits() -> None:
@@ -200,6 +246,14 @@ def test_tolerance_is_wider_for_a_net_below_5_ms() -> None:
         == 0.1
     )
     assert latency.tolerance(5.0) == 0.05
+
+
+def test_one_process_a_side_is_paired_by_round() -> None:
+    student, teacher = rounds(2, (1.0,), 1, DRIFT), rounds(8, (1.0,), 2, DRIFT)
+    ratio = latency.paired(student, teacher)
+    assert ratio.ci_low <= ratio.median <= ratio.ci_high
+    assert ratio.median == pytest.approx(0.25, rel=0.02)
+    assert ratio.ci_high - ratio.ci_low < 0.02  # the drift of the rounds, up to 2x, is gone
 
 
 def test_the_same_numbers_give_the_same_interval() -> None:

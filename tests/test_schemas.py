@@ -14,7 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
-from exporters import bench, bundle, measure
+from exporters import bench, bundle, versus
 from pipeline import latency
 from pipeline.errors import GateFailed
 from stages import build, device
@@ -62,10 +62,17 @@ CONTRACT = {
         "rows.0.wall_ms": "p50 p90 p99 min n",
         "rows.0.cpu_ms": "p50",
     },
+    "bench.json": {
+        "rows.0": "params macs engine_ms",
+        "rows.0.wall_ms": "p50_ci",
+        "rows.0.conditions": "power_mode cpu_quota",
+    },
     "against.json": {
-        "": f"{FILE} target rows verdict ratio",
+        "": f"{FILE} target rows verdict comparisons",
         "rows.1": LATENCY,
-        "ratio": "median ci_low ci_high tol",
+        "comparisons.0": "model target threads verdict ratio gates rounds processes process_spread",
+        "comparisons.0.ratio": "median ci_low ci_high tol",
+        "comparisons.0.gates.0": "name baseline candidate limit verdict",
     },
     "train/cakd.json": {
         "": f"{FILE} {TRAINING}",
@@ -111,8 +118,20 @@ WRONG = {  # file -> (where, a value that must be refused)
         ("machine.cores.usable", 0),
         ("provenance.inputs.build", "build.json"),
     ],
-    "bench.json": [("rows.1.reason", None), ("rows.1.reason", ""), ("rows.1.wall_ms.p50", 0.1)],
-    "against.json": [("verdict", "MAYBE"), ("ratio.median", "1.0"), ("rows.0.status", "skipped")],
+    "bench.json": [
+        ("rows.1.reason", None),
+        ("rows.1.reason", ""),
+        ("rows.1.wall_ms.p50", 0.1),
+        ("rows.0.wall_ms.p50_ci", [1.0]),
+        ("rows.0.macs", 1.5),
+    ],
+    "against.json": [
+        ("verdict", "MAYBE"),
+        ("comparisons", []),
+        ("comparisons.0.ratio.median", "1.0"),
+        ("comparisons.0.gates.0.verdict", "MAYBE"),
+        ("comparisons.0.gates.0.name", "speed"),
+    ],
     "train/cakd.json": [
         ("stall_fraction", 4.1),
         ("stage_ms.projector", None),
@@ -177,8 +196,8 @@ def made(
 def run_bench(*argv: object) -> None:
     """exporters.bench at its quickest: what it finds does not matter here, a failed self-test neither."""
     with pytest.MonkeyPatch.context() as patch, suppress(GateFailed):
-        patch.setattr(measure, "PROCESSES", 1)
-        patch.setattr(measure, "COMPARE_ROUNDS", 2)
+        patch.setattr(versus, "PROCESSES", 1)
+        patch.setattr(versus, "ROUNDS", 2)
         patch.setattr(latency, "BLOCK_SECONDS", 0.02)
         quick = ("--rounds", "2", "--seconds", "0.1")
         bench.main(bench.parser().parse_args([str(a) for a in (*argv, *quick)]))
