@@ -1,0 +1,146 @@
+"""int8 of trained students: what it costs in top-1, what it gains in CPU time over fp32 in ONNX Runtime.
+
+`python -m benchmarks.int8 --student NAME STUDENT.onnx CALIB TEST [--student ...] [--out F]`
+CALIB gives the ranges and judges the search. TEST, which neither saw, judges the accuracy: a folder of labelled
+images, or of a prepared one the test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks import record
+from exporters import agreement, inputs, int8, metadata, ort, ov
+from exporters.measure import Subject
+from exporters.ort_session import OrtSession
+from exporters.runtimes import open_session
+from exporters.session import TARGETS, Array, Session
+from exporters.versus import compare
+from pipeline import cli, files
+from pipeline.data import Prepared, normalised
+from pipeline.errors import GateFailed, UserError
+
+SCHEMA = "cakd.benchmark.int8/1"
+MAKERS: dict[str, tuple[str, str, Callable[..., dict[str, Any]]]] = {
+    "ORT, QDQ": ("ort-int8", ".onnx", partial(ort.convert, precision="int8")),
+    "OpenVINO, QDQ": ("ov-int8", ".xml", partial(ov.make, precision="int8")),
+    "OpenVINO, NNCF": ("ov-int8", ".xml", partial(ov.make, precision="int8", by="nncf")),
+}
+
+
+def test_images(session: Session, folder: Path) -> tuple[Array, NDArray[np.int64]]:
+    """All labelled test images, prepared by the network's own notes: (N, 3, S, S) and (N,).
+
+    Raises UserError: no image with a label, a prepared folder of another size, a network without notes.
+    """
+    notes = metadata.preprocessing(session.metadata)
+    if notes is None or not (folder / "index.json").is_file():
+        x, labels = inputs.labelled(folder, session, 1 << 16)
+    else:
+        prepared = Prepared.open(folder)
+        rows = prepared.rows("test")
+        if prepared.images.shape[1] != notes["image_size"]:
+            raise UserError(
+                f"{folder}: images of {prepared.images.shape[1]} px; the network takes {notes['image_size']}"
+            )
+        x, labels = normalised(prepared.images[rows], notes), prepared.labels[rows]
+    known = labels >= 0
+    if not known.any():
+        raise UserError(f"{folder}: no image with a label; its folders must bear the class names")
+    return x[known], labels[known]
+
+
+def student(name: str, onnx: str, calib: str, test: str) -> dict[str, Any]:
+    """Top-1 of fp32, and a row for each way to int8."""
+    source = Path(onnx)
+    reference = OrtSession(source, 1)
+    pictures = int8.calibration_images(source, Path(calib))
+    x, labels = test_images(reference, Path(test))
+    exact = inputs.run(reference, x)
+    found: dict[str, Any] = {
+        "images": len(x),
+        "fp32_top1": float((exact.argmax(axis=1) == labels).mean()),
+        "int8": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for maker, (target, suffix, make) in MAKERS.items():
+            out = Path(folder) / f"{name}-int8{suffix}"
+            try:
+                made = make(source, out, pictures=pictures, how=int8.Settings())
+            except (GateFailed, UserError) as error:
+                found["int8"][maker] = {"reason": str(error).split(": ", 1)[-1]}
+                continue
+            got = inputs.run(open_session(TARGETS[target], out, 1), x)
+            candidate = Subject(out.name, out, TARGETS[target])
+            baseline = Subject(source.name, source, TARGETS["ort-fp32"])
+            versus, _ = compare(candidate, baseline, 0, None)
+            found["int8"][maker] = {
+                "made": made.get("int8"),
+                "sqnr_centered_db": made["sqnr_centered_db"],
+                "top1_drop": agreement.top1_drop(exact, got, labels),
+                "cpu_over_ort_fp32": versus["ratio"],
+                "reason": versus["reason"],
+            }
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The Markdown table: a line a student and maker."""
+    lines = [
+        "| student | fp32 top-1 (%) | int8 by | made | SQNR (dB) | top-1 lost (points) "
+        "| CPU time over ORT fp32 |",
+        "|---|--:|---|---|--:|--:|---|",
+    ]
+    for name, one in found["students"].items():
+        head = f"| {name} | {100 * one['fp32_top1']:.1f} of {one['images']} images"
+        for maker, row in one["int8"].items():
+            if row["reason"]:
+                lines.append(f"{head} | {maker} | stays fp32: {row['reason']} | | | |")
+                continue
+            ratio, drop = row["cpu_over_ort_fp32"], 100 * row["top1_drop"]
+            times = f"{ratio['median']:.2f} ({ratio['ci_low']:.2f} to {ratio['ci_high']:.2f})"
+            lines.append(
+                f"{head} | {maker} | {row['made']} | {row['sqnr_centered_db']:.1f} | {drop:+.1f} | {times} |"
+            )
+    lines += ["", "One thread, batch 1; the ratio is paired by round, with its 95 % interval."]
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, print, write `<out>.json` and `<out>.md`."""
+    found = {"students": {given[0]: student(*given) for given in args.student}}
+    shown = table(found)
+    print(shown)
+    if args.out:
+        names = " ".join(
+            f"--student {given[0]} {given[0]}.onnx CALIB TEST" for given in args.student
+        )
+        made_by = files.provenance({"students": [given[0] for given in args.student]})
+        record.write(args.out, SCHEMA, found, made_by, f"python -m benchmarks.int8 {names}", shown)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="benchmarks.int8", description=__doc__)
+    made.add_argument(
+        "--student",
+        nargs=4,
+        action="append",
+        required=True,
+        metavar=("NAME", "ONNX", "CALIB", "TEST"),
+        help="a trained student, images to calibrate on, labelled images to judge by",
+    )
+    made.add_argument("--out", type=Path, help="where to write, without suffix")
+    return made
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())
