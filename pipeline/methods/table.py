@@ -109,8 +109,21 @@ def reads(method: str, side: str) -> frozenset[str]:
     return frozenset().union(*(getattr(c, side) for c in classes))
 
 
+def refuse_without_attention(method: str, reason: str | None) -> None:
+    """Raise UserError where a method reads Q, K, V of a teacher that by this reason has none for it."""
+    if reason is None or "qkv" not in reads(method, "teacher"):
+        return
+    terms = [t for t in terms_of(method) if t in TERMS and "qkv" in TERMS[t][0].teacher]
+    free = [name for name in METHODS if "qkv" not in reads(name, "teacher")]
+    raise UserError(
+        f"method: {method!r} reads the teacher's attention ({', '.join(terms)}), but of this teacher {reason}; "
+        f"use another teacher, or gl+robust+logits, or a sum of {', '.join(free)}"
+    )
+
+
 def refuse_unread(method: str, stored: Mapping[str, Any]) -> None:
     """Raise UserError where a method reads what the teacher's store, by its manifest, does not hold."""
+    refuse_without_attention(method, stored.get("no_attention"))
     if "pooled" in reads(method, "teacher") and (
         stored["mode"] == "on" and stored["layout"] == "qkvh"
     ):
