@@ -195,7 +195,7 @@ def _look_at_nothing(vit: Any, seen: Witness, image_size: int | None) -> Tensor:
 
 
 def _grid(vit: Any, final: Tensor, prefix: int) -> tuple[int, int]:
-    """Height and width of the grid of the final features (1, ...): of the patches, or of a pyramid's last stage."""
+    """Height and width of the grid that the final features (1, ...) stand on."""
     patches = getattr(vit.patch_embed, "grid_size", None)
     if patches is not None and final.dim() == 3:
         rows, columns = patches

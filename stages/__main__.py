@@ -75,6 +75,8 @@ def pair(prepare: Prepare, teach: teaching.Teach, cache: Cache, distill: trainin
         refuse_without_attention(method, found.no_attention)
     refuse_layout(cache, found)
     student = models.create(distill.student, distill.student_kwargs, CLASSES, "distill")
+    if not any(reads(method, "teacher") for method in distill.methods):
+        return "no method reads a teacher"
     shown = students.anatomy(student, prepare.image_size)
     wanted = frozenset().union(*(reads(method, "student") for method in distill.methods))
     if "stages" in wanted:

@@ -7,7 +7,7 @@ L_MVG (eq. 9), whose discriminator the trainer steps by itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,14 +111,18 @@ def reads(method: str, side: str) -> frozenset[str]:
 
 def refuse_without_attention(method: str, reason: str | None) -> None:
     """Raise UserError where a method reads Q, K, V of a teacher that by this reason has none for it."""
-    if reason is None or "qkv" not in reads(method, "teacher"):
+    reading = _attention_terms(terms_of(method))
+    if reason is None or not reading:
         return
-    terms = [t for t in terms_of(method) if t in TERMS and "qkv" in TERMS[t][0].teacher]
-    free = [name for name in METHODS if "qkv" not in reads(name, "teacher")]
+    free = [name for name, terms in METHODS.items() if not _attention_terms(terms)]
     raise UserError(
-        f"method: {method!r} reads the teacher's attention ({', '.join(terms)}), but of this teacher {reason}; "
-        f"use another teacher, or gl+robust+logits, or a sum of {', '.join(free)}"
+        f"method: {method!r} reads the teacher's queries, keys and values ({', '.join(reading)}), and this one "
+        f"has none for it: {reason}; choose another teacher, or a sum of {', '.join(free)}"
     )
+
+
+def _attention_terms(terms: Iterable[str]) -> list[str]:
+    return [term for term in terms if term in TERMS and "qkv" in TERMS[term][0].teacher]
 
 
 def refuse_unread(method: str, stored: Mapping[str, Any]) -> None:
