@@ -138,6 +138,7 @@ def anatomy(vit: Any, image_size: int | None = None) -> Anatomy:
     blocks: Any = getattr(vit, "blocks", None)
     a_row = isinstance(blocks, nn.Sequential | nn.ModuleList)
     seen = Witness(blocks[-1] if a_row else vit)
+    _fuse(seen.block)
     final = _look_at_nothing(vit, seen, image_size)
     reason = (
         _without_attention(vit, seen)
@@ -161,6 +162,14 @@ def anatomy(vit: Any, image_size: int | None = None) -> Anatomy:
         not_replayable=mixed if getattr(vit, "rope_mixed", False) and not reason else None,
         no_attention=reason,
     )
+
+
+def _fuse(block: nn.Module) -> None:
+    """Let attention go through the one call that a Witness sees, whatever TIMM_FUSED_ATTN says."""
+    layer: Any
+    for layer in block.modules():
+        if hasattr(layer, "fused_attn"):
+            layer.fused_attn = True
 
 
 def _without_attention(vit: Any, seen: Witness) -> str | None:
