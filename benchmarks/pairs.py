@@ -1,15 +1,16 @@
 """Every teacher family with every student family, tried: `python -m benchmarks.pairs`. A matrix and its JSON.
 
 Weights are random and the teachers small, the code paths are the families' own. A teacher is taught for one step,
-its features are stored. A pair works where two steps of `cakd` and two of `cakd+logits` by the real trainer, or of
-`gl+logits` where the teacher has no Q, K, V, leave finite losses, and in the second each distillation term alone
-has a finite gradient that is not zero in a third of the student's backbone or more. Each student is also exported
-to ONNX and held against itself. `--docs FILE` puts the matrix between the marks of that page.
+its features are stored. A pair works where two steps of `cakd` and one of `cakd+logits` by the real trainer, or of
+`gl` and `gl+logits` where the teacher has no Q, K, V, leave finite losses, and in the second step each term gives the
+tap a finite gradient that is not zero, and all of them a third of the student's backbone or more. Each student is
+also exported to ONNX and held against itself. `--docs FILE` puts the matrix between the marks of that page.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -35,7 +36,6 @@ from pipeline.training import Distill, Trainer
 SCHEMA = "cakd.benchmark.pairs/1"
 START, END = "<!-- pairs: python -m benchmarks.pairs -->", "<!-- end of pairs -->"
 IMAGES, HELD_OUT, BATCH = 16, 20, 8
-FULL, WITHOUT_ATTENTION = ("cakd", "cakd+logits"), ("gl+logits",)
 REACHED = 1 / 3  # of the tensors of a backbone, at least
 BY_LABEL = ("cross_entropy", "logits")  # what reaches a backbone through the head
 
@@ -102,13 +102,12 @@ TEACHERS = {
 }
 STUDENTS: dict[str, dict[str, Any]] = {
     "resnet18": {},
-    "resnext50_32x4d": {},
+    "resnext26ts": {},
     "mobilenetv2_050": {},
     "mobilenetv3_small_100": {},
     "mobilenetv4_conv_small": {},
     "efficientnet_lite0": {},
     "repvgg_a0": {},
-    "mobileone_s0": {},
     "convnext_atto": {"ls_init_value": 1.0},  # timm's 1e-6 would answer every image alike
     "regnetx_002": {},
     "densenet121": {},
@@ -116,7 +115,6 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "mnasnet_small": {},
     "lcnet_050": {},
     "dla46_c": {},
-    "hgnetv2_b0": {},
     "efficientvit_m0": {},
     "inception_v3": {},
     "hrnet_w18_small": {},
@@ -136,24 +134,29 @@ class Taught:
 
 @dataclass
 class Reach:
-    """A hook on the objective: how much of a student each distillation term alone moves.
+    """A hook on the objective: which distillation terms move the tap, and how much of the student they move.
 
-    `share` holds, by term, the tensors of the backbone whose gradient is finite and not zero, over all of them.
+    `terms` are those that give the tap a gradient, finite and not zero; `share` the tensors of the backbone that
+    get one from all of them, over all its tensors.
     """
 
     backbone: list[nn.Parameter]
-    share: dict[str, float] = field(default_factory=dict)
+    terms: list[str] = field(default_factory=list)
+    share: float = 0.0
 
-    def __call__(self, _: nn.Module, __: Any, found: Found) -> None:
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], found: Found) -> None:
         """After the objective's forward pass."""
+        feature, losses = (
+            args[0].feature,
+            [loss for t, loss in found.losses.items() if t not in BY_LABEL],
+        )
         for term, loss in found.losses.items():
-            if term in BY_LABEL:
-                continue
-            gradients = torch.autograd.grad(
-                loss, self.backbone, retain_graph=True, allow_unused=True
-            )
-            moved = sum(g is not None and _moves(g) for g in gradients)
-            self.share[term] = moved / len(self.backbone)
+            if term not in BY_LABEL:
+                (gradient,) = torch.autograd.grad(loss, feature, retain_graph=True)
+                self.terms += [term] if _moves(gradient) else []
+        every = torch.stack(losses).sum()
+        gradients = torch.autograd.grad(every, self.backbone, retain_graph=True, allow_unused=True)
+        self.share = sum(g is not None and _moves(g) for g in gradients) / len(self.backbone)
 
 
 def _moves(gradient: Tensor) -> bool:
@@ -172,12 +175,8 @@ def taught(family: Family, prepared: data.Prepared, folder: Path) -> Taught:
     return Taught(prepared, path, features, manifest, live.anatomy)
 
 
-def tried(made: Taught, student: str, method: str) -> dict[str, Any]:
-    """Two steps of one method: the second's losses, the tap, the share of the backbone that each term reaches.
-
-    The second: many families begin with residual branches of weight 0, which let no gradient by.
-    Raises UserError: the pair is refused, before any step.
-    """
+def trainer(made: Taught, student: str, method: str) -> Trainer:
+    """The real one. Raises UserError: the pair is refused."""
     config = Distill(
         methods=(method,),
         student=student,
@@ -186,28 +185,50 @@ def tried(made: Taught, student: str, method: str) -> dict[str, Any]:
         epochs=1,
         cakd=CakdConfig(warmup=0.0),  # else every term of the first step weighs 0
     )
-    trainer = Trainer(config, method, made.prepared, made.path, made.features)
-    head: Any = trainer.student.get_classifier()  # type: ignore[operator]
+    return Trainer(config, method, made.prepared, made.path, made.features)
+
+
+def tried(made: Taught, student: str, method: str) -> dict[str, Any]:
+    """Two steps of one method: the second's losses, the tap, what reaches it, and what of the student is reached.
+
+    The second: many families begin with residual branches of weight 0, which let no gradient by.
+    Raises UserError: the pair is refused, before any step.
+    """
+    training = trainer(made, student, method)
+    head: Any = training.student.get_classifier()  # type: ignore[operator]
     behind = {id(p) for p in head.parameters()}
-    reach = Reach([p for p in trainer.student.parameters() if id(p) not in behind])
-    trainer.step(0, runtime.Stopwatch())
-    trainer.objective.register_forward_hook(reach)
-    losses = trainer.step(1, runtime.Stopwatch())
-    assert trainer.tap is not None
-    return {"losses": losses, "tap": asdict(trainer.tap), "reached": reach.share}
+    reach = Reach([p for p in training.student.parameters() if id(p) not in behind])
+    training.step(0, runtime.Stopwatch())
+    training.objective.register_forward_hook(reach)
+    losses = training.step(1, runtime.Stopwatch())
+    assert training.tap is not None
+    return {
+        "losses": losses,
+        "tap": asdict(training.tap),
+        "terms": reach.terms,
+        "reached": reach.share,
+    }
 
 
 def judged(made: Taught, student: str) -> dict[str, Any]:
     """A cell of the matrix: `verdict` works, broken or refused, with the reason or with what each step left."""
-    methods = WITHOUT_ATTENTION if made.anatomy.no_attention else FULL
+    alone, with_logits = (
+        ("gl", "gl+logits") if made.anatomy.no_attention else ("cakd", "cakd+logits")
+    )
     try:
-        found = {method: tried(made, student, method) for method in methods}
+        found = tried(made, student, alone)
+        losses = trainer(made, student, with_logits).step(0, runtime.Stopwatch())
     except UserError as error:
         return {"verdict": "refused", "reason": str(error)}
-    finite = all(abs(v) < float("inf") for row in found.values() for v in row["losses"].values())
-    reached = min(share for row in found.values() for share in row["reached"].values())
-    works = finite and reached >= REACHED
-    return {"verdict": "works" if works else "broken", "methods": found, "reached": reached}
+    finite = all(math.isfinite(v) for v in (*found["losses"].values(), *losses.values()))
+    expected = {"tokens"} if alone == "gl" else {"attention", "gram", "tokens", "adversarial"}
+    works = finite and set(found["terms"]) == expected and found["reached"] >= REACHED
+    return {
+        "verdict": "works" if works else "broken",
+        "methods": [alone, with_logits],
+        **found,
+        "losses_with_logits": losses,
+    }
 
 
 def row(family: Family, students: list[str], folder: Path) -> dict[str, Any]:
@@ -225,7 +246,7 @@ def row(family: Family, students: list[str], folder: Path) -> dict[str, Any]:
         refused = None
         if made.anatomy.no_attention:
             try:
-                tried(made, students[0], "cakd")
+                trainer(made, students[0], "cakd")
             except UserError as error:
                 refused = str(error)
         return told | {
@@ -292,7 +313,7 @@ def _cell(whole: dict[str, Any], student: str, reasons: list[str]) -> str:
 
 
 def _reach(found: dict[str, Any], student: str) -> str:
-    """The least share of the student's backbone that a term reached, over all teachers."""
+    """The least share of the student's backbone that the terms reached, over all teachers."""
     cells = [
         whole["students"][student] for whole in found["teachers"].values() if "students" in whole
     ]

@@ -155,11 +155,14 @@ def test_a_pair_trains_and_every_term_reaches_the_students_backbone(pair, made):
     name, student = pair
     cell = pairs.judged(made(name), student)
     assert cell["verdict"] == "works", cell
-    methods = pairs.WITHOUT_ATTENTION if name in WITHOUT else pairs.FULL
-    assert tuple(cell["methods"]) == methods
-    terms = {"tokens"} if name in WITHOUT else {"attention", "gram", "tokens", "adversarial"}
-    for row in cell["methods"].values():
-        assert set(row["reached"]) == terms and min(row["reached"].values()) >= pairs.REACHED
+    alone, terms = (
+        ("gl", {"tokens"})
+        if name in WITHOUT
+        else ("cakd", {"attention", "gram", "tokens", "adversarial"})
+    )
+    assert cell["methods"] == [alone, f"{alone}+logits"]
+    assert set(cell["losses_with_logits"]) >= terms | {"cross_entropy", "logits"}
+    assert set(cell["terms"]) == terms and cell["reached"] >= pairs.REACHED
 
 
 @pytest.mark.parametrize("method", ["cakd", "gl+pca", "minilm+logits"])
