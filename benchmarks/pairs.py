@@ -2,9 +2,9 @@
 
 Weights are random and the teachers small, the code paths are the families' own. A teacher is taught for one step,
 its features are stored. A pair works where two steps of `cakd` and one of `cakd+logits` by the real trainer, or of
-`gl` and `gl+logits` where the teacher has no Q, K, V, leave finite losses, and in the second step each term gives the
-tap a finite gradient that is not zero, and all of them a third of the student's backbone or more. Each student is
-also exported to ONNX and held against itself. `--docs FILE` puts the matrix between the marks of that page.
+`gl` and `gl+logits` where the teacher has no Q, K, V, leave finite losses, and in the second step each term gives
+the tap a finite gradient that is not zero, and all of them a third of the student's backbone or more. Each student
+is also exported to ONNX and held against itself. `--docs FILE` puts the matrix between the marks of that page.
 """
 
 from __future__ import annotations
