@@ -138,7 +138,8 @@ def anatomy(vit: Any, image_size: int | None = None) -> Anatomy:
     blocks: Any = getattr(vit, "blocks", None)
     a_row = isinstance(blocks, nn.Sequential | nn.ModuleList)
     seen = Witness(blocks[-1] if a_row else vit)
-    _fuse(seen.block)
+    if a_row:
+        _fuse(seen.block)
     final = _look_at_nothing(vit, seen, image_size)
     reason = (
         _without_attention(vit, seen)
