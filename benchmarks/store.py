@@ -58,7 +58,7 @@ def random_teacher(name: str, prepared: data.Prepared, path: Path, **kwargs: Any
         "num_classes": CLASSES,
         "classes": list(prepared.classes),
         "preprocess": models.preprocessing(vit, prepared.image_size),
-        "grid": teacher.token_grid(vit),
+        "grid": teacher.anatomy(vit, prepared.image_size).grid,
     }
     models.save(path, vit, description)
     return path

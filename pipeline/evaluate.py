@@ -174,7 +174,7 @@ def similarity(
             attended, tokens = projectors.projected(taps.features[projectors.tap.module])
             taught = live(batch)
             for name, mine, theirs in (
-                ("attention", attended, attention(*heads(taught.qkv))),
+                ("attention", attended, attention(*heads(taught.attention_inputs))),
                 ("tokens", tokens, projectors.target(taught.h)),
             ):
                 cosine = F.cosine_similarity(mine, theirs, dim=-1).flatten(1).mean(1)

@@ -35,7 +35,9 @@ def gather(
     chosen = one_a_class(prepared, rows)
     batch = views.whole(prepared.images[chosen])
     taught = live(batch)
-    looks = {"teacher": received_attention(*heads(taught.qkv)[:2])}
+    looks = {}
+    if taught.qkv is not None:
+        looks["teacher"] = received_attention(*heads(taught.qkv)[:2])
     for path in students:
         model, description = models.load(path)
         judged[description["method"]] = errors(model, description, prepared, rows, config.batch)

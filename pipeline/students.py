@@ -54,7 +54,9 @@ def find_tap(
     would leave the deep stages out of. `wanted` may name any module of timm's feature_info.
     Raises UserError: the model tells no feature maps, the name is unknown, no deep map is fine enough.
     """
-    maps = anatomy(student, image_size).maps
+    found = anatomy(student, image_size)
+    refuse_without_maps(student, found)
+    maps = found.maps
     name = type(student).__name__
     if wanted != "auto":
         if wanted not in maps:
@@ -78,26 +80,50 @@ def find_tap(
 
 
 def anatomy(student: nn.Module, image_size: int) -> Anatomy:
-    """Measured by one dry run of a zero image. Raises UserError: timm names no feature maps, or no classifier."""
-    info: Any = getattr(student, "feature_info", None)
-    if not info:
-        raise UserError(
-            f"distill.student: timm names no feature maps for {type(student).__name__}; choose a CNN whose "
-            "`timm.create_model(name).feature_info` is not empty"
-        )
-    modules = [entry["module"] for entry in (info if isinstance(info, list) else info.info)]
+    """Measured by one dry run of a zero image.
+
+    Raises UserError: no classifier that timm names, images of a size that it does not take.
+    """
+    name, modules = type(student).__name__, list(_named_maps(student))
     maps: dict[str, tuple[int, tuple[int, int]]] = {}
     with Taps(student, modules) as taps:
         was_training = student.training
         device = next(student.parameters()).device
-        with torch.no_grad():
-            student.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+        try:
+            with torch.no_grad():
+                student.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+        except (
+            RuntimeError,
+            AssertionError,
+        ) as error:  # smaller than a kernel; not what it was built for
+            raise UserError(
+                f"distill.student: {name} cannot take images of {image_size} px ({str(error).splitlines()[0]}); "
+                "set another prepare.image_size"
+            ) from None
         student.train(was_training)
         for module in modules:
             feature = taps.features.get(module)
-            if feature is not None and feature.dim() == 4:
+            if isinstance(feature, Tensor) and feature.dim() == 4:
                 maps[module] = (feature.shape[1], (feature.shape[2], feature.shape[3]))
         return Anatomy(taps.embedding.shape[1], maps)
+
+
+def refuse_without_maps(student: nn.Module, found: Anatomy) -> None:
+    """Raise UserError where timm names no module of the student whose output is one feature map."""
+    if not found.maps:
+        raise UserError(
+            f"distill.student: timm names no feature maps for {type(student).__name__} that are one tensor each; "
+            "choose a CNN whose `timm.create_model(name).feature_info` names such modules, or methods that read "
+            "none, as logits"
+        )
+
+
+def _named_maps(student: nn.Module) -> dict[str, int]:
+    """Modules and channels of the feature maps that timm names; some names are no modules and are left out."""
+    info: Any = getattr(student, "feature_info", None) or []
+    there = dict(student.named_modules())
+    entries = info if isinstance(info, list) else info.info
+    return {e["module"]: e["num_chs"] for e in entries if e["module"] in there}
 
 
 class Taps:
@@ -114,14 +140,16 @@ class Taps:
             raise UserError(
                 f"distill.student: {type(student).__name__} has no classifier that timm names; choose another"
             )
+        channels = _named_maps(student)
         self._handles = [
-            student.get_submodule(m).register_forward_hook(self._keep(m)) for m in modules
+            student.get_submodule(m).register_forward_hook(self._keep(m, channels.get(m)))
+            for m in modules
         ]
         self._handles.append(classifier.register_forward_pre_hook(self._keep_embedding))
 
-    def _keep(self, module: str) -> Any:
+    def _keep(self, module: str, channels: int | None) -> Any:
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            self.features[module] = output
+            self.features[module] = _channels_first(output, channels)
 
         return hook
 
@@ -135,3 +163,10 @@ class Taps:
         for handle in self._handles:
             handle.remove()
         self.features.clear()
+
+
+def _channels_first(feature: Any, channels: int | None) -> Any:
+    """(B, h, w, c) -> (B, c, h, w), where timm says c and only the last axis has it; anything else as it is."""
+    if not isinstance(feature, Tensor) or feature.dim() != 4 or feature.shape[1] == channels:
+        return feature
+    return feature.permute(0, 3, 1, 2) if feature.shape[3] == channels else feature

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pipeline import compute, data, files, models, progress, runtime, views
 from pipeline.compute import Compute, Device
 from pipeline.errors import UserError
-from pipeline.teacher import anatomy, token_grid
+from pipeline.teacher import Anatomy, anatomy
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _build(config: Teach, prepared: data.Prepared) -> tuple[nn.Module, dict[str,
     vit = models.create(
         config.model, config.kwargs, len(classes), "teach", config.weights == "pretrained"
     )
-    check_fits(vit, config, prepared.image_size)
+    found = check_fits(vit, config, prepared.image_size)
     for path in _given(config).values():
         models.load_weights(vit, path)
     return vit, {
@@ -95,15 +95,17 @@ def _build(config: Teach, prepared: data.Prepared) -> tuple[nn.Module, dict[str,
         "num_classes": len(classes),
         "classes": list(classes),
         "preprocess": models.preprocessing(vit, prepared.image_size),
-        "grid": token_grid(vit),
+        "grid": found.grid,
         "labels_seen": int((prepared.labels[prepared.rows("train")] >= 0).sum()),
         "seed": config.seed,
     }
 
 
-def check_fits(vit: Any, config: Teach, image_size: int) -> None:
-    """Raise UserError where the ViT is not fit to teach by its tokens, or takes images of another size."""
-    anatomy(vit)
+def check_fits(vit: Any, config: Teach, image_size: int) -> Anatomy:
+    """Its anatomy. Raises UserError: not fit to teach by its tokens, or it takes images of another size."""
+    found = anatomy(vit, image_size)
+    if getattr(vit.patch_embed, "img_size", None) is None:
+        return found  # a pyramid built for any size
     expected = tuple(vit.patch_embed.img_size)
     if expected != (image_size,) * 2:
         raise UserError(
@@ -112,10 +114,13 @@ def check_fits(vit: Any, config: Teach, image_size: int) -> None:
         )
     patch = tuple(vit.patch_embed.patch_size)
     if image_size % patch[0] or image_size % patch[1]:
+        below = image_size - image_size % patch[0]
         raise UserError(
             f"teach.kwargs.patch_size: got {patch[0]}, which does not divide {image_size} px into whole patches; "
-            f"allowed: {', '.join(str(p) for p in range(2, image_size // 2 + 1) if image_size % p == 0)}"
+            f"allowed: {', '.join(str(p) for p in range(2, image_size // 2 + 1) if image_size % p == 0)}; "
+            f"or set prepare.image_size and teach.kwargs.img_size to {below} or {below + patch[0]}"
         )
+    return found
 
 
 def _train(

@@ -316,13 +316,15 @@ class Trainer:
     def _sizes(self, teacher_path: Path) -> Sizes:
         """What the terms are built for. Raises UserError: no fit tap, nothing to read the student by."""
         config, prepared = self.config, self.prepared
-        tap = None
+        tap, found = None, students.anatomy(self.student, prepared.image_size)
+        if "stages" in reads(self.method, "student"):
+            students.refuse_without_maps(self.student, found)
         if "tap" in reads(self.method, "student"):
             grid = tuple(models.describe(teacher_path)["grid"])
             tap = find_tap(self.student, prepared.image_size, grid, config.cakd.tap)
         return Sizes(
             classes=len(prepared.classes),
-            anatomy=students.anatomy(self.student, prepared.image_size),
+            anatomy=found,
             tap=tap,
             space=TeacherSpace.of(self.store.manifest),
             images=len(prepared.rows("train")),

@@ -16,11 +16,10 @@ from exporters.ort import Export
 from pipeline import cli, config, models, recipes, students, teaching, training
 from pipeline.errors import UserError, nearest
 from pipeline.evaluate import Evaluate
-from pipeline.methods.table import reads
+from pipeline.methods.table import reads, refuse_without_attention
 from pipeline.prepare import Prepare
 from pipeline.report import Report, refuse_unknown_targets
 from pipeline.store.policy import Cache, refuse_layout
-from pipeline.teacher import anatomy
 
 SECTIONS: dict[str, type[Any]] = {
     section.__name__.lower(): section
@@ -67,15 +66,23 @@ def main(args: argparse.Namespace) -> None:
 def pair(prepare: Prepare, teach: teaching.Teach, cache: Cache, distill: training.Distill) -> str:
     """Build teacher and student without weights; where their maps meet.
 
-    Raises UserError: unknown models, kwargs they refuse, another image size, no replayable block, no fit tap.
+    Raises UserError: unknown models, kwargs they refuse, another image size, no replayable block,
+    a method that reads an attention the teacher does not have, no fit tap.
     """
     vit = models.create(teach.model, teach.kwargs, CLASSES, "teach")
-    teaching.check_fits(vit, teach, prepare.image_size)
-    found = anatomy(vit)
+    found = teaching.check_fits(vit, teach, prepare.image_size)
+    for method in distill.methods:
+        refuse_without_attention(method, found.no_attention)
     refuse_layout(cache, found)
     student = models.create(distill.student, distill.student_kwargs, CLASSES, "distill")
-    if not any("tap" in reads(method, "student") for method in distill.methods):
-        return "no method reads a feature map"
+    if not any(reads(method, "teacher") for method in distill.methods):
+        return "no method reads a teacher"
+    shown = students.anatomy(student, prepare.image_size)
+    wanted = frozenset().union(*(reads(method, "student") for method in distill.methods))
+    if "stages" in wanted:
+        students.refuse_without_maps(student, shown)
+    if "tap" not in wanted:
+        return "no method reads a tap"
     tap = students.find_tap(student, prepare.image_size, found.grid, distill.cakd.tap)
     rows, columns = tap.grid
     return f"tap {tap.module} {rows}x{columns} for {tap.tokens[0]}x{tap.tokens[1]} tokens"

@@ -133,8 +133,8 @@ TYPOS = {
             "model": "swin_tiny_patch4_window7_224",
             "kwargs": {"img_size": 32, "window_size": 4, "depths": [1, 1, 1, 1]},
         },
-        "teach.model: SwinTransformer cannot teach: it has no row of blocks with global attention over one "
-        "token grid; allowed: timm's VisionTransformer and Eva classes",
+        "method: 'cakd' reads the teacher's queries, keys and values (pca), and this one has none for it: it "
+        "has no row of blocks over one grid of tokens; choose another teacher, or a sum of plain, logits",
     ),
 }
 

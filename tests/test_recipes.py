@@ -118,7 +118,7 @@ def test_at_a_recipes_size_the_tap_leaves_no_more_than_a_fifth_of_the_backbone_o
     """Decision 4: a term at the tap reaches at least 80 % of the parameters behind the head."""
     size, wanted = section(Prepare, name).image_size, section(training.Distill, name)
     teach = section(teaching.Teach, name)
-    grid = teacher.token_grid(models.create(teach.model, {**teach.kwargs, "depth": 1}, 4))
+    grid = teacher.anatomy(models.create(teach.model, {**teach.kwargs, "depth": 1}, 4)).grid
     student = models.create(wanted.student, wanted.student_kwargs, 4)
     tap = students.find_tap(student, size, grid, wanted.cakd.tap)
     with students.Taps(student, [tap.module]) as taps:

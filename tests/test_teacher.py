@@ -35,16 +35,18 @@ FAMILIES = {  # what it shows -> timm's name, further kwargs, prefix tokens
     "rotary, attention pool": ("vit_pe_core_tiny_patch16_384", {}, 1),
 }
 REFUSED = {
-    "swin_tiny_patch4_window7_224": "SwinTransformer cannot teach: it has no row of blocks with global",
-    "resnet18": "ResNet cannot teach: it has no row of blocks with global attention",
-    "beit_base_patch16_224": "Beit cannot teach: its attention adds a position bias",
-    "vit_relpos_small_patch16_224": "VisionTransformerRelPos cannot teach: its attention adds a position",
-    "samvit_base_patch16_224": "VisionTransformerSAM cannot teach: its attention adds a position bias",
-    "cait_xxs24_224": "Cait cannot teach: its last block makes 2 attention calls, not one",
-    "convit_tiny": "ConVit cannot teach: its last block makes 0 attention calls",
-    "hiera_tiny_224": "Hiera cannot teach: the order of its tokens is not known here",
-    "vit_small_patch16_18x2_224": "VisionTransformer cannot teach: its last block makes 2 attention calls",
-    "vit_dlittle_patch16_reg1_gap_256": "VisionTransformer cannot teach: its last block makes 2 attention",
+    "resnet18": "ResNet cannot teach: its tokens stand in an order not known here; allowed: of timm the vit_",
+    "samvit_base_patch16_224": "VisionTransformerSAM cannot teach: its tokens stand in an order not known",
+    "hiera_tiny_224": "Hiera cannot teach: its tokens stand in an order not known here",
+}
+WITHOUT_ATTENTION = {
+    "swin_tiny_patch4_window7_224": "no row of blocks over one grid of tokens",
+    "beit_base_patch16_224": "its attention adds a position bias to the scores",
+    "vit_relpos_small_patch16_224": "its attention adds a position bias to the scores",
+    "cait_xxs24_224": "its last block makes 2 attention calls, not one",
+    "convit_tiny": "its last block makes 0 attention calls, not one",
+    "vit_small_patch16_18x2_224": "its last block makes 2 attention calls, not one",
+    "vit_dlittle_patch16_reg1_gap_256": "its last block makes 2 attention calls, not one",
 }
 
 
@@ -96,10 +98,28 @@ def test_a_block_with_a_rotary_embedding_of_its_own_cannot_be_replayed_and_says_
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_teacher_without_one_global_attention_is_refused_by_name_and_reason(name):
+def test_a_teacher_whose_tokens_are_in_no_known_order_is_refused_by_name_and_reason(name):
     with torch.device("meta"):
         vit = timm.create_model(name, num_classes=10)
     with pytest.raises(UserError, match=REFUSED[name]):
+        teacher.anatomy(vit)
+
+
+@pytest.mark.parametrize("name", WITHOUT_ATTENTION)
+def test_a_teacher_without_one_global_attention_says_why_and_keeps_its_tokens(name):
+    with torch.device("meta"):
+        vit = timm.create_model(name, num_classes=10)
+    found = teacher.anatomy(vit)
+    assert WITHOUT_ATTENTION[name] in found.no_attention and found.n_heads == 0
+    assert found.width == vit.num_features and min(found.grid) >= 7
+
+
+def test_a_teacher_that_ends_in_other_tokens_than_its_grid_is_refused():
+    with torch.device("meta"):  # its class token joins in the tenth block
+        vit = timm.create_model("convit_tiny", depth=2)
+    with pytest.raises(
+        UserError, match="ends in 196 tokens, not 1 and 14x14; correct teach.kwargs"
+    ):
         teacher.anatomy(vit)
 
 

@@ -80,7 +80,9 @@ class Pca(Term):
         config = self.config
         p = config.swap_p * (1 - seen.progress) if config.swap_anneal else config.swap_p
         qkv_s = self.project(seen.feature)
-        found = pca.pca_loss(qkv_s, taught.qkv, seen.key, p, config.granularity, config.impl)
+        found = pca.pca_loss(
+            qkv_s, taught.attention_inputs, seen.key, p, config.granularity, config.impl
+        )
         return {"attention": found[0], "gram": found[1]}
 
     def weights(self, progress: float) -> dict[str, float]:

@@ -50,7 +50,10 @@ class Minilm(Term):
 
     def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
         """The two divergences of the last block."""
-        (q, k, v), (q_t, k_t, v_t) = heads(self.project(seen.feature)), heads(taught.qkv)
+        (q, k, v), (q_t, k_t, v_t) = (
+            heads(self.project(seen.feature)),
+            heads(taught.attention_inputs),
+        )
         return {
             "minilm_attention": kl(relation(q, k), relation(q_t, k_t)),
             "minilm_values": kl(relation(v, v), relation(v_t, v_t)),

@@ -7,7 +7,7 @@ L_MVG (eq. 9), whose discriminator the trainer steps by itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,8 +109,25 @@ def reads(method: str, side: str) -> frozenset[str]:
     return frozenset().union(*(getattr(c, side) for c in classes))
 
 
+def refuse_without_attention(method: str, reason: str | None) -> None:
+    """Raise UserError where a method reads Q, K, V of a teacher that by this reason has none for it."""
+    reading = _attention_terms(terms_of(method))
+    if reason is None or not reading:
+        return
+    free = [name for name, terms in METHODS.items() if not _attention_terms(terms)]
+    raise UserError(
+        f"method: {method!r} reads the teacher's queries, keys and values ({', '.join(reading)}), and this one "
+        f"has none for it: {reason}; choose another teacher, or a sum of {', '.join(free)}"
+    )
+
+
+def _attention_terms(terms: Iterable[str]) -> list[str]:
+    return [term for term in terms if term in TERMS and "qkv" in TERMS[term][0].teacher]
+
+
 def refuse_unread(method: str, stored: Mapping[str, Any]) -> None:
     """Raise UserError where a method reads what the teacher's store, by its manifest, does not hold."""
+    refuse_without_attention(method, stored.get("no_attention"))
     if "pooled" in reads(method, "teacher") and (
         stored["mode"] == "on" and stored["layout"] == "qkvh"
     ):

@@ -73,7 +73,11 @@ def fingerprint(
 
 
 def refuse_layout(cache: Cache, found: Anatomy) -> None:
-    """Raise UserError where x_L alone would not bring back what the teacher's last block did."""
+    """Raise UserError where the layout would not bring back what the teacher's last block did."""
+    if cache.mode == "on" and cache.layout == "qkvh" and found.no_attention:
+        raise UserError(
+            f"cache.layout: got qkvh, but of this teacher {found.no_attention}; use block_input"
+        )
     if cache.mode == "on" and cache.layout == "block_input" and found.not_replayable:
         raise UserError(
             f"cache.layout: got block_input, but of this teacher {found.not_replayable}; use qkvh"

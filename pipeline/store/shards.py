@@ -62,7 +62,8 @@ Fields = dict[str, Field]
 def layout_fields(layout: str, dtype: str, found: Anatomy, classes: int) -> Fields:
     """The fields of a record.
 
-    block_input: x (P+N, D). qkvh: qkv (N, 3, H, d) and h (N, D). int8: a scale a channel beside each.
+    block_input: x (P+N, D): x_L, or of a teacher without Q, K, V its final features. qkvh: qkv (N, 3, H, d) and
+    h (N, D). int8: a scale a channel beside each.
     Always: logits (K,), view_hash () and checksum ().
     """
     patches = found.grid[0] * found.grid[1]

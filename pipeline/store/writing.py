@@ -119,6 +119,7 @@ class Task:
                 "fields": {name: field.described() for name, field in self.fields.items()},
                 "error": encoding.worst([e["error"] for e in entries if e["error"]]),
                 "n_heads": found.n_heads,
+                "no_attention": found.no_attention,
                 "width": found.width,
                 "h_mean": mean,
                 "h_std": std,
@@ -211,7 +212,11 @@ def _stored(
     task: Task, x: Tensor, exact: Tokens, measure: bool
 ) -> tuple[dict[str, Tensor], Tokens | None]:
     """The encoded features of a batch, and where asked what the method will be given of them."""
-    features = {"x": x} if task.cache.layout == "block_input" else {"qkv": exact.qkv, "h": exact.h}
+    features = (
+        {"x": x}
+        if task.cache.layout == "block_input"
+        else {"qkv": exact.attention_inputs, "h": exact.h}
+    )
     coded = {name: encoding.encode(value, task.cache.dtype) for name, value in features.items()}
     stored = {name: tensor for name, (tensor, _) in coded.items()}
     stored |= {f"{name}_scale": scale for name, (_, scale) in coded.items() if scale is not None}

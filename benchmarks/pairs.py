@@ -1,0 +1,375 @@
+"""Every teacher family with every student family, tried: `python -m benchmarks.pairs`. A matrix and its JSON.
+
+Weights are random and the teachers small, the code paths are the families' own. A teacher is taught for one step,
+its features are stored. A pair works where two steps of `cakd` and one of `cakd+logits` by the real trainer, or of
+`gl` and `gl+logits` where the teacher has no Q, K, V, leave finite losses, and in the second step each term gives
+the tap a finite gradient that is not zero, and all of them a third of the student's backbone or more. Each student
+is also exported to ONNX and held against itself. `--docs FILE` puts the matrix between the marks of that page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import record
+from benchmarks.exporters import checkpoint, timed
+from benchmarks.store import pictures
+from exporters import ort
+from pipeline import cli, data, files, runtime, teacher, teaching
+from pipeline.errors import UserError
+from pipeline.methods.cakd import CakdConfig
+from pipeline.methods.objective import Found
+from pipeline.store import writing
+from pipeline.store.policy import Cache
+from pipeline.training import Distill, Trainer
+
+SCHEMA = "cakd.benchmark.pairs/1"
+START, END = "<!-- pairs: python -m benchmarks.pairs -->", "<!-- end of pairs -->"
+IMAGES, HELD_OUT, BATCH = 16, 20, 8
+REACHED = 1 / 3  # of the tensors of a backbone, at least
+BY_LABEL = ("cross_entropy", "logits")  # what reaches a backbone through the head
+
+
+@dataclass(frozen=True)
+class Family:
+    """A teacher: what it stands for, timm's name and kwargs, the size of the images."""
+
+    shows: str
+    model: str
+    kwargs: Mapping[str, Any]
+    size: int = 64
+    layout: Literal["block_input", "qkvh"] = "block_input"
+
+
+VIT = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
+FOURTEEN = VIT | {"img_size": 70, "patch_size": 14}
+SWIN = {
+    **{"img_size": 64, "patch_size": 2, "window_size": 4, "embed_dim": 16},
+    **{"depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)},
+}
+TEACHERS = {
+    "vit": Family("class token", "vit_tiny_patch16_224", VIT),
+    "vit, qk-norm": Family(
+        "qk-norm, LayerScale", "vit_tiny_patch16_224", VIT | {"qk_norm": True, "init_values": 0.1}
+    ),
+    "vit, mean": Family(
+        "no prefix, average pool",
+        "vit_tiny_patch16_224",
+        VIT | {"class_token": False, "global_pool": "avg"},
+    ),
+    "deit": Family("distillation token", "deit_tiny_distilled_patch16_224", VIT),
+    "deit3": Family("LayerScale", "deit3_small_patch16_224", VIT),
+    "dinov2": Family("patch 14, four registers", "vit_small_patch14_reg4_dinov2", FOURTEEN, 70),
+    "dinov3": Family("rotary, four registers", "vit_small_patch16_dinov3", VIT),
+    "eva": Family("q, k, v biases apart", "eva_giant_patch14_224", FOURTEEN, 70),
+    "eva02": Family("patch 14, rotary, SwiGLU", "eva02_tiny_patch14_224", FOURTEEN, 70),
+    "beit3": Family("sub-norms", "beit3_base_patch16_224", VIT),
+    "beit, no bias": Family(
+        "BEiT without its position bias",
+        "beit_base_patch16_224",
+        VIT | {"use_rel_pos_bias": False, "use_abs_pos_emb": True},
+    ),
+    "siglip": Family("no class token, attention pool", "vit_base_patch16_siglip_224", VIT),
+    "clip": Family("pre-norm", "vit_base_patch32_clip_224", VIT),
+    "pe": Family("rotary, attention pool", "vit_pe_core_tiny_patch16_384", VIT),
+    "aimv2": Family("RMS norm, SwiGLU", "aimv2_large_patch14_224", FOURTEEN, 70),
+    "flexivit": Family("patches of any size", "flexivit_small", VIT | {"patch_size": 16}),
+    "vit, rope mixed": Family(
+        "a rotary embedding of each block", "vit_small_patch16_rope_mixed_224", VIT, 64, "qkvh"
+    ),
+    "beit": Family("position bias", "beit_base_patch16_224", VIT),
+    "vit, relpos": Family("position bias", "vit_relpos_small_patch16_224", VIT),
+    "vit, parallel": Family("two attentions a block", "vit_small_patch16_18x2_224", VIT),
+    "cait": Family("talking heads, class attention", "cait_xxs24_224", VIT),
+    "swin": Family("windows, pyramid", "swin_tiny_patch4_window7_224", SWIN),
+    "swinv2": Family("windows, pyramid, cosine", "swinv2_tiny_window8_256", SWIN),
+    "pvt_v2": Family("pyramid", "pvt_v2_b0", {"depths": (1, 1, 1, 1)}),
+    "dinov2 at 64 px": Family(
+        "patch 14 does not divide", "vit_small_patch14_reg4_dinov2", FOURTEEN | {"img_size": 64}
+    ),
+    "hiera": Family("tokens in units", "hiera_tiny_224", {"img_size": 64}),
+    "maxvit": Family("blocks and grids", "maxvit_tiny_rw_224", {"img_size": 64}, 64),
+}
+STUDENTS: dict[str, dict[str, Any]] = {
+    "resnet18": {},
+    "resnext26ts": {},
+    "mobilenetv2_050": {},
+    "mobilenetv3_small_100": {},
+    "mobilenetv4_conv_small": {},
+    "efficientnet_lite0": {},
+    "repvgg_a0": {},
+    "convnext_atto": {"ls_init_value": 1.0},  # timm's 1e-6 would answer every image alike
+    "regnetx_002": {},
+    "densenet121": {},
+    "ghostnet_050": {},
+    "mnasnet_small": {},
+    "lcnet_050": {},
+    "dla46_c": {},
+    "efficientvit_m0": {},
+    "inception_v3": {},
+    "hrnet_w18_small": {},
+}
+
+
+@dataclass
+class Taught:
+    """A teacher made on the spot, its store beside it."""
+
+    prepared: data.Prepared
+    path: Path
+    features: Path
+    manifest: dict[str, Any]
+    anatomy: teacher.Anatomy
+
+
+@dataclass
+class Reach:
+    """A hook on the objective: which distillation terms move the tap, and how much of the student they move.
+
+    `terms` are those that give the tap a gradient, finite and not zero; `share` the tensors of the backbone that
+    get one from all of them, over all its tensors.
+    """
+
+    backbone: list[nn.Parameter]
+    terms: list[str] = field(default_factory=list)
+    share: float = 0.0
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], found: Found) -> None:
+        """After the objective's forward pass."""
+        feature, losses = (
+            args[0].feature,
+            [loss for t, loss in found.losses.items() if t not in BY_LABEL],
+        )
+        for term, loss in found.losses.items():
+            if term not in BY_LABEL:
+                (gradient,) = torch.autograd.grad(loss, feature, retain_graph=True)
+                self.terms += [term] if _moves(gradient) else []
+        every = torch.stack(losses).sum()
+        gradients = torch.autograd.grad(every, self.backbone, retain_graph=True, allow_unused=True)
+        self.share = sum(g is not None and _moves(g) for g in gradients) / len(self.backbone)
+
+
+def _moves(gradient: Tensor) -> bool:
+    return bool(gradient.isfinite().all() and gradient.any())
+
+
+def taught(family: Family, prepared: data.Prepared, folder: Path) -> Taught:
+    """The family's teacher after one step, and the store of its features. Raises UserError: not fit to teach."""
+    made = teaching.Teach(family.model, kwargs=dict(family.kwargs), epochs=1, batch=IMAGES)
+    teaching.teach(made, prepared, folder / "teacher", folder / "work")
+    path = folder / "teacher" / "teacher.safetensors"
+    live = teacher.load(path)
+    cache = Cache(layout=family.layout, dtype="float32", views=1, batch=BATCH)
+    features = folder / "features"
+    manifest = writing.write(cache, prepared, live, features, folder / "work", lambda _: None)
+    return Taught(prepared, path, features, manifest, live.anatomy)
+
+
+def trainer(made: Taught, student: str, method: str) -> Trainer:
+    """The real one. Raises UserError: the pair is refused."""
+    config = Distill(
+        methods=(method,),
+        student=student,
+        student_kwargs=STUDENTS[student],
+        batch=BATCH,
+        epochs=1,
+        cakd=CakdConfig(warmup=0.0),  # else every term of the first step weighs 0
+    )
+    return Trainer(config, method, made.prepared, made.path, made.features)
+
+
+def tried(made: Taught, student: str, method: str) -> dict[str, Any]:
+    """Two steps of one method: the second's losses, the tap, what reaches it, and what of the student is reached.
+
+    The second: many families begin with residual branches of weight 0, which let no gradient by.
+    Raises UserError: the pair is refused, before any step.
+    """
+    training = trainer(made, student, method)
+    head: Any = training.student.get_classifier()  # type: ignore[operator]
+    behind = {id(p) for p in head.parameters()}
+    reach = Reach([p for p in training.student.parameters() if id(p) not in behind])
+    training.step(0, runtime.Stopwatch())
+    training.objective.register_forward_hook(reach)
+    losses = training.step(1, runtime.Stopwatch())
+    assert training.tap is not None
+    return {
+        "losses": losses,
+        "tap": asdict(training.tap),
+        "terms": reach.terms,
+        "reached": reach.share,
+    }
+
+
+def judged(made: Taught, student: str) -> dict[str, Any]:
+    """A cell of the matrix: `verdict` works, broken or refused, with the reason or with what each step left."""
+    alone, with_logits = (
+        ("gl", "gl+logits") if made.anatomy.no_attention else ("cakd", "cakd+logits")
+    )
+    try:
+        found = tried(made, student, alone)
+        losses = trainer(made, student, with_logits).step(0, runtime.Stopwatch())
+    except UserError as error:
+        return {"verdict": "refused", "reason": str(error)}
+    finite = all(math.isfinite(v) for v in (*found["losses"].values(), *losses.values()))
+    expected = {"tokens"} if alone == "gl" else {"attention", "gram", "tokens", "adversarial"}
+    works = finite and set(found["terms"]) == expected and found["reached"] >= REACHED
+    return {
+        "verdict": "works" if works else "broken",
+        "methods": [alone, with_logits],
+        **found,
+        "losses_with_logits": losses,
+    }
+
+
+def row(family: Family, students: list[str], folder: Path) -> dict[str, Any]:
+    """One teacher beside every student; `refused` where the teacher itself is."""
+    shared = folder / f"images-{family.size}"
+    if not shared.exists():
+        pictures(shared, IMAGES + HELD_OUT, family.size)
+    prepared = data.Prepared.open(shared / "prepared")
+    told = asdict(family) | {"kwargs": dict(family.kwargs)}
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        try:
+            made = taught(family, prepared, Path(place))
+        except UserError as error:
+            return told | {"refused": str(error)}
+        refused = None
+        if made.anatomy.no_attention:
+            try:
+                trainer(made, students[0], "cakd")
+            except UserError as error:
+                refused = str(error)
+        return told | {
+            "prefix": made.anatomy.prefix,
+            "grid": made.anatomy.grid,
+            "n_heads": made.anatomy.n_heads,
+            "store_error": max(made.manifest["error"].values()),
+            "cakd_refused": refused,
+            "students": {student: judged(made, student) for student in students},
+        }
+
+
+def exported(students: list[str], folder: Path, size: int = 64) -> dict[str, dict[str, Any]]:
+    """Each student through the fp32 ONNX export and its parity check; once, whatever the teacher."""
+    found = {}
+    for student in students:
+        source, out = folder / f"{student}.safetensors", folder / f"{student}.onnx"
+        try:
+            checkpoint(student, STUDENTS[student], size, source)
+        except RuntimeError as error:
+            found[student] = {"verdict": "refused", "reason": str(error)}
+            continue
+        found[student] = timed(partial(ort.export, source, out), out)
+        source.unlink()
+        out.unlink(missing_ok=True)
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The matrix, the students' exports, and every reason in full, numbered where it is first met."""
+    reasons: list[str] = []
+    students = list(found["onnx"])
+    lines = [
+        "| teacher | what it shows | " + " | ".join(f"`{s}`" for s in students) + " |",
+        "|---|---|" + ":-:|" * len(students),
+    ]
+    for name, whole in found["teachers"].items():
+        cells = [_cell(whole, student, reasons) for student in students]
+        lines.append(f"| {name}: `{whole['model']}` | {_shown(whole)} | {' | '.join(cells)} |")
+    cells = [_reach(found, student) for student in students]
+    lines.append(f"| | backbone reached (%) | {' | '.join(cells)} |")
+    cells = [_export(found["onnx"][student], reasons) for student in students]
+    lines.append(f"| | ONNX fp32, parity | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"{i}. {why}" for i, why in enumerate(reasons, 1))])
+
+
+def _shown(whole: dict[str, Any]) -> str:
+    if "refused" in whole:
+        return str(whole["shows"])
+    rows, columns = whole["grid"]
+    return f"{whole['shows']}; {whole['prefix']} + {rows}x{columns} tokens"
+
+
+def _cell(whole: dict[str, Any], student: str, reasons: list[str]) -> str:
+    if "refused" in whole:
+        return _numbered(whole["refused"], reasons)
+    cell = whole["students"][student]
+    if cell["verdict"] == "refused":
+        return _numbered(cell["reason"], reasons)
+    mark = (
+        "A" if whole["cakd_refused"] is None else f"G {_numbered(whole['cakd_refused'], reasons)}"
+    )
+    return mark if cell["verdict"] == "works" else "broken"
+
+
+def _reach(found: dict[str, Any], student: str) -> str:
+    """The least share of the student's backbone that the terms reached, over all teachers."""
+    cells = [
+        whole["students"][student] for whole in found["teachers"].values() if "students" in whole
+    ]
+    shares = [cell["reached"] for cell in cells if "reached" in cell]
+    return f"{100 * min(shares):.0f}" if shares else ""
+
+
+def _export(made: dict[str, Any], reasons: list[str]) -> str:
+    return (
+        _numbered(made["reason"], reasons) if made["verdict"] == "refused" else str(made["verdict"])
+    )
+
+
+def _numbered(reason: str, reasons: list[str]) -> str:
+    if reason not in reasons:
+        reasons.append(reason)
+    return f"[{reasons.index(reason) + 1}]"
+
+
+def publish(shown: str, page: Path) -> None:
+    """Put the table between the two marks of a page. Raises UserError: they are not there."""
+    text = page.read_text(encoding="utf-8")
+    if START not in text or END not in text:
+        raise UserError(f"{page}: the marks {START!r} and {END!r} are not there; restore them")
+    before, after = text.split(START)[0], text.split(END)[1]
+    with files.atomic(page) as temporary:
+        temporary.write_text(f"{before}{START}\n{shown}\n{END}{after}", encoding="utf-8")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Try every pair, print the matrix, write `<out>.json` and `<out>.md`, and the page where one is named."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found = {
+            "onnx": exported(args.students, folder),
+            "teachers": {t: row(TEACHERS[t], args.students, folder) for t in args.teachers},
+        }
+    shown = table(found)
+    print(shown)
+    if args.docs is not None:
+        publish(shown, args.docs)
+    if args.out is not None:
+        asked = {"teachers": args.teachers, "students": args.students}
+        command = "python -m benchmarks.pairs"
+        record.write(args.out, SCHEMA, found, files.provenance(asked), command, shown)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="benchmarks.pairs", description=__doc__)
+    made.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS))
+    made.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
+    made.add_argument("--out", type=Path, help="where to write, without suffix")
+    made.add_argument("--docs", type=Path, help="the page whose matrix is replaced")
+    return made
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())
