@@ -45,7 +45,6 @@ SLOWER = {  # name -> kernel of a convolution added behind the first pooling, 64
     "about 3 % slower": (2, 3),
 }
 BURN = "import numpy as np\nx = np.ones((512, 512))\nwhile True: x @ x"
-BUDGET_SECONDS = {"decided": 180, "with doubled rounds": 300}
 
 
 def network(name: str, size: int, folder: Path) -> Path:
@@ -118,7 +117,7 @@ def benchmark_app(ir: Path, seconds: float, folder: Path) -> float:
 
 
 @contextmanager
-def load(wanted: bool) -> Iterator[None]:
+def load(wanted: bool) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Every core kept busy by a process of its own, where `wanted`."""
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     count = os.cpu_count() or 1 if wanted else 0
@@ -126,7 +125,7 @@ def load(wanted: bool) -> Iterator[None]:
         subprocess.Popen([sys.executable, "-c", BURN], env=environment) for _ in range(count)
     ]
     try:
-        yield
+        yield burning
     finally:
         for process in burning:
             process.kill()
