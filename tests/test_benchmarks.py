@@ -137,10 +137,11 @@ def test_a_slower_network_costs_a_known_layer_more_and_answers_alike(tmp_path):
 def test_the_verdicts_under_load_are_counted_and_the_medians_of_both_tools_divided():
     run = {"seconds": 20.0, "comparisons": [{"ratio": {"median": 1.15}, "rounds": 8}]}
     row = {"macs_ratio": 1.2, "quiet_ratio": 1.14, "runs": [run, run], "verdicts": {"FAIL": 2}}
-    peers = {"resnet18": latency._peer([10.0, 12.0, 11.0], [10.0, 10.0, 11.0])}
+    turns = zip(latency.TOOLS, ([10.0, 12.0, 11.0], [9.0, 9.0, 9.0], [10.0, 10.0, 11.0]))
+    peers = {"resnet18": latency._peer(dict(turns))}
     shown = latency.table({"gate": {"about 15 % slower": row}, "peers": peers})
     assert "| about 15 % slower | 1.200 | 1.140 | 2 | 2 | 0 | 0 | 1.150 | 20 |" in shown
-    assert "| resnet18 | 1.100 | 1.000 | 3 |" in shown
+    assert "| resnet18 | 1.100 (1.000) | 0.900 (0.900) | 3 |" in shown
 
 
 def test_every_core_is_loaded_for_the_time_of_the_block_and_no_longer():
