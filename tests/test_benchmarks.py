@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
+import numpy as np
+import onnx
 import pytest
 
-from benchmarks import containers, exporters, methods, store
+from benchmarks import containers, exporters, latency, methods, store
+from exporters import graph, inputs, ort_session
 
 
 def test_the_containers_give_back_the_same_records(monkeypatch, tmp_path):
@@ -96,3 +100,53 @@ def test_a_student_goes_through_every_exporter_and_a_refusal_is_a_row(monkeypatc
 
 def refuse(*_, **__):
     raise exporters.Unavailable("x.plan: no TensorRT")
+
+
+def pooled(path):
+    """An ONNX file with a pooling of 8 channels and a convolution behind it."""
+    h = onnx.helper
+    weights = {
+        "a": np.random.default_rng(0).standard_normal((8, 3, 3, 3)).astype(np.float32),
+        "b": np.random.default_rng(1).standard_normal((4, 8, 1, 1)).astype(np.float32),
+    }
+    nodes = [
+        h.make_node("Conv", ["image", "a"], ["map"], pads=[1] * 4),
+        h.make_node("MaxPool", ["map"], ["less"], kernel_shape=[2, 2], strides=[2, 2]),
+        h.make_node("Conv", ["less", "b"], ["maps"]),
+        h.make_node("GlobalAveragePool", ["maps"], ["logits"]),
+    ]
+    shapes = {"image": ["n", 3, 16, 16], "logits": ["n", 4, 1, 1]}
+    ends = [h.make_tensor_value_info(k, onnx.TensorProto.FLOAT, v) for k, v in shapes.items()]
+    held = [onnx.numpy_helper.from_array(w, name) for name, w in weights.items()]
+    made = h.make_graph(nodes, "net", ends[:1], ends[1:], held)
+    opsets = [h.make_opsetid("", 18)]
+    onnx.save(h.make_model(made, opset_imports=opsets, ir_version=10), path)
+    return path
+
+
+def test_a_slower_network_costs_a_known_layer_more_and_answers_alike(tmp_path):
+    source = pooled(tmp_path / "net.onnx")
+    more = latency.slower(source, tmp_path / "more.onnx", (2, 3))
+    added = 8 * 8 * (8 * 8 * 2 * 3)  # places, then channels in, channels out, kernel
+    assert graph.figures(more).macs == graph.figures(source).macs + added
+    x = inputs.smooth(4, 16, 16)
+    a, b = (ort_session.OrtSession(path, 1).run(x) for path in (source, more))
+    assert np.abs(a - b).max() < 0.05 * np.abs(a).max()
+
+
+def test_the_verdicts_under_load_are_counted_and_the_medians_of_both_tools_divided():
+    run = {"seconds": 20.0, "comparisons": [{"ratio": {"median": 1.15}, "rounds": 8}]}
+    row = {"macs_ratio": 1.2, "quiet_ratio": 1.14, "runs": [run, run], "verdicts": {"FAIL": 2}}
+    turns = zip(latency.TOOLS, ([10.0, 12.0, 11.0], [9.0, 9.0, 9.0], [10.0, 10.0, 11.0]))
+    peers = {"resnet18": latency._peer(dict(turns))}
+    shown = latency.table({"gate": {"about 15 % slower": row}, "peers": peers})
+    assert "| about 15 % slower | 1.200 | 1.140 | 2 | 2 | 0 | 0 | 1.150 | 20 |" in shown
+    assert "| resnet18 | 1.100 (1.000) | 0.900 (0.900) | 3 |" in shown
+
+
+def test_every_core_is_loaded_for_the_time_of_the_block_and_no_longer():
+    with latency.load(True) as burning:
+        assert [process.poll() for process in burning] == [None] * (os.cpu_count() or 1)
+    assert all(process.poll() is not None for process in burning)
+    with latency.load(False) as burning:
+        assert burning == []
