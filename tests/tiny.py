@@ -23,9 +23,12 @@ PARAMS: dict[str, dict[str, Any]] = {
 }
 
 
-def copy(folder: Path, **params: dict[str, Any]) -> None:
-    """The repository without what runs made, as a git repository of its own; `params` by section over PARAMS."""
-    for name in (*FLOORS, ".dvc"):
+def copy(folder: Path, *also: str, **params: dict[str, Any]) -> None:
+    """The repository without what runs made, as a git repository of its own.
+
+    `also`: more of its folders; `params`: by section, over PARAMS.
+    """
+    for name in (*FLOORS, ".dvc", *also):
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "cache", "tmp")
         )

@@ -1,0 +1,189 @@
+"""CONTRIBUTING.md by doing: a method, a data source and a target are added to a copy, in the places it names."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from tests import tiny
+
+COSINE = '''"""Cosine of logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.methods.term import Seen, Term
+from pipeline.teacher import Tokens
+
+
+@dataclass(frozen=True)
+class CosineConfig:
+    """How much it counts."""
+
+    weight: float = 1.0
+
+
+class Cosine(Term):
+    """`cosine`: one minus the cosine between both rows of logits."""
+
+    teacher = frozenset({"logits"})
+
+    def __init__(self, config: CosineConfig, _: object) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+        """1 - cos, the mean over the batch."""
+        return {"cosine": 1 - F.cosine_similarity(seen.logits, taught.logits).mean()}
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """Constant."""
+        return {"cosine": self.config.weight}
+'''
+ARRAYS = '''"""Pictures in one .npz: x (N, H, W, 3) uint8, y (N,)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from PIL import Image
+
+from pipeline.sources.sample import Found, Sample, existing, refuse_label_column
+
+
+def read(path: str | None, label_column: str | None) -> Found:
+    """Every picture of the file, in one split."""
+    refuse_label_column("arrays", label_column)
+    with np.load(existing("arrays", path, "an .npz with x and y"), allow_pickle=False) as held:
+        x, y = held["x"], held["y"]
+    samples = [
+        Sample(f"row {i}", partial(Image.fromarray, a), int(k), None)
+        for i, (a, k) in enumerate(zip(x, y))
+    ]
+    return Found([f"class {k}" for k in range(int(y.max()) + 1)], samples)
+'''
+
+
+def edit(path: Path, *changes: tuple[str, str]) -> None:
+    """Each first string in the file replaced by the second; it must be there."""
+    text = path.read_text()
+    for old, new in changes:
+        assert text.count(old) >= 1, old
+        text = text.replace(old, new, 1)
+    path.write_text(text)
+
+
+def python(folder: Path, *arguments: str) -> str:
+    """`python ARGUMENTS` there; its stdout. Fails the test where it fails."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=tiny.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def watch(folder: Path, stages: tuple[str, ...], module: str) -> None:
+    """Add a module to the code deps of these stages in dvc.yaml."""
+    lines, stage = [], ""
+    for line in (folder / "dvc.yaml").read_text().splitlines():
+        stage = found[1] if (found := re.fullmatch(r"  (\w+):", line)) else stage
+        if line.strip() == "- pipeline/cli.py" and stage in stages:
+            lines.append(line.replace("pipeline/cli.py", module))
+        lines.append(line)
+    (folder / "dvc.yaml").write_text("\n".join(lines) + "\n")
+
+
+def test_a_method_is_a_file_a_row_and_its_settings(tmp_path: Path) -> None:
+    copied = tmp_path / "copy"
+    copied.mkdir()
+    tiny.copy(
+        copied,
+        "tests",
+        "recipes",
+        distill={"methods": ["plain", "logits", "cosine+gl"]},
+        export={"method": "cosine+gl"},
+    )
+    table = copied / "pipeline" / "methods" / "table.py"
+    (table.parent / "cosine.py").write_text(COSINE)
+    edit(
+        table,
+        (
+            "from pipeline.methods.crd import",
+            "from pipeline.methods.cosine import Cosine, CosineConfig\nfrom pipeline.methods.crd import",
+        ),
+        ('    "dkd": ("dkd",),\n', '    "dkd": ("dkd",),\n    "cosine": ("cosine",),\n'),
+        (
+            '    "dkd": (Dkd, "dkd"),\n',
+            '    "dkd": (Dkd, "dkd"),\n    "cosine": (Cosine, "cosine"),\n',
+        ),
+        ("    dkd: DkdConfig", "    cosine: CosineConfig = CosineConfig()\n    dkd: DkdConfig"),
+    )
+    for name in ("params.yaml", "recipes/digits.yaml"):
+        edit(copied / name, ("    dkd:\n", "    cosine:\n      weight: 2.0\n    dkd:\n"))
+    watch(copied, ("distill", "evaluate"), "pipeline/methods/cosine.py")
+    assert "params.yaml: correct" in python(copied, "-m", "stages")
+    done = tiny.dvc(copied, "repro", "distill@cosine+gl")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    found = json.loads((copied / "reports" / "train" / "cosine+gl.json").read_text())
+    assert "cosine" in json.dumps(found["curves"])
+    python(
+        copied,
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_house.py"),
+        *("-k", "dependencies or docstring or key_a_stage_reads or section"),
+    )
+    python(
+        copied,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_methods.py",
+        "-k",
+        "cosine",
+    )
+
+
+def test_a_data_source_is_a_file_and_a_row(tmp_path: Path) -> None:
+    copied = tmp_path / "copy"
+    copied.mkdir()
+    own = {"source": "arrays", "path": "mine.npz", "val": 0.2, "test": 0.2, "student_labels": "all"}
+    tiny.copy(copied, "tests", prepare=own)
+    (copied / "pipeline" / "sources" / "arrays.py").write_text(ARRAYS)
+    edit(
+        copied / "pipeline" / "prepare.py",
+        ("from pipeline.sources import cifar", "from pipeline.sources import arrays, cifar"),
+        (
+            '    "digits": digits.read,\n',
+            '    "digits": digits.read,\n    "arrays": arrays.read,\n',
+        ),
+    )
+    generator = np.random.default_rng(0)
+    x, y = generator.integers(0, 256, (60, 12, 10, 3), np.uint8), np.arange(60) % 3
+    np.savez(copied / "mine.npz", x=x, y=y)
+    watch(copied, ("prepare",), "pipeline/sources/arrays.py")
+    told = python(copied, "-m", "stages.prepare", "data/prepared")
+    assert "3 classes" in told
+    index = json.loads((copied / "data" / "prepared" / "index.json").read_text())
+    assert index["classes"] == ["class 0", "class 1", "class 2"]
+    images = np.load(copied / "data" / "prepared" / "images.npy")
+    assert images.shape == (60, 32, 32, 3)
+    python(
+        copied,
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_house.py"),
+        *("-k", "dependencies or docstring"),
+    )
