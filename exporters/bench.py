@@ -18,7 +18,6 @@ from pipeline.device import machine, usable_cores
 from pipeline.errors import GateFailed, UserError, nearest
 
 SCHEMA = "cakd.bench/2"
-SUFFIXES = {"torch": ".safetensors", "ort": ".onnx", "ov": ".xml", "trt": ".plan"}
 COLUMNS = (
     *("model", "target", "threads", "batch", "precision", "p50_ms", "p90_ms", "p99_ms", "min_ms"),
     *("cpu_p50_ms", "load_ms", "first_ms", "size_mb", "rss_mb"),
@@ -63,7 +62,7 @@ def subjects_of(
     for model in models:
         if not model.is_file():
             raise UserError(f"{model}: no such file; give .onnx, .xml, .safetensors or .plan")
-        targets = [t for t in map(_target, names or [_default(model)]) if reads(t, model)]
+        targets = [t for t in map(_target, names or [_default(model)]) if t.reads(model)]
         if not targets:
             raise UserError(
                 f"{model}: none of the targets {', '.join(names or [])} reads it; {_readers(model)}"
@@ -73,11 +72,6 @@ def subjects_of(
             for target, count, batch in itertools.product(targets, threads, batches)
         ]
     return found
-
-
-def reads(target: Target, artefact: Path) -> bool:
-    """Whether the target's runtime takes this kind of file."""
-    return artefact.suffix == SUFFIXES[target.runtime]
 
 
 def _target(name: str) -> Target:
@@ -96,7 +90,7 @@ def _default(artefact: Path) -> str:
 
 
 def _readers(artefact: Path) -> str:
-    readers = [name for name, target in TARGETS.items() if reads(target, artefact)]
+    readers = [name for name, target in TARGETS.items() if target.reads(artefact)]
     return (
         f"give --targets from: {', '.join(readers)}" if readers else "no target reads such a file"
     )
@@ -152,7 +146,7 @@ def _baseline(candidate: Subject, args: argparse.Namespace) -> Subject:
     """The file of `--against`, or that of the candidate's name in its folder, where the candidate runs."""
     path = args.against / candidate.artefact.name if args.against.is_dir() else args.against
     names = [args.against_target or candidate.target.name]
-    if not args.against_target and path.is_file() and not reads(candidate.target, path):
+    if not args.against_target and path.is_file() and not candidate.target.reads(path):
         names = [_default(path)]
     (found,) = subjects_of([path], names, [candidate.threads], [candidate.batch])
     return found

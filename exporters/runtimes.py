@@ -5,10 +5,45 @@ A runtime is imported when it is asked for, so that a missing one hurts no other
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from exporters.session import Session, Target
+from exporters.session import TARGETS, Session, Target
 from pipeline.errors import UserError, nearest
+
+ANY = ("torch-eager", "ort-fp32", "ov-fp32", "rtx-fp32")  # what opens a file that names no target
+
+
+def _torch(target: Target, artefact: Path, threads: int) -> Session:
+    from exporters.eager import EagerSession
+
+    return EagerSession(artefact, threads, compiled=target.name == "torch-compile")
+
+
+def _ort(_: Target, artefact: Path, threads: int) -> Session:
+    from exporters.ort_session import OrtSession
+
+    return OrtSession(artefact, threads)
+
+
+def _ov(target: Target, artefact: Path, threads: int) -> Session:
+    from exporters.ov import OvSession
+
+    return OvSession(artefact, threads, target.precision)
+
+
+def _trt(_: Target, artefact: Path, __: int) -> Session:
+    from exporters.trt_session import TrtSession
+
+    return TrtSession(artefact)
+
+
+RUNTIMES: dict[str, Callable[[Target, Path, int], Session]] = {
+    "torch": _torch,
+    "ort": _ort,
+    "ov": _ov,
+    "trt": _trt,
+}
 
 
 def open_session(target: Target, artefact: Path, threads: int) -> Session:
@@ -17,21 +52,7 @@ def open_session(target: Target, artefact: Path, threads: int) -> Session:
     Raises Unavailable with the reason where the runtime or its device is missing,
     UserError where the artefact is damaged or foreign.
     """
-    if target.runtime == "torch":
-        from exporters.eager import EagerSession
-
-        return EagerSession(artefact, threads, compiled=target.name == "torch-compile")
-    if target.runtime == "ort":
-        from exporters.ort_session import OrtSession
-
-        return OrtSession(artefact, threads)
-    if target.runtime == "ov":
-        from exporters.ov import OvSession
-
-        return OvSession(artefact, threads, target.precision)
-    from exporters.trt_session import TrtSession
-
-    return TrtSession(artefact)
+    return RUNTIMES[target.runtime](target, artefact, threads)
 
 
 def open_artefact(path: Path, threads: int) -> Session:
@@ -39,9 +60,9 @@ def open_artefact(path: Path, threads: int) -> Session:
 
     Raises as `open_session`; UserError on another suffix.
     """
-    runtimes = {".safetensors": "torch", ".onnx": "ort", ".xml": "ov", ".plan": "trt"}
-    if path.suffix not in runtimes:
-        raise UserError(f"{path}: suffix is {path.suffix!r}; {nearest(path.suffix, runtimes)}")
+    targets = {Path(TARGETS[name].artefact).suffix: TARGETS[name] for name in ANY}
+    if path.suffix not in targets:
+        raise UserError(f"{path}: suffix is {path.suffix!r}; {nearest(path.suffix, targets)}")
     if not path.is_file():
         raise UserError(f"{path}: no such file; give an artefact that exists")
-    return open_session(Target("any", runtimes[path.suffix], "fp32", path.name), path, threads)
+    return open_session(targets[path.suffix], path, threads)

@@ -49,12 +49,17 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """One column of the latency report: a runtime and a precision. `artefact` is the file in its build folder."""
+    """One column of the latency report: a runtime and a precision."""
 
     name: str
-    runtime: str  # "torch" | "ort" | "ov" | "trt"
+    runtime: str  # of exporters.runtimes.RUNTIMES
     precision: str  # "fp32" | "fp16" | "int8" | "default"
-    artefact: str
+    artefact: str  # the file in its build folder
+    packages: tuple[str, ...]  # imported before a load is timed
+
+    def reads(self, artefact: Path) -> bool:
+        """Whether its runtime takes this kind of file."""
+        return artefact.suffix == Path(self.artefact).suffix
 
 
 class Unavailable(UserError):
@@ -64,18 +69,18 @@ class Unavailable(UserError):
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
-        Target("torch-eager", "torch", "fp32", "{model}.safetensors"),
-        Target("torch-compile", "torch", "fp32", "{model}.safetensors"),
-        Target("ort-fp32", "ort", "fp32", "{model}.onnx"),
-        Target("ort-int8", "ort", "int8", "{model}-int8.onnx"),
-        Target("ov-fp32", "ov", "fp32", "{model}.xml"),
-        Target("ov-default", "ov", "default", "{model}.xml"),
-        Target("ov-int8", "ov", "int8", "{model}-int8.xml"),
-        Target("rtx-fp32", "trt", "fp32", "{model}.plan"),
-        Target("rtx-fp16", "trt", "fp16", "{model}.plan"),
-        Target("trt-fp32", "trt", "fp32", "{model}.plan"),
-        Target("trt-fp16", "trt", "fp16", "{model}.plan"),
-        Target("trt-int8", "trt", "int8", "{model}.plan"),
+        Target("torch-eager", "torch", "fp32", "{model}.safetensors", ("pipeline.models",)),
+        Target("torch-compile", "torch", "fp32", "{model}.safetensors", ("pipeline.models",)),
+        Target("ort-fp32", "ort", "fp32", "{model}.onnx", ("onnxruntime",)),
+        Target("ort-int8", "ort", "int8", "{model}-int8.onnx", ("onnxruntime",)),
+        Target("ov-fp32", "ov", "fp32", "{model}.xml", ("openvino",)),
+        Target("ov-default", "ov", "default", "{model}.xml", ("openvino",)),
+        Target("ov-int8", "ov", "int8", "{model}-int8.xml", ("openvino",)),
+        Target("rtx-fp32", "trt", "fp32", "{model}.plan", ("torch", "tensorrt_rtx")),
+        Target("rtx-fp16", "trt", "fp16", "{model}.plan", ("torch", "tensorrt_rtx")),
+        Target("trt-fp32", "trt", "fp32", "{model}.plan", ("torch", "tensorrt")),
+        Target("trt-fp16", "trt", "fp16", "{model}.plan", ("torch", "tensorrt")),
+        Target("trt-int8", "trt", "int8", "{model}.plan", ("torch", "tensorrt")),
     )
 }
 

@@ -37,13 +37,6 @@ ROOT = Path(__file__).parents[1]
 COMMAND = (sys.executable, "-m", "exporters.worker")
 PATIENCE = 600.0  # seconds for one answer: a first load may compile
 PICTURES = 16
-LIBRARIES = {  # first word of a target's name -> imported before the clock of load_ms starts
-    "torch": ("pipeline.models",),
-    "ort": ("onnxruntime",),
-    "ov": ("openvino",),
-    "rtx": ("torch", "tensorrt_rtx"),
-    "trt": ("torch", "tensorrt"),
-}
 POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -156,7 +149,7 @@ class Subject:
         """
         target = TARGETS[self.args.target]
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-        for name in LIBRARIES[target.name.split("-")[0]]:
+        for name in target.packages:
             with suppress(ImportError):
                 importlib.import_module(name)
         began = time.perf_counter()

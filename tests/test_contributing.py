@@ -74,6 +74,47 @@ def read(path: str | None, label_column: str | None) -> Found:
 '''
 
 
+REFERENCE = '''"""ONNX's own reference implementation, in NumPy: slow, and right by definition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+from onnx.reference import ReferenceEvaluator
+
+from exporters import onnx_file
+from exporters.session import Array, checked_shape
+
+
+class ReferenceSession:
+    """One model on one thread."""
+
+    def __init__(self, path: Path) -> None:
+        model = onnx_file.read(path)
+        self._evaluator = ReferenceEvaluator(model)
+        self.runtime = f"onnx reference {onnx.__version__}"
+        self.precision_effective = "fp32"
+        self.metadata: Mapping[str, str] = onnx_file.notes(model)
+        dims = [d.dim_value or None for d in model.graph.input[0].type.tensor_type.shape.dim]
+        self.input_shape = checked_shape(dims, self.metadata, path)
+
+    def run(self, x: Array) -> Array:
+        """x (B, 3, S, S) -> logits (B, K)."""
+        made: Array = self._evaluator.run(None, {"image": x})[0]
+        return made
+'''
+OPENER = """def _reference(_: Target, artefact: Path, __: int) -> Session:
+    from exporters.reference import ReferenceSession
+
+    return ReferenceSession(artefact)
+
+
+"""
+HOUSE = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_house.py")
+
+
 def edit(path: Path, *changes: tuple[str, str]) -> None:
     """Each first string in the file replaced by the second; it must be there."""
     text = path.read_text()
@@ -140,11 +181,7 @@ def test_a_method_is_a_file_a_row_and_its_settings(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     found = json.loads((copied / "reports" / "train" / "cosine+gl.json").read_text())
     assert "cosine" in json.dumps(found["curves"])
-    python(
-        copied,
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_house.py"),
-        *("-k", "dependencies or docstring or key_a_stage_reads or section"),
-    )
+    python(copied, *HOUSE, "-k", "dependencies or docstring or key_a_stage_reads or section")
     python(
         copied,
         "-m",
@@ -182,8 +219,35 @@ def test_a_data_source_is_a_file_and_a_row(tmp_path: Path) -> None:
     assert index["classes"] == ["class 0", "class 1", "class 2"]
     images = np.load(copied / "data" / "prepared" / "images.npy")
     assert images.shape == (60, 32, 32, 3)
-    python(
-        copied,
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_house.py"),
-        *("-k", "dependencies or docstring"),
+    python(copied, *HOUSE, "-k", "dependencies or docstring")
+
+
+def test_a_target_is_a_session_and_two_rows(tmp_path: Path, exported: Path) -> None:
+    copied = tmp_path / "copy"
+    copied.mkdir()
+    tiny.copy(copied, "tests", bench={"enabled": ["ort-fp32", "reference-fp32"]})
+    (copied / "exporters" / "reference.py").write_text(REFERENCE)
+    edit(
+        copied / "exporters" / "session.py",
+        (
+            '        Target("ov-fp32"',
+            '        Target("reference-fp32", "reference", "fp32", "{model}.onnx", ("onnx",)),\n'
+            '        Target("ov-fp32"',
+        ),
     )
+    edit(
+        copied / "exporters" / "runtimes.py",
+        ("def _trt(", OPENER + "def _trt("),
+        ('    "ov": _ov,\n', '    "ov": _ov,\n    "reference": _reference,\n'),
+    )
+    watch(copied, ("export", "build", "bench"), "exporters/reference.py")
+    built, told = tmp_path / "built", tmp_path / "bench.json"
+    target = ("--target", "reference-fp32")
+    python(copied, "-m", "stages.build", str(exported), str(built), *target)
+    parity = json.loads((built / "parity.json").read_text())
+    assert {row["verdict"] for row in parity["rows"]} == {"PASS"}
+    python(copied, "-m", "stages.bench", str(exported), str(built), str(told), *target)
+    rows = json.loads(told.read_text())["rows"]
+    assert [row["status"] for row in rows] == ["measured", "measured"]
+    assert rows[0]["runtime"].startswith("onnx reference")
+    python(copied, *HOUSE, "-k", "dependencies or docstring")
