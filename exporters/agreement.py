@@ -161,12 +161,15 @@ def passed(
 ) -> dict[str, Any]:
     """The row of a conversion to `out`: (its source, what was made of it), shown x and judged by labels if any.
 
+    Of x and the labels as many as fill the batches of both.
     Raises GateFailed: the verdict is FAIL.
     """
-    reference, made = (inputs.run(session, x) for session in sessions)
+    step = math.lcm(*(session.input_shape[0] or 1 for session in sessions))
+    whole = slice(len(x) // step * step)
+    reference, made = (inputs.run(session, x[whole]) for session in sessions)
     found = row(out, sessions[1], reference, made, Gates())
     if labels is not None:
-        found = with_accuracy(found, reference, made, labels, bound)
+        found = with_accuracy(found, reference, made, labels[whole], bound)
     if found["verdict"] == "FAIL":
         raise GateFailed(f"{out}: {found['reason']}; not written")
     return found

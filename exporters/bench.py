@@ -248,19 +248,13 @@ def conclude(args: argparse.Namespace, found: Sequence[Measured], verdicts: dict
         print(noise_floor(comparisons))
 
 
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"got {text}; allowed: 1 or more")
-    return value
-
-
 def _counts(text: str) -> list[int]:
-    return [_count(part) for part in text.split(",")]
+    return [cli.count(part) for part in text.split(",")]
 
 
 def _threads(text: str) -> list[int]:
     """As `_counts`; `all` is every core this process may use, once if that is a count already given."""
-    counts = [usable_cores() if part == "all" else _count(part) for part in text.split(",")]
+    counts = [usable_cores() if part == "all" else cli.count(part) for part in text.split(",")]
     return list(dict.fromkeys(counts))
 
 
@@ -282,7 +276,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--threads", type=_threads, default=[1], metavar="N[,all]", help="default 1")
     add("--batch", type=_counts, default=[None], metavar="N[,N]", help="images a call, default 1")
-    add("--rounds", type=_count, default=Bench.rounds, help="blocks a row")
+    add("--rounds", type=cli.count, default=Bench.rounds, help="blocks a row")
     add(
         "--seconds",
         type=_seconds,

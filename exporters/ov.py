@@ -42,22 +42,29 @@ def _library() -> Any:
     return openvino
 
 
-def convert(source: Path, out: Path, half: bool = False) -> None:
+def convert(source: Path, out: Path, half: bool = False, batch: int | None = None) -> None:
     """ONNX file -> `out` (.xml and .bin beside it), the notes in rt_info; `half` stores weights as fp16.
 
-    Raises UserError: OpenVINO cannot read the file.
+    `batch` fixes a free one. Raises UserError: OpenVINO cannot read the file, another batch is fixed in it.
     """
     notes = onnx_file.notes(onnx_file.read(source))
-    _save(_read(source), {**notes, **({"precision": "fp16"} if half else {})}, out, half)
+    _save(_read(source, batch), {**notes, **({"precision": "fp16"} if half else {})}, out, half)
 
 
-def _read(source: Path) -> Any:
-    """Raises UserError: OpenVINO cannot read the file."""
+def _read(source: Path, batch: int | None) -> Any:
+    """Raises UserError: OpenVINO cannot read the file, or another batch is fixed in it."""
     core = _library().Core()
     try:
-        return core.read_model(source)
+        model = core.read_model(source)
+        shape = model.inputs[0].partial_shape
     except Exception as error:  # openvino raises bare RuntimeErrors
         raise UserError(f"{source}: OpenVINO refuses it: {_short(error)}") from None
+    if batch:
+        if shape[0].is_static and shape[0].get_length() != batch:
+            raise UserError(f"--batch {batch}: {source} fixes it at {shape[0]}; leave it out")
+        shape[0] = batch
+        model.reshape(shape)
+    return model
 
 
 def _save(model: Any, notes: Mapping[str, str], out: Path, half: bool = False) -> None:
@@ -77,7 +84,7 @@ def move(made: Path, out: Path) -> None:
 
 
 class OvSession:
-    """OpenVINO on the CPU, one stream. `precision`: "fp32" and "int8" hint f32, "default" hints nothing.
+    """OpenVINO on the CPU, one stream. `precision`: "fp32" and "int8" hint f32, "bf16" that, "default" nothing.
 
     With a folder `cache` it opens what was compiled there for this IR, CPU, OpenVINO and these options.
     """
@@ -91,7 +98,7 @@ class OvSession:
                 raise UserError(f"{path}: no <net>; expected the .xml of an OpenVINO IR")
         options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
         if precision != "default":
-            options["INFERENCE_PRECISION_HINT"] = "f32"
+            options["INFERENCE_PRECISION_HINT"] = "bf16" if precision == "bf16" else "f32"
         try:
             core = ov.Core()
             model = core.read_model(path)
@@ -146,16 +153,17 @@ def make(
     pictures: int8.Pictures | None,
     how: int8.Settings,
     by: str = "qdq",
+    batch: int | None = None,
 ) -> dict[str, Any]:
     """fp32 ONNX -> IR at fp32, fp16 (weights) or, by `pictures`, int8; returns its parity row.
 
-    int8 comes from our QDQ ONNX, or of NNCF where `by` is `nncf`. Opened with the f32 hint, so that the row judges
-    the conversion and not the CPU's choice of precision.
+    int8 comes from our QDQ ONNX, or of NNCF where `by` is `nncf`; `batch` fixes a free one. Opened with the f32
+    hint, so that the row judges the conversion and not the CPU's choice of precision.
     Raises GateFailed, and leaves `out` as it was, where the verdict is FAIL.
     """
     _library()
     reference = ort_session.OrtSession(source, 1)
-    x, labels = inputs.shown(reference), None
+    x, labels = inputs.shown(reference, 2 * (batch or 5)), None
     files.make_parent(out)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
         draft = Path(folder) / out.name
@@ -163,39 +171,43 @@ def make(
             assert pictures is not None
             x, labels = pictures.held, pictures.labels
             quantize = _by_nncf if by == "nncf" else _by_qdq
-            quantize(source, pictures, how, draft)
+            quantize(source, pictures, how, draft, batch)
         else:
-            convert(source, draft, half=precision == "fp16")
+            convert(source, draft, precision == "fp16", batch)
         session = OvSession(draft, 1, "fp32")
         row = agreement.passed(out, (reference, session), x, labels, how.drop)
         move(draft, out)
     return row
 
 
-def _by_qdq(source: Path, pictures: int8.Pictures, how: int8.Settings, out: Path) -> None:
+def _by_qdq(
+    source: Path, pictures: int8.Pictures, how: int8.Settings, out: Path, batch: int | None
+) -> None:
     graph = out.with_suffix(".onnx")
     onnx_file.save(int8.quantized(source, pictures, how, agreement.Gates()), graph)
-    convert(graph, out)
+    convert(graph, out, batch=batch)
 
 
-def _by_nncf(source: Path, pictures: int8.Pictures, _: int8.Settings, out: Path) -> None:
+def _by_nncf(
+    source: Path, pictures: int8.Pictures, _: int8.Settings, out: Path, batch: int | None
+) -> None:
     """NNCF's post-training quantization, MIXED: symmetric weights, asymmetric activations.
 
     Raises Unavailable: NNCF is missing; UserError: it refuses the network.
     """
-    network = _read(source)
+    network = _read(source, batch)
     entry = network.inputs[0].partial_shape[0]
-    batch = entry.get_length() if entry.is_static else 1
-    shown = pictures.shown[: len(pictures.shown) // batch * batch]
+    size = entry.get_length() if entry.is_static else 1
+    shown = pictures.shown[: len(pictures.shown) // size * size]
     try:
         with quiet():
             import nncf
 
             made = nncf.quantize(
                 network,
-                nncf.Dataset(list(shown.reshape(-1, batch, *shown.shape[1:]))),
+                nncf.Dataset(list(shown.reshape(-1, size, *shown.shape[1:]))),
                 preset=nncf.QuantizationPreset.MIXED,
-                subset_size=len(shown) // batch,
+                subset_size=len(shown) // size,
             )
     except ImportError as error:
         raise Unavailable(
@@ -224,7 +236,7 @@ def main(args: argparse.Namespace) -> None:
         target = ort.beside(out, precision)
         start = time.perf_counter()
         try:
-            row = make(args.onnx, target, precision, pictures, how, args.int8_by)
+            row = make(args.onnx, target, precision, pictures, how, args.int8_by, args.batch)
         except GateFailed as error:
             failed.append(str(error))
             continue
@@ -263,6 +275,12 @@ def parser() -> argparse.ArgumentParser:
     int8.add_options(p)
     p.add_argument(
         "--int8-by", choices=("qdq", "nncf"), default="qdq", help="our QDQ graph, or NNCF"
+    )
+    p.add_argument(
+        "--batch",
+        type=cli.count,
+        metavar="N",
+        help="fix a free batch: faster where a call is short",
     )
     p.add_argument(
         "--cache", type=Path, help="also compile each IR for one thread of this CPU, kept in here"

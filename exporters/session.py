@@ -53,7 +53,7 @@ class Target:
 
     name: str
     runtime: str  # of exporters.runtimes.RUNTIMES
-    precision: str  # "fp32" | "fp16" | "int8" | "default"
+    precision: str  # "fp32" | "fp16" | "bf16" | "int8" | "default"
     artefact: str  # the file in its build folder
     packages: tuple[str, ...]  # imported before a load is timed
 
@@ -74,6 +74,7 @@ TARGETS: dict[str, Target] = {
         Target("ort-fp32", "ort", "fp32", "{model}.onnx", ("onnxruntime",)),
         Target("ort-int8", "ort", "int8", "{model}-int8.onnx", ("onnxruntime",)),
         Target("ov-fp32", "ov", "fp32", "{model}.xml", ("openvino",)),
+        Target("ov-bf16", "ov", "bf16", "{model}.xml", ("openvino",)),
         Target("ov-default", "ov", "default", "{model}.xml", ("openvino",)),
         Target("ov-int8", "ov", "int8", "{model}-int8.xml", ("openvino",)),
         Target("rtx-fp32", "trt", "fp32", "{model}.plan", ("torch", "tensorrt_rtx")),

@@ -92,3 +92,10 @@ def _say(parser: argparse.ArgumentParser, error: Exception | str) -> None:
     words = " ".join(str(error).split())
     line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)
     print(f"{parser.prog}: error: {line}", file=sys.stderr)
+
+
+def count(text: str) -> int:
+    """A count from 1 on, of a command line. Raises ArgumentTypeError on anything else."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}; allowed: 1 or more")
+    return value

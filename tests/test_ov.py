@@ -16,10 +16,11 @@ import pytest
 
 pytest.importorskip("openvino", reason="the openvino extra is not installed")
 
-from exporters import agreement, inputs, int8, ov
+from exporters import agreement, inputs, int8, onnx_file, ov
 from exporters.ort_session import OrtSession
 from exporters.ov import OvSession
 from exporters.session import Unavailable
+from pipeline import device
 from pipeline.errors import GateFailed, UserError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -140,6 +141,31 @@ def test_the_command_fills_the_cache_and_tells_the_ratio(
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def test_a_fixed_batch_is_in_the_ir_and_changes_no_answer(
+    exported: Path, tmp_path: Path, command: Command
+) -> None:
+    source = exported / "student.onnx"
+    done = command("exporters.ov", source, "-o", tmp_path, "--batch", 4, torch=False)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    session = OvSession(tmp_path / "student.xml", 1, "fp32")
+    assert session.input_shape == (4, 3, 32, 32)
+    x = inputs.smooth(8, 32, 32)
+    assert np.abs(inputs.run(session, x) - inputs.run(OrtSession(source, 1), x)).max() < 1e-5
+    fixed = onnx_file.read(source)
+    fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    onnx_file.save(fixed, tmp_path / "two.onnx")
+    done = command("exporters.ov", tmp_path / "two.onnx", "--batch", 4, torch=False)
+    assert done.returncode == 2 and "fixes it at 2; leave it out" in done.stderr
+    done = command("exporters.ov", source, "--batch", 0, torch=False)
+    assert done.returncode == 2 and "--batch: got 0; allowed: 1 or more" in done.stderr
+
+
+def test_bfloat16_is_asked_for_by_name(ir: Path) -> None:
+    session = OvSession(ir / "student.xml", 1, "bf16")
+    has = any(isa in device.machine()["isa"] for isa in ("avx512_bf16", "amx"))
+    assert session.precision_effective == ("bf16" if has else "fp32")
+
+
 def test_nncf_makes_an_int8_with_the_notes_and_it_goes_through_the_gates(
     exported: Path, digits: Path, tmp_path: Path
 ) -> None:
@@ -152,7 +178,7 @@ def test_nncf_makes_an_int8_with_the_notes_and_it_goes_through_the_gates(
     except GateFailed as error:
         decibel = float(re.search(r"(\S+) dB, int8 gate 15", str(error)).group(1))
         assert 10 < decibel < 15 and list(tmp_path.iterdir()) == []
-        ov._by_nncf(source, pictures, int8.Settings(), out)
+        ov._by_nncf(source, pictures, int8.Settings(), out, None)
     else:
         assert row["verdict"] == "PASS" and row["sqnr_centered_db"] >= 15
     session = OvSession(out, 1, "int8")
