@@ -101,14 +101,11 @@ def _at_most(
 
 
 def _operators(candidate: dict[str, int] | None, baseline: dict[str, int] | None) -> Gate:
-    had, has = _told(baseline), _told(candidate)
-    kept = (candidate or {}).keys() <= (baseline or {}).keys()
-    return Gate("operators", had, has, NONE_NEW, _verdict(kept, had, has))
-
-
-def _told(operators: dict[str, int] | None) -> str | None:
-    """`Conv 16, Relu 12`."""
-    return None if operators is None else ", ".join(f"{k} {n}" for k, n in operators.items())
+    had, has = (None if side is None else f"{len(side)} types" for side in (baseline, candidate))
+    new = [f"{kind} {n}" for kind, n in (candidate or {}).items() if kind not in (baseline or {})]
+    if has and new:
+        has = f"{has}, new: {', '.join(new)}"
+    return Gate("operators", had, has, NONE_NEW, _verdict(not new, had, has))
 
 
 def _count(operators: dict[str, int] | None, of: Collection[str] | None = None) -> int | None:

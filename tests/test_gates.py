@@ -99,7 +99,8 @@ def test_what_one_side_does_not_tell_is_unknown_and_never_fails(side: Side) -> N
 
 
 def test_a_gate_shows_what_was_what_is_and_what_may_be(side: Side) -> None:
-    rows = {r["name"]: r for r in gates.judge(replace(side, macs=60_000), side)}
+    other = replace(side, macs=60_000, figures=operators(Sigmoid=2))
+    rows = {r["name"]: r for r in gates.judge(other, side)}
     assert rows["macs"] == {
         "name": "macs",
         "baseline": 50_000,
@@ -107,7 +108,8 @@ def test_a_gate_shows_what_was_what_is_and_what_may_be(side: Side) -> None:
         "limit": 50_500,
         "verdict": "FAIL",
     }
-    assert rows["operators"]["candidate"].startswith("Conv 10, Relu 9")
+    told = [rows["operators"][key] for key in ("baseline", "candidate", "limit")]
+    assert told == ["4 types", "5 types, new: Sigmoid 2", "no new type"]
 
 
 @pytest.mark.parametrize(
