@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -139,7 +140,7 @@ def read_json(path: Path | str, schema: str | None = None) -> dict[str, Any]:
         raise UserError(
             f"{path}: no such file; run the stage that makes it (`dvc repro`)"
         ) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(
             f"{path}: not readable as JSON ({error}); remove it and run its stage again"
         ) from None
@@ -150,6 +151,14 @@ def read_json(path: Path | str, schema: str | None = None) -> dict[str, Any]:
             f"{path}: schema is {value.get('schema')!r}, expected {schema!r}; run its stage again"
         )
     return value
+
+
+def expect(value: Any, path: Path | str, remedy: str, **kinds: type) -> None:
+    """Raise UserError where a JSON object lacks one of these keys, or holds another kind of value there."""
+    for key, kind in kinds.items():
+        got = value.get(key) if isinstance(value, dict) else value
+        if not isinstance(got, kind) or (isinstance(got, bool) and kind is not bool):
+            raise UserError(f"{path}: damaged, {key} is {reprlib.repr(got)}; {remedy}")
 
 
 def sha256(path: Path | str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import resource
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,6 +23,7 @@ from pipeline.store.shards import SAFETENSORS, Field, Fields, Shard, word_sums
 from pipeline.teacher import TeacherTail, Tokens
 
 SCHEMA = "cakd.store/2"
+AGAIN = "run cache again"
 SEAL = "sha256"  # the manifest's own hash, over all its other keys
 OTHER_FILES = 256  # that a training has open besides
 THREADS = 2  # that read: more gain nothing from a page cache, fewer leave a disk idle
@@ -62,12 +64,32 @@ def open_manifest(folder: Path) -> dict[str, Any]:
     manifest = files.read_json(path, SCHEMA)
     if seal(manifest) != manifest:
         raise UserError(f"{path}: damaged, it is not what was written; run cache again")
+    files.expect(manifest, path, AGAIN, mode=str, layout=str, dtype=str, fingerprint=dict)
+    files.expect(manifest, path, AGAIN, records=int, fields=dict, shards=list)
+    for entry in manifest["shards"]:
+        files.expect(entry, path, AGAIN, file=str, records=int, bytes=int, sha256=str)
+        if Path(entry["file"]).name != entry["file"] or entry["records"] < 1:
+            raise UserError(f"{path}: damaged, a shard is {reprlib.repr(entry)}; {AGAIN}")
+    if sum(entry["records"] for entry in manifest["shards"]) != manifest["records"]:
+        raise UserError(f"{path}: damaged, {manifest['records']} records are not its shards'; {AGAIN}")
     return manifest
+
+
+def _shape(sides: list[int]) -> tuple[int, ...]:
+    """A field's shape. Raises ValueError: not of sides."""
+    if not isinstance(sides, list) or not all(type(s) is int and s > 0 for s in sides):
+        raise ValueError(f"of shape {sides!r}")
+    return tuple(sides)
 
 
 def open_shards(folder: Path, manifest: dict[str, Any]) -> list[Shard]:
     """Every shard, its size and header checked. Raises UserError naming the damaged one."""
-    fields = {n: Field(SAFETENSORS[d], tuple(s)) for n, (d, s) in manifest["fields"].items()}
+    try:
+        fields = {n: Field(SAFETENSORS[d], _shape(s)) for n, (d, s) in manifest["fields"].items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: damaged, a field is {error}; {AGAIN}") from None
+    if manifest["shards"] and not {"logits", "view_hash", "checksum"} <= set(fields):
+        raise UserError(f"{folder}: damaged, the fields are {reprlib.repr(list(fields))}; {AGAIN}")
     _allow_files(len(manifest["shards"]))
     shards, first = [], 0
     for entry in manifest["shards"]:
