@@ -94,8 +94,12 @@ def _sibling(path: Path) -> Path:
 
 
 def publish(folder: Path, path: Path) -> None:
-    """Rename a finished `folder` onto `path`. What stood there goes aside first: for a moment `path` is absent."""
+    """Rename a finished `folder` onto `path`. What stood there goes aside first: for a moment `path` is absent.
+
+    Raises UserError: a file stands there, or a folder that holds nothing of what `folder` does.
+    """
     make_parent(path)
+    _refuse_foreign(folder, path)
     if folder.stat().st_dev != path.parent.stat().st_dev:
         near = _sibling(path)
         shutil.copytree(folder, near, dirs_exist_ok=True)
@@ -110,8 +114,21 @@ def publish(folder: Path, path: Path) -> None:
         folder.replace(path)
 
 
+def _refuse_foreign(folder: Path, path: Path) -> None:
+    """Raise UserError where `path` is somebody's own: an output takes the place of an older one only."""
+    there = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; give a new folder")
+    if there and not there & {p.name for p in folder.iterdir()}:
+        raise UserError(
+            f"{path}: holds {min(there)}, which this command did not write; give a new folder"
+        )
+
+
 def make_parent(path: Path) -> None:
     """Create the folder that `path` will stand in. Raises UserError: impossible, or not writable."""
+    if path.name in ("", ".."):
+        raise UserError(f"{path}: is no place for an output; give a new name in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -74,11 +74,6 @@ def whole_or_absent(out: Path, code: int) -> None:
     assert not litter, litter
 
 
-def seldom(usual: st.SearchStrategy[Any], odd: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """One or the other."""
-    return st.one_of(usual, odd)
-
-
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
 NUMBERS = st.one_of(
     st.integers(-(2**70), 2**70),
@@ -126,13 +121,13 @@ def damaged(data: bytes, damage: list[tuple[float, tuple[str, Any]]]) -> bytes:
 
 
 @st.composite
-def edited(draw: st.DrawFn, document: Any) -> Any:
-    """A JSON document in which one to three places hold something else, are gone, or are doubled."""
+def edited(draw: st.DrawFn, document: Any, *kept: str) -> Any:
+    """A JSON document in which one to three places hold something else or are gone, but for the keys `kept`."""
     found = json.loads(json.dumps(document))
     for _ in range(draw(st.integers(1, 3))):
         place, key = found, None
-        while isinstance(place, dict | list) and place:
-            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        while isinstance(place, dict | list) and len(place) > (len(kept) if place is found else 0):
+            keys = [k for k in place if k not in kept] if isinstance(place, dict) else range(len(place))
             if key is not None and draw(st.integers(0, 3)) == 0:
                 break
             holder, key = place, draw(st.sampled_from(keys))

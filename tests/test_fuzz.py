@@ -110,6 +110,7 @@ BASE = {
 LAUGHS = "\n".join(
     ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))]
 )
+SMALL = ["0", "1", "2", "0.5", "1e-3", "auto", "null", "true", "[]", "{}", "all", "'on'", "[1, 1, 1]"]
 TRICKS = [
     *("&a [*a]", "&a {x: *a}", "*nowhere", "{<<: 3}", "{<<: *nowhere}", "{<<: [1, 2]}"),
     *("2001-13-45", "2001-01-01", "2001-01-01T99:99:99", "12:30:45", "0o17", "0o9", "0x1F", "1_000"),
@@ -169,7 +170,10 @@ def yaml_of(value):
 
 
 CHANGES = st.lists(
-    st.tuples(st.sampled_from(PLACES), st.sampled_from(TRICKS) | fuzz.VALUES.map(yaml_of)),
+    st.tuples(
+        st.sampled_from(PLACES),
+        st.sampled_from(SMALL) | st.sampled_from(TRICKS) | fuzz.VALUES.map(yaml_of),
+    ),
     min_size=1,
     max_size=2,
 )
@@ -297,7 +301,11 @@ NAMES = st.one_of(
         lambda n: n not in (".", "..")
     ),
 )
-COUNTS = st.dictionaries(NAMES, st.sampled_from([0, 1, 2, 3, 8, 9, 30]), min_size=0, max_size=4)
+USUAL = st.sampled_from(["cat", "dog", "a b", "画像", "\U0001f600", "<script>", "-rf", "a|b", "*", "1"])
+COUNTS = st.one_of(
+    st.dictionaries(USUAL, st.integers(8, 30), min_size=2, max_size=4),
+    st.dictionaries(USUAL | NAMES, st.sampled_from([8, 9, 30, 3, 2, 1, 0]), max_size=4),
+)
 LINKS = ("loop", "up", "fifo", "dangling", "folder.png", "device", "deep", "nothing")
 
 
@@ -328,6 +336,14 @@ def populate(root, counts, link, split):
         (place / "/".join("d" * 60)).mkdir(parents=True)
 
 
+ODD_KEYS = [
+    *(("val", v) for v in (0.5, 0.999, 1, 3, 1.5, 1e300, 1e-300)),
+    *(("test", v) for v in (0.1, 0.5, 1, 2.5)),
+    *(("student_labels", v) for v in (1, 5, 10**9)),
+    *(("seed", v) for v in (1, -1, 2**32, 2**70)),
+    *(("image_size", v) for v in (9, 64, 4097, 2**63)),
+    ("on_error", "skip"),
+]
 TINY = [saved(p, "PNG") for p in noise(30, 8, seed=3)]
 
 
@@ -346,18 +362,8 @@ def test_any_tree_of_folders_is_prepared_or_refused(examples, tmp_path):
         finally:
             shutil.rmtree(root)
 
-    keys = st.fixed_dictionaries(
-        {},
-        optional={
-            "val": st.sampled_from([0.1, 0.5, 0.999, 1, 3, 1.5, 1e300, 1e-300]),
-            "test": st.sampled_from([0.1, 0.5, 1, 3, 2.5]),
-            "student_labels": st.sampled_from(["all", 1, 5, 10**9]),
-            "seed": st.sampled_from([0, 1, -1, 2**32, 2**70]),
-            "image_size": st.sampled_from([8, 9, 4096, 10**5, 10**9, 2**63]),
-            "on_error": st.sampled_from(["stop", "skip"]),
-        },
-    )
-    split = st.sampled_from(["", "", "train", "val", "unlabelled"])
+    keys = st.sampled_from([*[{"val": 0.2, "test": 0.2}] * 4, *({k: v} for k, v in ODD_KEYS)])
+    split = st.sampled_from(["", "train", "", "train", "", "val", "unlabelled"])
     cases = st.tuples(COUNTS, st.sampled_from(LINKS), split, keys)
     tell("folders", fuzz.many(examples, cases, attempt))
 
@@ -401,8 +407,9 @@ def test_any_index_json_is_opened_or_refused(examples, world, tmp_path):
         return code
 
     whole = json.dumps(index).encode()
-    documents = fuzz.edited(index).map(lambda d: json.dumps(d).encode())
-    cases = documents | fuzz.DAMAGE.map(lambda d: fuzz.damaged(whole, d)) | st.sampled_from(FILES)
+    documents = fuzz.edited(index, "schema", "images_sha256").map(lambda d: json.dumps(d).encode())
+    spoilt = fuzz.DAMAGE.map(lambda d: fuzz.damaged(whole, d)) | st.sampled_from(FILES)
+    cases = st.one_of(documents, documents, documents, spoilt)
     tell("index.json", fuzz.many(examples, cases, attempt))
 
 
@@ -489,7 +496,7 @@ def test_any_store_is_read_or_refused(examples, world, tmp_path):
     head, rest = head_of(world / "store" / shard)
     lengths = st.sampled_from([0, 7, 2**20, 2**31, 2**40, 2**63, 2**64 - 1])
     cases = st.one_of(
-        fuzz.edited(manifest).map(lambda m: ("sealed", m)),
+        fuzz.edited(manifest, "schema").map(lambda m: ("sealed", m)),
         fuzz.edited(manifest["shards"]).map(lambda s: ("sealed", {**manifest, "shards": s})),
         fuzz.edited(head).map(lambda h: ("shard", with_head(h, rest))),
         lengths.map(lambda n: ("shard", with_head(head, rest, n))),
@@ -528,6 +535,6 @@ def test_any_checkpoint_is_loaded_or_refused(examples, world, tmp_path):
         st.sampled_from(FILES),
     )
     cases = st.tuples(weights, st.just(description)) | st.tuples(
-        st.just(whole), fuzz.edited(description)
+        st.just(whole), fuzz.edited(description, "schema", "weights_sha256")
     )
     tell("checkpoints", fuzz.many(examples, cases, attempt))

@@ -18,12 +18,13 @@ from torch import Tensor
 from pipeline import config, data, files, models, views
 from pipeline.errors import UserError
 from pipeline.store import policy
-from pipeline.store.encoding import decode
+from pipeline.store.encoding import DTYPES, decode
 from pipeline.store.shards import SAFETENSORS, Field, Fields, Shard, word_sums
 from pipeline.teacher import TeacherTail, Tokens
 
 SCHEMA = "cakd.store/2"
 AGAIN = "run cache again"
+FEATURES = {"block_input": ("x",), "qkvh": ("qkv", "h")}  # layout -> what a record must hold
 SEAL = "sha256"  # the manifest's own hash, over all its other keys
 OTHER_FILES = 256  # that a training has open besides
 THREADS = 2  # that read: more gain nothing from a page cache, fewer leave a disk idle
@@ -65,7 +66,10 @@ def open_manifest(folder: Path) -> dict[str, Any]:
     if seal(manifest) != manifest:
         raise UserError(f"{path}: damaged, it is not what was written; run cache again")
     files.expect(manifest, path, AGAIN, mode=str, layout=str, dtype=str, fingerprint=dict)
-    files.expect(manifest, path, AGAIN, records=int, fields=dict, shards=list)
+    files.expect(manifest, path, AGAIN, images=int, views=int, records=int, fields=dict, shards=list)
+    files.expect(manifest, path, AGAIN, bytes_per_view=float, error=dict)
+    if manifest["layout"] not in FEATURES or manifest["dtype"] not in DTYPES:
+        raise UserError(f"{path}: damaged, {manifest['dtype']} in {manifest['layout']}; {AGAIN}")
     for entry in manifest["shards"]:
         files.expect(entry, path, AGAIN, file=str, records=int, bytes=int, sha256=str)
         if Path(entry["file"]).name != entry["file"] or entry["records"] < 1:
@@ -88,7 +92,8 @@ def open_shards(folder: Path, manifest: dict[str, Any]) -> list[Shard]:
         fields = {n: Field(SAFETENSORS[d], _shape(s)) for n, (d, s) in manifest["fields"].items()}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: damaged, a field is {error}; {AGAIN}") from None
-    if manifest["shards"] and not {"logits", "view_hash", "checksum"} <= set(fields):
+    needed = {*FEATURES[manifest["layout"]], "logits", "view_hash", "checksum"}
+    if manifest["shards"] and not needed <= set(fields):
         raise UserError(f"{folder}: damaged, the fields are {reprlib.repr(list(fields))}; {AGAIN}")
     _allow_files(len(manifest["shards"]))
     shards, first = [], 0
