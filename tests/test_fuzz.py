@@ -6,11 +6,16 @@ printed: `pytest -rP -m slow tests/test_fuzz.py`.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
+import pickle
+import resource
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -26,7 +31,8 @@ from pipeline.data import Prepared
 from pipeline.images import SUFFIXES
 from pipeline.prepare import Prepare, prepare
 from pipeline.store import policy, reading, writing
-from tests import fuzz
+from tests import containers, fuzz, hostile
+from tests.house import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 
@@ -538,3 +544,180 @@ def test_any_checkpoint_is_loaded_or_refused(examples, world, tmp_path):
         st.just(whole), fuzz.edited(description, "schema", "weights_sha256")
     )
     tell("checkpoints", fuzz.many(examples, cases, attempt))
+
+
+# --- archives and tables
+
+
+@sizes(25, 250)
+def test_any_cifar_batch_is_read_or_refused(examples, tmp_path):
+    splits = {"train": containers.pictures(24, 0), "test": containers.pictures(8, 1)}
+    folder = containers.as_cifar100(tmp_path, splits)
+    whole = {name: (folder / name).read_bytes() for name in ("meta", "train", "test")}
+    batch = {"data": [[0]], "fine_labels": [0, 1], "filenames": ["a"], "fine_label_names": ["a"]}
+
+    def attempt(case):
+        name, data = case
+        (folder / name).write_bytes(data)
+        line = prepare_line(tmp_path, source="cifar", path=str(folder), val=4)
+        code = fuzz.run(*line)
+        fuzz.whole_or_absent(tmp_path / "prepared", code)
+        shutil.rmtree(tmp_path / "prepared", ignore_errors=True)
+        (folder / name).write_bytes(whole[name])
+        return code
+
+    small = fuzz.edited(batch).map(lambda b: pickle.dumps(b, protocol=2))
+    far = [b"\x80\x02Nr\xff\xff\xff\x7f.", b"N(lp4000000000\n.", b"\x80\x04\x8e" + b"\xff" * 8, b"(" * 9999]
+    names = st.sampled_from(["meta", "train", "test"])
+    hurt = st.tuples(names, fuzz.DAMAGE).map(lambda c: (c[0], fuzz.damaged(whole[c[0]], c[1])))
+    near = st.tuples(st.sampled_from(["meta", "test"]), st.tuples(st.floats(0, 1), st.integers(0, 255))).map(
+        lambda c: (c[0], flip_structure(whole[c[0]], *c[1]))
+    )
+    cases = st.one_of(hurt, near, st.tuples(names, small), st.tuples(names, st.sampled_from(far)))
+    tell("CIFAR batches", fuzz.many(examples, cases, attempt))
+
+
+def flip_structure(data, share, value):
+    """One byte changed among the first or last 300, where a pickle says what it holds and not the pixels."""
+    places = [*range(min(300, len(data))), *range(max(0, len(data) - 300), len(data))]
+    at = places[min(int(share * len(places)), len(places) - 1)]
+    return data[:at] + bytes([value]) + data[at + 1 :]
+
+
+@sizes(10, 120)
+def test_any_archive_is_read_or_refused(examples, tmp_path):
+    splits = {"train": containers.pictures(24, 0), "test": containers.pictures(8, 1)}
+    archive = containers.packed(containers.as_cifar100(tmp_path, splits))
+    whole = archive.read_bytes()
+    bare = gzip.decompress(whole)
+
+    def attempt(data):
+        archive.write_bytes(data)
+        line = prepare_line(tmp_path, source="cifar", path=str(archive), val=4)
+        code = fuzz.run(*line)
+        fuzz.whole_or_absent(tmp_path / "prepared", code)
+        shutil.rmtree(tmp_path / "prepared", ignore_errors=True)
+        return code
+
+    heads = st.tuples(st.floats(0, 1), st.integers(0, 255)).map(lambda c: flip_structure(bare, *c))
+    cases = fuzz.DAMAGE.map(lambda d: fuzz.damaged(whole, d)) | heads | st.binary(max_size=600)
+    tell("archives", fuzz.many(examples, cases, attempt))
+
+
+@sizes(15, 200)
+def test_any_parquet_file_is_read_or_refused(examples, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    containers.as_parquet(tmp_path, {"train": containers.pictures(24, 0)}, shards=1)
+    path = tmp_path / "train-00000-of-00001.parquet"
+    whole, table = path.read_bytes(), parquet.read_table(path)
+    note = json.loads(table.schema.metadata[b"huggingface"])
+    cells = table.column("img")
+
+    def attempt(case):
+        kind, what = case
+        if kind == "bytes":
+            path.write_bytes(what)
+        elif kind == "note":
+            told = {"huggingface": what if isinstance(what, bytes) else json.dumps(what)}
+            parquet.write_table(table.replace_schema_metadata(told), path)
+        else:
+            parquet.write_table(pa.table({"img": cells, "label": pa.array([what] * 12 + [0] * 12)}), path)
+        line = prepare_line(tmp_path, source="parquet", path=str(path), val=4, test=4)
+        code = fuzz.run(*line)
+        fuzz.whole_or_absent(tmp_path / "prepared", code)
+        shutil.rmtree(tmp_path / "prepared", ignore_errors=True)
+        return code
+
+    labels = st.sampled_from([0, 1, -1, 2**40, 10**6, 999_999, None])
+    cases = st.one_of(
+        fuzz.DAMAGE.map(lambda d: ("bytes", fuzz.damaged(whole, d))),
+        fuzz.edited(note).map(lambda n: ("note", n)),
+        st.sampled_from(FILES[:20]).map(lambda b: ("note", b)),
+        labels.map(lambda v: ("labels", v)),
+    )
+    tell("parquet", fuzz.many(examples, cases, attempt))
+
+
+# --- ONNX
+
+
+NOTES = ("image_size", "mean", "std", "classes", "precision", "model", "interpolation", "crop", "x")
+
+
+@sizes(25, 250)
+def test_any_notes_and_any_bytes_of_an_onnx_file_are_read_or_refused(examples, tmp_path):
+    whole = hostile.model().SerializeToString()
+    home, out = tmp_path / "in", tmp_path / "out"
+    home.mkdir()
+
+    def attempt(data):
+        out.mkdir()
+        path = home / "net.onnx"
+        path.write_bytes(data)
+        try:
+            code = fuzz.run("exporters.ort", path, out / "made.onnx")
+            fuzz.whole_or_absent(out / "made.onnx", code)
+            return code
+        finally:
+            shutil.rmtree(out)
+
+    def noted(notes):
+        return hostile.model(notes={**hostile.NOTES, **notes}).SerializeToString()
+
+    texts = fuzz.TEXT | fuzz.NUMBERS.map(lambda n: repr(n)[:400]) | st.just("x" * 10**5)
+    cases = st.one_of(
+        st.dictionaries(st.sampled_from(NOTES), texts, min_size=1, max_size=3).map(noted),
+        fuzz.DAMAGE.map(lambda d: fuzz.damaged(whole, d)),
+        st.sampled_from(FILES),
+    )
+    tell("ONNX files", fuzz.many(examples, cases, attempt))
+
+
+# --- as processes of their own
+
+
+@sizes(4, 40)
+def test_a_disk_that_is_full_at_any_byte_is_told_and_leaves_nothing(examples, world, tmp_path):
+    """The limit is that of the process: no file grows beyond it."""
+    prepare_line(tmp_path, path=str(world / "images"), val=4, test=4)
+    out = tmp_path / "outs" / "prepared"
+    out.parent.mkdir()
+
+    def attempt(limit):
+        done = subprocess.run(
+            [sys.executable, "-m", "stages.prepare", out, "--params", tmp_path / "params.yaml"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )
+        assert done.returncode in (0, 2) and done.stderr.count("\n") == done.returncode // 2, done.stderr
+        fuzz.whole_or_absent(out, done.returncode)
+        shutil.rmtree(out, ignore_errors=True)
+        return done.returncode
+
+    tell("full disks", fuzz.many(examples, st.integers(0, 9000), attempt))
+
+
+REAL = {  # what only a process of its own shows: the bytes on stderr, the exit code that a shell sees
+    "aliases without end": LAUGHS.encode() + b"\nprepare: *a11",
+    "no UTF-8": b"prepare: {source: '\xff'}",
+    "a date that is none": b"prepare: {source: digits, seed: 2001-13-45}",
+    "nested too deep": b"[" * 10**5,
+    "a huge number": b"prepare: {source: digits, val: " + b"9" * 400 + b"}",
+    "endless digits": b"prepare: {source: digits, val: " + b"9" * 5000 + b"}",
+    "an empty file": b"",
+    "half a character": b'prepare: {source: "\\ud800"}',
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_process_ends_as_one_in_this_process_does(name, tmp_path, command):
+    file, out = tmp_path / "params.yaml", tmp_path / "out"
+    file.write_bytes(REAL[name])
+    assert fuzz.run("stages.prepare", out, "--params", file) == fuzz.REFUSED
+    done = command("stages.prepare", out, "--params", file)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not out.exists(), done.stderr
+    assert done.stderr.startswith("stages.prepare: error: ") and not done.stdout
