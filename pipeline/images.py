@@ -38,10 +38,15 @@ def decode(source: Path | BinaryIO) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = Image.open(source, formats=FORMATS)
-        if image.width * image.height > LARGEST:
+        try:
+            if image.width * image.height > LARGEST:
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels; allowed: {LARGEST} in all"
+                )
+            image.load()
+        except BaseException:
             image.close()
-            raise ValueError(f"{image.width} x {image.height} pixels; allowed: {LARGEST} in all")
-        image.load()
+            raise
     return image
 
 

@@ -239,7 +239,7 @@ GOOD = [
     saved(PICTURE.convert("CMYK"), "JPEG"),
     saved(PICTURE, "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06"),
     saved(PICTURE, "GIF", save_all=True, append_images=[PICTURE.rotate(90)]),
-    *(saved(PICTURE, kind) for kind in ("PPM", "TGA", "EPS", "ICO", "PCX", "SGI", "IM", "PDF", "JPEG2000")),
+    *(saved(PICTURE, kind) for kind in ("PPM", "TGA", "EPS", "ICO", "PCX", "SGI", "PDF", "JPEG2000")),
 ]
 ODD = [
     *(b"", b"\x00", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"BM", b"II*\x00", b"RIFF....WEBPVP8 "),

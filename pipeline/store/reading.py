@@ -72,7 +72,8 @@ def open_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged, {manifest['dtype']} in {manifest['layout']}; {AGAIN}")
     for entry in manifest["shards"]:
         files.expect(entry, path, AGAIN, file=str, records=int, bytes=int, sha256=str)
-        if Path(entry["file"]).name != entry["file"] or entry["records"] < 1:
+        inside = Path(entry["file"]).name == entry["file"] and entry["file"] not in ("", "..")
+        if not inside or entry["records"] < 1:
             raise UserError(f"{path}: damaged, a shard is {reprlib.repr(entry)}; {AGAIN}")
     if sum(entry["records"] for entry in manifest["shards"]) != manifest["records"]:
         raise UserError(f"{path}: damaged, {manifest['records']} records are not its shards'; {AGAIN}")
