@@ -114,7 +114,10 @@ def refuse_description(description: dict[str, Any], path: Path) -> None:
     files.expect(preprocess, path, remedy, image_size=int, mean=list, std=list)
     values = [*preprocess["mean"], *preprocess["std"]]
     numbers = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-    if not (numbers and len(preprocess["mean"]) == 3 == len(preprocess["std"])) or min(values[3:]) <= 0:
+    if (
+        not (numbers and len(preprocess["mean"]) == 3 == len(preprocess["std"]))
+        or min(values[3:]) <= 0
+    ):
         raise UserError(f"{path}: damaged, mean and std are {reprlib.repr(values)}; {remedy}")
     if not (1 <= classes <= LARGEST_CLASS and 1 <= preprocess["image_size"] <= LARGEST_SIDE):
         raise UserError(
@@ -131,7 +134,9 @@ def _pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """The array of images.npy, memory-mapped. Raises UserError: no array, or another than the index needs."""
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # NumPy parses the header as Python text, and raises what that raises
+    except (
+        Exception
+    ) as error:  # NumPy parses the header as Python text, and raises what that raises
         raise UserError(f"{path}: damaged, no array ({error}); {AGAIN}") from None
     if not isinstance(images, np.ndarray) or images.shape != shape or images.dtype != np.uint8:
         got = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else "an archive"

@@ -32,8 +32,8 @@ class BrokenImage(UserError):
 def decode(source: Path | BinaryIO) -> Image.Image:
     """A picture file, decoded whole (of an animation its first frame); raises what Pillow raises.
 
-    Pillow's warnings of a large or crooked file are not shown: it is decoded whole or not at all, and what is larger
-    than LARGEST is not begun. Raises ValueError: too large.
+    Pillow's warnings of a large or crooked file are not shown: it is decoded whole or not at all, and what is
+    larger than LARGEST is not begun. Raises ValueError: too large.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -56,7 +56,9 @@ class Prepare:
                 f"student_labels is {self.student_labels!r}; allowed: all, or N >= 1 a class"
             )
         if not 8 <= self.image_size <= LARGEST_SIDE:
-            raise ValueError(f"image_size is {self.image_size}; allowed: 8 to {LARGEST_SIDE} pixels")
+            raise ValueError(
+                f"image_size is {self.image_size}; allowed: 8 to {LARGEST_SIDE} pixels"
+            )
         for name, share in (("val", self.val), ("test", self.test)):
             if share <= 0 or (share > 1 and share % 1):
                 raise ValueError(f"{name} is {share}; allowed: a share below 1 or a count from 1")

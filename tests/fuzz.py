@@ -127,7 +127,11 @@ def edited(draw: st.DrawFn, document: Any, *kept: str) -> Any:
     for _ in range(draw(st.integers(1, 3))):
         place, key = found, None
         while isinstance(place, dict | list) and len(place) > (len(kept) if place is found else 0):
-            keys = [k for k in place if k not in kept] if isinstance(place, dict) else range(len(place))
+            keys = (
+                [k for k in place if k not in kept]
+                if isinstance(place, dict)
+                else range(len(place))
+            )
             if key is not None and draw(st.integers(0, 3)) == 0:
                 break
             holder, key = place, draw(st.sampled_from(keys))

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,22 +115,121 @@ BASE = {
 LAUGHS = "\n".join(
     ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))]
 )
-SMALL = ["0", "1", "2", "0.5", "1e-3", "auto", "null", "true", "[]", "{}", "all", "'on'", "[1, 1, 1]"]
+SMALL = [
+    "0",
+    "1",
+    "2",
+    "0.5",
+    "1e-3",
+    "auto",
+    "null",
+    "true",
+    "[]",
+    "{}",
+    "all",
+    "'on'",
+    "[1, 1, 1]",
+]
 TRICKS = [
     *("&a [*a]", "&a {x: *a}", "*nowhere", "{<<: 3}", "{<<: *nowhere}", "{<<: [1, 2]}"),
-    *("2001-13-45", "2001-01-01", "2001-01-01T99:99:99", "12:30:45", "0o17", "0o9", "0x1F", "1_000"),
+    *(
+        "2001-13-45",
+        "2001-01-01",
+        "2001-01-01T99:99:99",
+        "12:30:45",
+        "0o17",
+        "0o9",
+        "0x1F",
+        "1_000",
+    ),
     *(".inf", "-.inf", ".nan", "1e999", "9" * 5000, "-" + "9" * 400, "0b2", "~", "''", "!!null x"),
-    *("!!int x", "!!float x", "!!bool maybe", "!!timestamp x", "!!binary 'no base 64'", "!!set {a}"),
-    *("!!omap [a: 1]", "!!python/object:os.system x", "!!python/name:os.system", "!mine x", "!!map x"),
-    *("{? [a] : b}", "{1: 2}", "{~: 1}", "{true: 1}", "{2001-01-01: 1}", "{a: 1, a: 2}", "[" * 3000),
-    *('"\\ud800"', '"\\x00"', '"\\e[31m"', "'a\n  b'", "|\n  x", "@", "`", "%", "- - -", ": :", "{", "]"),
-    *("x" * 100_000, "[" + "1," * 100_000 + "1]", "yes", "on", "null", "!!str 3", "!!seq {}", "é", "\u2028"),
+    *(
+        "!!int x",
+        "!!float x",
+        "!!bool maybe",
+        "!!timestamp x",
+        "!!binary 'no base 64'",
+        "!!set {a}",
+    ),
+    *(
+        "!!omap [a: 1]",
+        "!!python/object:os.system x",
+        "!!python/name:os.system",
+        "!mine x",
+        "!!map x",
+    ),
+    *(
+        "{? [a] : b}",
+        "{1: 2}",
+        "{~: 1}",
+        "{true: 1}",
+        "{2001-01-01: 1}",
+        "{a: 1, a: 2}",
+        "[" * 3000,
+    ),
+    *(
+        '"\\ud800"',
+        '"\\x00"',
+        '"\\e[31m"',
+        "'a\n  b'",
+        "|\n  x",
+        "@",
+        "`",
+        "%",
+        "- - -",
+        ": :",
+        "{",
+        "]",
+    ),
+    *(
+        "x" * 100_000,
+        "[" + "1," * 100_000 + "1]",
+        "yes",
+        "on",
+        "null",
+        "!!str 3",
+        "!!seq {}",
+        "é",
+        "\u2028",
+    ),
 ]
 FILES = [
-    *(b"", b"\n", b"\xef\xbb\xbf", b"\xff\xfe", b"\xff\xfe\x00", b"\x00", b"- 1", b"3", b"---\na: 1\n---\nb: 2"),
-    *(b"%YAML 9.9\n---\na: 1", b"%YAML 1.1\n---\na: on", b"%TAG ! tag:x,2000:\n---\n!x y", b"\xe9: 1", b"\t", b"a:\tb"),
-    *(LAUGHS.encode(), b"prepare: &a {x: *a}", b"? [a]\n: b", b"1: 2", b"? ? ?", b"a" * 10**6, b"[" * 10**5),
-    *(b"prepare: *a", b"...", b"---", b"# nothing", b"\xf0\x9f\x98\x80: 1", b"prepare:\n- source: digits"),
+    *(
+        b"",
+        b"\n",
+        b"\xef\xbb\xbf",
+        b"\xff\xfe",
+        b"\xff\xfe\x00",
+        b"\x00",
+        b"- 1",
+        b"3",
+        b"---\na: 1\n---\nb: 2",
+    ),
+    *(
+        b"%YAML 9.9\n---\na: 1",
+        b"%YAML 1.1\n---\na: on",
+        b"%TAG ! tag:x,2000:\n---\n!x y",
+        b"\xe9: 1",
+        b"\t",
+        b"a:\tb",
+    ),
+    *(
+        LAUGHS.encode(),
+        b"prepare: &a {x: *a}",
+        b"? [a]\n: b",
+        b"1: 2",
+        b"? ? ?",
+        b"a" * 10**6,
+        b"[" * 10**5,
+    ),
+    *(
+        b"prepare: *a",
+        b"...",
+        b"---",
+        b"# nothing",
+        b"\xf0\x9f\x98\x80: 1",
+        b"prepare:\n- source: digits",
+    ),
 ]
 PLACES = [
     (section, key, *inner)
@@ -141,7 +239,16 @@ PLACES = [
 ]
 KEYS = {  # defaults of the dataclasses that BASE does not set
     "prepare": ("path", "label_column", "student_labels", "val", "test", "on_error", "seed"),
-    "teach": ("weights", "epochs", "batch", "lr", "weight_decay", "label_smoothing", "geometry", "seed"),
+    "teach": (
+        "weights",
+        "epochs",
+        "batch",
+        "lr",
+        "weight_decay",
+        "label_smoothing",
+        "geometry",
+        "seed",
+    ),
     "cache": ("mode", "layout", "dtype", "batch", "shard_mb", "seed", "device"),
     "distill": ("epochs", "batch", "lr", "labelled_share", "seed", "workers", "logits"),
     "evaluate": ("batch", "ece_bins", "seed"),
@@ -237,12 +344,28 @@ GOOD = [
     saved(PICTURE.convert("P"), "PNG", transparency=3),
     saved(PICTURE.convert("LA"), "PNG"),
     saved(PICTURE.convert("CMYK"), "JPEG"),
-    saved(PICTURE, "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06"),
+    saved(
+        PICTURE,
+        "JPEG",
+        exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06",
+    ),
     saved(PICTURE, "GIF", save_all=True, append_images=[PICTURE.rotate(90)]),
-    *(saved(PICTURE, kind) for kind in ("PPM", "TGA", "EPS", "ICO", "PCX", "SGI", "PDF", "JPEG2000")),
+    *(
+        saved(PICTURE, kind)
+        for kind in ("PPM", "TGA", "EPS", "ICO", "PCX", "SGI", "PDF", "JPEG2000")
+    ),
 ]
 ODD = [
-    *(b"", b"\x00", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"BM", b"II*\x00", b"RIFF....WEBPVP8 "),
+    *(
+        b"",
+        b"\x00",
+        b"GIF89a",
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff\xe0",
+        b"BM",
+        b"II*\x00",
+        b"RIFF....WEBPVP8 ",
+    ),
     saved(Image.new("RGB", (1, 1)), "PNG"),
     saved(Image.new("1", (1, 30_000)), "PNG"),
     saved(Image.new("1", (30_000, 1)), "PNG"),
@@ -298,16 +421,60 @@ def test_any_bytes_as_a_picture_are_decoded_or_named(examples, tmp_path):
 NAMES = st.one_of(
     st.sampled_from(
         [
-            *("cat", "a b", "-rf", "--params", ".hidden", "unlabelled", "train", "val", "test", "é", "画像", "\U0001f600"),
-            *("a\nb", "a\tb", "a\rb", "\x1b[31m", "<script>", "a|b", "a&b", "'", '"', "\\", "x" * 200, "nan", "-1"),
-            *("\udcff", "a\u2028b", "\u202egpj", "%s", "{}", "$x$", "`x`", "1", "01", "con", "a.png", "*", "?", "[a]"),
+            *(
+                "cat",
+                "a b",
+                "-rf",
+                "--params",
+                ".hidden",
+                "unlabelled",
+                "train",
+                "val",
+                "test",
+                "é",
+                "画像",
+                "\U0001f600",
+            ),
+            *(
+                "a\nb",
+                "a\tb",
+                "a\rb",
+                "\x1b[31m",
+                "<script>",
+                "a|b",
+                "a&b",
+                "'",
+                '"',
+                "\\",
+                "x" * 200,
+                "nan",
+                "-1",
+            ),
+            *(
+                "\udcff",
+                "a\u2028b",
+                "\u202egpj",
+                "%s",
+                "{}",
+                "$x$",
+                "`x`",
+                "1",
+                "01",
+                "con",
+                "a.png",
+                "*",
+                "?",
+                "[a]",
+            ),
         ]
     ),
     st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=8).filter(
         lambda n: n not in (".", "..")
     ),
 )
-USUAL = st.sampled_from(["cat", "dog", "a b", "画像", "\U0001f600", "<script>", "-rf", "a|b", "*", "1"])
+USUAL = st.sampled_from(
+    ["cat", "dog", "a b", "画像", "\U0001f600", "<script>", "-rf", "a|b", "*", "1"]
+)
 COUNTS = st.one_of(
     st.dictionaries(USUAL, st.integers(8, 30), min_size=2, max_size=4),
     st.dictionaries(USUAL | NAMES, st.sampled_from([8, 9, 30, 3, 2, 1, 0]), max_size=4),
@@ -375,19 +542,16 @@ def test_any_tree_of_folders_is_prepared_or_refused(examples, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "counts",
-    [
-        {f"class {i:04d}": 3 for i in range(1000)},
-        {"few": 4, "many": 400},
-    ],
+    ("counts", "held_out"),
+    [({f"class {i:04d}": 4 for i in range(1000)}, 1000), ({"few": 4, "many": 400}, 100)],
     ids=["1,000 classes", "1 to 100"],
 )
-def test_many_classes_and_unequal_ones_are_prepared(counts, tmp_path):
+def test_many_classes_and_unequal_ones_are_prepared(counts, held_out, tmp_path):
     for name, n in counts.items():
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(n):
             (tmp_path / "images" / name / f"{i}.png").write_bytes(TINY[i % len(TINY)])
-    line = prepare_line(tmp_path, val=0.34, test=0.34)
+    line = prepare_line(tmp_path, val=held_out, test=held_out)
     assert fuzz.run(*line) == fuzz.DONE
     assert set(Prepared.open(tmp_path / "prepared").labels) == set(range(len(counts)))
 
@@ -448,8 +612,20 @@ def test_any_images_npy_is_opened_or_refused(examples, world, tmp_path):
         return code
 
     arrays = [
-        *(pixels[:-1], pixels[:, :7], pixels[..., :1], pixels.astype(np.float32), pixels.astype(">i2")),
-        *(pixels.reshape(-1), np.array(3), np.array([{"a": 1}], dtype=object), pixels[:0], np.zeros(3, "U5")),
+        *(
+            pixels[:-1],
+            pixels[:, :7],
+            pixels[..., :1],
+            pixels.astype(np.float32),
+            pixels.astype(">i2"),
+        ),
+        *(
+            pixels.reshape(-1),
+            np.array(3),
+            np.array([{"a": 1}], dtype=object),
+            pixels[:0],
+            np.zeros(3, "U5"),
+        ),
         *(np.asfortranarray(pixels), np.zeros(24, [("a", "u1")]), pixels.astype(bool)),
     ]
     head = fuzz.DAMAGE.map(lambda d: fuzz.damaged(whole[:128], d) + whole[128:])
@@ -484,7 +660,10 @@ def test_any_store_is_read_or_refused(examples, world, tmp_path):
             if kind == "shard":
                 (store / shard).write_bytes(what)
                 entry = {"bytes": len(what), "sha256": files.sha256(store / shard)}
-                edited = {**manifest, "shards": [{**manifest["shards"][0], **entry}, *manifest["shards"][1:]]}
+                edited = {
+                    **manifest,
+                    "shards": [{**manifest["shards"][0], **entry}, *manifest["shards"][1:]],
+                }
                 (store / "manifest.json").write_text(json.dumps(reading.seal(edited)))
             elif kind == "sealed":
                 sealed = reading.seal(what) if isinstance(what, dict) else what
@@ -493,7 +672,16 @@ def test_any_store_is_read_or_refused(examples, world, tmp_path):
                 (store / "manifest.json").write_bytes(what)
             elif kind == "extra":
                 (store / "more.safetensors").write_bytes(what)
-            line = ["verify", store, "--prepared", world / "prepared", "--teacher", teacher_path, "-n", 4]
+            line = [
+                "verify",
+                store,
+                "--prepared",
+                world / "prepared",
+                "--teacher",
+                teacher_path,
+                "-n",
+                4,
+            ]
             return max(fuzz.run("pipeline.store", "info", store), fuzz.run("pipeline.store", *line))
         finally:
             shutil.rmtree(store)
@@ -529,7 +717,16 @@ def test_any_checkpoint_is_loaded_or_refused(examples, world, tmp_path):
         if isinstance(told, dict) and "weights_sha256" in told:
             told = {**told, "weights_sha256": files.sha256(path)}
         path.with_suffix(".json").write_text(json.dumps(told))
-        line = ["verify", world / "store", "--prepared", world / "prepared", "--teacher", path, "-n", 4]
+        line = [
+            "verify",
+            world / "store",
+            "--prepared",
+            world / "prepared",
+            "--teacher",
+            path,
+            "-n",
+            4,
+        ]
         return fuzz.run("pipeline.store", *line)
 
     lengths = st.sampled_from([0, 7, 2**20, 2**31, 2**40, 2**63, 2**64 - 1])
@@ -567,12 +764,17 @@ def test_any_cifar_batch_is_read_or_refused(examples, tmp_path):
         return code
 
     small = fuzz.edited(batch).map(lambda b: pickle.dumps(b, protocol=2))
-    far = [b"\x80\x02Nr\xff\xff\xff\x7f.", b"N(lp4000000000\n.", b"\x80\x04\x8e" + b"\xff" * 8, b"(" * 9999]
+    far = [
+        b"\x80\x02Nr\xff\xff\xff\x7f.",
+        b"N(lp4000000000\n.",
+        b"\x80\x04\x8e" + b"\xff" * 8,
+        b"(" * 9999,
+    ]
     names = st.sampled_from(["meta", "train", "test"])
     hurt = st.tuples(names, fuzz.DAMAGE).map(lambda c: (c[0], fuzz.damaged(whole[c[0]], c[1])))
-    near = st.tuples(st.sampled_from(["meta", "test"]), st.tuples(st.floats(0, 1), st.integers(0, 255))).map(
-        lambda c: (c[0], flip_structure(whole[c[0]], *c[1]))
-    )
+    near = st.tuples(
+        st.sampled_from(["meta", "test"]), st.tuples(st.floats(0, 1), st.integers(0, 255))
+    ).map(lambda c: (c[0], flip_structure(whole[c[0]], *c[1])))
     cases = st.one_of(hurt, near, st.tuples(names, small), st.tuples(names, st.sampled_from(far)))
     tell("CIFAR batches", fuzz.many(examples, cases, attempt))
 
@@ -623,7 +825,9 @@ def test_any_parquet_file_is_read_or_refused(examples, tmp_path):
             told = {"huggingface": what if isinstance(what, bytes) else json.dumps(what)}
             parquet.write_table(table.replace_schema_metadata(told), path)
         else:
-            parquet.write_table(pa.table({"img": cells, "label": pa.array([what] * 12 + [0] * 12)}), path)
+            parquet.write_table(
+                pa.table({"img": cells, "label": pa.array([what] * 12 + [0] * 12)}), path
+            )
         line = prepare_line(tmp_path, source="parquet", path=str(path), val=4, test=4)
         code = fuzz.run(*line)
         fuzz.whole_or_absent(tmp_path / "prepared", code)
@@ -693,7 +897,9 @@ def test_a_disk_that_is_full_at_any_byte_is_told_and_leaves_nothing(examples, wo
             text=True,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
         )
-        assert done.returncode in (0, 2) and done.stderr.count("\n") == done.returncode // 2, done.stderr
+        assert done.returncode in (0, 2) and done.stderr.count("\n") == done.returncode // 2, (
+            done.stderr
+        )
         fuzz.whole_or_absent(out, done.returncode)
         shutil.rmtree(out, ignore_errors=True)
         return done.returncode

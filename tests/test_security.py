@@ -18,7 +18,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from exporters.build import Exported
-from pipeline import data, files, gallery, images, render
+from pipeline import files, gallery, images, render
 from pipeline.data import Prepared
 from pipeline.errors import UserError
 from pipeline.images import decode
@@ -26,6 +26,7 @@ from pipeline.sources import unpickle
 from pipeline.store import reading
 from tests import compared, containers, fuzz, hostile
 from tests.browser import Browser, find
+from tests.house import ROOT
 from tests.test_gallery import evidence
 from tests.test_report import Run, accuracy, change_row, run, summary, train_perf  # noqa: F401
 
@@ -41,8 +42,8 @@ class Evil:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A working folder in which a command that was executed would leave `evil`; the repository stays importable."""
-    monkeypatch.syspath_prepend(os.getcwd())
+    """A working folder in which a command that was executed would leave `evil`."""
+    monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     assert not list(tmp_path.rglob("evil")), "something was executed"
@@ -125,7 +126,9 @@ def test_arrays_of_objects_are_refused(here, digits):
         Exported.open(here)
 
 
-@pytest.mark.parametrize("tag", ["python/object/apply:os.system", "python/name:os.system", "ruby/x"])
+@pytest.mark.parametrize(
+    "tag", ["python/object/apply:os.system", "python/name:os.system", "ruby/x"]
+)
 def test_no_tag_of_yaml_makes_an_object(tag, here):
     (here / "params.yaml").write_text(f"prepare: {{source: !!{tag} ['touch evil']}}")
     line = ["stages.prepare", here / "out", "--params", here / "params.yaml"]
@@ -271,7 +274,9 @@ def test_no_name_becomes_markup_in_edge_md(run, tmp_path):  # noqa: F811
     text = render.markdown([edge, edge], past)
     path = tmp_path / "edge.html"
     rendered = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
-    path.write_text(f"<!doctype html><meta charset=utf-8><title>a</title>{rendered}", encoding="utf-8")
+    path.write_text(
+        f"<!doctype html><meta charset=utf-8><title>a</title>{rendered}", encoding="utf-8"
+    )
     with Browser(str(find())) as browser:
         alerts, page = opened(browser, path)
         assert not alerts and not page.requests and not page.errors

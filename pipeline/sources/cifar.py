@@ -140,7 +140,9 @@ def _extracted(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _too_large(name: Path | str) -> UserError:
-    return UserError(f"{name}: larger than {LARGEST:,} bytes, which no file of CIFAR is; give {WHAT}")
+    return UserError(
+        f"{name}: larger than {LARGEST:,} bytes, which no file of CIFAR is; give {WHAT}"
+    )
 
 
 def _of(batch: Any, key: str, origin: str) -> Any:
@@ -154,7 +156,9 @@ def _texts(batch: Any, key: str, origin: str) -> list[str]:
     """A list of names. Raises UserError: no list, or not of texts."""
     names = _of(batch, key, origin)
     if not isinstance(names, list) or not all(isinstance(n, str | bytes) for n in names):
-        raise UserError(f"{origin}: {key} is no list of names but {reprlib.repr(names)}; fetch it again")
+        raise UserError(
+            f"{origin}: {key} is no list of names but {reprlib.repr(names)}; fetch it again"
+        )
     return [n.decode(errors="backslashreplace") if isinstance(n, bytes) else n for n in names]
 
 

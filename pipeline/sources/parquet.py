@@ -130,7 +130,8 @@ class _Table:
                     feature["names"] = [str(n) for n in feature["names"]]
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
-                f"{self.path}: the huggingface metadata is damaged ({type(error).__name__}: {error}); fetch it again"
+                f"{self.path}: the huggingface metadata is damaged ({type(error).__name__}: {error}); "
+                "fetch it again"
             ) from None
         return described
 

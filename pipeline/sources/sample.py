@@ -11,8 +11,12 @@ from PIL import Image
 
 from pipeline.errors import UserError
 
-
-UNFIT = ("Cc", "Cs", "Zl", "Zp")  # Unicode's controls, halves of a character, line and paragraph ends
+UNFIT = (
+    "Cc",
+    "Cs",
+    "Zl",
+    "Zp",
+)  # Unicode's controls, halves of a character, line and paragraph ends
 
 
 @dataclass(frozen=True)

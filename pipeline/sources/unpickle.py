@@ -36,7 +36,7 @@ def _refuse_far_memo(raw: bytes) -> None:
     Python's reader makes a table up to that number: 40 bytes could take 34 GB.
     """
     for code, number, _ in pickletools.genops(raw):
-        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= number <= len(raw):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and number not in range(len(raw)):
             raise ValueError(f"a value is kept under number {number}")
 
 

@@ -66,7 +66,9 @@ def open_manifest(folder: Path) -> dict[str, Any]:
     if seal(manifest) != manifest:
         raise UserError(f"{path}: damaged, it is not what was written; run cache again")
     files.expect(manifest, path, AGAIN, mode=str, layout=str, dtype=str, fingerprint=dict)
-    files.expect(manifest, path, AGAIN, images=int, views=int, records=int, fields=dict, shards=list)
+    files.expect(
+        manifest, path, AGAIN, images=int, views=int, records=int, fields=dict, shards=list
+    )
     files.expect(manifest, path, AGAIN, bytes_per_view=float, error=dict)
     if manifest["layout"] not in FEATURES or manifest["dtype"] not in DTYPES:
         raise UserError(f"{path}: damaged, {manifest['dtype']} in {manifest['layout']}; {AGAIN}")
@@ -76,7 +78,9 @@ def open_manifest(folder: Path) -> dict[str, Any]:
         if not inside or entry["records"] < 1:
             raise UserError(f"{path}: damaged, a shard is {reprlib.repr(entry)}; {AGAIN}")
     if sum(entry["records"] for entry in manifest["shards"]) != manifest["records"]:
-        raise UserError(f"{path}: damaged, {manifest['records']} records are not its shards'; {AGAIN}")
+        raise UserError(
+            f"{path}: damaged, {manifest['records']} records are not its shards'; {AGAIN}"
+        )
     return manifest
 
 
