@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import UnionType
 from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
@@ -170,7 +171,7 @@ def read_json(path: Path | str, schema: str | None = None) -> dict[str, Any]:
     return value
 
 
-def expect(value: Any, path: Path | str, remedy: str, **kinds: type) -> None:
+def expect(value: Any, path: Path | str, remedy: str, **kinds: type | UnionType) -> None:
     """Raise UserError where a JSON object lacks one of these keys, or holds another kind of value there."""
     for key, kind in kinds.items():
         got = value.get(key) if isinstance(value, dict) else value

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pipeline import compute, data, files, models, progress, runtime, views
 from pipeline.compute import Compute, Device
 from pipeline.errors import UserError
-from pipeline.teacher import anatomy, token_grid
+from pipeline.teacher import FAMILIES, anatomy, token_grid
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,14 @@ def _build(config: Teach, prepared: data.Prepared) -> tuple[nn.Module, dict[str,
 
 def check_fits(vit: Any, config: Teach, image_size: int) -> None:
     """Raise UserError where the ViT is not fit to teach by its tokens, or takes images of another size."""
+    if isinstance(
+        vit, FAMILIES
+    ):  # of others `anatomy` says why not; it shows the ViT an image, which must fit
+        _check_size(vit, config, image_size)
     anatomy(vit)
+
+
+def _check_size(vit: Any, config: Teach, image_size: int) -> None:
     expected = tuple(vit.patch_embed.img_size)
     if expected != (image_size,) * 2:
         raise UserError(

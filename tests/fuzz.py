@@ -153,5 +153,5 @@ def near(value: Any) -> st.SearchStrategy[Any]:
     if isinstance(value, bool):
         return st.just(not value)
     if isinstance(value, int | float):
-        return st.sampled_from([-value, value + 1, value - 1, value * 2, value * 1e9, str(value)])
+        return st.sampled_from([-value, value + 1, value - 1, value * 2, value * 10**9, str(value)])
     return st.sampled_from([value[:-1], value + "x", value.upper(), value * 3, "../" + value, ""])

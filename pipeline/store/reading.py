@@ -69,7 +69,7 @@ def open_manifest(folder: Path) -> dict[str, Any]:
     files.expect(
         manifest, path, AGAIN, images=int, views=int, records=int, fields=dict, shards=list
     )
-    files.expect(manifest, path, AGAIN, bytes_per_view=float, error=dict)
+    files.expect(manifest, path, AGAIN, bytes_per_view=int | float, error=dict)
     if manifest["layout"] not in FEATURES or manifest["dtype"] not in DTYPES:
         raise UserError(f"{path}: damaged, {manifest['dtype']} in {manifest['layout']}; {AGAIN}")
     for entry in manifest["shards"]:
