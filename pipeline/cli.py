@@ -21,7 +21,10 @@ PLACE = {
     errno.EROFS,
     errno.EACCES,
     errno.EPERM,
+    errno.EFBIG,
 }  # no fault of the program
+NAME = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}  # a path that cannot be meant
+LONGEST = 1500  # characters of a message
 PR_SET_PDEATHSIG = 1
 
 
@@ -49,10 +52,10 @@ def run(
         _say(parser, error)
         sys.exit(GATE)
     except OSError as error:
-        if error.errno not in PLACE:
+        if error.errno not in PLACE | NAME:
             raise
-        where = error.filename or "writing"
-        _say(parser, f"{where}: {error.strerror}; free space or choose a writable place, run again")
+        remedy = "free space or choose a writable place" if error.errno in PLACE else "give another"
+        _say(parser, f"{error.filename or 'writing'}: {error.strerror}; {remedy}, run again")
         sys.exit(USER_MISTAKE)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
@@ -90,6 +93,8 @@ def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
 
 def _say(parser: argparse.ArgumentParser, error: Exception | str) -> None:
     words = " ".join(str(error).split())
+    if len(words) > LONGEST:  # what went wrong stands in front, what to do at the end
+        words = f"{words[: LONGEST // 2]} ... {words[-LONGEST // 2 :]}"
     line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)
     print(f"{parser.prog}: error: {line}", file=sys.stderr)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 import types
 import typing
 from pathlib import Path
@@ -26,6 +27,8 @@ SECTIONS = (
     "bench",
     "report",
 )
+LARGEST = 100_000  # values and characters that the aliases of a file may unfold to
+INT64, SEEDS = 2**63, 2**32
 
 
 def load(section: type[C], path: Path | str = "params.yaml") -> C:
@@ -46,18 +49,45 @@ def load(section: type[C], path: Path | str = "params.yaml") -> C:
 
 
 def read(path: Path | str) -> dict[str, Any]:
-    """The whole file as a dict. YAML 1.2, as DVC reads it: `1e-3` is a number. Raises UserError: none, no YAML."""
+    """The whole file as a dict. YAML 1.2, as DVC reads it: `1e-3` is a number.
+
+    Raises UserError: none, no YAML, aliases that unfold without end.
+    """
     try:
         params = YAML(typ="safe", pure=True).load(Path(path))
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; run from the repository's root or pass --params"
         ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a file") from None
+    except RecursionError:
+        raise UserError(f"{path}: not YAML: nested deeper than can be read") from None
     except YAMLError as error:
         raise UserError(f"{path}: not YAML: {error}") from None
+    except Exception as error:  # a tag's constructor raises whatever its text leads to
+        raise UserError(f"{path}: not YAML: {type(error).__name__}: {error}") from None
     if not isinstance(params, dict):
         raise UserError(f"{path}: expected sections at the top level, got {type(params).__name__}")
+    _refuse_endless(params, path)
     return params
+
+
+def _refuse_endless(params: dict[str, Any], path: Path | str) -> None:
+    """Raise UserError where aliases make a small file a large value, or one that holds itself."""
+    todo: list[Any] = [params]
+    size = 0
+    while todo:
+        found = todo.pop()
+        size += 1 + (len(found) if isinstance(found, str | bytes) else 0)
+        if size > LARGEST:
+            raise UserError(
+                f"{path}: holds more than {LARGEST} values and characters, or an alias of itself; write it out"
+            )
+        if isinstance(found, dict):
+            todo += [*found, *found.values()]
+        elif isinstance(found, list | tuple | set):
+            todo += found
 
 
 def value(key: str, path: Path | str = "params.yaml") -> Any:
@@ -76,7 +106,7 @@ def parse(section: type[C], values: Any, where: str) -> C:
     Raises UserError: unknown or missing key, wrong type, a value that the dataclass refuses.
     """
     if not isinstance(values, dict):
-        raise UserError(f"{where}: expected keys and values, got {values!r}")
+        raise UserError(f"{where}: expected keys and values, got {_short(values)}")
     hints = typing.get_type_hints(section)
     fields = {f.name: f for f in dataclasses.fields(section)}  # type: ignore[arg-type]
     for key in values:
@@ -108,32 +138,54 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return _convert(value, rest[-1], where)
     if origin is typing.Literal:
         if value not in args:
-            raise UserError(f"{where}: got {value!r}; {nearest(value, map(str, args))}")
+            raise UserError(f"{where}: got {_short(value)}; {nearest(value, map(str, args))}")
         return value
     if dataclasses.is_dataclass(hint):
         return parse(hint, value, where)  # type: ignore[arg-type]
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}: expected a list, got {value!r}")
+            raise UserError(f"{where}: expected a list, got {_short(value)}")
         if args[-1] is not Ellipsis and len(value) != len(args):
-            raise UserError(f"{where}: expected a list of {len(args)}, got {value!r}")
+            raise UserError(f"{where}: expected a list of {len(args)}, got {_short(value)}")
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         return tuple(_convert(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, kinds)))
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
-            raise UserError(f"{where}: expected keys and values, got {value!r}")
+            raise UserError(f"{where}: expected keys and values, got {_short(value)}")
         return {
             str(k): _convert(v, args[1] if args else Any, f"{where}.{k}") for k, v in value.items()
         }
     if hint is Any:
-        return value
+        return _plain(value, where)
+    if isinstance(value, int) and not -INT64 <= value < INT64:
+        raise UserError(f"{where}: expected a number of at most 64 bits, got {_short(value)}")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}: expected a finite number, got {value}")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"{where}: expected {_NAMES.get(hint, hint)}, got {value!r}")
+        raise UserError(f"{where}: expected {_NAMES.get(hint, hint)}, got {_short(value)}")
+    if where.endswith(".seed") and not 0 <= value < SEEDS:
+        raise UserError(f"{where}: got {value}; allowed: 0 to {SEEDS - 1}")
     return value
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A value of any kind that JSON has: what is not would be told only when a report is written."""
+    if isinstance(value, list):
+        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, dict):
+        return {str(k): _plain(v, f"{where}.{k}") for k, v in value.items()}
+    if value is None or isinstance(value, str | bool):
+        return value
+    if not isinstance(value, int | float):
+        raise UserError(f"{where}: expected a number, text or list, got {_short(value)}")
+    return _convert(value, type(value), where)
+
+
+def _short(value: Any) -> str:
+    """A value as the one line of a message shows it: the beginning of what is long."""
+    return reprlib.repr(value)
 
 
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}

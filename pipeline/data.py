@@ -7,6 +7,8 @@ that the same pictures give the same bytes from whatever container they came; `s
 from __future__ import annotations
 
 import hashlib
+import math
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +27,9 @@ SCHEMA = "cakd.prepared/2"
 SOURCE_SCHEMA = "cakd.source/1"
 SPLITS = ("train", "val", "test")
 UNLABELLED = -1
+LARGEST_SIDE = 4096  # pixels of a prepared image
+LARGEST_CLASS = 1_000_000
+AGAIN = "run prepare again (`dvc repro prepare`)"
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Prepared:
         """Open and, with `check`, verify the pixels against the index. Raises UserError: missing, damaged."""
         folder = Path(folder)
         index = files.read_json(folder / "index.json", SCHEMA)
+        refuse_damaged(index, folder / "index.json")
         path = folder / "images.npy"
         if check and (not path.is_file() or files.sha256(path) != index["images_sha256"]):
             raise UserError(
@@ -55,7 +61,7 @@ class Prepared:
         records = index["records"]
         return cls(
             folder=folder,
-            images=np.load(path, mmap_mode="r", allow_pickle=False),
+            images=_pixels(path, (len(records), *[index["image_size"]] * 2, 3)),
             sha256=tuple(r["sha256"] for r in records),
             labels=np.array([r["label"] for r in records], dtype=np.int64),
             splits=np.array([r["split"] for r in records]),
@@ -78,6 +84,64 @@ class Prepared:
     def rows(self, split: str) -> NDArray[np.int64]:
         """Row numbers of one split, in index order."""
         return np.flatnonzero(self.splits == split)
+
+
+def refuse_damaged(index: dict[str, Any], path: Path) -> None:
+    """Raise UserError where an index.json does not hold what the rest of the pipeline takes from it."""
+    files.expect(index, path, AGAIN, classes=list, image_size=int, images_sha256=str, records=list)
+    for record in index["records"]:
+        files.expect(record, path, AGAIN, sha256=str, label=int, split=str, student_label=bool)
+    records, classes = index["records"], index["classes"]
+    counts = {split: sum(r["split"] == split for r in records) for split in SPLITS}
+    if not all(isinstance(name, str) for name in classes) or len(classes) < 2:
+        raise UserError(f"{path}: damaged, classes are {reprlib.repr(classes)}; {AGAIN}")
+    if sum(counts.values()) != len(records) or not all(counts.values()):
+        raise UserError(f"{path}: damaged, {len(records)} records with splits {counts}; {AGAIN}")
+    for record in records:
+        hidden = record["label"] == UNLABELLED
+        if not UNLABELLED <= record["label"] < len(classes) or (
+            hidden and (record["student_label"] or record["split"] != "train")
+        ):
+            raise UserError(f"{path}: damaged, a record is {reprlib.repr(record)}; {AGAIN}")
+
+
+def refuse_description(description: dict[str, Any], path: Path) -> None:
+    """Raise UserError where the JSON beside a checkpoint cannot rebuild it."""
+    remedy = "make it again with `dvc repro`"
+    files.expect(description, path, remedy, model=str, kwargs=dict, weights_sha256=str)
+    files.expect(description, path, remedy, num_classes=int, preprocess=dict)
+    preprocess, classes = description["preprocess"], description["num_classes"]
+    files.expect(preprocess, path, remedy, image_size=int, mean=list, std=list)
+    values = [*preprocess["mean"], *preprocess["std"]]
+    numbers = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+    if (
+        not (numbers and len(preprocess["mean"]) == 3 == len(preprocess["std"]))
+        or min(values[3:]) <= 0
+    ):
+        raise UserError(f"{path}: damaged, mean and std are {reprlib.repr(values)}; {remedy}")
+    if not (1 <= classes <= LARGEST_CLASS and 1 <= preprocess["image_size"] <= LARGEST_SIDE):
+        raise UserError(
+            f"{path}: damaged, {classes} classes of {preprocess['image_size']} px; {remedy}"
+        )
+    names = description.get("classes")
+    if names is not None and not (
+        isinstance(names, list) and len(names) == classes and all(isinstance(n, str) for n in names)
+    ):
+        raise UserError(f"{path}: damaged, {classes} classes are {reprlib.repr(names)}; {remedy}")
+
+
+def _pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The array of images.npy, memory-mapped. Raises UserError: no array, or another than the index needs."""
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (
+        Exception
+    ) as error:  # NumPy parses the header as Python text, and raises what that raises
+        raise UserError(f"{path}: damaged, no array ({error}); {AGAIN}") from None
+    if not isinstance(images, np.ndarray) or images.shape != shape or images.dtype != np.uint8:
+        got = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else "an archive"
+        raise UserError(f"{path}: damaged, it is {got} for {shape} bytes; {AGAIN}")
+    return images
 
 
 def permutation(n: int, seed: int, stream: str, epoch: int) -> NDArray[np.int64]:

@@ -7,11 +7,13 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import UnionType
 from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
@@ -93,8 +95,12 @@ def _sibling(path: Path) -> Path:
 
 
 def publish(folder: Path, path: Path) -> None:
-    """Rename a finished `folder` onto `path`. What stood there goes aside first: for a moment `path` is absent."""
+    """Rename a finished `folder` onto `path`. What stood there goes aside first: for a moment `path` is absent.
+
+    Raises UserError: a file stands there, or a folder that holds nothing of what `folder` does.
+    """
     make_parent(path)
+    _refuse_foreign(folder, path)
     if folder.stat().st_dev != path.parent.stat().st_dev:
         near = _sibling(path)
         shutil.copytree(folder, near, dirs_exist_ok=True)
@@ -109,8 +115,21 @@ def publish(folder: Path, path: Path) -> None:
         folder.replace(path)
 
 
+def _refuse_foreign(folder: Path, path: Path) -> None:
+    """Raise UserError where `path` is somebody's own: an output takes the place of an older one only."""
+    there = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; give a new folder")
+    if there and not there & {p.name for p in folder.iterdir()}:
+        raise UserError(
+            f"{path}: holds {min(there)}, which this command did not write; give a new folder"
+        )
+
+
 def make_parent(path: Path) -> None:
     """Create the folder that `path` will stand in. Raises UserError: impossible, or not writable."""
+    if path.name in ("", ".."):
+        raise UserError(f"{path}: is no place for an output; give a new name in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -139,7 +158,7 @@ def read_json(path: Path | str, schema: str | None = None) -> dict[str, Any]:
         raise UserError(
             f"{path}: no such file; run the stage that makes it (`dvc repro`)"
         ) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(
             f"{path}: not readable as JSON ({error}); remove it and run its stage again"
         ) from None
@@ -150,6 +169,14 @@ def read_json(path: Path | str, schema: str | None = None) -> dict[str, Any]:
             f"{path}: schema is {value.get('schema')!r}, expected {schema!r}; run its stage again"
         )
     return value
+
+
+def expect(value: Any, path: Path | str, remedy: str, **kinds: type | UnionType) -> None:
+    """Raise UserError where a JSON object lacks one of these keys, or holds another kind of value there."""
+    for key, kind in kinds.items():
+        got = value.get(key) if isinstance(value, dict) else value
+        if not isinstance(got, kind) or (isinstance(got, bool) and kind is not bool):
+            raise UserError(f"{path}: damaged, {key} is {reprlib.repr(got)}; {remedy}")
 
 
 def sha256(path: Path | str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipeline.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError, EOFError)
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF")  # no others: EPS runs Ghostscript
+LARGEST = 2**27  # pixels of a picture that is decoded: 0.5 GB in memory
 
 
 class BrokenImage(UserError):
@@ -28,9 +30,23 @@ class BrokenImage(UserError):
 
 
 def decode(source: Path | BinaryIO) -> Image.Image:
-    """A picture file, decoded whole (of an animation its first frame); raises what Pillow raises."""
-    image = Image.open(source)
-    image.load()
+    """A picture file, decoded whole (of an animation its first frame); raises what Pillow raises.
+
+    Pillow's warnings of a large or crooked file are not shown: it is decoded whole or not at all, and what is
+    larger than LARGEST is not begun. Raises ValueError: too large.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = Image.open(source, formats=FORMATS)
+        try:
+            if image.width * image.height > LARGEST:
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels; allowed: {LARGEST} in all"
+                )
+            image.load()
+        except BaseException:
+            image.close()
+            raise
     return image
 
 
@@ -42,9 +58,9 @@ def square_pixels(read: Callable[[], Image.Image], origin: str, size: int) -> ND
     try:
         return square_rgb(read(), size)
     except UnidentifiedImageError:
-        raise BrokenImage(origin, "empty, or no format that Pillow reads") from None
-    except UNREADABLE as error:
-        raise BrokenImage(origin, str(error)) from None
+        raise BrokenImage(origin, "empty, or no format that is read here") from None
+    except Exception as error:  # a decoder raises whatever the bytes lead it to
+        raise BrokenImage(origin, str(error) or type(error).__name__) from None
 
 
 def square_rgb(image: Image.Image, size: int) -> NDArray[np.uint8]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
-from pipeline import files
+from pipeline import data, files
 from pipeline.errors import UserError, nearest
 
 SCHEMA = "cakd.model/1"
@@ -105,6 +105,7 @@ def describe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; expected a .safetensors file")
     description = files.read_json(path.with_suffix(".json"), SCHEMA)
+    data.refuse_description(description, path.with_suffix(".json"))
     if files.sha256(path) != description["weights_sha256"]:
         raise UserError(
             f"{path}: its SHA-256 is not the one in {path.with_suffix('.json').name}: damaged "
@@ -124,15 +125,25 @@ def load(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a safetensors state dict strictly. Raises UserError: not safetensors, keys or shapes differ."""
     try:
-        model.load_state_dict(load_file(path), strict=True)
+        state = load_file(path)
+        refuse_other_kinds(state, model, path)
+        model.load_state_dict(state, strict=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights; expected a .safetensors file") from None
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, OSError) as error:  # KeyError: a dtype torch does not have
         raise UserError(
             f"{path}: not a safetensors file ({error}); pickles (.pt, .pth) are never loaded"
         ) from None
     except RuntimeError as error:
         raise UserError(f"{path}: the weights do not fit the model: {str(error)[:300]}") from None
+
+
+def refuse_other_kinds(state: dict[str, torch.Tensor], model: nn.Module, path: Path) -> None:
+    """Raise UserError where whole numbers stand for floating weights, which torch would take, or the reverse."""
+    for name, wanted in model.state_dict().items():
+        got = state.get(name, wanted)
+        if got.is_floating_point() != wanted.is_floating_point():
+            raise UserError(f"{path}: the weights do not fit the model: {name} is {got.dtype}")
 
 
 def count(model: nn.Module, image_size: int) -> dict[str, int]:

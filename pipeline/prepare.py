@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import files
-from pipeline.data import SCHEMA, SOURCE_SCHEMA, SPLITS, UNLABELLED
+from pipeline.data import LARGEST_SIDE, SCHEMA, SOURCE_SCHEMA, SPLITS, UNLABELLED
 from pipeline.errors import UserError, nearest
 from pipeline.images import BrokenImage, square_pixels
 from pipeline.sources import cifar, digits, imagefolder, parquet, zoo
-from pipeline.sources.sample import Found, Sample, Source
+from pipeline.sources.sample import Found, Sample, Source, legible
 
 SOURCES: dict[str, Source] = {
     "digits": digits.read,
@@ -55,10 +55,12 @@ class Prepare:
             raise ValueError(
                 f"student_labels is {self.student_labels!r}; allowed: all, or N >= 1 a class"
             )
-        if self.image_size < 8:
-            raise ValueError(f"image_size is {self.image_size}; allowed: 8 pixels or more")
+        if not 8 <= self.image_size <= LARGEST_SIDE:
+            raise ValueError(
+                f"image_size is {self.image_size}; allowed: 8 to {LARGEST_SIDE} pixels"
+            )
         for name, share in (("val", self.val), ("test", self.test)):
-            if share <= 0:
+            if share <= 0 or (share > 1 and share % 1):
                 raise ValueError(f"{name} is {share}; allowed: a share below 1 or a count from 1")
 
 
@@ -117,6 +119,12 @@ def _found(config: Prepare) -> Found:
     else:
         name = config.source.removeprefix(zoo.PREFIX)
         found = zoo.read(name, config.path, config.label_column)
+    for name in found.classes:
+        if legible(name) != name:
+            raise UserError(
+                f"prepare.path: {config.path}: class {name!r} holds a line break or another control character; "
+                "rename it"
+            )
     if len(found.classes) < 2:
         raise UserError(
             f"prepare.path: {config.path} has {len(found.classes)} classes "

@@ -298,16 +298,17 @@ def load_checkpoint(
         with safe_open(path, framework="pt") as file:
             step = int(file.metadata()["step"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged checkpoint ({error}); remove it and run again") from None
-    for name, module in modules.items():
-        module.load_state_dict(_below(tensors, f"module/{name}/"))
-    for name, optimizer in optimizers.items():
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in _below(tensors, f"optimizer/{name}/").items():
-            index, what = key.split("/")
-            state.setdefault(int(index), {})[what] = value
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        for name, module in modules.items():
+            module.load_state_dict(_below(tensors, f"module/{name}/"))
+        for name, optimizer in optimizers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in _below(tensors, f"optimizer/{name}/").items():
+                index, what = key.split("/")
+                state.setdefault(int(index), {})[what] = value
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: damaged checkpoint ({told}); remove it and run again") from None
     return step, _below(tensors, "logged/")
 
 

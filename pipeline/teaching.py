@@ -103,16 +103,20 @@ def _build(config: Teach, prepared: data.Prepared) -> tuple[nn.Module, dict[str,
 
 def check_fits(vit: Any, config: Teach, image_size: int) -> Anatomy:
     """Its anatomy. Raises UserError: not fit to teach by its tokens, or it takes images of another size."""
-    found = anatomy(vit, image_size)
-    if getattr(vit.patch_embed, "img_size", None) is None:
-        return found  # a pyramid built for any size
-    expected = tuple(vit.patch_embed.img_size)
+    embedding = getattr(vit, "patch_embed", None)
+    if getattr(embedding, "img_size", None) is not None:  # a pyramid may be built for any size
+        _check_size(embedding, config, image_size)  # first: `anatomy` shows the ViT an image
+    return anatomy(vit, image_size)
+
+
+def _check_size(embedding: Any, config: Teach, image_size: int) -> None:
+    expected = tuple(embedding.img_size)
     if expected != (image_size,) * 2:
         raise UserError(
             f"teach.model: {config.model} takes {expected[0]} px, the prepared images are {image_size} px; "
             "set teach.kwargs.img_size or prepare.image_size"
         )
-    patch = tuple(vit.patch_embed.patch_size)
+    patch = tuple(embedding.patch_size)
     if image_size % patch[0] or image_size % patch[1]:
         below = image_size - image_size % patch[0]
         raise UserError(
@@ -120,7 +124,6 @@ def check_fits(vit: Any, config: Teach, image_size: int) -> Anatomy:
             f"allowed: {', '.join(str(p) for p in range(2, image_size // 2 + 1) if image_size % p == 0)}; "
             f"or set prepare.image_size and teach.kwargs.img_size to {below} or {below + patch[0]}"
         )
-    return found
 
 
 def _train(

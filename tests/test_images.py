@@ -83,8 +83,8 @@ def truncated(path):
 
 SPOILED = {
     "cut.jpg": (truncated, "truncated"),
-    "empty.png": (lambda p: p.write_bytes(b""), "empty, or no format that Pillow reads"),
-    "text.png": (lambda p: p.write_text("no picture"), "empty, or no format that Pillow reads"),
+    "empty.png": (lambda p: p.write_bytes(b""), "empty, or no format that is read here"),
+    "text.png": (lambda p: p.write_text("no picture"), "empty, or no format that is read here"),
     "float.tif": (lambda p: Image.new("F", (9, 9), 0.5).save(p), "32-bit float pixels"),
     "gone.png": (lambda _: None, "No such file"),
 }

@@ -206,7 +206,7 @@ FOLDERS = {
     ),
     "a broken picture": (
         lambda f: (pictures(f, cat=3, dog=3) / "dog" / "1.png").write_bytes(b"no"),
-        "images/dog/1.png: not a readable image (empty, or no format that Pillow reads); repair or remove "
+        "images/dog/1.png: not a readable image (empty, or no format that is read here); repair or remove "
         "it, or set prepare.on_error: skip",
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from PIL import Image
 
 from pipeline.errors import UserError, nearest
 from pipeline.sources import unpickle
-from pipeline.sources.sample import Found, Sample, existing
+from pipeline.sources.sample import Found, Sample, existing, legible
 
 WHAT = "cifar-10-python.tar.gz, cifar-100-python.tar.gz, or the folder one of them unpacks to"
 SIDE = 32
+LARGEST = 2**28  # bytes of one file; the largest of the originals has 155 MB
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class Layout:
     files: dict[str | None, tuple[str, ...]]
     meta: str
     names: dict[str, str]
+
+    def members(self) -> set[str]:
+        """Every file that is read of it."""
+        return {self.meta}.union(*self.files.values())
 
 
 LAYOUTS = (
@@ -59,7 +65,7 @@ def read(path: str | None, label_column: str | None) -> Found:
             f"prepare.label_column: got {column!r}; {nearest(column, layout.names)}, or null for the first"
         )
     meta = unpickle.loads(member(layout.meta), f"{root}: {layout.meta}")
-    classes = _texts(_of(meta, layout.names[column], f"{root}: {layout.meta}"))
+    classes = _texts(meta, layout.names[column], f"{root}: {layout.meta}")
     samples: list[Sample] = []
     for split, names in layout.files.items():
         for name in names:
@@ -85,6 +91,8 @@ def _folder(root: Path) -> tuple[Layout, Member]:
 
 def _read_file(folder: Path, name: str) -> bytes:
     try:
+        if (folder / name).stat().st_size > LARGEST:
+            raise _too_large(folder / name)
         return (folder / name).read_bytes()
     except OSError as error:
         raise UserError(
@@ -106,9 +114,11 @@ def _archive(path: Path) -> tuple[Layout, Member]:
             held = {
                 name.removeprefix(inside): _extracted(tar, m)
                 for name, m in there.items()
-                if name.startswith(inside)
+                if name.removeprefix(inside) in layout.members()
             }
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a packer's library raises whatever the bytes lead it to
         raise UserError(
             f"{path}: not a readable archive ({error}); give {WHAT}, or fetch it again"
         ) from None
@@ -122,9 +132,17 @@ def _archive(path: Path) -> tuple[Layout, Member]:
 
 
 def _extracted(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.size > LARGEST:
+        raise _too_large(member.name)
     stream = tar.extractfile(member)
     assert stream is not None
     return stream.read()
+
+
+def _too_large(name: Path | str) -> UserError:
+    return UserError(
+        f"{name}: larger than {LARGEST:,} bytes, which no file of CIFAR is; give {WHAT}"
+    )
 
 
 def _of(batch: Any, key: str, origin: str) -> Any:
@@ -134,8 +152,14 @@ def _of(batch: Any, key: str, origin: str) -> Any:
     return batch[key]
 
 
-def _texts(names: list[Any]) -> list[str]:
-    return [n.decode() if isinstance(n, bytes) else str(n) for n in names]
+def _texts(batch: Any, key: str, origin: str) -> list[str]:
+    """A list of names. Raises UserError: no list, or not of texts."""
+    names = _of(batch, key, origin)
+    if not isinstance(names, list) or not all(isinstance(n, str | bytes) for n in names):
+        raise UserError(
+            f"{origin}: {key} is no list of names but {reprlib.repr(names)}; fetch it again"
+        )
+    return [n.decode(errors="backslashreplace") if isinstance(n, bytes) else n for n in names]
 
 
 def _samples(
@@ -143,7 +167,11 @@ def _samples(
 ) -> list[Sample]:
     """One batch: `data` (n, 3072) uint8, rows of 1,024 red, green and blue values."""
     pixels, labels = _of(batch, "data", origin), _of(batch, column, origin)
-    names = _texts(batch.get("filenames", range(len(labels))))
+    if not isinstance(labels, list):
+        raise UserError(f"{origin}: {column} is {reprlib.repr(labels)}, no list; fetch it again")
+    names = [str(i) for i in range(len(labels))]
+    if "filenames" in batch:
+        names = _texts(batch, "filenames", origin)
     shape = pixels.shape if isinstance(pixels, np.ndarray) else type(pixels).__name__
     if shape != (len(labels), 3 * SIDE * SIDE) or len(names) != len(labels):
         raise UserError(
@@ -152,12 +180,13 @@ def _samples(
     pictures = pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
     samples = []
     for name, picture, label in zip(names, pictures, labels):
-        if not (isinstance(label, int) and 0 <= label < n_classes):
+        if not (type(label) is int and 0 <= label < n_classes):
             raise UserError(
                 f"{origin}: label {label!r} of {name}; allowed: 0 to {n_classes - 1}; fetch it again"
             )
         read = partial(_picture, picture)
-        samples.append(Sample(f"{origin.rpartition(': ')[2]}/{name}", read, label, split))
+        place = legible(f"{origin.rpartition(': ')[2]}/{name}")
+        samples.append(Sample(place, read, label, split))
     return samples
 
 

@@ -12,6 +12,7 @@ from pipeline.sources.sample import (
     Found,
     Sample,
     existing,
+    legible,
     refuse_label_column,
     train_and_test,
 )
@@ -79,12 +80,12 @@ def _of_class(root: Path, folder: Path, label: int, split: str | None) -> list[S
 
 
 def _sample(root: Path, path: Path, label: int | None, split: str | None) -> Sample:
-    return Sample(path.relative_to(root).as_posix(), partial(decode, path), label, split)
+    return Sample(legible(path.relative_to(root).as_posix()), partial(decode, path), label, split)
 
 
 def _left_out(root: Path) -> list[str]:
     others = other_suffixes(root)
     if not others:
         return []
-    told = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
+    told = ", ".join(f"{n} {legible(suffix)}" for suffix, n in others.most_common(5))
     return [f"left out, not a format that is read here: {told}"]

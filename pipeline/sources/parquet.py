@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import reprlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from PIL import Image
 
 from pipeline.errors import UserError, nearest
 from pipeline.images import decode
-from pipeline.sources.sample import Found, Sample, existing, train_and_test
+from pipeline.sources.sample import Found, Sample, existing, legible, train_and_test
 
 WHAT = "a .parquet file, a folder of them, or a pattern ('/data/train-00000-of-*.parquet')"
 SPLITS = "train|test|validation|valid|val|dev"
 SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
+LARGEST = 1_000_000  # class numbers
 USUAL = ("label", "labels", "fine_label", "class", "target")
 
 
@@ -105,20 +107,33 @@ class _Table:
         self.path = path
         try:
             self.file = parquet.ParquetFile(path)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # pyarrow raises whatever the bytes lead it to
             raise UserError(
                 f"{path}: not a readable parquet file ({error}); fetch it again"
             ) from None
         self.schema = self.file.schema_arrow
         self._held: tuple[int, list[Any]] = (-1, [])
+        self.features = self._features()
         self.image = self._image_column()
 
-    @property
-    def features(self) -> dict[str, Any]:
-        """The Hugging Face feature description in the schema's metadata, {} without one."""
+    def _features(self) -> dict[str, Any]:
+        """The Hugging Face feature description in the schema's metadata, {} without one.
+
+        Raises UserError: one that is damaged.
+        """
         metadata = (self.schema.metadata or {}).get(b"huggingface", b"{}")
-        found: dict[str, Any] = json.loads(metadata).get("info", {}).get("features", {})
-        return found
+        try:
+            found = json.loads(metadata).get("info", {}).get("features", {})
+            described = {name: dict(feature) for name, feature in found.items()}
+            for feature in described.values():
+                if feature.get("_type") == "ClassLabel":
+                    feature["names"] = [str(n) for n in feature["names"]]
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{self.path}: the huggingface metadata is damaged ({type(error).__name__}: {error}); "
+                "fetch it again"
+            ) from None
+        return described
 
     def _image_column(self) -> str:
         from pyarrow import types
@@ -141,7 +156,7 @@ class _Table:
             raise UserError(f"{self.path}: no column {name!r}; {nearest(name, self.schema.names)}")
         try:
             values: list[Any] = self.file.read(columns=[name]).column(0).to_pylist()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # as above
             raise UserError(f"{self.path}: damaged ({error}); fetch it again") from None
         return values
 
@@ -182,15 +197,15 @@ def _label_column(table: _Table, wanted: str | None) -> tuple[str, list[str]]:
 
 def _classes(table: _Table, column: str, values: list[Any]) -> list[str]:
     names = table.features.get(column, {}).get("names")
-    known = {v for v in values if v is not None}
-    if names is None and all(isinstance(v, str) for v in known):
-        return sorted(known)
-    if not all(isinstance(v, int) and not isinstance(v, bool) for v in known):
-        odd = next(v for v in known if not isinstance(v, int) or isinstance(v, bool))
-        raise UserError(
-            f"{table.path}: column {column!r} holds {odd!r}; allowed: class numbers from 0, or class names"
-        )
-    top = max(known, default=-1)
+    if names is None and all(v is None or isinstance(v, str) for v in values):
+        return sorted({v for v in values if v is not None})
+    for value in values:
+        if value is not None and not (type(value) is int and value < LARGEST):
+            raise UserError(
+                f"{table.path}: column {column!r} holds {reprlib.repr(value)}; allowed: class numbers from 0 to "
+                f"{LARGEST - 1}, or class names"
+            )
+    top = max((v for v in values if v is not None), default=-1)
     if names is None:
         return [str(i) for i in range(top + 1)]
     if top >= len(names):
@@ -198,7 +213,7 @@ def _classes(table: _Table, column: str, values: list[Any]) -> list[str]:
             f"{table.path}: column {column!r} holds class {top}, its metadata names {len(names)} classes (0 to "
             f"{len(names) - 1}); mend the metadata or the labels"
         )
-    return [str(n) for n in names]
+    return list(names)
 
 
 def _samples(
@@ -212,7 +227,7 @@ def _samples(
             label = number[value] if isinstance(value, str) else value
             known = None if label is None or label < 0 else int(label)
             read = partial(table.picture, group, at)
-            origin = f"{table.path.name}:{row}"
+            origin = f"{legible(table.path.name)}:{row}"
             samples.append(
                 Sample(origin, read, known, split or ("train" if known is None else None))
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +11,19 @@ from PIL import Image
 
 from pipeline.errors import UserError
 
+UNFIT = (
+    "Cc",
+    "Cs",
+    "Zl",
+    "Zp",
+)  # Unicode's controls, halves of a character, line and paragraph ends
+
 
 @dataclass(frozen=True)
 class Sample:
     """One picture before it is prepared. `label` None: unlabelled; `split` None: train, to be cut from."""
 
-    origin: str  # where it was read from, for people: a path below the source, a file and its row
+    origin: str  # where it was read from, for people: a path below the source, a file and its row; legible
     read: Callable[[], Image.Image]
     label: int | None
     split: str | None
@@ -37,9 +45,22 @@ def existing(source: str, path: str | None, what: str) -> Path:
     """The path a source reads. Raises UserError: none given, nothing there."""
     if path is None:
         raise UserError(f"prepare.path: got {path}; source '{source}' needs {what}")
-    if not Path(path).exists():
+    try:
+        there, readable = Path(path).exists(), Path(path).is_file() or Path(path).is_dir()
+    except OSError as error:
+        raise UserError(f"prepare.path: {path}: {error.strerror}; give {what}") from None
+    if not there:
         raise UserError(f"prepare.path: {path} does not exist; give {what}")
+    if not readable:
+        raise UserError(f"prepare.path: {path} is neither a file nor a folder; give {what}")
     return Path(path)
+
+
+def legible(name: str) -> str:
+    """A name in one line that any file can hold: line breaks, controls and broken characters as escapes."""
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in UNFIT else c for c in name
+    )
 
 
 def refuse_label_column(source: str, column: str | None) -> None:

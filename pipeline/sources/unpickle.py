@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from pipeline.errors import UserError
 def loads(raw: bytes, origin: str) -> Any:
     """The value in a pickle. Raises UserError: it names anything else, or is damaged."""
     try:
+        _refuse_far_memo(raw)
         return _plain(_Reader(io.BytesIO(raw), encoding="bytes").load())
     except UserError:
         raise
@@ -26,6 +28,16 @@ def loads(raw: bytes, origin: str) -> Any:
         raise UserError(
             f"{origin}: not a CIFAR batch ({type(error).__name__}: {error}); fetch the archive again"
         ) from None
+
+
+def _refuse_far_memo(raw: bytes) -> None:
+    """Raise ValueError where a value is kept under a number larger than the pickle is long.
+
+    Python's reader makes a table up to that number: 40 bytes could take 34 GB.
+    """
+    for code, number, _ in pickletools.genops(raw):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and number not in range(len(raw)):
+            raise ValueError(f"a value is kept under number {number}")
 
 
 class _Reader(pickle.Unpickler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import resource
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,11 +18,13 @@ from torch import Tensor
 from pipeline import config, data, files, models, views
 from pipeline.errors import UserError
 from pipeline.store import policy
-from pipeline.store.encoding import decode
+from pipeline.store.encoding import DTYPES, decode
 from pipeline.store.shards import SAFETENSORS, Field, Fields, Shard, word_sums
 from pipeline.teacher import TeacherTail, Tokens
 
 SCHEMA = "cakd.store/2"
+AGAIN = "run cache again"
+FEATURES = {"block_input": ("x",), "qkvh": ("qkv", "h")}  # layout -> what a record must hold
 SEAL = "sha256"  # the manifest's own hash, over all its other keys
 OTHER_FILES = 256  # that a training has open besides
 THREADS = 2  # that read: more gain nothing from a page cache, fewer leave a disk idle
@@ -62,12 +65,41 @@ def open_manifest(folder: Path) -> dict[str, Any]:
     manifest = files.read_json(path, SCHEMA)
     if seal(manifest) != manifest:
         raise UserError(f"{path}: damaged, it is not what was written; run cache again")
+    files.expect(manifest, path, AGAIN, mode=str, layout=str, dtype=str, fingerprint=dict)
+    files.expect(
+        manifest, path, AGAIN, images=int, views=int, records=int, fields=dict, shards=list
+    )
+    files.expect(manifest, path, AGAIN, bytes_per_view=int | float, error=dict)
+    if manifest["layout"] not in FEATURES or manifest["dtype"] not in DTYPES:
+        raise UserError(f"{path}: damaged, {manifest['dtype']} in {manifest['layout']}; {AGAIN}")
+    for entry in manifest["shards"]:
+        files.expect(entry, path, AGAIN, file=str, records=int, bytes=int, sha256=str)
+        inside = Path(entry["file"]).name == entry["file"] and entry["file"] not in ("", "..")
+        if not inside or entry["records"] < 1:
+            raise UserError(f"{path}: damaged, a shard is {reprlib.repr(entry)}; {AGAIN}")
+    if sum(entry["records"] for entry in manifest["shards"]) != manifest["records"]:
+        raise UserError(
+            f"{path}: damaged, {manifest['records']} records are not its shards'; {AGAIN}"
+        )
     return manifest
+
+
+def _shape(sides: list[int]) -> tuple[int, ...]:
+    """A field's shape. Raises ValueError: not of sides."""
+    if not isinstance(sides, list) or not all(type(s) is int and s > 0 for s in sides):
+        raise ValueError(f"of shape {sides!r}")
+    return tuple(sides)
 
 
 def open_shards(folder: Path, manifest: dict[str, Any]) -> list[Shard]:
     """Every shard, its size and header checked. Raises UserError naming the damaged one."""
-    fields = {n: Field(SAFETENSORS[d], tuple(s)) for n, (d, s) in manifest["fields"].items()}
+    try:
+        fields = {n: Field(SAFETENSORS[d], _shape(s)) for n, (d, s) in manifest["fields"].items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: damaged, a field is {error}; {AGAIN}") from None
+    needed = {*FEATURES[manifest["layout"]], "logits", "view_hash", "checksum"}
+    if manifest["shards"] and not needed <= set(fields):
+        raise UserError(f"{folder}: damaged, the fields are {reprlib.repr(list(fields))}; {AGAIN}")
     _allow_files(len(manifest["shards"]))
     shards, first = [], 0
     for entry in manifest["shards"]:

@@ -149,6 +149,8 @@ class Shard:
         """Where each field begins."""
         try:
             length = int.from_bytes(self._file.read(WORD), "little")
+            if length > os.fstat(self._file.fileno()).st_size:
+                raise self.damaged(f"its header says that it has {length} bytes")
             header = json.loads(self._file.read(length))
             for name, field in self.fields.items():
                 dtype, shape = field.described()
@@ -158,7 +160,7 @@ class Shard:
                 ]:
                     raise self.damaged(f"field {name} is {header[name]}")
             return {n: WORD + length + int(header[n]["data_offsets"][0]) for n in self.fields}
-        except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self.damaged(f"its header is unreadable ({error})") from None
 
     def damaged(self, why: str) -> UserError:
