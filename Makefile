@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -X faulthandler -m pytest -n 2 --dist 
 PACKAGES := pipeline exporters stages benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help venv repro test test-all chaos check format size clean
+.PHONY: help venv repro test test-all coverage chaos check format size clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -33,6 +33,12 @@ test: $(VENV)/.installed  ## the CPU suite, 8 to 10 minutes on 2 cores
 
 test-all: $(VENV)/.installed  ## with the slow and the GPU tests
 	$(PYTEST) -m "not chaos"
+
+coverage: $(VENV)/.installed  ## lines of pipeline/, stages/, exporters/ that the CPU suite runs
+	$(BIN)/coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile -m "not slow and not chaos and not gpu"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered --sort=cover
 
 chaos: $(VENV)/.installed  ## killed at random moments, many times over
 	$(PYTEST) -m chaos
