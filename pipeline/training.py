@@ -229,8 +229,8 @@ class Feed(Dataset[list[Batch]]):
             if "DataLoader worker" not in str(error):
                 raise
             raise UserError(
-                f"distill.workers: one of {self.workers} was killed ({' '.join(str(error).split())[:80]}); free memory, "
-                "or lower distill.workers or distill.batch, then run again to go on"
+                f"distill.workers: one of {self.workers} was killed ({' '.join(str(error).split())[:80]}); free "
+                "memory, or lower distill.workers or distill.batch, then run again to go on"
             ) from None
 
     def _loader(self, start: int) -> DataLoader[Any]:

@@ -1,4 +1,4 @@
-"""What may happen to a stage while it runs: killed, its worker killed, twice at once, a clock that jumps, a full disk."""
+"""What may happen to a running stage: killed, its worker killed, two at once, a clock that jumps, a full disk."""
 
 from __future__ import annotations
 

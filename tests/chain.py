@@ -1,7 +1,7 @@
 """The stages of a tiny copy's dvc.yaml, each to be run as a forked child, and the hashes of what they leave.
 
 The slow imports are done once, here. What claims to be a function of its inputs has a hash; what a clock wrote has
-none: `reports/bench`, speeds and seconds in other JSON, and the plans of TensorRT, which differ from build to build.
+none: `reports/bench`, speeds and seconds in other JSON, and TensorRT's plans, which differ from build to build.
 """
 
 from __future__ import annotations

@@ -259,13 +259,13 @@ def table(found: dict[str, Any]) -> str:
     kinds = [("stage", a) for a in ACCIDENTS] + [
         ("dvc", a) for a in (*THROUGH_DVC, "worker killed")
     ]
-    counts = Counter((r["stage"], r["through"], r["accident"]) for r in rounds)
+    counts = Counter((r["stage"], (r["through"], r["accident"])) for r in rounds)
     lines = [
         "| stage | " + " | ".join(f"{'dvc: ' * (t == 'dvc')}{a}" for t, a in kinds) + " |",
         "|---|" + "--:|" * len(kinds),
     ]
     for stage in found["stages"]:
-        cells = (str(counts[stage, *kind] or "") for kind in kinds)
+        cells = (str(counts[stage, kind] or "") for kind in kinds)
         lines.append(f"| {stage} | {' | '.join(cells)} |")
     ended = Counter(_ending(r) for r in rounds)
     told = found["tally"]
@@ -274,8 +274,8 @@ def table(found: dict[str, Any]) -> str:
         f"{len(rounds)} rounds in {found['wall_s'] / 60:.0f} min. The disturbed run: "
         + ", ".join(f"{how} {n}" for how, n in ended.most_common())
         + ".",
-        f"After one plain run: {told['different']} rounds with another hash, {told['litter']} with a half-written file, "
-        f"{told['ours']} tracebacks of our code, {told['of_others']} of others; "
+        f"After one plain run: {told['different']} rounds with another hash, {told['litter']} with a half-written "
+        f"file, {told['ours']} tracebacks of our code, {told['of_others']} of others; "
         f"{told['again']} needed a second plain run.",
     ]
     lines += [f"- DVC, {n} times: `{line}`" for line, n in found["dvc_said"].items()]
@@ -311,6 +311,8 @@ def main(args: argparse.Namespace) -> int:
     for real, stage, accident in plan(undisturbed.stages, args.rounds, through_dvc, draw):
         if accident == "disk full" and undisturbed.no_disk:
             continue
+        if time.monotonic() - began > 60 * args.minutes:
+            break
         place = house if real and house else undisturbed
         rounds.append(place.round(stage, accident))
         print(f"{len(rounds)}: {json.dumps(asdict(rounds[-1]))}", flush=True)
@@ -344,6 +346,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     made.add_argument("--rounds", type=int, default=100)
     made.add_argument("--dvc", type=int, metavar="N", help="how many of them through `dvc repro`")
+    made.add_argument("--minutes", type=float, default=float("inf"), help="begin no round after")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--go-on", action="store_true", help="after a failure, too")
     made.add_argument("--out", type=Path, help="where to write, without suffix")
