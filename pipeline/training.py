@@ -211,7 +211,12 @@ class Feed(Dataset[list[Batch]]):
         if step != self._next:
             self._coming = iter(self._loader(step))
         self._next = step + 1
-        coming = next(self._coming)
+        try:
+            coming = next(self._coming)
+        except (EOFError, OSError) as error:  # its end of a pipe or of a socket has gone
+            if str(error).startswith("Caught"):
+                raise
+            raise self._killed(error) from None
         if isinstance(coming, UserError):
             raise coming
         return coming
@@ -226,12 +231,16 @@ class Feed(Dataset[list[Batch]]):
         try:
             yield
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if not str(error).startswith("DataLoader worker"):
                 raise
-            raise UserError(
-                f"distill.workers: one of {self.workers} was killed ({' '.join(str(error).split())[:80]}); free "
-                "memory, or lower distill.workers or distill.batch, then run again to go on"
-            ) from None
+            raise self._killed(error) from None
+
+    def _killed(self, error: Exception) -> UserError:
+        found = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+        return UserError(
+            f"distill.workers: one of {self.workers} was killed ({found}); free memory, or lower distill.workers or "
+            "distill.batch, then run again to go on"
+        )
 
     def _loader(self, start: int) -> DataLoader[Any]:
         return DataLoader(
