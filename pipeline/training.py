@@ -238,8 +238,8 @@ class Feed(Dataset[list[Batch]]):
     def _killed(self, error: Exception) -> UserError:
         found = f"{type(error).__name__}: {error}".splitlines()[0][:80]
         return UserError(
-            f"distill.workers: one of {self.workers} was killed ({found}); free memory, or lower distill.workers or "
-            "distill.batch, then run again to go on"
+            f"distill.workers: one of {self.workers} was killed ({found}); free memory, or lower distill.workers "
+            "or distill.batch, then run again to go on"
         )
 
     def _loader(self, start: int) -> DataLoader[Any]:
