@@ -311,7 +311,7 @@ def main(args: argparse.Namespace) -> int:
     for real, stage, accident in plan(undisturbed.stages, args.rounds, through_dvc, draw):
         if accident == "disk full" and undisturbed.no_disk:
             continue
-        if time.monotonic() - began > 60 * args.minutes:
+        if rounds and time.monotonic() - began > 60 * args.minutes:
             break
         place = house if real and house else undisturbed
         rounds.append(place.round(stage, accident))

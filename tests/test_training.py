@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import resource
 import signal
@@ -407,7 +408,7 @@ def test_same_seed_same_bits_and_the_student_is_the_plain_timm_model(
 def test_a_run_killed_at_any_step_goes_on_to_the_same_bits(
     prepared, teacher_path, features, tmp_path, monkeypatch
 ):
-    run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "whole")
+    undisturbed = run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "whole")
 
     class Killed(Exception):
         pass
@@ -430,7 +431,8 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_bits(
         return exact(self, number, watch)
 
     monkeypatch.setattr(Trainer, "step", watch_step)
-    run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "killed")
+    figures = run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "killed")
+    assert json.dumps(figures["curves"]) == json.dumps(undisturbed["curves"])
     assert resumed == [20]  # the last checkpoint, not the beginning
     for name in ("student.safetensors", "projectors.safetensors"):
         whole, killed = (tmp_path / k / "cakd+logits" / name for k in ("whole", "killed"))
