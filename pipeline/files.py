@@ -32,7 +32,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     make_parent(path)
     sweep(path)
-    temporary, fd = _claimed(path, _file_beside)
+    temporary, fd = _claimed(path, _open_file_beside)
     try:
         yield temporary
         temporary.chmod(0o644)
@@ -50,7 +50,7 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     make_parent(path)
     sweep(path)
-    temporary, fd = _claimed(path, _folder_beside)
+    temporary, fd = _claimed(path, _open_folder_beside)
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -85,28 +85,27 @@ def _lock(fd: int) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _claimed(path: Path, beside: Callable[[Path], Path]) -> tuple[Path, int]:
+def _claimed(path: Path, beside: Callable[[Path], tuple[Path, int]]) -> tuple[Path, int]:
     """A new temporary sibling and the descriptor that holds it; again where another run's sweep was faster."""
     while True:
-        temporary = beside(path)
-        try:
-            fd = os.open(temporary, os.O_RDONLY)
-        except FileNotFoundError:
-            continue
-        try:
+        temporary, fd = beside(path)
+        with suppress(BlockingIOError):
             _lock(fd)
-        except BlockingIOError:
-            os.close(fd)
-            continue
-        if temporary.exists():
-            return temporary, fd
+            if temporary.exists():
+                return temporary, fd
         os.close(fd)
 
 
-def _file_beside(path: Path) -> Path:
+def _open_file_beside(path: Path) -> tuple[Path, int]:
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
-    os.close(fd)
-    return Path(name)
+    return Path(name), fd
+
+
+def _open_folder_beside(path: Path) -> tuple[Path, int]:
+    while True:
+        folder = _folder_beside(path)
+        with suppress(FileNotFoundError):  # swept already
+            return folder, os.open(folder, os.O_RDONLY)
 
 
 def _folder_beside(path: Path) -> Path:
