@@ -267,26 +267,33 @@ def table(found: dict[str, Any]) -> str:
     for stage in found["stages"]:
         cells = (str(counts[stage, kind] or "") for kind in kinds)
         lines.append(f"| {stage} | {' | '.join(cells)} |")
-    ended = Counter(_ending(r) for r in rounds)
     told = found["tally"]
+    lines += ["", *_endings(rounds, kinds), ""]
     lines += [
-        "",
-        f"{len(rounds)} rounds in {found['wall_s'] / 60:.0f} min. The disturbed run: "
-        + ", ".join(f"{how} {n}" for how, n in ended.most_common())
-        + ".",
-        f"After one plain run: {told['different']} rounds with another hash, {told['litter']} with a half-written "
-        f"file, {told['ours']} tracebacks of our code, {told['of_others']} of others; "
-        f"{told['again']} needed a second plain run.",
+        f"{len(rounds)} rounds in {found['wall_s'] / 60:.0f} min. After one plain run: {told['different']} rounds with "
+        f"another hash, {told['litter']} with a half-written file, {told['ours']} tracebacks of our code, "
+        f"{told['of_others']} of others; {told['again']} needed a second plain run.",
     ]
     lines += [f"- DVC, {n} times: `{line}`" for line, n in found["dvc_said"].items()]
     return "\n".join([*lines, *([f"Skipped: {found['skipped']}"] if found["skipped"] else [])])
 
 
-def _ending(happened: dict[str, Any]) -> str:
-    code = happened["code"]
-    if code == 0:
-        return "ended well all the same"
-    return f"by signal {-code}" if code < 0 else f"by exit code {code}"
+def _endings(rounds: list[dict[str, Any]], kinds: list[tuple[str, str]]) -> list[str]:
+    """How the disturbed runs ended. By 0: it came too late, did not reach the stage, or left disk enough."""
+    codes = sorted({r["code"] for r in rounds})
+    counts = Counter(((r["through"], r["accident"]), r["code"]) for r in rounds)
+    lines = [
+        "| the disturbed run ended by | " + " | ".join(map(_named, codes)) + " |",
+        "|---|" + "--:|" * len(codes),
+    ]
+    for kind in kinds:
+        cells = (str(counts[kind, code] or "") for code in codes)
+        lines.append(f"| {'dvc: ' * (kind[0] == 'dvc')}{kind[1]} | {' | '.join(cells)} |")
+    return lines
+
+
+def _named(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def tally(rounds: list[Round]) -> dict[str, int]:
