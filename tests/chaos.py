@@ -270,8 +270,8 @@ def table(found: dict[str, Any]) -> str:
     told = found["tally"]
     lines += ["", *_endings(rounds, kinds), ""]
     lines += [
-        f"{len(rounds)} rounds in {found['wall_s'] / 60:.0f} min. After one plain run: {told['different']} rounds with "
-        f"another hash, {told['litter']} with a half-written file, {told['ours']} tracebacks of our code, "
+        f"{len(rounds)} rounds in {found['wall_s'] / 60:.0f} min. After one plain run: {told['different']} rounds "
+        f"with another hash, {told['litter']} with a half-written file, {told['ours']} tracebacks of our code, "
         f"{told['of_others']} of others; {told['again']} needed a second plain run.",
     ]
     lines += [f"- DVC, {n} times: `{line}`" for line, n in found["dvc_said"].items()]
