@@ -7,6 +7,7 @@ export PYTHONUNBUFFERED := 1
 # Waiting threads sleep: a fifth less CPU on small models, the same bits.
 export OMP_WAIT_POLICY ?= PASSIVE
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -X faulthandler -m pytest -n 2 --dist loadfile --max-worker-restart 0
+ROUNDS ?= 100
 PACKAGES := pipeline exporters stages benchmarks
 
 .DEFAULT_GOAL := help
@@ -40,8 +41,9 @@ coverage: $(VENV)/.installed  ## lines of pipeline/, stages/, exporters/ that th
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --sort=cover
 
-chaos: $(VENV)/.installed  ## killed at random moments, many times over
+chaos: $(VENV)/.installed  ## accidents at random moments anywhere in the chain, ROUNDS=100 of them: 20 to 40 minutes
 	$(PYTEST) -m chaos
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --rounds $(ROUNDS)
 
 check: $(VENV)/.installed  ## ruff, mypy strict, house tests
 	$(BIN)/ruff format --check $(PACKAGES) tests

@@ -18,6 +18,7 @@ DONE, BUG, USER_MISTAKE, GATE = 0, 1, 2, 3
 PLACE = {
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.EROFS,
     errno.EACCES,
     errno.EPERM,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import importlib.metadata
@@ -10,8 +11,8 @@ import os
 import reprlib
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import UnionType
 from typing import Any, BinaryIO
@@ -33,10 +34,8 @@ def atomic(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     make_parent(path)
     sweep(path)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
-    temporary = Path(name)
+    temporary, fd = _claimed(path, _open_file_beside)
     try:
-        _lock(fd)
         yield temporary
         temporary.chmod(0o644)
         with temporary.open("rb+") as f:
@@ -53,10 +52,8 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     make_parent(path)
     sweep(path)
-    temporary = _sibling(path)
-    fd = os.open(temporary, os.O_RDONLY)
+    temporary, fd = _claimed(path, _open_folder_beside)
     try:
-        _lock(fd)
         yield temporary
         temporary.chmod(0o755)
         publish(temporary, path)
@@ -90,36 +87,77 @@ def _lock(fd: int) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _sibling(path: Path) -> Path:
+def _claimed(path: Path, beside: Callable[[Path], tuple[Path, int]]) -> tuple[Path, int]:
+    """A new temporary sibling and the descriptor that holds it; again where another run's sweep was faster."""
+    while True:
+        temporary, fd = beside(path)
+        with suppress(BlockingIOError):
+            _lock(fd)
+            if temporary.exists():
+                return temporary, fd
+        os.close(fd)
+
+
+def _open_file_beside(path: Path) -> tuple[Path, int]:
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+    return Path(name), fd
+
+
+def _open_folder_beside(path: Path) -> tuple[Path, int]:
+    while True:
+        folder = _folder_beside(path)
+        with suppress(FileNotFoundError):  # swept already
+            return folder, os.open(folder, os.O_RDONLY)
+
+
+def _folder_beside(path: Path) -> Path:
     return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL))
 
 
 def publish(folder: Path, path: Path) -> None:
     """Rename a finished `folder` onto `path`. What stood there goes aside first: for a moment `path` is absent.
 
+    Killed in that moment, a run leaves the old folder beside `path`; the next one sweeps it away. Of two runs that
+    publish at once the later one's folder stays.
     Raises UserError: a file stands there, or a folder that holds nothing of what `folder` does.
     """
     make_parent(path)
     _refuse_foreign(folder, path)
+    sweep(path)
     if folder.stat().st_dev != path.parent.stat().st_dev:
-        near = _sibling(path)
-        shutil.copytree(folder, near, dirs_exist_ok=True)
+        with atomic_dir(path) as near:
+            shutil.copytree(folder, near, dirs_exist_ok=True)
         shutil.rmtree(folder)
-        folder = near
-    if path.exists():
-        old = _sibling(path)
-        path.replace(old / "was")
-        folder.replace(path)
+        return
+    aside: list[Path] = []
+    while not _took_the_place(folder, path):
+        aside.append(_folder_beside(path))
+        with suppress(FileNotFoundError):  # another run has moved it first
+            path.replace(aside[-1] / "was")
+    for old in aside:
         shutil.rmtree(old, ignore_errors=True)
-    else:
+
+
+def _took_the_place(folder: Path, path: Path) -> bool:
+    """Rename `folder` to `path`, False where something stands there."""
+    try:
         folder.replace(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        return False
+    return True
 
 
 def _refuse_foreign(folder: Path, path: Path) -> None:
     """Raise UserError where `path` is somebody's own: an output takes the place of an older one only."""
-    there = {p.name for p in path.iterdir()} if path.is_dir() else set()
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path}: is a file; give a new folder")
+    there: set[str] = set()
+    try:
+        there = {p.name for p in path.iterdir()}
+    except FileNotFoundError:  # nothing there, or another run's and gone already
+        pass
+    except NotADirectoryError:
+        raise UserError(f"{path}: is a file; give a new folder") from None
     if there and not there & {p.name for p in folder.iterdir()}:
         raise UserError(
             f"{path}: holds {min(there)}, which this command did not write; give a new folder"

@@ -132,7 +132,7 @@ def work_folder(root: Path, fingerprint: str, among: Ranks = ALONE) -> Iterator[
         yield folder
         among.wait()
         return
-    files.make_parent(folder / "checkpoint")
+    files.make_parent(folder)
     with folder.with_suffix(".lock").open("w") as lock:
         until = time.monotonic() + PATIENCE
         while not _locked(lock):
@@ -141,6 +141,7 @@ def work_folder(root: Path, fingerprint: str, among: Ranks = ALONE) -> Iterator[
                     f"{folder}: another process is writing it; wait for it or stop it, then run again"
                 )
             time.sleep(0.1)
+        folder.mkdir(exist_ok=True)  # here: the process waited for has removed its own
         among.wait()
         yield folder
         among.wait()
@@ -321,7 +322,8 @@ def _columns(curves: list[Figures]) -> dict[str, Tensor]:
 
 def _from_columns(columns: Mapping[str, Tensor]) -> list[Figures]:
     rows = zip(*(column.tolist() for column in columns.values()))
-    return [{t: v for t, v in zip(columns, row) if not math.isnan(v)} for row in rows]
+    figures = [{t: v for t, v in zip(columns, row) if not math.isnan(v)} for row in rows]
+    return [{**f, "step": int(f["step"])} for f in figures]
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

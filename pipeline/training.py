@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +33,7 @@ from pipeline import (
 )
 from pipeline import config as configs
 from pipeline.compute import Compute
+from pipeline.errors import UserError
 from pipeline.kernels.philox import Key
 from pipeline.methods.cakd import CakdConfig, Projectors
 from pipeline.methods.logits import LogitsConfig
@@ -187,7 +188,7 @@ class Feed(Dataset[list[Batch]]):
         self.batches, self.geometry, self.seed, self.workers = batches, geometry, seed, workers
         self.parts, self.among = parts, among
         self._next = -1
-        self._coming: Iterator[list[Batch]] = iter(())
+        self._coming: Iterator[list[Batch] | UserError] = iter(())
 
     def chosen(self, step: int) -> list[Chosen]:
         """What makes this rank's parts of a step."""
@@ -210,26 +211,60 @@ class Feed(Dataset[list[Batch]]):
         if step != self._next:
             self._coming = iter(self._loader(step))
         self._next = step + 1
-        return next(self._coming)
+        try:
+            coming = next(self._coming)
+        except (EOFError, OSError) as error:  # its end of a pipe or of a socket has gone
+            if str(error).startswith("Caught"):
+                raise
+            raise self._killed(error) from None
+        if isinstance(coming, UserError):
+            raise coming
+        return coming
 
     def close(self) -> None:
         """Let the workers go."""
         self._coming, self._next = iter(()), -1
 
-    def _loader(self, start: int) -> DataLoader[list[Batch]]:
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Raise UserError where a worker dies: torch tells it by a signal, so anywhere in the body."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise self._killed(error) from None
+
+    def _killed(self, error: Exception) -> UserError:
+        found = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+        return UserError(
+            f"distill.workers: one of {self.workers} was killed ({found}); free memory, or lower distill.workers "
+            "or distill.batch, then run again to go on"
+        )
+
+    def _loader(self, start: int) -> DataLoader[Any]:
         return DataLoader(
             self,
             batch_size=None,
             sampler=range(start, max(start + 1, self.batches.steps)),
             num_workers=self.workers,
-            collate_fn=_as_it_is,
+            collate_fn=_shared,
             worker_init_fn=runtime.as_worker,
             generator=torch.Generator(),  # its own: the step's random numbers stay untouched
         )
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _shared(parts: list[Batch]) -> list[Batch] | UserError:
+    """The views in shared memory, or why not. Left to the queue, a failure would be waited for without end."""
+    try:
+        for part in parts:
+            part.views.share_memory_()
+    except RuntimeError as error:
+        return UserError(
+            f"distill.workers: a worker found no shared memory ({str(error).splitlines()[0]}); enlarge /dev/shm "
+            "(docker: --shm-size), or set distill.workers: 0, then run again to go on"
+        )
+    return parts
 
 
 class Features:
@@ -476,7 +511,7 @@ def distill(
     `out` receives student.safetensors (plain timm keys), student.json and, where the method has projectors,
     projectors.safetensors. Resumes from the last checkpoint in `work`. `policy` is the `cache:` that the features
     are expected to have; None takes theirs. Of several ranks the first publishes.
-    Raises UserError: unknown method, stale store, a student without a fit tap.
+    Raises UserError: unknown method, stale store, a student without a fit tap, a killed worker.
     """
     terms_of(method)
     recipe = {k: v for k, v in asdict(config).items() if k not in ("methods", "workers")}
@@ -493,7 +528,7 @@ def distill(
             epoch=steps // config.epochs,
             quiet=among.rank > 0,
         )
-        with closing(trainer.feed):
+        with trainer.feed.watched(), closing(trainer.feed):
             curves = runtime.run_steps(
                 tell,
                 config.checkpoint_every,

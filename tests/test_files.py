@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
 from pipeline import cli, files
 from pipeline.errors import GateFailed, UserError
+from tests.house import ROOT
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -34,6 +38,57 @@ def test_a_folder_replaces_the_old_one_only_when_finished(tmp_path):
         raise RuntimeError
     assert (out / "f").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["out"]
     assert stat.S_IMODE(out.stat().st_mode) == 0o755
+
+
+def python(code, folder):
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+KILLED_BETWEEN = """
+import os, pathlib, signal
+from pipeline import files
+rename = pathlib.Path.replace
+def then_killed(self, target):
+    rename(self, target)
+    if target.name == "was":
+        os.kill(os.getpid(), signal.SIGKILL)
+pathlib.Path.replace = then_killed
+files.publish(pathlib.Path("second"), pathlib.Path("out"))
+"""
+
+
+def test_killed_between_the_two_renames_of_a_folder_the_next_one_clears_up(tmp_path):
+    for name in ("out", "second", "third"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "f").write_text(name)
+    python(KILLED_BETWEEN, tmp_path).wait()
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert "out" not in left and left[0].endswith(files.PARTIAL)
+    files.publish(tmp_path / "third", tmp_path / "out")
+    assert (tmp_path / "out" / "f").read_text() == "third"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "second"]
+
+
+OFTEN = """
+from pipeline import files
+for i in range(300):
+    with files.atomic_dir("out") as folder:
+        (folder / "f").write_text(str(i))
+    files.write_json("a.json", {"i": i})
+"""
+
+
+def test_writers_of_one_path_at_once_do_not_disturb_each_other(tmp_path):
+    writers = [python(OFTEN, tmp_path) for _ in range(3)]
+    assert [w.communicate()[1] for w in writers] == [""] * 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "out"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["f"]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +136,7 @@ def test_a_digest_does_not_depend_on_key_order():
         (GateFailed("over"), 3),
         (None, 0),
         (KeyboardInterrupt(), 130),
+        (OSError(errno.EFBIG, "File too large"), 2),
     ],
 )
 def test_exit_codes_and_one_line_on_stderr(error, code, capsys):

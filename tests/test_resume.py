@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline import files
+from pipeline import files, runtime
 from tests.conftest import CNN, VIT
 from tests.house import ROOT
 
@@ -120,6 +121,19 @@ def test_a_stage_of_dvc_leaves_with_its_dvc(digits, tmp_path):
     parent.wait()
     wait_for(lambda: list((tmp_path / "work" / "teach").rglob("checkpoint.safetensors")), 20)
     wait_for(lambda: not any(str(tmp_path) in line for line in processes()), 20)
+
+
+def test_who_waited_for_another_writer_finds_a_work_folder_of_its_own(tmp_path):
+    def second():
+        with runtime.work_folder(tmp_path, "f" * 16) as folder:
+            return folder.is_dir()
+
+    with ThreadPoolExecutor(1) as pool:
+        with runtime.work_folder(tmp_path, "f" * 16) as folder:
+            waiting = pool.submit(second)
+            time.sleep(0.3)
+            assert folder.is_dir() and not waiting.done()
+        assert waiting.result()
 
 
 def processes():

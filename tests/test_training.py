@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import timm
 import torch
@@ -405,7 +408,7 @@ def test_same_seed_same_bits_and_the_student_is_the_plain_timm_model(
 def test_a_run_killed_at_any_step_goes_on_to_the_same_bits(
     prepared, teacher_path, features, tmp_path, monkeypatch
 ):
-    run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "whole")
+    undisturbed = run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "whole")
 
     class Killed(Exception):
         pass
@@ -428,7 +431,8 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_bits(
         return exact(self, number, watch)
 
     monkeypatch.setattr(Trainer, "step", watch_step)
-    run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "killed")
+    figures = run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "killed")
+    assert json.dumps(figures["curves"]) == json.dumps(undisturbed["curves"])
     assert resumed == [20]  # the last checkpoint, not the beginning
     for name in ("student.safetensors", "projectors.safetensors"):
         whole, killed = (tmp_path / k / "cakd+logits" / name for k in ("whole", "killed"))
@@ -506,44 +510,59 @@ def test_standardising_brings_the_target_to_unit_scale(make):
     assert TeacherSpace.of(space.described()).width == 32
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_signal_to_the_whole_group_saves_leaves_and_the_next_run_goes_on(
-    workers, digits, teacher_path, features, tmp_path
-):
-    params = tmp_path / "params.yaml"
+def long_training(workers, digits, teacher_path, features, folder, **options):
+    """A `stages.distill` of 400 epochs in a session of its own, once it has begun to train."""
+    params = folder / "params.yaml"
     params.write_text(
         f"distill:\n  workers: {workers}\n  methods: [plain]\n  student: test_resnet\n  epochs: 400\n"
         "  student_kwargs: {channels: [8, 12, 16, 24], output_stride: 8}\n"
         "cache:\n  dtype: float32\n  views: 2\n"
     )
-    out, work = tmp_path / "student", tmp_path / "work"
-    command = [
-        sys.executable,
-        "-u",
-        "-m",
-        "stages.distill",
-        *map(str, (digits, teacher_path, features, out)),
-    ]
-    command += [
-        str(tmp_path / "perf.json"),
-        "--method",
-        "plain",
-        "--work",
-        str(work),
-        "--params",
-        str(params),
-    ]
-    process = subprocess.Popen(
+    command = [sys.executable, "-u", "-m", "stages.distill"]
+    command += map(str, (digits, teacher_path, features, folder / "student", folder / "perf.json"))
+    command += ["--method", "plain", "--work", str(folder / "work"), "--params", str(params)]
+    return subprocess.Popen(
         command,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        **options,
     )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_to_the_whole_group_saves_leaves_and_the_next_run_goes_on(
+    workers, digits, teacher_path, features, tmp_path
+):
+    out, work = tmp_path / "student", tmp_path / "work"
+    process = long_training(workers, digits, teacher_path, features, tmp_path)
     assert "distill plain" in process.stdout.readline()  # after 5 seconds of training
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + 15
     assert "saved" in errors and "run again to go on" in errors and not out.exists()
     assert list(work.rglob("checkpoint.safetensors"))
+
+
+def test_a_killed_worker_is_one_line(digits, teacher_path, features, tmp_path):
+    process = long_training(1, digits, teacher_path, features, tmp_path)
+    assert "distill plain" in process.stdout.readline()
+    (worker,) = psutil.Process(process.pid).children()
+    worker.kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and errors.count("\n") == 1, errors
+    assert "distill.workers: one of 1 was killed" in errors and "run again to go on" in errors
+
+
+def test_without_shared_memory_for_a_worker_the_training_ends_with_one_line(
+    digits, teacher_path, features, tmp_path
+):
+    def little():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    process = long_training(1, digits, teacher_path, features, tmp_path, preexec_fn=little)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and errors.count("\n") == 1
+    assert "found no shared memory" in errors and "/dev/shm" in errors
