@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import bundled, files
+from pipeline import bundled, files, schema
 from pipeline.errors import UserError, nearest
 from pipeline.verdict import MODELS, judge, noisy
 
@@ -142,16 +142,17 @@ def read_bench(path: Path) -> dict[str, Any]:
 def read_machine(path: Path) -> dict[str, Any]:
     """One machine's figures: a summary of this stage, a bench JSON of `exporters.bench --json`, or of a bundle.
 
-    Raises UserError: another schema, a row about neither student nor teacher.
+    Raises UserError: another schema, not as it says, a row about neither student nor teacher.
     """
     found = files.read_json(path)
-    if found.get("schema") == SCHEMA:
+    if found.get("schema") not in (allowed := (SCHEMA, *BENCH, bundled.SCHEMA)):
+        raise UserError(f"{path}: schema is {found.get('schema')!r}; allowed: {', '.join(allowed)}")
+    if found["schema"] == bundled.SCHEMA:
+        found = bundled.bench(path, found)
+    else:
+        schema.check(path, found)
+    if found["schema"] == SCHEMA:
         return {"pairs": [], "comparisons": [], **found}
-    if found.get("schema") == bundled.SCHEMA:
-        found = bundled.bench(found)
-    elif found.get("schema") not in BENCH:
-        allowed = ", ".join((SCHEMA, *BENCH, bundled.SCHEMA))
-        raise UserError(f"{path}: schema is {found.get('schema')!r}; allowed: {allowed}")
     compared = comparisons(found)
     if not compared:
         refuse_other_models(path, found["rows"])
