@@ -34,7 +34,7 @@ def read(paths: Iterable[Path]) -> list[tuple[str, dict[str, Any]]]:
         else:
             raise UserError(f"--history: {path}: no such file or folder; give earlier edge.json")
         for file, summary in read.items():
-            schema.check(file, summary)
+            schema.check(file, summary, (EDGE,))
             found.append((_name(file), summary))
     return found
 

@@ -16,7 +16,7 @@ from pipeline.errors import UserError, nearest
 from pipeline.verdict import MODELS, judge, noisy
 
 SCHEMA = "cakd.edge/1"
-BENCH = ("cakd.bench/1", "cakd.bench/2")
+BENCH = "cakd.bench/2"
 BASELINES = ("plain", "logits")  # every method is compared with these two, in points
 KEPT_SAMPLES = 61  # latencies kept of each row, evenly spaced in rank, both extremes among them
 
@@ -77,7 +77,7 @@ def summarise(
             f"{nearest(shipped, accuracy['models'])}"
         )
     parity = read_parity(sources.build, targets)
-    benches = {name: read_bench(sources.bench / f"{name}.json") for name in targets}
+    benches = {name: files.read_json(sources.bench / f"{name}.json", BENCH) for name in targets}
     inputs = {name: getattr(sources, name) for name in ("accuracy", "train_perf", "device")}
     inputs |= {f"bench/{name}": sources.bench / f"{name}.json" for name in targets}
     summary = {
@@ -129,31 +129,18 @@ def read_parity(build: Path, targets: Iterable[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def read_bench(path: Path) -> dict[str, Any]:
-    """A bench JSON of either version. Raises UserError: missing, another schema."""
-    found = files.read_json(path)
-    if found.get("schema") not in BENCH:
-        raise UserError(
-            f"{path}: schema is {found.get('schema')!r}; allowed: {', '.join(BENCH)}; run its stage again"
-        )
-    return found
-
-
 def read_machine(path: Path) -> dict[str, Any]:
     """One machine's figures: a summary of this stage, a bench JSON of `exporters.bench --json`, or of a bundle.
 
     Raises UserError: another schema, not as it says, a row about neither student nor teacher.
     """
     found = files.read_json(path)
-    if found.get("schema") not in (allowed := (SCHEMA, *BENCH, bundled.SCHEMA)):
-        raise UserError(f"{path}: schema is {found.get('schema')!r}; allowed: {', '.join(allowed)}")
-    if found["schema"] == bundled.SCHEMA:
-        found = bundled.bench(path, found)
-    else:
-        schema.check(path, found)
+    schema.check(path, found, (SCHEMA, BENCH, bundled.SCHEMA))
     if found["schema"] == SCHEMA:
         return {"pairs": [], "comparisons": [], **found}
-    compared = comparisons(found)
+    if found["schema"] == bundled.SCHEMA:
+        found = bundled.bench(found)
+    compared = found.get("comparisons", [])
     if not compared:
         refuse_other_models(path, found["rows"])
     rows = [] if compared else found["rows"]
@@ -185,15 +172,6 @@ def refuse_other_models(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
                 f"{path}: a row is about {row['model']!r}; a report knows student and teacher: name the "
                 "files student*.onnx and teacher*.onnx and run the bench again"
             )
-
-
-def comparisons(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a bench JSON says of a model against its baseline; `cakd.bench/1` held one, at its top."""
-    if "comparisons" in found or "verdict" not in found:
-        return list(found.get("comparisons", []))
-    keys = ("verdict", "ratio", "rounds", "processes", "process_spread")
-    first = {key: found["rows"][0][key] for key in ("model", "target", "threads")}
-    return [{**first, **{key: found[key] for key in keys}, "gates": []}]
 
 
 def compare(models: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,26 @@ from typing import Any
 from pipeline.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
+LONGEST = 200  # letters of what is said of a wrong value, which may be a whole list
 
 
-def check(path: Path, document: Any) -> None:
-    """Raises UserError: no object, a schema of no name here, or the first place where the file departs from it."""
-    name = document.get("schema") if isinstance(document, dict) else None
-    validators = _validators()
-    if name not in validators:
-        raise UserError(f"{path}: schema is {name!r}; allowed: {', '.join(sorted(validators))}")
-    errors = sorted(validators[name].iter_errors(document), key=lambda error: error.json_path)
-    if errors:
-        said = errors[0].message
-        said = said if len(said) <= 200 else f"{said[:100]} ... {said[-100:]}"
+def check(path: Path, document: dict[str, Any], allowed: Sequence[str]) -> None:
+    """Raises UserError: a schema that is not `allowed`, or the first place where the file departs from its own."""
+    name = document.get("schema")
+    if name not in allowed:
+        raise UserError(f"{path}: schema is {name!r}; allowed: {', '.join(allowed)}")
+    errors = _validators()[name].iter_errors(document)
+    if first := min(errors, key=lambda error: error.json_path, default=None):
         raise UserError(
-            f"{path}: not as {name} says at {errors[0].json_path}: {said}; write it again"
+            f"{path}: not as {name} says at {_short(first.json_path)}: {_short(first.message)}; write it again"
         )
+
+
+def _short(text: str) -> str:
+    """The text in one line, without its middle where it is long."""
+    line = " ".join(text.split())
+    half = LONGEST // 2
+    return line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}"
 
 
 @cache
