@@ -27,10 +27,9 @@ def check(path: Path, document: dict[str, Any], allowed: Sequence[str]) -> None:
 
 
 def _short(text: str) -> str:
-    """The text in one line, without its middle where it is long."""
-    line = " ".join(text.split())
+    """The text without its middle where it is long."""
     half = LONGEST // 2
-    return line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}"
+    return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 @cache

@@ -56,6 +56,12 @@ def with_pairs(run: Run) -> None:
         run.write(f"bench/{target}.json", found)
 
 
+def moment(time: str) -> dict[str, Any]:
+    """The conditions of a row that was measured then."""
+    unknown = ("load_1m", "governor", "cpu_mhz", "gpu_mhz", "throttled")
+    return {"time": time, "kernel": "6.1.0", **dict.fromkeys(unknown)}
+
+
 def past(edge: dict[str, Any], runs: int = 3, **machine: Any) -> list[tuple[str, dict[str, Any]]]:
     """Earlier runs like this one, a day apart from 1 November on, each slower than the one before."""
     found = []
@@ -65,6 +71,6 @@ def past(edge: dict[str, Any], runs: int = 3, **machine: Any) -> list[tuple[str,
         for target in earlier["targets"]:
             if target["student"]["status"] == "measured":
                 target["student"]["wall_ms"]["p50"] *= 1 + 0.1 * day
-                target["student"]["conditions"] = {"time": f"2026-11-{day:02}T10:00:00+00:00"}
+                target["student"]["conditions"] = moment(f"2026-11-{day:02}T10:00:00+00:00")
         found.append((f"run-{day}", earlier))
     return found
