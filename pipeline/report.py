@@ -132,11 +132,13 @@ def read_parity(build: Path, targets: Iterable[str]) -> list[dict[str, Any]]:
 def read_machine(path: Path) -> dict[str, Any]:
     """One machine's figures: a summary of this stage, a bench JSON of `exporters.bench --json`, or of a bundle.
 
-    Raises UserError: another schema, not as it says, a row about neither student nor teacher.
+    Raises UserError: another schema, not as it says, a row about neither student nor teacher, a method that ships
+    and is none of the models.
     """
     found = files.read_json(path)
     schema.check(path, found, (SCHEMA, BENCH, bundled.SCHEMA))
     if found["schema"] == SCHEMA:
+        refuse_unknown_shipped(path, found)
         return {"pairs": [], "comparisons": [], **found}
     if found["schema"] == bundled.SCHEMA:
         found = bundled.bench(found)
@@ -162,6 +164,15 @@ def read_machine(path: Path) -> dict[str, Any]:
     }
     machine = {key: found[key] for key in ("machine", "provenance")}
     return {**summary, "verdict": judge(summary), **machine}
+
+
+def refuse_unknown_shipped(path: Path, summary: Mapping[str, Any]) -> None:
+    """Raise UserError where the method that ships is none of the models, which no schema can say."""
+    if summary["shipped"] not in summary["models"]:
+        raise UserError(
+            f"{path}: shipped is {summary['shipped']!r}, which models does not hold; "
+            f"{nearest(summary['shipped'], summary['models'])}; write it again"
+        )
 
 
 def refuse_other_models(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

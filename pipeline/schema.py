@@ -18,7 +18,8 @@ def check(path: Path, document: dict[str, Any], allowed: Sequence[str]) -> None:
     """Raises UserError: a schema that is not `allowed`, or the first place where the file departs from its own."""
     name = document.get("schema")
     if name not in allowed:
-        raise UserError(f"{path}: schema is {name!r}; allowed: {', '.join(allowed)}")
+        said = f"schema is {_short(repr(name))}"
+        raise UserError(f"{path}: {said}; allowed: {', '.join(allowed)}")
     errors = _validators()[name].iter_errors(document)
     if first := min(errors, key=lambda error: error.json_path, default=None):
         raise UserError(

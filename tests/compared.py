@@ -50,7 +50,13 @@ def with_pairs(run: Run) -> None:
             p50 = row["wall_ms"]["p50"]
             row["wall_ms"]["p50_ci"] = p50 and [0.9 * p50, 1.2 * p50]
             row |= {"params": 1_520_906, "macs": 56_500_000, "engine_ms": None}
-        pair = {"target": target, "threads": 1, "batch": 1, "candidate": "student", "baseline": "teacher"}
+        pair = {
+            "target": target,
+            "threads": 1,
+            "batch": 1,
+            "candidate": "student",
+            "baseline": "teacher",
+        }
         if found["rows"][1]["status"] == "measured":
             found["pairs"] = [{**pair, "clock": "cpu", "ratio": ratio(0.2)}]
         run.write(f"bench/{target}.json", found)
