@@ -18,6 +18,7 @@ from pipeline.verdict import MODELS, judge, noisy
 SCHEMA = "cakd.edge/1"
 BENCH = "cakd.bench/2"
 BASELINES = ("plain", "logits")  # every method is compared with these two, in points
+MOST = 1e15  # of a budget: no file, time or network is larger
 KEPT_SAMPLES = 61  # latencies kept of each row, evenly spaced in rank, both extremes among them
 
 BUDGETS = {  # name in `report.budgets` -> how it is read in a sentence
@@ -49,6 +50,8 @@ class Report:
                 raise ValueError(f"budgets: {name!r} is not a figure of a target; use {quantity!r}")
             if quantity == "top1_min" and not 0 <= limit <= 1:
                 raise ValueError(f"budgets: {name} is {limit}; allowed: a fraction, 0.9 for 90 %")
+            if quantity != "top1_min" and not 0 < limit <= MOST:
+                raise ValueError(f"budgets: {name} is {limit}; allowed: above 0, {MOST:g} at most")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ LONGEST = 200  # letters of what is said of a wrong value, which may be a whole 
 
 def check(path: Path, document: dict[str, Any], allowed: Sequence[str]) -> None:
     """Raises UserError: a schema that is not `allowed`, or the first place where the file departs from its own."""
-    name = document.get("schema")
+    name: Any = document.get("schema")
     if name not in allowed:
         said = f"schema is {_short(repr(name))}"
         raise UserError(f"{path}: {said}; allowed: {', '.join(allowed)}")
