@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import files
+from pipeline import files, schema
 from pipeline.errors import UserError
 from pipeline.pareto import wilson
 from pipeline.verdict import noisy
@@ -21,17 +21,21 @@ Summary = Mapping[str, Any]
 def read(paths: Iterable[Path]) -> list[tuple[str, dict[str, Any]]]:
     """(name, summary) of earlier runs: files, and every summary in and below folders; other schemas are passed.
 
-    Raises UserError: no such path, a file that is no `cakd.edge/1`, JSON in a folder that cannot be read.
+    Raises UserError: no such path, a file that is no `cakd.edge/1` or not as its schema says, JSON in a folder that
+    cannot be read.
     """
     found = []
     for path in paths:
         if path.is_dir():
-            inside = [(p, files.read_json(p)) for p in sorted(path.rglob("*.json"))]
-            found += [(_name(p), s) for p, s in inside if s.get("schema") == EDGE]
+            inside = {p: files.read_json(p) for p in sorted(path.rglob("*.json"))}
+            read = {p: s for p, s in inside.items() if s.get("schema") == EDGE}
         elif path.is_file():
-            found.append((_name(path), files.read_json(path, EDGE)))
+            read = {path: files.read_json(path, EDGE)}
         else:
             raise UserError(f"--history: {path}: no such file or folder; give earlier edge.json")
+        for file, summary in read.items():
+            schema.check(file, summary, (EDGE,))
+            found.append((_name(file), summary))
     return found
 
 

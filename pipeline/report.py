@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import bundled, files
+from pipeline import bundled, files, schema
 from pipeline.errors import UserError, nearest
 from pipeline.verdict import MODELS, judge, noisy
 
 SCHEMA = "cakd.edge/1"
-BENCH = ("cakd.bench/1", "cakd.bench/2")
+BENCH = "cakd.bench/2"
 BASELINES = ("plain", "logits")  # every method is compared with these two, in points
+MOST = 1e15  # of a budget: no file, time or network is larger
 KEPT_SAMPLES = 61  # latencies kept of each row, evenly spaced in rank, both extremes among them
 
 BUDGETS = {  # name in `report.budgets` -> how it is read in a sentence
@@ -49,6 +50,8 @@ class Report:
                 raise ValueError(f"budgets: {name!r} is not a figure of a target; use {quantity!r}")
             if quantity == "top1_min" and not 0 <= limit <= 1:
                 raise ValueError(f"budgets: {name} is {limit}; allowed: a fraction, 0.9 for 90 %")
+            if quantity != "top1_min" and not 0 < limit <= MOST:
+                raise ValueError(f"budgets: {name} is {limit}; allowed: above 0, {MOST:g} at most")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def summarise(
             f"{nearest(shipped, accuracy['models'])}"
         )
     parity = read_parity(sources.build, targets)
-    benches = {name: read_bench(sources.bench / f"{name}.json") for name in targets}
+    benches = {name: files.read_json(sources.bench / f"{name}.json", BENCH) for name in targets}
     inputs = {name: getattr(sources, name) for name in ("accuracy", "train_perf", "device")}
     inputs |= {f"bench/{name}": sources.bench / f"{name}.json" for name in targets}
     summary = {
@@ -129,30 +132,20 @@ def read_parity(build: Path, targets: Iterable[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def read_bench(path: Path) -> dict[str, Any]:
-    """A bench JSON of either version. Raises UserError: missing, another schema."""
-    found = files.read_json(path)
-    if found.get("schema") not in BENCH:
-        raise UserError(
-            f"{path}: schema is {found.get('schema')!r}; allowed: {', '.join(BENCH)}; run its stage again"
-        )
-    return found
-
-
 def read_machine(path: Path) -> dict[str, Any]:
     """One machine's figures: a summary of this stage, a bench JSON of `exporters.bench --json`, or of a bundle.
 
-    Raises UserError: another schema, a row about neither student nor teacher.
+    Raises UserError: another schema, not as it says, a row about neither student nor teacher, a method that ships
+    and is none of the models.
     """
     found = files.read_json(path)
-    if found.get("schema") == SCHEMA:
+    schema.check(path, found, (SCHEMA, BENCH, bundled.SCHEMA))
+    if found["schema"] == SCHEMA:
+        refuse_unknown_shipped(path, found)
         return {"pairs": [], "comparisons": [], **found}
-    if found.get("schema") == bundled.SCHEMA:
+    if found["schema"] == bundled.SCHEMA:
         found = bundled.bench(found)
-    elif found.get("schema") not in BENCH:
-        allowed = ", ".join((SCHEMA, *BENCH, bundled.SCHEMA))
-        raise UserError(f"{path}: schema is {found.get('schema')!r}; allowed: {allowed}")
-    compared = comparisons(found)
+    compared = found.get("comparisons", [])
     if not compared:
         refuse_other_models(path, found["rows"])
     rows = [] if compared else found["rows"]
@@ -176,6 +169,15 @@ def read_machine(path: Path) -> dict[str, Any]:
     return {**summary, "verdict": judge(summary), **machine}
 
 
+def refuse_unknown_shipped(path: Path, summary: Mapping[str, Any]) -> None:
+    """Raise UserError where the method that ships is none of the models, which no schema can say."""
+    if summary["shipped"] not in summary["models"]:
+        raise UserError(
+            f"{path}: shipped is {summary['shipped']!r}, which models does not hold; "
+            f"{nearest(summary['shipped'], summary['models'])}; write it again"
+        )
+
+
 def refuse_other_models(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Raise UserError where a row is about neither student nor teacher."""
     for row in rows:
@@ -184,15 +186,6 @@ def refuse_other_models(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
                 f"{path}: a row is about {row['model']!r}; a report knows student and teacher: name the "
                 "files student*.onnx and teacher*.onnx and run the bench again"
             )
-
-
-def comparisons(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a bench JSON says of a model against its baseline; `cakd.bench/1` held one, at its top."""
-    if "comparisons" in found or "verdict" not in found:
-        return list(found.get("comparisons", []))
-    keys = ("verdict", "ratio", "rounds", "processes", "process_spread")
-    first = {key: found["rows"][0][key] for key in ("model", "target", "threads")}
-    return [{**first, **{key: found[key] for key in keys}, "gates": []}]
 
 
 def compare(models: Mapping[str, Any]) -> dict[str, Any]:

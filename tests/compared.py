@@ -28,6 +28,7 @@ def comparison(
     """The student against its baseline in one target."""
     found = {"model": "student.onnx", "target": target, "threads": 1, "verdict": verdict}
     found |= {"ratio": ratio(median, 0.1), "gates": [gate()], "rounds": 8, "processes": 3}
+    found["reason"] = None
     return {**found, "process_spread": {"candidate": 0.01, "baseline": 0.02}, **changed}
 
 
@@ -41,18 +42,30 @@ def against(folder: Path, *comparisons: dict[str, Any]) -> Path:
     return path
 
 
-def as_of_version_2(run: Run) -> None:
-    """Give the run's bench files what `cakd.bench/2` adds."""
+def with_pairs(run: Run) -> None:
+    """Give the run's bench files pairs, and their rows intervals and counts."""
     for target in TARGETS:
-        found = {**run.read(f"bench/{target}.json"), "schema": "cakd.bench/2"}
+        found = run.read(f"bench/{target}.json")
         for row in found["rows"]:
             p50 = row["wall_ms"]["p50"]
             row["wall_ms"]["p50_ci"] = p50 and [0.9 * p50, 1.2 * p50]
             row |= {"params": 1_520_906, "macs": 56_500_000, "engine_ms": None}
-        pair = {"target": target, "threads": 1, "candidate": "student", "baseline": "teacher"}
+        pair = {
+            "target": target,
+            "threads": 1,
+            "batch": 1,
+            "candidate": "student",
+            "baseline": "teacher",
+        }
         if found["rows"][1]["status"] == "measured":
             found["pairs"] = [{**pair, "clock": "cpu", "ratio": ratio(0.2)}]
         run.write(f"bench/{target}.json", found)
+
+
+def moment(time: str) -> dict[str, Any]:
+    """The conditions of a row that was measured then."""
+    unknown = ("load_1m", "governor", "cpu_mhz", "gpu_mhz", "throttled")
+    return {"time": time, "kernel": "6.1.0", **dict.fromkeys(unknown)}
 
 
 def past(edge: dict[str, Any], runs: int = 3, **machine: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -64,6 +77,6 @@ def past(edge: dict[str, Any], runs: int = 3, **machine: Any) -> list[tuple[str,
         for target in earlier["targets"]:
             if target["student"]["status"] == "measured":
                 target["student"]["wall_ms"]["p50"] *= 1 + 0.1 * day
-                target["student"]["conditions"] = {"time": f"2026-11-{day:02}T10:00:00+00:00"}
+                target["student"]["conditions"] = moment(f"2026-11-{day:02}T10:00:00+00:00")
         found.append((f"run-{day}", earlier))
     return found

@@ -31,7 +31,7 @@ BMF = {  # what bencher.dev/docs/reference/bencher-metric-format asks for
 
 def edge(run: Run, **budgets: float) -> dict[str, Any]:  # noqa: F811
     """A summary with everything that an adapter reads."""
-    compared.as_of_version_2(run)
+    compared.with_pairs(run)
     return {**summary(run, budgets), "comparisons": [compared.comparison()]}
 
 

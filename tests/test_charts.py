@@ -19,7 +19,7 @@ BUDGETS = {"top1_min": 0.8, "ort-fp32.wall_ms_max": 1.0, "wall_ms_max": 2.0, "si
 
 def drawn(run: Run) -> dict[str, str]:  # noqa: F811
     """Every picture of a run that has everything, by name."""
-    compared.as_of_version_2(run)
+    compared.with_pairs(run)
     edge = summary(run, BUDGETS)
     past = history.beside(edge, compared.past(edge))
     assert past
@@ -91,7 +91,7 @@ def test_the_tradeoff_tells_intervals_and_budgets_in_words(run: Run) -> None:  #
 
 def test_an_interval_of_the_latency_is_drawn_where_it_was_measured(run: Run) -> None:  # noqa: F811
     before = tradeoff.picture(summary(run))
-    compared.as_of_version_2(run)
+    compared.with_pairs(run)
     after = tradeoff.picture(summary(run))
     assert before and after and after.count("<path") > before.count("<path")
 

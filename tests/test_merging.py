@@ -1,4 +1,4 @@
-"""Reports that join a run with comparisons and with what the second version of the bench files adds."""
+"""Reports that join a run with comparisons, pairs and intervals."""
 
 from __future__ import annotations
 
@@ -65,17 +65,6 @@ def test_an_inconclusive_comparison_is_no_pass(run: Run) -> None:  # noqa: F811
     assert done.returncode == 0 and done.stdout.startswith("**INCONCLUSIVE**")
 
 
-def test_a_comparison_of_the_first_version_is_understood(run: Run) -> None:  # noqa: F811
-    path = compared.against(run.folder)
-    found = {**run.read("against.json"), "schema": "cakd.bench/1", "verdict": "FAIL"}
-    del found["comparisons"]
-    found |= {"ratio": compared.ratio(1.3, 0.1), "rounds": 8, "processes": 3, "process_spread": {}}
-    run.write("against.json", found)
-    (only,) = report.read_machine(path)["comparisons"]
-    assert (only["model"], only["target"], only["verdict"]) == ("student.onnx", "ort-fp32", "FAIL")
-    assert command(["--merge", path]).returncode == 3
-
-
 def test_a_comparison_alone_makes_a_page_without_empty_sections(run: Run) -> None:  # noqa: F811
     found = report.read_machine(compared.against(run.folder, comparison()))
     page, text = render.page([found]), render.markdown([found])
@@ -84,7 +73,7 @@ def test_a_comparison_alone_makes_a_page_without_empty_sections(run: Run) -> Non
 
 
 def test_pairs_are_shown_by_target_with_their_clock(run: Run) -> None:  # noqa: F811
-    compared.as_of_version_2(run)
+    compared.with_pairs(run)
     found = run.read("bench/ort-fp32.json")
     found["pairs"][0] |= {"clock": "engine", "batch": 8}
     run.write("bench/ort-fp32.json", found)
@@ -97,7 +86,7 @@ def test_pairs_are_shown_by_target_with_their_clock(run: Run) -> None:  # noqa: 
     assert "<h3>Student over teacher</h3>" in page and "ort-fp32, batch 8" in page
 
 
-def test_files_of_the_first_version_show_neither_pairs_nor_intervals(run: Run) -> None:  # noqa: F811
+def test_files_without_pairs_show_no_empty_sections(run: Run) -> None:  # noqa: F811
     page = render.page([summary(run)])
     for heading in ("Student over teacher", "Against the baseline", "Earlier runs"):
         assert heading not in page
@@ -116,7 +105,7 @@ def test_a_larger_batch_stands_beside_the_row_of_a_target(run: Run) -> None:  # 
 
 
 def test_what_is_merged_and_what_is_written_keep_their_schema(run: Run) -> None:  # noqa: F811
-    compared.as_of_version_2(run)
+    compared.with_pairs(run)
     crashed = comparison(verdict="FAIL", ratio=None, reason="candidate: killed", rounds=0)
     crashed["process_spread"] = {"candidate": None, "baseline": None}
     path = compared.against(run.folder, comparison(), crashed)
@@ -130,9 +119,10 @@ def test_what_is_merged_and_what_is_written_keep_their_schema(run: Run) -> None:
 
 def test_names_of_comparisons_cannot_leave_their_place(run: Run) -> None:  # noqa: F811
     evil = "x|y `z` <script>alert(1)</script>\n# $w$ [a](b)"
-    bad = gate(evil, "FAIL", evil)
+    bad = gate("macs", "FAIL", evil)
     path = compared.against(run.folder, comparison(model=evil, gates=[bad], target=evil))
     found = report.read_machine(path)
+    found["comparisons"][0]["gates"][0]["name"] = evil
     page, text = render.page([found]), render.markdown([found])
     assert "<script" not in page and "alert(1)" in page
     assert "script" in text and not re.search(r"(?<!\\)<", text)

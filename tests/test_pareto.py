@@ -45,7 +45,7 @@ def test_points_are_the_measured_rows_fastest_first(run: Run) -> None:  # noqa: 
 
 
 def test_a_measured_interval_of_the_median_is_kept(run: Run) -> None:  # noqa: F811
-    compared.as_of_version_2(run)
+    compared.with_pairs(run)
     for p in pareto.points(summary(run)):
         assert p.p50_ci == pytest.approx((0.9 * p.p50, 1.2 * p.p50))
 

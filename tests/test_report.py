@@ -44,6 +44,11 @@ TARGETS = {  # name -> (precision asked for, precision effective, student ms, te
 NO_TEACHER = "int8 is built for the student only"
 NO_INT8 = "fell back to fp32: top-1 falls from 0.910 to 0.889, gate 0.01"
 ENABLED = [*TARGETS, "trt-fp16"]
+UNMEASURED = (
+    *("runtime", "precision_effective", "load_ms", "first_ms", "size_mb", "rss_mb"),
+    *("params", "macs", "engine_ms"),
+)
+PARTS = ("read", "view", "replay", "student", "projector", "adversarial", "optimizer")
 TOP1 = {"teacher": 0.9725, "plain": 0.81, "logits": 0.8625, "cakd": 0.885, "cakd+logits": 0.9025}
 
 
@@ -90,7 +95,7 @@ def train_perf() -> dict[str, Any]:
         }
         methods[m] = {
             "img_per_s": {"median": 410.0, "iqr": 12.0},
-            "stage_ms": {"read": 0.4, "view": 1.2, "student": 40.0, "optimizer": 3.0},
+            "stage_ms": {**dict.fromkeys(PARTS, 0.0), "student": 40.0, "optimizer": 3.0},
             "stall_fraction": 0.02,
             "peak_mb": 812.0,
             "steps": 600,
@@ -107,29 +112,41 @@ def bench_row(
     quantiles = dict(zip(("p50", "p90"), np.quantile(samples, (0.5, 0.9)).tolist()))
     return {
         "model": model,
+        "artefact": f"{model}.onnx",
         "target": target,
+        "runtime": "onnxruntime 1.32.0",
         "threads": threads,
         "batch": 1,
         "status": "measured",
         "reason": None,
         "precision_requested": asked,
         "precision_effective": got,
-        "wall_ms": {**quantiles, "p99": None, "min": float(samples.min()), "n": 400},
+        "wall_ms": {
+            **quantiles,
+            "p99": None,
+            "min": float(samples.min()),
+            "n": 400,
+            "p50_ci": None,
+        },
         "cpu_ms": {"p50": ms},
         "load_ms": 12.0,
         "first_ms": 3.0,
         "size_mb": 1.6 if got == "int8" else 6.1,
         "rss_mb": 120.0,
+        "params": None,
+        "macs": None,
+        "engine_ms": None,
         "flags": [],
         "samples_ms": samples.tolist(),
     }
 
 
 def skipped_row(target: str, model: str, threads: int, asked: str, reason: str) -> dict[str, Any]:
-    wall: dict[str, Any] = {**dict.fromkeys(("p50", "p90", "p99", "min")), "n": 0}
-    row = {"model": model, "target": target, "threads": threads, "batch": 1}
-    row |= {"status": "skipped", "reason": reason, "wall_ms": wall, "cpu_ms": {"p50": None}}
-    row |= {"precision_requested": asked, "precision_effective": None, "size_mb": None}
+    wall: dict[str, Any] = {**dict.fromkeys(("p50", "p90", "p99", "min", "p50_ci")), "n": 0}
+    row: dict[str, Any] = dict.fromkeys(UNMEASURED)
+    row |= {"model": model, "artefact": f"{model}.onnx", "target": target, "threads": threads}
+    row |= {"batch": 1, "status": "skipped", "reason": reason, "precision_requested": asked}
+    row |= {"wall_ms": wall, "cpu_ms": {"p50": None}}
     return {**row, "flags": [], "samples_ms": []}
 
 
@@ -144,7 +161,7 @@ def bench(target: str) -> dict[str, Any]:
                 if reason
                 else bench_row(target, model, threads, asked, got, ms / threads**0.5)
             )
-    return {"schema": "cakd.bench/1", "target": target, "rows": rows, **HEAD}
+    return {"schema": "cakd.bench/2", "target": target, "rows": rows, **HEAD}
 
 
 def left_out(target: str, model: str) -> str | None:
@@ -165,7 +182,7 @@ def build(target: str) -> tuple[dict[str, Any], dict[str, Any]]:
             "reason": out or (NO_INT8 if fallen else None),
             "artefact": None if out else name,
         }
-        rows.append(parity_row(name, got, "skipped" if out else "PASS"))
+        rows.append(parity_row(name, got or asked, "skipped" if out else "PASS"))
         if fallen and not out:
             rows.append(parity_row(f"{model}-int8.onnx", "int8", "REJECTED"))
     head = {"target": target, **HEAD}
@@ -185,7 +202,7 @@ def parity_row(artifact: str, precision: str | None, verdict: str) -> dict[str, 
         "sqnr_centered_db": 120.0 if precision == "fp32" else 31.0,
         "top1_agreement": 1.0,
         "verdict": verdict,
-        "reason": None,
+        "reason": None if verdict == "PASS" else NO_INT8,
         **({"top1_drop": 0.004} if precision == "int8" else {}),
     }
 
@@ -338,6 +355,7 @@ def test_a_target_that_is_not_enabled_leaves_no_trace(run: Run) -> None:
         ({"ort-fp23.wall_ms_max": 1}, "did you mean 'ort-fp32'?"),
         ({"ort-fp32.top1_min": 0.9}, "use 'top1_min'"),
         ({"top1_min": 90}, "0.9 for 90 %"),
+        ({"wall_ms_max": 0}, "budgets: wall_ms_max is 0; allowed: above 0"),
         ({"top1_min": "high"}, "expected a number, got 'high'"),
     ],
 )
@@ -603,7 +621,7 @@ def test_merge_repeats_a_failed_verdict(run: Run) -> None:
 def test_merge_refuses_what_it_cannot_place(run: Run) -> None:
     done = command(["--merge", run.folder / "accuracy.json"])
     assert done.returncode == 2
-    assert "allowed: cakd.edge/1, cakd.bench/1, cakd.bench/2" in done.stderr
+    assert "allowed: cakd.edge/1, cakd.bench/2, cakd.bundle-bench/1" in done.stderr
     done = command(["--merge", board(run, "mobilenet.onnx")])
     assert done.returncode == 2 and "'mobilenet.onnx'" in done.stderr
 

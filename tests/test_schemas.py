@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import suppress
@@ -74,6 +76,12 @@ CONTRACT = {
         "comparisons.0.ratio": "median ci_low ci_high tol",
         "comparisons.0.gates.0": "name baseline candidate limit verdict",
     },
+    "bundle-bench.json": {
+        "": "schema bundle machine model runtime precision threads batch computes_in wall_ms cpu_ms flags",
+        "wall_ms": "p50 min n",
+        "warm_up": "seconds",
+        "machine": "board system arch cores python numpy",
+    },
     "train/cakd.json": {
         "": f"{FILE} {TRAINING}",
         "img_per_s": "median iqr",
@@ -132,6 +140,13 @@ WRONG = {  # file -> (where, a value that must be refused)
         ("comparisons.0.gates.0.verdict", "MAYBE"),
         ("comparisons.0.gates.0.name", "speed"),
     ],
+    "bundle-bench.json": [
+        ("runtime", "tflite 2.19"),
+        ("runtime", "onnxruntime"),
+        ("wall_ms.p50", 0),
+        ("threads", 0),
+        ("flags", None),
+    ],
     "train/cakd.json": [
         ("stall_fraction", 4.1),
         ("stage_ms.projector", None),
@@ -181,6 +196,7 @@ def made(
     run_bench(student, "--self-test", "--json", folder / "against.json")
     edge = tmp_path_factory.mktemp("edge")
     bundle.make(student, edge, None, None)
+    (folder / "bundle-bench.json").write_text(bench_on_device(edge))
     committed = {path.relative_to(ROOT / "reports").as_posix(): path for path in REPORTS}
     fresh = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.json")}
     beside = {
@@ -191,6 +207,12 @@ def made(
         "student.json": exported / "student.json",
     }
     return {name: read(path) for name, path in (committed | fresh | beside).items()}
+
+
+def bench_on_device(edge: Path) -> str:
+    """What the runner of a bundle prints of its quickest bench."""
+    line = [sys.executable, "-m", "bundle.run", "--bench", "--seconds", "0.05", "--json"]
+    return subprocess.run(line, cwd=edge, capture_output=True, text=True, check=True).stdout
 
 
 def run_bench(*argv: object) -> None:

@@ -220,7 +220,7 @@ HANDLERS = """[...document.querySelectorAll('*')].filter(
 
 def infested(run: Run) -> tuple[dict, dict, list]:  # noqa: F811
     """A summary, a gallery and a history in which everything that has a name has an evil one."""
-    compared.as_of_version_2(run)
+    compared.with_pairs(run)
     found, perf = accuracy(), train_perf()
     found["models"][NAMES[0]] = found["models"].pop("plain")
     perf["methods"][NAMES[0]] = perf["methods"].pop("plain")
