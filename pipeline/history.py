@@ -21,8 +21,8 @@ Summary = Mapping[str, Any]
 def read(paths: Iterable[Path]) -> list[tuple[str, dict[str, Any]]]:
     """(name, summary) of earlier runs: files, and every summary in and below folders; other schemas are passed.
 
-    Raises UserError: no such path, a file that is no `cakd.edge/1` or not as its schema says, JSON in a folder that
-    cannot be read.
+    Raises UserError: no such path, a file that is no `cakd.edge/1` or not as its schema says, JSON in a folder
+    that cannot be read.
     """
     found = []
     for path in paths:

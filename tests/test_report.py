@@ -355,7 +355,7 @@ def test_a_target_that_is_not_enabled_leaves_no_trace(run: Run) -> None:
         ({"ort-fp23.wall_ms_max": 1}, "did you mean 'ort-fp32'?"),
         ({"ort-fp32.top1_min": 0.9}, "use 'top1_min'"),
         ({"top1_min": 90}, "0.9 for 90 %"),
-        ({"wall_ms_max": 0}, "budgets: wall_ms_max is 0; allowed: above 0"),
+        ({"wall_ms_max": 0}, "budgets: wall_ms_max is 0.0; allowed: above 0"),
         ({"top1_min": "high"}, "expected a number, got 'high'"),
     ],
 )
