@@ -15,7 +15,7 @@ LONGEST = 200  # letters of what is said of a wrong value, which may be a whole 
 
 
 def check(path: Path, document: dict[str, Any], allowed: Sequence[str]) -> None:
-    """Raises UserError: a schema that is not `allowed`, a figure that is none, the first departure from its own."""
+    """Raises UserError: a schema that is not `allowed`, no finite figure, or departing from its own."""
     name: Any = document.get("schema")
     if name not in allowed:
         said = f"schema is {_short(repr(name))}"
