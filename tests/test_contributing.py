@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests import tiny
+
+pytestmark = pytest.mark.timeout(900)  # each runs commands of its own, one after the other
 
 COSINE = '''"""Cosine of logits."""
 
