@@ -41,7 +41,7 @@ coverage: $(VENV)/.installed  ## lines of pipeline/, stages/, exporters/ that th
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --sort=cover
 
-chaos: $(VENV)/.installed  ## accidents at random moments anywhere in the chain, ROUNDS=100 of them: 20 to 40 minutes
+chaos: $(VENV)/.installed  ## accidents at random moments anywhere in the chain, ROUNDS=100 of them, 20 to 40 minutes
 	$(PYTEST) -m chaos
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --rounds $(ROUNDS)
 

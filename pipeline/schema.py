@@ -26,6 +26,10 @@ def check(path: Path, document: dict[str, Any], allowed: Sequence[str]) -> None:
         raise UserError(
             f"{path}: holds NaN or Infinity, which JSON lacks; write it again"
         ) from None
+    if name not in _validators():
+        raise UserError(
+            f"{FOLDER}: holds no schema of {name}; this checkout is not whole, clone it again"
+        )
     errors = _validators()[name].iter_errors(document)
     if first := min(errors, key=lambda error: error.json_path, default=None):
         raise UserError(

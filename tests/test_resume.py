@@ -93,7 +93,7 @@ def test_a_signal_saves_and_leaves_and_the_next_run_goes_on(number, digits, tmp_
     wait_for(lambda: list((tmp_path / "work" / "teach").glob("*.lock")))
     time.sleep(1)
     running.send_signal(number)
-    _, said = running.communicate(timeout=60)
+    _, said = running.communicate(timeout=240)
     assert running.returncode == 128 + number
     assert "saved" in said and "run again to go on" in said and said.count("\n") == 1
     (checkpoint,) = (tmp_path / "work" / "teach").rglob("checkpoint.safetensors")

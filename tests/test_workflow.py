@@ -118,7 +118,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     root = tmp_path_factory.mktemp("host")
     repository = root / "repository"
     repository.mkdir()
-    tiny.copy(repository, **TARGETS)
+    tiny.copy(repository, "docs", **TARGETS)
     git = ("git", "-c", "user.name=a", "-c", "user.email=a@example.org")
 
     def commit(message: str) -> str:
