@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import adapters, history, render, report
+from pipeline import adapters, history, render, report, schema
 from pipeline.errors import UserError
 from tests import compared
 from tests.test_report import Run, bench, run, summary  # noqa: F401 - the fixture
@@ -134,3 +134,15 @@ def test_any_report_file_is_shown_or_refused(
             if name == "edge":
                 shown(whole, path)
     assert min(ends[True], ends[False]) > edits / 4
+
+
+def test_a_checkout_without_schemas_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(schema, "FOLDER", tmp_path)
+    schema._validators.cache_clear()
+    try:
+        with pytest.raises(UserError, match="holds no schema of cakd.bench/2; this checkout"):
+            schema.check(tmp_path / "a.json", {"schema": report.BENCH}, (report.BENCH,))
+    finally:
+        schema._validators.cache_clear()
