@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters import agreement, engine, inputs, int8, onnx_file, ov, trt, trt_build
+from exporters import agreement, engine, graph, inputs, int8, onnx_file, ov, trt, trt_build
 from exporters.runtimes import open_session
 from exporters.session import Array, Target, Unavailable
 from pipeline.errors import UserError
@@ -92,7 +92,7 @@ def build_model(
         "artefact": artefact.name,
         "precision_requested": target.precision,
         "precision_effective": rows[0]["precision_effective"],
-        "size_mb": sum(p.stat().st_size for p in _parts(artefact)) / 1e6,
+        "size_mb": sum(p.stat().st_size for p in graph.parts(artefact)) / 1e6,
         "seconds": time.perf_counter() - start,
     }
     return entry, rows
@@ -118,17 +118,17 @@ def make(
         )
         return made
     with tempfile.TemporaryDirectory() as folder:
-        graph, proto = Path(folder) / source.name, onnx_file.read(source)
+        network, proto = Path(folder) / source.name, onnx_file.read(source)
         if precision == "int8":
-            graph = graph.with_stem(f"{model}-int8")
+            network = network.with_stem(f"{model}-int8")
             pictures = int8.Pictures(exported.calibration, exported.x[model], exported.labels)
             how = int8.Settings(gates.int8_calibration, gates.int8_search_s, gates.int8_drop)
             proto = int8.quantized(source, pictures, how, gates)
-        onnx_file.save(proto, graph)
+        onnx_file.save(proto, network)
         if target.runtime == "ov":
-            ov.convert(graph, out / f"{graph.stem}.xml")
-            return out / f"{graph.stem}.xml"
-        return Path(shutil.copy(graph, out))
+            ov.convert(network, out / f"{network.stem}.xml")
+            return out / f"{network.stem}.xml"
+        return Path(shutil.copy(network, out))
 
 
 def check(
@@ -170,13 +170,8 @@ def _left_out(
     return entry, rows or [agreement.skipped(artefact, target.precision, reason)]
 
 
-def _parts(artefact: Path) -> list[Path]:
-    """The files an artefact cannot run without: an IR's weights lie beside it."""
-    return [artefact, artefact.with_suffix(".bin")] if artefact.suffix == ".xml" else [artefact]
-
-
 def _remove(artefact: Path) -> None:
-    for part in (*_parts(artefact), engine.sidecar_of(artefact)):
+    for part in (*graph.parts(artefact), engine.sidecar_of(artefact)):
         part.unlink(missing_ok=True)
 
 

@@ -48,11 +48,16 @@ def figures(artefact: Path) -> Figures:
         return Figures()
 
 
-def size_bytes(artefact: Path) -> int | None:
-    """Of the artefact and of the weights beside it; None where there is no file."""
+def parts(artefact: Path) -> list[Path]:
+    """The files there are of an artefact: itself, and the weights beside it."""
     beside = [artefact.with_suffix(suffix) for suffix in BESIDE.get(artefact.suffix, ())]
-    sizes = [path.stat().st_size for path in (artefact, *beside) if path.is_file()]
-    return sum(sizes) if sizes else None
+    return [path for path in (artefact, *beside) if path.is_file()]
+
+
+def size_bytes(artefact: Path) -> int | None:
+    """Of all its parts; None where there is no file."""
+    found = parts(artefact)
+    return sum(path.stat().st_size for path in found) if found else None
 
 
 def _of_onnx(path: Path) -> Figures:

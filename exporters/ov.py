@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters import agreement, inputs, int8, onnx_file, ort, ort_session
+from exporters import agreement, graph, inputs, int8, onnx_file, ort, ort_session
 from exporters.device.ov import compiled, computes_in
 from exporters.quiet import quiet
 from exporters.session import Array, Unavailable, checked_output, checked_shape
@@ -183,9 +183,9 @@ def make(
 def _by_qdq(
     source: Path, pictures: int8.Pictures, how: int8.Settings, out: Path, batch: int | None
 ) -> None:
-    graph = out.with_suffix(".onnx")
-    onnx_file.save(int8.quantized(source, pictures, how, agreement.Gates()), graph)
-    convert(graph, out, batch=batch)
+    quantized = out.with_suffix(".onnx")
+    onnx_file.save(int8.quantized(source, pictures, how, agreement.Gates()), quantized)
+    convert(quantized, out, batch=batch)
 
 
 def _by_nncf(
@@ -240,7 +240,7 @@ def main(args: argparse.Namespace) -> None:
         except GateFailed as error:
             failed.append(str(error))
             continue
-        size = sum(p.stat().st_size for p in (target, target.with_suffix(".bin"))) / 1e6
+        size = sum(p.stat().st_size for p in graph.parts(target)) / 1e6
         seconds = time.perf_counter() - start
         made = f"{row['int8']}, " if "int8" in row else ""
         print(

@@ -13,7 +13,8 @@ from itertools import groupby
 from typing import Any
 
 from pipeline.pareto import wilson
-from pipeline.verdict import MODELS, Gate, gates, noisy, place
+from pipeline.verdict import Gate, gates, noisy, place, threads
+from pipeline.wording import board, measured
 
 ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, 2.2
 Summary = Mapping[str, Any]
@@ -32,7 +33,7 @@ def github_action_benchmark(summary: Summary) -> list[dict[str, Any]]:
 def _costs(summary: Summary) -> Iterator[dict[str, Any]]:
     for name, target, row in _rows(summary):
         noise = " NOISY" * noisy(row)
-        extra = f"{row['precision_effective']} on {target}, {_machine(summary)}{noise}"
+        extra = f"{row['precision_effective']} on {target}, {board(summary['machine'])}{noise}"
         spread = row["wall_ms"].get("p50_ci")
         found = _entry(f"{name}: latency p50", "ms", row["wall_ms"]["p50"], extra)
         yield {**found, "range": f"{spread[0]:g} to {spread[1]:g}"} if spread else found
@@ -135,20 +136,10 @@ def _legal(text: str) -> str:
 def _rows(summary: Summary) -> Iterator[Named]:
     """(name, target, row) of every measured row, those at more threads too."""
     for target in summary["targets"]:
-        for row in (*(target[m] for m in MODELS), *target["more_threads"]):
-            if row["status"] == "measured":
-                threads = f"{row['threads']} thread" + "s" * (row["threads"] != 1)
-                batch = f", batch {row['batch']}" * (row["batch"] != 1)
-                yield (
-                    f"{row['model']} on {target['target']}, {threads}{batch}",
-                    target["target"],
-                    row,
-                )
-
-
-def _machine(summary: Summary) -> str:
-    machine = summary["machine"]
-    return str(machine.get("board") or machine.get("cpu") or "unknown machine")
+        for row in measured(target):
+            batch = f", batch {row['batch']}" * (row["batch"] != 1)
+            name = f"{row['model']} on {target['target']}, {threads(row['threads'])}{batch}"
+            yield name, target["target"], row
 
 
 def _json(value: Any) -> str:

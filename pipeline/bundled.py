@@ -20,7 +20,7 @@ def bench(found: Mapping[str, Any]) -> dict[str, Any]:
         "model": found["bundle"]["name"],
         "artefact": found["model"],
         "target": f"{short}-{found['precision']}",
-        **{key: found[key] for key in ("runtime", "threads", "batch", "wall_ms", "cpu_ms")},
+        **{key: found[key] for key in ("runtime", "batch", "wall_ms", "cpu_ms")},
         **{key: found[key] for key in ("load_ms", "first_ms")},
         "threads": found["threads"] or 1,
         "status": "measured",

@@ -191,7 +191,7 @@ def read_json(path: Path | str, schema: str | None = None) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; run the stage that makes it (`dvc repro`)"
@@ -207,6 +207,11 @@ def read_json(path: Path | str, schema: str | None = None) -> dict[str, Any]:
             f"{path}: schema is {value.get('schema')!r}, expected {schema!r}; run its stage again"
         )
     return value
+
+
+def _no_number(name: str) -> None:
+    """Raise ValueError: NaN and Infinity are Python's, not JSON's, and `write_json` never writes them."""
+    raise ValueError(f"{name} is no JSON number")
 
 
 def expect(value: Any, path: Path | str, remedy: str, **kinds: type | UnionType) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 from pipeline import files, schema
 from pipeline.errors import UserError
 from pipeline.pareto import wilson
+from pipeline.report import SCHEMA
 from pipeline.verdict import noisy
 
-EDGE = "cakd.edge/1"
 LAST = 20  # runs shown, this one included
 NEUTRAL = {"edge", "index", "report"}  # file names that tell no run from another
 
@@ -28,13 +28,13 @@ def read(paths: Iterable[Path]) -> list[tuple[str, dict[str, Any]]]:
     for path in paths:
         if path.is_dir():
             inside = {p: files.read_json(p) for p in sorted(path.rglob("*.json"))}
-            read = {p: s for p, s in inside.items() if s.get("schema") == EDGE}
+            read = {p: s for p, s in inside.items() if s.get("schema") == SCHEMA}
         elif path.is_file():
-            read = {path: files.read_json(path, EDGE)}
+            read = {path: files.read_json(path, SCHEMA)}
         else:
             raise UserError(f"--history: {path}: no such file or folder; give earlier edge.json")
         for file, summary in read.items():
-            schema.check(file, summary, (EDGE,))
+            schema.check(file, summary, (SCHEMA,))
             found.append((_name(file), summary))
     return found
 

@@ -5,8 +5,9 @@ student is kept. Every draw is a function of (seed, step), so a killed run goes 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -45,6 +46,7 @@ from pipeline.store.reading import Store
 from pipeline.students import Tap, Taps, find_tap
 
 PERF_SCHEMA = "cakd.train/1"
+SIGNAL_SECONDS = 1.0  # to wait for the signal that tells of a worker whose pipe has gone
 STAGES = (
     *("read", "view", "replay", "student", "projector", "terms", "adversarial"),
     *("backward", "optimizer"),
@@ -216,6 +218,8 @@ class Feed(Dataset[list[Batch]]):
         except (EOFError, OSError) as error:  # its end of a pipe or of a socket has gone
             if str(error).startswith("Caught"):
                 raise
+            with suppress(RuntimeError):  # torch's own word of it: taken here, not in a destructor
+                time.sleep(SIGNAL_SECONDS)
             raise self._killed(error) from None
         if isinstance(coming, UserError):
             raise coming

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.latency import Ratio
+
 MODELS = ("student", "teacher")
 KEPT = ("PASS", "ALLOWED")  # verdicts of a gate that is open; ALLOWED: the user said so
 
@@ -85,15 +87,19 @@ def of_latency(found: Mapping[str, Any]) -> str:
     """The verdict on the ratio alone: that of a comparison is the worst of the ratio and the gates beside it."""
     ratio, verdict = found.get("ratio"), str(found["verdict"])
     by_gate = any(gate["verdict"] == "FAIL" for gate in found.get("gates", []))
-    if verdict != "FAIL" or not by_gate or not ratio or ratio["ci_low"] > 1 + ratio["tol"]:
+    if verdict != "FAIL" or not by_gate or not ratio:
         return verdict
-    return "PASS" if ratio["ci_high"] < 1 + ratio["tol"] else "INCONCLUSIVE"
+    return Ratio(*(ratio[key] for key in ("median", "ci_low", "ci_high", "tol"))).verdict
 
 
 def place(found: Mapping[str, Any]) -> str:
     """Where a comparison was made: "student.onnx on ort-fp32, 1 thread"."""
-    threads = f"{found['threads']} thread" + "s" * (found["threads"] != 1)
-    return f"{found['model']} on {found['target']}, {threads}"
+    return f"{found['model']} on {found['target']}, {threads(found['threads'])}"
+
+
+def threads(count: int) -> str:
+    """`1 thread`, `4 threads`."""
+    return f"{count} thread" + "s" * (count != 1)
 
 
 def _ratio(found: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.verdict import MODELS, fall_back, fell_back, noisy
+from pipeline.verdict import MODELS, fall_back, fell_back, noisy, threads
 
 NONE = "not measured"
 Block = Mapping[str, Any]
@@ -96,11 +96,6 @@ def measured(target: Block) -> list[Block]:
     """The measured rows of a target, at the fewest threads first."""
     rows = [target[model] for model in MODELS] + list(target["more_threads"])
     return [row for row in rows if row["status"] == "measured"]
-
-
-def threads(count: int) -> str:
-    """1 -> "1 thread"."""
-    return f"{count} thread" + "s" * (count != 1)
 
 
 def enumerate_words(names: Sequence[str]) -> str:
@@ -211,10 +206,15 @@ def parity(row: Block) -> str:
     return verdict if drop is None else f"{verdict}, top-1 {points(-100 * drop)} points"
 
 
+def board(machine: Block) -> str:
+    """Its board or CPU."""
+    return str(machine.get("board") or machine.get("cpu") or "unknown machine")
+
+
 def machine_name(machine: Block) -> str:
     """What a person calls the machine: its board or CPU, its cores, its GPU."""
     cores, gpu = machine.get("cores"), machine.get("gpu")
-    parts = [machine.get("board") or machine.get("cpu") or "unknown machine"]
+    parts = [board(machine)]
     if cores:
         parts.append(f"{cores['usable']} of {cores['logical']} cores")
     if gpu:

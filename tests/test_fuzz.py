@@ -559,22 +559,32 @@ def test_many_classes_and_unequal_ones_are_prepared(counts, held_out, tmp_path):
 # --- what the pipeline wrote itself, damaged
 
 
-@sizes(25, 350)
-def test_any_index_json_is_opened_or_refused(examples, world, tmp_path):
-    folder = shutil.copytree(world / "prepared", tmp_path / "prepared")
-    index = json.loads((folder / "index.json").read_bytes())
+def teaching(prepared, tmp_path):
+    """A call that teaches on that folder and gives the exit code, once what it leaves is seen to be whole."""
     params = {"model": "vit_tiny_patch16_224", "kwargs": VIT, "epochs": 1, "batch": 8}
     (tmp_path / "params.yaml").write_text(json.dumps({"teach": params}))
     out = tmp_path / "outs" / "teacher"
     out.parent.mkdir()
-    line = ["stages.teach", folder, out, "--work", tmp_path / "work"]
+    line = ["stages.teach", prepared, out, "--work", tmp_path / "work"]
 
-    def attempt(data):
-        (folder / "index.json").write_bytes(data)
+    def teach():
         code = fuzz.run(*line, "--params", tmp_path / "params.yaml")
         fuzz.whole_or_absent(out, code)
         shutil.rmtree(out, ignore_errors=True)
         return code
+
+    return teach
+
+
+@sizes(25, 350)
+def test_any_index_json_is_opened_or_refused(examples, world, tmp_path):
+    folder = shutil.copytree(world / "prepared", tmp_path / "prepared")
+    index = json.loads((folder / "index.json").read_bytes())
+    teach = teaching(folder, tmp_path)
+
+    def attempt(data):
+        (folder / "index.json").write_bytes(data)
+        return teach()
 
     whole = json.dumps(index).encode()
     documents = fuzz.edited(index, "schema", "images_sha256").map(lambda d: json.dumps(d).encode())
@@ -596,20 +606,13 @@ def test_any_images_npy_is_opened_or_refused(examples, world, tmp_path):
     index = json.loads((folder / "index.json").read_bytes())
     whole = (folder / "images.npy").read_bytes()
     pixels = np.load(folder / "images.npy")
-    params = {"model": "vit_tiny_patch16_224", "kwargs": VIT, "epochs": 1, "batch": 8}
-    (tmp_path / "params.yaml").write_text(json.dumps({"teach": params}))
-    out = tmp_path / "outs" / "teacher"
-    out.parent.mkdir()
-    line = ["stages.teach", folder, out, "--work", tmp_path / "work"]
+    teach = teaching(folder, tmp_path)
 
     def attempt(data):
         (folder / "images.npy").write_bytes(data)
         hashed = {**index, "images_sha256": files.sha256(folder / "images.npy")}
         (folder / "index.json").write_text(json.dumps(hashed))
-        code = fuzz.run(*line, "--params", tmp_path / "params.yaml")
-        fuzz.whole_or_absent(out, code)
-        shutil.rmtree(out, ignore_errors=True)
-        return code
+        return teach()
 
     arrays = [
         *(
