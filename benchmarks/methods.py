@@ -38,7 +38,7 @@ from pipeline import (
 from pipeline.errors import UserError
 from pipeline.methods.table import terms_of
 from pipeline.store import policy, writing
-from stages.__main__ import SECTIONS
+from stages.check import SECTIONS
 
 SCHEMA = "cakd.methods/2"
 RECIPES = Path("recipes")
@@ -147,7 +147,7 @@ def compared(runs: dict[str, list[Run]]) -> dict[str, dict[str, Any]]:
             if other not in runs or other == method:
                 continue
             for what in ("clean", "noisy"):
-                pairs = [100 * (a[what] - b[what]) for a, b in zip(rows, runs[other])]
+                pairs = [100 * (a[what] - b[what]) for a, b in zip(rows, runs[other], strict=True)]
                 mean, half = interval(pairs)
                 row[f"{what}_minus_{other}"] = {"mean": mean, "half_width_95": half}
         if "plain" in runs:

@@ -64,7 +64,7 @@ def merge(args: argparse.Namespace) -> None:
     else:
         publish(args.out / "edge.md", text)
         publish(args.out / "index.html", render.page(summaries, earlier=earlier))
-        print(f"{args.out / 'index.html'}: {len(summaries)} machines")
+        print(f"{args.out / 'index.html'}: {len(summaries)} runs")
     fail_if(summaries)
 
 
@@ -116,7 +116,7 @@ def merge_parser() -> argparse.ArgumentParser:
     """The command line that joins several machines."""
     parser = _parser()
     add = parser.add_argument
-    add("--merge", type=Path, nargs="+", required=True, metavar="JSON", help="one file a machine")
+    add("--merge", type=Path, nargs="+", required=True, metavar="JSON", help="one file a run")
     add("--out", type=Path, metavar="DIR", help="write edge.md and index.html here")
     _takes_history(parser)
     return parser

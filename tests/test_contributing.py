@@ -179,7 +179,7 @@ def test_a_method_is_a_file_a_row_and_its_settings(tmp_path: Path) -> None:
     for name in ("params.yaml", "recipes/digits.yaml"):
         edit(copied / name, ("    dkd:\n", "    cosine:\n      weight: 2.0\n    dkd:\n"))
     watch(copied, ("distill", "evaluate"), "pipeline/methods/cosine.py")
-    assert "params.yaml: correct" in python(copied, "-m", "stages")
+    assert "params.yaml: correct" in python(copied, "-m", "stages.check")
     done = tiny.dvc(copied, "repro", "distill@cosine+gl")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     found = json.loads((copied / "reports" / "train" / "cosine+gl.json").read_text())

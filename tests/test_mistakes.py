@@ -144,7 +144,7 @@ def test_a_mistake_in_params_yaml_is_told_before_anything_runs(mistake, params, 
     import timm
 
     key, value, message = TYPOS[mistake]
-    said = tell("stages", "--params", params({key: value}))
+    said = tell("stages.check", "--params", params({key: value}))
     assert message.format(timm=timm.__version__) in said
 
 
@@ -153,24 +153,24 @@ def test_a_mistake_in_params_yaml_is_told_before_anything_runs(mistake, params, 
     [("teach.kwargs", "teach.model"), ("distill.student_kwargs", "distill.student")],
 )
 def test_an_argument_that_a_model_does_not_take_is_told_with_its_key(key, where, params, tell):
-    said = tell("stages", "--params", params({f"{key}.img_sise": 32}))
+    said = tell("stages.check", "--params", params({f"{key}.img_sise": 32}))
     assert f"{where}: timm refused" in said and "'img_sise'" in said
     assert said.endswith(f"; correct {key}\n")
 
 
 def test_a_missing_section_and_a_missing_file_are_told(params, tell, tmp_path):
-    said = tell("stages", "--params", params(drop="cache"))
+    said = tell("stages.check", "--params", params(drop="cache"))
     assert (
         "no section 'cache:'; it has: prepare, teach, distill" in said and "add the section" in said
     )
-    said = tell("stages", "--params", tmp_path / "none.yaml")
+    said = tell("stages.check", "--params", tmp_path / "none.yaml")
     assert "none.yaml: no such file; run from the repository's root or pass --params" in said
 
 
 def test_the_default_parameters_are_correct(params, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["stages", "--params", str(params())])
+    monkeypatch.setattr(sys, "argv", ["stages.check", "--params", str(params())])
     with pytest.raises(SystemExit) as left:
-        runpy.run_module("stages", run_name="__main__", alter_sys=True)
+        runpy.run_module("stages.check", run_name="__main__", alter_sys=True)
     assert left.value.code == 0 and "tap layer4 4x4 for 8x8 tokens" in capsys.readouterr().out
 
 

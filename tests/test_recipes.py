@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.prepare import Prepare, prepare
 from pipeline.store import writing
 from pipeline.store.policy import Cache
-from stages.__main__ import SECTIONS, main
+from stages.check import CHECKED, SECTIONS, main
 from tests import containers
 from tests.house import ROOT
 
@@ -107,10 +107,12 @@ def test_the_command_writes_a_recipe_and_finds_it_correct(name, tmp_path, capsys
     assert wrote.startswith(f"{params}: ") and str(FOLDER / f"{name}.yaml") in wrote
     assert correct.startswith(f"{params}: correct; ") and f", tap {TAPS[name]}" in correct
     assert config.read(params) == whole(name)
+    assert (tmp_path / "checked").read_text() == CHECKED
 
 
 def asked(params, name, path="/data/pictures", force=False):
-    return Namespace(params=params, recipe=name, recipes=FOLDER, data=path, force=force)
+    given = {"recipe": name, "recipes": FOLDER, "data": path, "force": force}
+    return Namespace(params=params, out=params.with_name("checked"), **given)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -173,7 +175,7 @@ def begin(name, folder, steps):
         watch = runtime.Stopwatch()
         found[method] = [trainer.step(step, watch) for step in range(steps)]
         after = trainer.student.parameters()
-        assert any(not torch.equal(a, b) for a, b in zip(before, after)), method
+        assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), method
     return found
 
 
@@ -255,7 +257,7 @@ def test_a_mistake_in_a_recipe_is_told_and_nothing_is_written(mistake, mine):
 
 
 def test_an_unknown_recipe_is_told_with_the_names_that_there_are(command, tmp_path):
-    done = command("stages", "--recipe", "cifar", "--params", tmp_path / "params.yaml")
+    done = command("stages.check", "--recipe", "cifar", "--params", tmp_path / "params.yaml")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert (
         f"recipe: got 'cifar'; did you mean 'cifar100'? allowed: {', '.join(NAMES)}" in done.stderr
@@ -298,9 +300,11 @@ def test_make_hands_recipe_data_and_force_on():
         done = subprocess.run(
             ["make", "-n", "repro", *given], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        return next(row for row in done.stdout.splitlines() if "python -m stages" in row).split()
+        return next(
+            row for row in done.stdout.splitlines() if "python -m stages.check" in row
+        ).split()
 
-    assert line()[1:] == ["-m", "stages"]
+    assert line()[1:] == ["-m", "stages.check"]
     asked = line("RECIPE=imagenet", "DATA=/data/a", "FORCE=1")
     assert asked[3:] == ["--recipe", "'imagenet'", "--data", "'/data/a'", "--force"]
     assert line("RECIPE=digits")[3:] == ["--recipe", "'digits'"]

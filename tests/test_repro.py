@@ -88,3 +88,16 @@ def test_editing_code_reruns_the_stages_that_run_it(edited, first, spared, house
         path.write_text(before)
     assert first <= changed
     assert changed == first if spared is None else not (changed & spared)
+
+
+def test_a_wrong_student_is_told_before_the_teacher_learns(house):
+    path = house / "params.yaml"
+    before = path.read_text()
+    path.write_text(before.replace("epochs: 1", "epochs: 2").replace("test_resnet", "test_resnets"))
+    told = dvc(house, "repro")
+    path.write_text(before)
+    assert told.returncode == 255 and stages_run(told) == ["device", "check"]
+    assert "'test_resnets'" in told.stdout + told.stderr
+    assert (house / "artifacts" / "teacher" / "teacher.safetensors").is_file()
+    again = dvc(house, "repro")
+    assert again.returncode == 0 and stages_run(again) == ["device", "check"]

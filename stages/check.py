@@ -1,4 +1,4 @@
-"""`python -m stages`: params.yaml checked as a whole: a mistake is told now and not after hours of training.
+"""check: params.yaml as a whole, before any other stage: a mistake is told now and not after hours of training.
 
 Every section is read strictly, the sections are held against each other, and teacher and student are built once.
 With `--recipe NAME` params.yaml is written by that recipe first.
@@ -13,7 +13,7 @@ from typing import Any
 from exporters.bench import Bench
 from exporters.build import Build
 from exporters.ort import Export
-from pipeline import cli, config, models, recipes, students, teaching, training
+from pipeline import cli, config, files, models, recipes, students, teaching, training
 from pipeline.errors import UserError, nearest
 from pipeline.evaluate import Evaluate
 from pipeline.methods.table import reads, refuse_without_attention
@@ -28,11 +28,12 @@ SECTIONS: dict[str, type[Any]] = {
         *(Evaluate, Export, Build, Bench, Report),
     )
 }
+CHECKED = "params.yaml was correct\n"  # always these bytes, so no stage behind runs again for them
 CLASSES = 10  # of the models built for the check; the shapes do not depend on it
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write params.yaml by the recipe, if one is named; raise the first UserError that `dvc repro` would meet."""
+    """Write params.yaml by the recipe, if one is named; check it, and write `args.out`, if that is named."""
     params = args.params
     if args.recipe is not None:
         given = (args.recipe, args.recipes, params, SECTIONS, args.data, args.force)
@@ -42,6 +43,14 @@ def main(args: argparse.Namespace) -> None:
             f"--recipe: got {args.recipe}, and --data and --force belong to one; name it (RECIPE=), or set "
             f"prepare.path in {params}"
         )
+    print(f"{params}: correct; {checked(params)}")
+    if args.out is not None:
+        with files.atomic(args.out) as file:
+            file.write_text(CHECKED)
+
+
+def checked(params: Path) -> str:
+    """Who teaches whom, at what size, where their maps meet. Raises UserError: whatever is wrong."""
     prepare = config.load(Prepare, params)
     teach = config.load(teaching.Teach, params)
     distill = config.load(training.Distill, params)
@@ -58,9 +67,7 @@ def main(args: argparse.Namespace) -> None:
         )
     refuse_unknown_targets(report.budgets, bench.enabled)
     tap = pair(prepare, teach, cache, distill)
-    print(
-        f"{params}: correct; {teach.model} teaches {distill.student} at {prepare.image_size} px, {tap}"
-    )
+    return f"{teach.model} teaches {distill.student} at {prepare.image_size} px, {tap}"
 
 
 def pair(prepare: Prepare, teach: teaching.Teach, cache: Cache, distill: training.Distill) -> str:
@@ -89,7 +96,8 @@ def pair(prepare: Prepare, teach: teaching.Teach, cache: Cache, distill: trainin
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="stages", description=__doc__)
+    parser = argparse.ArgumentParser(prog="stages.check", description=__doc__)
+    parser.add_argument("out", type=Path, nargs="?", help="a file to write where all is correct")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument("--recipe", metavar="NAME", help="write params.yaml by recipes/NAME.yaml")
     parser.add_argument("--data", metavar="PATH", help="prepare.path of the recipe")
