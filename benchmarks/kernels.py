@@ -122,7 +122,7 @@ def naive_tokens(
     """The token term group by group: tokens picked out of x, answers put into place."""
     x = F.dropout(x, 0.1)
     out = x.new_empty(*x.shape[:2], weight.shape[1])
-    for group, w, b in zip(groups, weight, bias):
+    for group, w, b in zip(groups, weight, bias, strict=True):
         out[:, list(group)] = F.linear(x[:, list(group)], w, b)
     return F.mse_loss(out, target), out
 

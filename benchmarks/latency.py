@@ -108,7 +108,7 @@ def peers(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 bare = latency.run_block(calls[name], pictures, args.seconds)
                 theirs = benchmark_app(irs[name], args.seconds, folder)
                 medians = (statistics.median(told["wall_ms"]), statistics.median(bare.wall_ms))
-                for tool, ms in zip(TOOLS, (*medians, theirs)):
+                for tool, ms in zip(TOOLS, (*medians, theirs), strict=True):
                     turns[name][tool].append(ms)
     return {name: _peer(found) for name, found in turns.items()}
 
@@ -131,7 +131,7 @@ def _peer(turns: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def _median_ratio(ours: list[float], theirs: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(ours, theirs))
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def benchmark_app(ir: Path, seconds: float, folder: Path) -> float:

@@ -104,7 +104,7 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
         bytes_per_view = made["cached"].store.manifest["bytes_per_view"]
     steps = {mode: [s for s in watch.steps if s][WARM_UP:] for mode, watch in watches.items()}
     totals = {mode: [sum(s.values()) for s in rows] for mode, rows in steps.items()}
-    ratios = [b / a for a, b in zip(totals["cached"], totals["online"])]
+    ratios = [b / a for a, b in zip(totals["cached"], totals["online"], strict=True)]
     waiting = sum(s.get("read", 0.0) + s.get("view", 0.0) for s in steps["cached"])
     return {
         "bytes_per_view": bytes_per_view,

@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     totals = {m: [sum(s.values()) for s in rows] for m, rows in steps.items()}
     found = {}
     for method, rows in steps.items():
-        ratios = [a / b for a, b in zip(totals[method], totals[args.methods[0]])]
+        ratios = [a / b for a, b in zip(totals[method], totals[args.methods[0]], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
         found[method] = {
             "over_first": {"median": statistics.median(ratios), "p25": low, "p75": high},

@@ -119,10 +119,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         shown = ["n/a" if f is None else f"{f:.4g}" for f in figures]
         counts = [str(r["threads"]), str(r["batch"])]
         cells.append([r["model"], r["target"], *counts, precision, *shown, note])
-    widths = [max(map(len, column)) for column in zip(*cells)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(
-            c.ljust(w) if i < 5 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths[:-1]))
+            c.ljust(w) if i < 5 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line[:-1], widths[:-1], strict=True))
         )
         + f"  {line[-1]}".rstrip()
         for line in cells

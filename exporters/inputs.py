@@ -60,7 +60,7 @@ def labelled(folder: Path, session: Session, limit: int) -> tuple[Array, NDArray
             )
         print("no preprocessing in the artefact's metadata: ImageNet's mean and std are assumed")
         notes = {"image_size": height, **IMAGENET}
-    pictures, names = zip(*read_folder(folder, notes["image_size"], limit))
+    pictures, names = zip(*read_folder(folder, notes["image_size"], limit), strict=True)
     places = {name: place for place, name in enumerate(metadata.classes(session.metadata))}
     labels = np.array([places.get(name, -1) for name in names], dtype=np.int64)
     return normalised(np.stack(pictures), notes), labels

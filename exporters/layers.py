@@ -47,7 +47,9 @@ def report(a: Path, b: Path, images: Path | None) -> None:
     right = tapped(second, [pair[1] for pair in pairs.values()])
     sums = {name: np.zeros(2) for name in pairs}
     for part in np.split(x, range(batch, min(len(x), IMAGES), batch)):
-        for name, a_value, b_value in zip(pairs, left(part[:batch]), right(part[:batch])):
+        for name, a_value, b_value in zip(
+            pairs, left(part[:batch]), right(part[:batch]), strict=True
+        ):
             sums[name] += energies(a_value, b_value)
     found = {name: decibel(*both) for name, both in sums.items() if not np.isnan(both).any()}
     parted = [(name, db) for name, db in found.items() if db < floor]

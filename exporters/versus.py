@@ -42,7 +42,7 @@ def compare(
         found = [measured(runners[side::2], before, after) for side in (0, 1)]
     reason = _stopped(found)
     same = (candidate.target, candidate.threads) == (baseline.target, baseline.threads)
-    sides = [_side(*told) for told in zip(found, (candidate, baseline), notes, logits)]
+    sides = [_side(*told) for told in zip(found, (candidate, baseline), notes, logits, strict=True)]
     rows = gates.judge(sides[0], sides[1], allowed) if same else []
     comparison = {
         "model": candidate.model,
@@ -54,7 +54,7 @@ def compare(
         "gates": rows,
         "rounds": rounds,
         "processes": PROCESSES,
-        "process_spread": dict(zip(("candidate", "baseline"), map(_spread, times))),
+        "process_spread": dict(zip(("candidate", "baseline"), map(_spread, times), strict=True)),
     }
     return comparison, found
 
@@ -83,7 +83,7 @@ def _stopped(found: Sequence[Measured]) -> str | None:
     """Which side could not run to the end, and why."""
     told = [
         f"{side} {one.row['artefact']}: {one.row['reason']}"
-        for side, one in zip(("candidate", "baseline"), found)
+        for side, one in zip(("candidate", "baseline"), found, strict=True)
         if not one.measured
     ]
     return "; ".join(told) or None

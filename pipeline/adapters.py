@@ -96,8 +96,10 @@ def _measures(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metric(value: float, interval: Any = None) -> dict[str, float]:
-    ends = dict(zip(("lower_value", "upper_value"), interval or ()))
-    return {key: float(f"{v:.9g}") for key, v in {"value": value, **ends}.items()}
+    found = {"value": value}
+    if interval:
+        found |= {"lower_value": interval[0], "upper_value": interval[1]}
+    return {key: float(f"{v:.9g}") for key, v in found.items()}
 
 
 def junit(summary: Summary) -> str:

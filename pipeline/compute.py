@@ -85,7 +85,9 @@ def average_gradients(parameters: Iterable[Tensor], among: Ranks) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
     distributed.all_reduce(flat)
-    for gradient, mean in zip(gradients, (flat / among.size).split([g.numel() for g in gradients])):
+    for gradient, mean in zip(
+        gradients, (flat / among.size).split([g.numel() for g in gradients]), strict=True
+    ):
         gradient.copy_(mean.view_as(gradient))
 
 
@@ -97,7 +99,7 @@ def average_figures(
         return figures
     row = torch.tensor([figures[name] for name in sorted(figures)], device=place)
     distributed.all_reduce(row)
-    return dict(zip(sorted(figures), (row / among.size).tolist()))
+    return dict(zip(sorted(figures), (row / among.size).tolist(), strict=True))
 
 
 def of_all_ranks(part: Tensor) -> Tensor:

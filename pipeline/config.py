@@ -148,7 +148,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if args[-1] is not Ellipsis and len(value) != len(args):
             raise UserError(f"{where}: expected a list of {len(args)}, got {_short(value)}")
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        return tuple(_convert(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, kinds)))
+        return tuple(
+            _convert(v, k, f"{where}[{i}]")
+            for i, (v, k) in enumerate(zip(value, kinds, strict=True))
+        )
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
             raise UserError(f"{where}: expected keys and values, got {_short(value)}")

@@ -96,7 +96,7 @@ NOISE: dict[str, Callable[[Pixels, np.random.Generator], Pixels]] = {
 def noisy(images: Pixels, ids: tuple[str, ...], kind: str, seed: int) -> Pixels:
     """images (n, S, S, 3) uint8 with one kind of noise; the draw is a function of (seed, kind, image id)."""
     spoiled = []
-    for image, name in zip(images, ids):
+    for image, name in zip(images, ids, strict=True):
         key = hashlib.blake2b(f"{seed}/{kind}/{name}".encode(), digest_size=16).digest()
         generator = np.random.default_rng(int.from_bytes(key, "little"))
         spoiled.append(NOISE[kind](image, generator))

@@ -69,7 +69,7 @@ def errors(
     logits = predict(model, prepared.images[rows], description["preprocess"], batch)
     confidence, predicted = (t.numpy() for t in logits.softmax(dim=1).max(dim=1))
     labels = prepared.labels[rows]
-    counts = Counter(zip(labels.tolist(), predicted.tolist()))
+    counts = Counter(zip(labels.tolist(), predicted.tolist(), strict=True))
     wrong = np.flatnonzero(predicted != labels)
     surest = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
     return {

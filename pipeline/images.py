@@ -56,7 +56,8 @@ def square_pixels(read: Callable[[], Image.Image], origin: str, size: int) -> ND
     Raises BrokenImage naming `origin`: missing, empty, truncated, no picture, too large to be one.
     """
     try:
-        return square_rgb(read(), size)
+        with read() as image:
+            return square_rgb(image, size)
     except UnidentifiedImageError:
         raise BrokenImage(origin, "empty, or no format that is read here") from None
     except Exception as error:  # a decoder raises whatever the bytes lead it to

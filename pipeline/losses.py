@@ -32,7 +32,7 @@ def adversarial(
     try:
         score = discriminator(fake)
     finally:
-        for parameter, flag in zip(discriminator.parameters(), flags):
+        for parameter, flag in zip(discriminator.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
     if form == "saturating":
         return -F.softplus(score).mean()  # log(1 - sigmoid(s)) = -softplus(s)

@@ -219,7 +219,7 @@ def duplicates(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     found = []
     for digest, group in groupby(enumerate(records), key=lambda pair: pair[1]["sha256"]):
-        rows, same = zip(*group)
+        rows, same = zip(*group, strict=True)
         splits, labels = {r["split"] for r in same}, {r["label"] for r in same}
         if len(splits) > 1 or len(labels) > 1:
             found.append(

@@ -104,7 +104,7 @@ def _told_apart(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     names = [run["machine_name"] for run in runs]
     return [
         run | {"machine_name": f"{name} ({run['title']})" if names.count(name) > 1 else name}
-        for run, name in zip(runs, names)
+        for run, name in zip(runs, names, strict=True)
     ]
 
 

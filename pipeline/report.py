@@ -269,11 +269,18 @@ def thin(samples: Sequence[float]) -> list[float]:
 def judge_budget(summary: Mapping[str, Any], name: str, limit: float) -> dict[str, Any]:
     """A budget and its verdict: PASS, FAIL, NOT MEASURED, or INCONCLUSIVE where noise alone is above the limit."""
     wanted, _, quantity = name.rpartition(".")
+    what = BUDGETS[quantity]
     best: tuple[float, float] | None = None  # the figure, and the lowest it can be without noise
     if quantity in OF_TARGET:
-        rows = [t["student"] for t in summary["targets"] if wanted in ("", t["target"])]
-        rows = [r for r in rows if r["status"] == "measured"]
-        best = min((_bounds(r, quantity) for r in rows), default=None)
+        rows = {t["target"]: t["student"] for t in summary["targets"]}
+        found = {
+            target: _bounds(row, quantity)
+            for target, row in rows.items()
+            if wanted in ("", target) and row["status"] == "measured"
+        }
+        if found:
+            target = min(found, key=lambda t: found[t])
+            best, what = found[target], f"{what} of {target}"
     elif summary["shipped"] in summary["models"]:
         shipped = summary["models"][summary["shipped"]]
         figure = shipped["clean"]["top1"] if quantity == "top1_min" else shipped["params"]
@@ -285,7 +292,7 @@ def judge_budget(summary: Mapping[str, Any], name: str, limit: float) -> dict[st
         verdict = "PASS" if kept else "INCONCLUSIVE" if noise else "FAIL"
     return {
         "name": name,
-        "what": BUDGETS[quantity],
+        "what": what,
         "limit": limit,
         "value": best[0] if best else None,
         "verdict": verdict,

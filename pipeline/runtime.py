@@ -321,8 +321,10 @@ def _columns(curves: list[Figures]) -> dict[str, Tensor]:
 
 
 def _from_columns(columns: Mapping[str, Tensor]) -> list[Figures]:
-    rows = zip(*(column.tolist() for column in columns.values()))
-    figures = [{t: v for t, v in zip(columns, row) if not math.isnan(v)} for row in rows]
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    figures = [
+        {t: v for t, v in zip(columns, row, strict=True) if not math.isnan(v)} for row in rows
+    ]
     return [{**f, "step": int(f["step"])} for f in figures]
 
 

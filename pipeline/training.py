@@ -101,7 +101,7 @@ class Stream:
         order = np.array(
             [
                 _order(len(self.rows), self.seed, self.name, int(e))[p]
-                for e, p in zip(passes, places)
+                for e, p in zip(passes, places, strict=True)
             ],
             dtype=np.int64,
         )

@@ -49,7 +49,9 @@ def parameters(geometry: Geometry, seed: int, rows: Rows, views: Rows) -> NDArra
 
     A function of (seed, row, view) alone: batch order, batch size and process play no part.
     """
-    return np.stack([_affine(geometry, _uniforms(seed, r, v)) for r, v in zip(rows, views)])
+    return np.stack(
+        [_affine(geometry, _uniforms(seed, r, v)) for r, v in zip(rows, views, strict=True)]
+    )
 
 
 def _uniforms(seed: int, row: int, view: int) -> NDArray[np.float64]:

@@ -37,7 +37,7 @@ class Browser:
 
         def hand_over() -> None:  # the browser reads from 3 and writes to 4
             kept = [os.dup(fd) for fd in theirs]
-            for fd, place in zip(kept, (3, 4)):
+            for fd, place in zip(kept, (3, 4), strict=True):
                 os.dup2(fd, place)
 
         line = [executable, *(f"--{flag}" for flag in FLAGS), f"--user-data-dir={self._profile}"]

@@ -26,7 +26,7 @@ def pictures(n: int, seed: int) -> tuple[np.ndarray, list[int]]:
 def as_folder(root: Path, splits: dict[str, tuple[np.ndarray, list[int]]]) -> None:
     """split/class/number.png"""
     for split, (pixels, labels) in splits.items():
-        for i, (picture, label) in enumerate(zip(pixels, labels)):
+        for i, (picture, label) in enumerate(zip(pixels, labels, strict=True)):
             path = root / split / FINE[label] / f"{i:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(path)

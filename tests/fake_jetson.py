@@ -214,7 +214,9 @@ class Context:
         def work() -> None:
             data = ctypes.string_at(self.addresses[name], 4 * int(np.prod(shape)))
             x = np.frombuffer(data, np.float32).reshape(shape)
-            for entry, made in zip(self.engine.io[1:], self.engine.session.run(None, {name: x})):
+            for entry, made in zip(
+                self.engine.io[1:], self.engine.session.run(None, {name: x}), strict=True
+            ):
                 ctypes.memmove(self.addresses[entry.name], made.tobytes(), made.nbytes)
 
         QUEUE.append(work)

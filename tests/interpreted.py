@@ -240,7 +240,10 @@ def group_case(
         found["gl out"] = relative(projected, out.detach())
         found["gl residual"] = relative(residual, (out - target.double()).detach())
         for name, got, right in zip(
-            ("tokens", "weight", "bias"), backward(x, weight, upstream, order, sizes), wanted
+            ("tokens", "weight", "bias"),
+            backward(x, weight, upstream, order, sizes),
+            wanted,
+            strict=True,
         ):
             found[f"gl gradient of {name}"] = relative(got, right)
     alone = group_linear.project(x, weight, bias, None, order, sizes)[1]

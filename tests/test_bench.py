@@ -201,7 +201,7 @@ def test_the_reference_pictures_are_run_each_in_turn(
 def test_pictures_without_a_reference_are_smooth_different_and_seeded() -> None:
     made, again = worker.batches(Shape(None), None), worker.batches(Shape(None), None)
     assert len({b.tobytes() for b in made}) == len(made) == worker.PICTURES
-    assert all(np.array_equal(a, b) for a, b in zip(made, again))
+    assert all(np.array_equal(a, b) for a, b in zip(made, again, strict=True))
 
 
 def test_a_reference_of_another_size_is_refused(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_every_target_gets_its_verdict_and_the_worst_is_that_of_the_command(
     base, head, out = tmp_path / "base", tmp_path / "head", tmp_path / "o.json"
     for folder, plays in ((base, ("", "", "segfault-on-load")), (head, ("", "segfault", ""))):
         folder.mkdir()
-        for name, play in zip(("a.onnx", "b.onnx", "c.onnx"), plays):
+        for name, play in zip(("a.onnx", "b.onnx", "c.onnx"), plays, strict=True):
             (folder / name).write_text(play)
     models = [head / name for name in ("a.onnx", "b.onnx", "c.onnx")]
     with pytest.raises(GateFailed, match="candidate b.onnx: the worker was killed by SIGSEGV"):

@@ -49,7 +49,8 @@ def test_a_cached_step_is_held_against_the_same_step_online(tmp_path, capsys):
 def test_differences_are_paired_by_seed_and_their_interval_is_students():
     runs = {
         name: [
-            {"clean": c, "noisy": c / 2, "step_ms": ms} for c, ms in zip(clean, (9.0, 10.0, 50.0))
+            {"clean": c, "noisy": c / 2, "step_ms": ms}
+            for c, ms in zip(clean, (9.0, 10.0, 50.0), strict=True)
         ]
         for name, clean in {"plain": (0.5, 0.7, 0.6), "cakd": (0.52, 0.72, 0.65)}.items()
     }
@@ -137,7 +138,9 @@ def test_a_slower_network_costs_a_known_layer_more_and_answers_alike(tmp_path):
 def test_the_verdicts_under_load_are_counted_and_the_medians_of_both_tools_divided():
     run = {"seconds": 20.0, "comparisons": [{"ratio": {"median": 1.15}, "rounds": 8}]}
     row = {"macs_ratio": 1.2, "quiet_ratio": 1.14, "runs": [run, run], "verdicts": {"FAIL": 2}}
-    turns = zip(latency.TOOLS, ([10.0, 12.0, 11.0], [9.0, 9.0, 9.0], [10.0, 10.0, 11.0]))
+    turns = zip(
+        latency.TOOLS, ([10.0, 12.0, 11.0], [9.0, 9.0, 9.0], [10.0, 10.0, 11.0]), strict=True
+    )
     peers = {"resnet18": latency._peer(dict(turns))}
     shown = latency.table({"gate": {"about 15 % slower": row}, "peers": peers})
     assert "| about 15 % slower | 1.200 | 1.140 | 2 | 2 | 0 | 0 | 1.150 | 20 |" in shown

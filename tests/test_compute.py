@@ -44,7 +44,7 @@ def test_a_batch_in_parts_is_the_batch(parts, prepared, teacher_path, features, 
         trained.append((steps(trainer, 10), weights(trainer)))
     (whole, ours), (split, theirs) = trained
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-    for a, b in zip(whole, split):
+    for a, b in zip(whole, split, strict=True):
         for name in ("cross_entropy", "logits", "attention", "gram", "tokens"):
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
 
@@ -90,7 +90,7 @@ def test_two_ranks_are_one_process_with_the_whole_batch(digits, teacher_path, fe
     (one,), (first, second) = found
     assert torch.equal(first, second)
     assert ((first - one).norm() / one.norm()).item() <= 1e-5
-    for a, b in zip(*figures):
+    for a, b in zip(*figures, strict=True):
         for name in ("cross_entropy", "logits", "attention", "tokens"):
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
 

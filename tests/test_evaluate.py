@@ -40,7 +40,7 @@ def test_noise_changes_the_image_and_is_a_function_of_seed_and_id(kind, prepared
     other = evaluate.noisy(images, ("a", "b", "c", "d"), kind, 1)
     assert a.shape == images.shape and a.dtype == np.uint8
     assert np.array_equal(a, b) and not np.array_equal(a, other)
-    assert all((x != y).any() for x, y in zip(a, images))
+    assert all((x != y).any() for x, y in zip(a, images, strict=True))
 
 
 def test_models_are_judged_clean_and_noisy_with_what_they_saw(

@@ -28,7 +28,7 @@ def evidence(prepared: Prepared, shipped: str = "cakd") -> dict:
     firsts = rows[labels == 0][:3].tolist()
     mistakes = [
         {"row": r, "label": 0, "predicted": 1, "confidence": c}
-        for r, c in zip(firsts, (0.99, 0.9, 0.7))
+        for r, c in zip(firsts, (0.99, 0.9, 0.7), strict=True)
     ]
     found = {"confusion": entries, "mistakes": mistakes}
     ramp = np.linspace(0, 2, 64).tolist()

@@ -167,7 +167,7 @@ def test_sdpa_agrees_with_the_reference_in_value_and_gradient():
     twin = s.detach().clone().requires_grad_()
     eager = pca.pca_loss(s, t, key(), impl="eager")
     fused = pca.pca_loss(twin, t, key(), impl="sdpa")
-    for a, b in zip(eager, fused):
+    for a, b in zip(eager, fused, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=0)
     sum(eager).backward()
     sum(fused).backward()

@@ -45,8 +45,10 @@ def test_attention_and_gram_are_the_reference(impl, grid, kind):
         pytest.skip("small takes 64 tokens at most")
     s, t = qkv(grid, kind, 0).requires_grad_(), qkv(grid, kind, 1)
     exact_s = s.detach().double().requires_grad_()
-    found = dict(zip(("attention", "gram"), pca.pca_loss(s, t, key(), impl=impl)))
-    exact = dict(zip(("attention", "gram"), reference.pca_loss(exact_s, t.double(), key())))
+    found = dict(zip(("attention", "gram"), pca.pca_loss(s, t, key(), impl=impl), strict=True))
+    exact = dict(
+        zip(("attention", "gram"), reference.pca_loss(exact_s, t.double(), key()), strict=True)
+    )
     for name, loss in found.items():
         assert relative(loss, exact[name]) <= bound(name, name_of(kind)), name
         (ours,) = torch.autograd.grad(loss * 2.0**20, s)  # so that float16 keeps its gradient
@@ -90,7 +92,7 @@ def test_the_token_term_is_the_reference(impl, grid, kind, monkeypatch):
     scale = 2.0**12
     ours = torch.autograd.grad(loss * scale + out.float().sin().sum(), leaves)
     theirs = torch.autograd.grad(exact_loss * scale + exact_out.sin().sum(), exact)
-    for a, b in zip(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
         assert relative(a, b) <= 2 * bound("gl gradient", name_of(kind))
 
 
@@ -121,7 +123,7 @@ def step(impl: str) -> list[Tensor]:
 def test_three_runs_have_the_same_bits_and_never_wait_for_the_device(impl):
     runs = [step(impl) for _ in range(3)]
     for again in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], again))
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
 
 
 @pytest.mark.parametrize("impl", ["small", "flash"])
@@ -138,4 +140,4 @@ def test_captured_in_a_cuda_graph_the_step_is_still_read_on_the_device(impl):
         graph.replay()
         torch.cuda.synchronize()
         wanted = pca.attention_loss_op(s, t, ids, key(now).stream(), *told)
-        assert all(torch.equal(a, b) for a, b in zip(captured, wanted))
+        assert all(torch.equal(a, b) for a, b in zip(captured, wanted, strict=True))

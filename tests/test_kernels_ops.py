@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from dataclasses import replace
 
 import pytest
@@ -38,7 +40,7 @@ def test_every_implementation_has_the_references_losses_and_gradients(impl, gran
     s, t = packed(0).requires_grad_(), packed(1)
     got = pca.pca_loss(s, t, key(), p, granularity, impl)
     exact = reference.pca_loss(s, t, key(), p, granularity)
-    for a, b in zip(got, exact):
+    for a, b in zip(got, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
     weighted = [torch.autograd.grad(2 * a + 3 * b, s)[0] for a, b in (got, exact)]
     torch.testing.assert_close(*weighted, rtol=1e-9, atol=1e-14)
@@ -103,11 +105,11 @@ def test_the_token_term_has_the_references_loss_projection_and_gradients(impl, p
     target = grouped(dtype)[3]
     got = gl.gl_mse(*operands, target, GROUPS, p, key())
     exact = reference.gl_mse(*twins, target, GROUPS, p, key())
-    for a, b in zip(got, exact):
+    for a, b in zip(got, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance / 100)
     for loss, projected in (got, exact):
         (2 * loss + projected.sin().sum()).backward()
-    for a, b in zip(operands, twins):
+    for a, b in zip(operands, twins, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=tolerance, atol=tolerance)
     alone = gl.gl_project(*operands, GROUPS)
     torch.testing.assert_close(
@@ -146,7 +148,7 @@ def test_under_autocast_the_operators_take_bfloat16_and_give_a_float32_loss():
     (attention + gram + loss).backward()
     assert s.grad.dtype == weight.grad.dtype == torch.float32
     exact = reference.pca_loss(s.detach(), t, key())
-    for a, b in zip((attention, gram), exact):
+    for a, b in zip((attention, gram), exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=0)
 
 
@@ -170,7 +172,7 @@ def test_compiled_as_one_graph_the_losses_are_the_same(impl, dynamic):
         found = compiled(*ours, key().ids, at), step(*theirs, key().ids, at)
         for losses in found:
             sum(losses[:3]).backward()
-        for a, b in zip(ours, theirs):
+        for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
@@ -266,7 +268,7 @@ def test_group_wise_linear_moves_less_than_a_quarter_of_the_loops_bytes():
         _, _, residual = eager.group_linear(x, weight, bias, target, order, sizes, False)
         upstream = residual * (2 / residual.numel())
         found = eager.group_linear_backward(x, weight, upstream, order, sizes, False)
-    for a, b in zip(leaves, found):
+    for a, b in zip(leaves, found, strict=True):
         torch.testing.assert_close(a.grad, b, rtol=1e-4, atol=1e-7)
     assert ours.bytes <= loop.bytes / 4, (ours.bytes, loop.bytes)
 
@@ -284,7 +286,7 @@ def test_twenty_steps_of_training_are_the_same_by_either_implementation(
         trainer = Trainer(config, "cakd", prepared, teacher_path, features)
         watch = runtime.Stopwatch()
         curves[impl] = [trainer.step(i, watch) for i in range(20)]
-    for a, b in zip(*curves.values()):
+    for a, b in zip(*curves.values(), strict=True):
         for term in ("attention", "gram", "tokens"):
             assert a[term] == pytest.approx(b[term], rel=1e-5), term
     assert loss_terms(trainer)["attention"].requires_grad
@@ -337,3 +339,21 @@ def test_the_choice_on_a_gpu_follows_tokens_and_generation(monkeypatch):
         choice.choose_pca("small", cuda, 65, 64)
     with pytest.raises(UserError, match="a head is 160 wide: it takes 128 at most"):
         choice.choose_pca("flash", cuda, 65, 160)
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "said"),
+    [
+        ((), 0, "pca_loss on cpu: eager ("),
+        (("--impl", "sdpa", "--tokens", "64"), 0, "pca_loss on cpu: sdpa ("),
+        (("--impl", "cuda"), 2, "got 'cuda'"),
+    ],
+)
+def test_the_command_tells_who_computes_the_losses_here(asked, code, said, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["pipeline.kernels", *asked])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("pipeline.kernels", run_name="__main__", alter_sys=True)
+    shown = capsys.readouterr()
+    assert left.value.code == code and said in shown.out + shown.err
+    assert ("gl_mse on cpu: " in shown.out) == (code == 0)

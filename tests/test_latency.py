@@ -79,7 +79,9 @@ def test_real_clocks_tell_sleep_from_work() -> None:
     asleep = run_block(lambda x: time.sleep(0.02), turns(PICTURES), 0.1)
     assert min(asleep.wall_ms) >= 20 and max(asleep.cpu_ms) < 10
     awake = run_block(lambda x: sum(range(200_000)), turns(PICTURES), 0.1)
-    assert max(c / w for c, w in zip(awake.cpu_ms, awake.wall_ms)) > 0.5  # a call left in peace
+    assert (
+        max(c / w for c, w in zip(awake.cpu_ms, awake.wall_ms, strict=True)) > 0.5
+    )  # a call left in peace
 
 
 def test_warm_up_ends_when_three_block_medians_agree(clock: Callable[..., Clock]) -> None:

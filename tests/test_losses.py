@@ -40,7 +40,7 @@ def test_adversarial_term_leaves_the_discriminators_parameters_and_gradients_unt
     losses.adversarial(network, fake).backward()
     assert fake.grad.abs().sum() > 0
     assert all(p.grad is None and p.requires_grad for p in network.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
 
 def test_adversarial_forms_are_equation_9_and_its_non_saturating_twin():

@@ -89,7 +89,7 @@ def train_perf() -> dict[str, Any]:
         curves = {
             t: [
                 [int(s), float((0.2 + len(t) * 0.2 * np.exp(-s / (110 + 50 * i))) * (1 + 0.04 * e))]
-                for s, e in zip(steps, generator.standard_normal(len(steps)))
+                for s, e in zip(steps, generator.standard_normal(len(steps)), strict=True)
             ]
             for t in names
         }
@@ -109,7 +109,7 @@ def bench_row(
     target: str, model: str, threads: int, asked: str, got: str, ms: float
 ) -> dict[str, Any]:
     samples = ms * (1 + 0.05 * np.random.default_rng(int(ms * 1000)).exponential(size=400))
-    quantiles = dict(zip(("p50", "p90"), np.quantile(samples, (0.5, 0.9)).tolist()))
+    quantiles = dict(zip(("p50", "p90"), np.quantile(samples, (0.5, 0.9)).tolist(), strict=True))
     return {
         "model": model,
         "artefact": f"{model}.onnx",
@@ -218,7 +218,7 @@ class Run:
         self.write("device.json", {"schema": "cakd.device/1", **HEAD})
         for target in ENABLED:
             self.write(f"bench/{target}.json", bench(target))
-            for name, value in zip(("build", "parity"), build(target)):
+            for name, value in zip(("build", "parity"), build(target), strict=True):
                 self.write(f"build/{target}/{name}.json", value)
         self.params({})
 
@@ -406,6 +406,9 @@ def test_a_budget_is_judged_on_its_figure(
     edge = summary(run, {budget: limit})
     (found,) = edge["budgets"]
     assert (found["value"], found["verdict"]) == (value, verdict)
+    target = budget.rpartition(".")[0] or "ort-int8"
+    of_target = budget.endswith(("size_mb_max", "wall_ms_max")) and value is not None
+    assert found["what"].endswith(f" of {target}") == of_target
     assert (edge["verdict"]["status"] == "FAIL") == (verdict in ("FAIL", "NOT MEASURED"))
 
 

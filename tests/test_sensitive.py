@@ -85,7 +85,7 @@ def harmed(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     scale[0, 0] = 300.0
     weight *= scale.reshape(-1, 1, 1, 1)
     bias *= scale.ravel()
-    for name, value in zip(node.input[1:], (weight, bias)):
+    for name, value in zip(node.input[1:], (weight, bias), strict=True):
         held[name].CopyFrom(onnx.numpy_helper.from_array(value, name))
     undone = onnx.numpy_helper.from_array(1 / scale, "undone")
     proto.graph.initializer.append(undone)

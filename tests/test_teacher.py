@@ -140,7 +140,7 @@ def test_q_k_v_are_the_ones_timm_feeds_its_attention(tmp_path, prepared, monkeyp
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     tokens = live(views.whole(prepared.images[:4]))
-    for ours, timms in zip(heads(tokens.qkv), seen[-1]):
+    for ours, timms in zip(heads(tokens.qkv), seen[-1], strict=True):
         torch.testing.assert_close(ours, timms)
     torch.testing.assert_close(
         attention(*heads(tokens.qkv)), exact(*seen[-1]), rtol=1e-4, atol=1e-5

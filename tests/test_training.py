@@ -79,7 +79,7 @@ def test_each_loss_term_alone_reaches_the_students_backbone(term, make):
     if term in ("cross_entropy", "logits"):
         assert all(reached)
     else:
-        backbone = [r for r, n in zip(reached, names) if not n.startswith("fc.")]
+        backbone = [r for r, n in zip(reached, names, strict=True) if not n.startswith("fc.")]
         assert sum(backbone) >= 0.8 * len(backbone)
     assert all(p.grad is None for p in trainer.features.tail.parameters())
     assert all(p.grad is None for p in trainer.objective.discriminator.parameters())
@@ -99,7 +99,7 @@ def test_a_step_computes_every_term_from_its_own_rows_views_masks_and_trans(
     rows, ks, labels = chosen.rows, chosen.ks, torch.from_numpy(chosen.labels)
     batch = views.view_batch(prepared.images, trainer.store.geometry, trainer.store.seed, rows, ks)
     taught = teacher.load(teacher_path)(batch)
-    records = [list(prepared.rows("train")).index(r) * 2 + k for r, k in zip(rows, ks)]
+    records = [list(prepared.rows("train")).index(r) * 2 + k for r, k in zip(rows, ks, strict=True)]
     seeds = [runtime.step_seed(3, step, f"trans {record}") for record in records]
     pixels = config.cakd.trans(batch, seeds)
     assert not torch.equal(pixels, batch.float())
@@ -224,14 +224,18 @@ def test_the_students_step_leaves_the_discriminator_alone_and_its_own_step_moves
 
     before, student_before = copy(network), copy(trainer.student)
     _, real, fake = trainer._student_step(0, runtime.Stopwatch())
-    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     assert all(p.grad is None for p in network.parameters())
-    assert not all(torch.equal(a, b) for a, b in zip(student_before, trainer.student.parameters()))
+    assert not all(
+        torch.equal(a, b) for a, b in zip(student_before, trainer.student.parameters(), strict=True)
+    )
     student_after = copy(trainer.student)
     assert not fake.requires_grad
     trainer._discriminator_step(real, fake)
-    assert not all(torch.equal(a, b) for a, b in zip(before, network.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(student_after, trainer.student.parameters()))
+    assert not all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(student_after, trainer.student.parameters(), strict=True)
+    )
 
 
 def test_the_discriminator_steps_every_fifth_iteration(make):
@@ -562,7 +566,10 @@ def test_without_shared_memory_for_a_worker_the_training_ends_with_one_line(
     def little():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
-    process = long_training(1, digits, teacher_path, features, tmp_path, preexec_fn=little)
+    uncounted = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE")}
+    process = long_training(
+        1, digits, teacher_path, features, tmp_path, preexec_fn=little, env=uncounted
+    )
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and errors.count("\n") == 1
     assert "found no shared memory" in errors and "/dev/shm" in errors

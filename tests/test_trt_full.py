@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def network(path: Path, *operators: str) -> Path:
     names = ["image", *(f"t{i}" for i in range(len(operators) - 1)), "logits"]
     nodes = [
         h.make_node(operator, [a], [b], f"node_{i}", domain="" if operator == "Relu" else "acme")
-        for i, (operator, a, b) in enumerate(zip(operators, names, names[1:]))
+        for i, (operator, (a, b)) in enumerate(zip(operators, pairwise(names), strict=True))
     ]
     shape = ["batch", 3, 8, 8]
     graph = h.make_graph(

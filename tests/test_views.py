@@ -48,7 +48,9 @@ def test_flip_mirrors_half_of_the_views_left_to_right(images):
     batch = views.view_batch(images, mirror, 0, rows, range(200))
     whole = views.whole(images)[0]
     kinds = [torch.equal(v, whole) for v in batch]
-    assert all(torch.equal(v, whole.flip(2)) for v, same in zip(batch, kinds) if not same)
+    assert all(
+        torch.equal(v, whole.flip(2)) for v, same in zip(batch, kinds, strict=True) if not same
+    )
     assert 70 < sum(kinds) < 130
 
 

@@ -29,7 +29,7 @@ def picture(summary: Mapping[str, Any], key: str, name: str) -> str | None:
         axis.set_xlim(0, end)
         axis.set_ylim(len(shown) - 0.5, -0.5 - above / ROW)
         for row, target in enumerate(shown):
-            for model, shift in zip(MODELS, (-0.19, 0.19)):
+            for model, shift in zip(MODELS, (-0.19, 0.19), strict=True):
                 _bar(axis, _value(target[model], key), row + shift, model)
         for i, limit in enumerate(limits):
             _limit(axis, limit.at, limit.label, -0.5 - (i + 0.5) * LINE_HEIGHT / ROW)

@@ -13,7 +13,7 @@ def picture(by_series: Mapping[str, Sequence[int]], classes: Sequence[str], name
     """Pictures a class: a stacked bar each, or above BARS classes how many classes have how many pictures."""
     series = {label: values for label, values in by_series.items() if any(values)}
     if len(classes) > BARS:
-        return _histogram([sum(column) for column in zip(*series.values())], name)
+        return _histogram([sum(column) for column in zip(*series.values(), strict=True)], name)
     names = [c if len(c) <= 18 else f"{c[:17]}…" for c in classes]
     left = 32 + canvas.LETTER * 1.15 * max(map(len, names))
     with canvas.styled():
@@ -21,7 +21,7 @@ def picture(by_series: Mapping[str, Sequence[int]], classes: Sequence[str], name
         start = [0] * len(names)
         for i, values in enumerate(series.values()):
             axis.barh(range(len(names)), values, 0.7, left=start, color=canvas.series(i))
-            start = [a + b for a, b in zip(start, values)]
+            start = [a + b for a, b in zip(start, values, strict=True)]
         axis.set_ylim(len(names) - 0.4, -0.6)
         axis.set_yticks(range(len(names)), names)
         axis.tick_params(axis="y", length=0)

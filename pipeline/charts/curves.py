@@ -36,7 +36,7 @@ def _curve(lines: Mapping[str, Any], methods: Sequence[str], name: str, term: st
         figure, axis = canvas.axes(310, 190, 58, 10, 36)
         for method, line in lines.items():
             i = methods.index(method)
-            steps, values = zip(*line)
+            steps, values = zip(*line, strict=True)
             axis.plot(steps, values, list(LINE)[i % len(LINE)], color=canvas.series(i), lw=1.6)
         low, high = axis.dataLim.y0, axis.dataLim.y1
         if low > 0 and high / low > 30:

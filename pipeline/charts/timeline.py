@@ -42,7 +42,7 @@ def _line(axis: Any, target: str, line: Sequence[tuple[int, Run]], i: int) -> No
     style = {"color": canvas.series(i), "ls": LINE[i % len(LINE)], "lw": 1.4, "markersize": 5}
     style |= {"marker": MARKERS[i % len(MARKERS)], "label": canvas.short(target, 18)}
     axis.plot([x for x, _ in line], values, **style)
-    for (x, run), value in zip(line, values):
+    for (x, run), value in zip(line, values, strict=True):
         if target in run["noisy"]:
             axis.plot([x], [value], "o", color=canvas.INK, markerfacecolor="none", markersize=9)
 

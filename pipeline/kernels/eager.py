@@ -60,7 +60,7 @@ def _attention_part(ours: Tensor, theirs: Tensor, kept: Tensor) -> tuple[Tensor,
     d_scores = (d_out @ v.mT).sub_((d_out * out).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
     found = torch.empty_like(theirs)
     for part, left, right in zip(
-        found.flatten(1, 2), (d_scores, d_scores.mT, weights.mT), (k, q, d_out)
+        found.flatten(1, 2), (d_scores, d_scores.mT, weights.mT), (k, q, d_out), strict=True
     ):
         torch.bmm(left, right, out=part)
     wide = torch.promote_types(error.dtype, torch.float32)
@@ -104,7 +104,7 @@ def group_linear(
         out += bias.index_select(0, constant(x.device, *of_place))[:, None]
     else:
         out = rows.new_empty(*rows.shape[:2], weight.shape[1])
-        for part, into, w, b in zip(rows.split(sizes), out.split(sizes), weight, bias):
+        for part, into, w, b in zip(rows.split(sizes), out.split(sizes), weight, bias, strict=True):
             torch.addmm(b, part.flatten(0, 1), w.mT, out=into.view(-1, w.shape[0]))
     projected = _by_image(out, order)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -131,7 +131,7 @@ def group_linear_backward(
     else:
         d_rows, d_weight = torch.empty_like(rows), torch.empty_like(weight)
         parts = (rows.split(sizes), d_out.split(sizes), d_rows.split(sizes))
-        for part, d_part, into, w, d_w in zip(*parts, weight, d_weight):
+        for part, d_part, into, w, d_w in zip(*parts, weight, d_weight, strict=True):
             torch.mm(d_part.flatten(0, 1), w, out=into.view(-1, w.shape[1]))
             torch.mm(d_part.flatten(0, 1).mT, part.flatten(0, 1), out=d_w)
     d_bias = torch.stack([part.sum((0, 1)) for part in d_out.split(sizes)])

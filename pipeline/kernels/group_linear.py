@@ -240,7 +240,7 @@ def gradients(
     d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
     d_bias = torch.empty(weight.shape[:2], dtype=weight.dtype, device=x.device)
     starts = accumulate(sizes[:-1], initial=0)
-    groups = constant(x.device, *(v for pair in zip(starts, sizes) for v in pair))
+    groups = constant(x.device, *(v for pair in zip(starts, sizes, strict=True) for v in pair))
     chosen, options, _ = settings("gl_weight", x)
     grid = (triton.cdiv(channels, chosen.columns), triton.cdiv(width, chosen.block), len(sizes))
     weight_kernel[grid](

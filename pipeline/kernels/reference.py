@@ -91,7 +91,7 @@ def gl_project(x: Tensor, weight: Tensor, bias: Tensor, groups: Sequence[Sequenc
     """
     order = torch.tensor([t for g in groups for t in g], device=x.device)
     parts = x[:, order].split([len(g) for g in groups], dim=1)
-    outs = [F.linear(part, w, b) for part, w, b in zip(parts, weight, bias)]
+    outs = [F.linear(part, w, b) for part, w, b in zip(parts, weight, bias, strict=True)]
     return torch.cat(outs, dim=1)[:, order.argsort()]
 
 

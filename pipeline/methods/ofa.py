@@ -61,7 +61,9 @@ class Ofa(Term):
 
     def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
         """The enhanced loss of every branch and of the student's own logits, summed."""
-        answers = [branch(x) for branch, x in zip(self.branches, seen.stages)] + [seen.logits]
+        answers = [branch(x) for branch, x in zip(self.branches, seen.stages, strict=True)] + [
+            seen.logits
+        ]
         target, config = seen.targets(taught), self.config
         losses = [
             enhanced(a, taught.logits, target, config.gamma, config.temperature) for a in answers

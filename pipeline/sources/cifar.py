@@ -179,7 +179,7 @@ def _samples(
         )
     pictures = pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
     samples = []
-    for name, picture, label in zip(names, pictures, labels):
+    for name, picture, label in zip(names, pictures, labels, strict=True):
         if not (type(label) is int and 0 <= label < n_classes):
             raise UserError(
                 f"{origin}: label {label!r} of {name}; allowed: 0 to {n_classes - 1}; fetch it again"

@@ -19,6 +19,6 @@ def read(_: str | None, label_column: str | None) -> Found:
     pixels = (bunch.images * (255 / 16)).round().astype(np.uint8)
     samples = [
         Sample(f"digits/{i:04d}", partial(Image.fromarray, a), int(label), None)
-        for i, (a, label) in enumerate(zip(pixels, bunch.target))
+        for i, (a, label) in enumerate(zip(pixels, bunch.target, strict=True))
     ]
     return Found([str(c) for c in range(10)], samples)

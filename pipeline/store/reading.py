@@ -159,7 +159,9 @@ class Store:
 
     def records(self, rows: views.Rows, ks: views.Rows) -> RecordNumbers:
         """Record numbers of view k of each image row."""
-        return np.array([self.position[int(r)] * self.views + int(k) for r, k in zip(rows, ks)])
+        return np.array(
+            [self.position[int(r)] * self.views + int(k) for r, k in zip(rows, ks, strict=True)]
+        )
 
     def prefetch(self, records: RecordNumbers) -> None:
         """Begin to read the records that the next `read` will ask for."""
@@ -237,7 +239,9 @@ class Reader:
         """Read the records into these places of the buffers, and hold each against its checksum."""
         arrays = {name: buffer.numpy() for name, buffer in self._buffers.items()}
         owners = np.searchsorted(self._starts, records, side="right") - 1
-        for place, record, owner in zip(places.tolist(), records.tolist(), owners.tolist()):
+        for place, record, owner in zip(
+            places.tolist(), records.tolist(), owners.tolist(), strict=True
+        ):
             for name, array in arrays.items():
                 self._shards[owner].read(name, record, memoryview(array[place]))
         mine = slice(places[0], places[-1] + 1)

@@ -163,6 +163,10 @@ class Shard:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self.damaged(f"its header is unreadable ({error})") from None
 
+    def close(self) -> None:
+        """Nothing more is read."""
+        self._file.close()
+
     def damaged(self, why: str) -> UserError:
         """The error that names this shard."""
         return UserError(f"{self.path}: damaged, {why}; run cache again")

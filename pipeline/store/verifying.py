@@ -18,7 +18,8 @@ BATCH = 64  # records the live teacher sees at once
 def check_bytes(folder: Path) -> dict[str, Any]:
     """The manifest, after hashing every shard. Raises UserError naming the one that is damaged."""
     manifest = open_manifest(folder)
-    open_shards(folder, manifest)
+    for shard in open_shards(folder, manifest):
+        shard.close()
     for entry in manifest["shards"]:
         path = folder / entry["file"]
         if files.sha256(path) != entry["sha256"]:
