@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli, files, report
+from pipeline import cli, files, report, wording
 from pipeline.errors import UserError
 
 START, END = "<!-- results: python -m benchmarks.readme -->", "<!-- end of results -->"
@@ -45,13 +45,11 @@ def _latency(target: dict[str, Any]) -> str:
     student, teacher = target["student"], target["teacher"]
     if student["status"] != "measured":
         return f"| {target['target']} | – | not measured: {student['reason']} | | |"
-    cells = [f"{student['wall_ms']['p50']:.3g}"]
+    faster = ""
     if teacher["status"] == "measured":
-        ratio = teacher["wall_ms"]["p50"] / student["wall_ms"]["p50"]
-        cells += [f"{teacher['wall_ms']['p50']:.3g}", f"{ratio:.1f}×"]
-    else:
-        cells += ["not measured", ""]
-    return f"| {target['target']} | {student['precision_effective']} | {' | '.join(cells)} |"
+        faster = f"{teacher['wall_ms']['p50'] / student['wall_ms']['p50']:.1f}×"
+    name, precision = target["target"], student["precision_effective"]
+    return f"| {name} | {precision} | {wording.p50(student)} | {wording.p50(teacher)} | {faster} |"
 
 
 def main(args: argparse.Namespace) -> None:
