@@ -61,7 +61,8 @@ def _similar(name: str) -> str:
     import difflib
 
     names = timm.list_models()
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    close = [n for n in names if n.startswith(f"{name}_")][:3]
+    close = close or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     return f"nearest: {', '.join(close)}" if close else nearest(name, ["see timm.list_models()"])
 
 

@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> None:
     params = config.load(Export, args.params)
     prepared = Prepared.open(args.prepared)
     checkpoints = {"student": args.student, "teacher": args.teacher}
-    preprocess = agreed(checkpoints, prepared)
+    preprocess = agreed(checkpoints, prepared, params.method)
     rows = spread(prepared.rows("val"), params.reference_images)
     shown = spread(prepared.rows("train"), params.calibration_images)
     with files.atomic_dir(args.out) as folder:
@@ -85,11 +85,23 @@ def export(name: str, checkpoint: Path, folder: Path, opset: int) -> dict[str, A
     }
 
 
-def agreed(checkpoints: dict[str, Path], prepared: Prepared) -> dict[str, dict[str, Any]]:
-    """The preprocessing of each model. Raises UserError: models and images of different sizes."""
+def agreed(
+    checkpoints: dict[str, Path], prepared: Prepared, method: str
+) -> dict[str, dict[str, Any]]:
+    """The preprocessing of each model.
+
+    Raises UserError: models and images of different sizes, a student of another method than ships.
+    """
     from pipeline import models
 
-    found = {name: models.describe(path)["preprocess"] for name, path in checkpoints.items()}
+    described = {name: models.describe(path) for name, path in checkpoints.items()}
+    trained = described["student"].get("method")
+    if trained != method:
+        raise UserError(
+            f"{checkpoints['student']}: a student of {trained}, but export.method is {method}; give that of "
+            f"{method}, or correct export.method"
+        )
+    found = {name: description["preprocess"] for name, description in described.items()}
     sizes = {name: preprocess["image_size"] for name, preprocess in found.items()}
     if set(sizes.values()) != {prepared.image_size}:
         raise UserError(

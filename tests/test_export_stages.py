@@ -89,6 +89,18 @@ def test_images_of_another_size_than_the_models_are_exit_2(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_student_of_another_method_than_ships_is_exit_2(
+    exported: Path, digits: Path, tmp_path: Path, command: Command
+) -> None:
+    params = tmp_path / "params.yaml"
+    params.write_text("export:\n  method: logits\n")
+    paths = [exported / "student.safetensors", exported / "teacher.safetensors", digits]
+    done = command("stages.export", *paths, tmp_path / "out", "--params", params)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "a student of cakd, but export.method is logits" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def run_build(
     command: Command, exported: Path, tmp_path: Path, target: str, **gates: float
 ) -> tuple[subprocess.CompletedProcess[str], dict[str, Any], list[dict[str, Any]]]:

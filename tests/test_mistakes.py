@@ -78,6 +78,11 @@ TYPOS = {
         "vit_tinny_patch16_224",
         "teach.model: timm {timm} has no model 'vit_tinny_patch16_224'; nearest: vit_tiny_patch16_224",
     ),
+    "the beginning of a teacher's name": (
+        "teach.model",
+        "vit_tiny",
+        "teach.model: timm {timm} has no model 'vit_tiny'; nearest: vit_tiny_patch16_224",
+    ),
     "a student": (
         "distill.student",
         "resnet81",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 
 import pytest
 
 from tests import tiny
+from tests.house import ROOT
 from tests.test_schemas import problems
 from tests.tiny import dvc
 
@@ -88,6 +90,23 @@ def test_editing_code_reruns_the_stages_that_run_it(edited, first, spared, house
         path.write_text(before)
     assert first <= changed
     assert changed == first if spared is None else not (changed & spared)
+
+
+def test_make_removes_a_lock_that_a_killed_dvc_left_torn_and_no_other(house, tmp_path):
+    """DVC writes it in place and refuses it for ever after: treeverse/dvc#7615."""
+    lock = house / ".dvc" / "tmp" / "rwlock"
+    lock.write_text("")
+    assert "JSON structure is corrupted" in dvc(house, "repro").stderr
+    asked = ["make", "-n", "-C", str(ROOT), "--no-print-directory", "repro"]
+    shown = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    (line,) = (row for row in shown.splitlines() if "rwlock" in row)
+    line = line.replace(line.split()[0], sys.executable, 1)
+    for text, there in (("", False), ('{"read": {"a', False), ('{"read": {}, "write": {}}', True)):
+        lock.write_text(text)
+        subprocess.run(line, shell=True, cwd=house, check=True)
+        assert lock.exists() == there, text
+    lock.unlink()
+    subprocess.run(line, shell=True, cwd=house, check=True)
 
 
 def test_a_wrong_student_is_told_before_the_teacher_learns(house):
