@@ -30,7 +30,7 @@ repro: $(VENV)/.installed  ## the whole chain on params.yaml, or on RECIPE=name 
 	@$(BIN)/dvc repro
 	@echo "report: $(CURDIR)/reports/index.html (for CI: reports/edge.md)"
 
-test: $(VENV)/.installed  ## the CPU suite, 8 to 10 minutes on 2 cores
+test: $(VENV)/.installed  ## the CPU suite, 11 to 14 minutes on 2 cores
 	$(PYTEST) -m "not slow and not chaos and not gpu"
 
 test-all: $(VENV)/.installed  ## with the slow and the GPU tests
@@ -42,7 +42,7 @@ coverage: $(VENV)/.installed  ## lines of pipeline/, stages/, exporters/ that th
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --sort=cover
 
-chaos: $(VENV)/.installed  ## accidents at random moments anywhere in the chain, ROUNDS=100 of them, 20 to 40 minutes
+chaos: $(VENV)/.installed  ## accidents at random moments anywhere in the chain, ROUNDS=100 of them, 20 minutes
 	$(PYTEST) -m chaos
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --rounds $(ROUNDS)
 
