@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 # Waiting threads sleep: a fifth less CPU on small models, the same bits.
 export OMP_WAIT_POLICY ?= PASSIVE
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -X faulthandler -m pytest -n 2 --dist loadfile --max-worker-restart 0
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -X faulthandler -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 ROUNDS ?= 100
 PACKAGES := pipeline exporters stages benchmarks
 
@@ -38,7 +38,7 @@ test-all: $(VENV)/.installed  ## with the slow and the GPU tests
 
 coverage: $(VENV)/.installed  ## lines of pipeline/, stages/, exporters/ that the CPU suite runs
 	$(BIN)/coverage erase
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile -m "not slow and not chaos and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not chaos and not gpu"
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --sort=cover
 

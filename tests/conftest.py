@@ -15,6 +15,12 @@ from pipeline.prepare import Prepare, prepare
 ROOT = Path(__file__).parents[1]
 VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CNN = {"channels": [8, 12, 16, 24], "output_stride": 8}
+LONG = ("test_workflow", "test_repro", "test_contributing", "test_chaos", "test_compute")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose few tests take minutes first, so that at the end no worker waits for another."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(scope="session")

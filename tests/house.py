@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = ("pipeline", "exporters", "stages", "benchmarks")  # each may import those before it
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Dotted name -> file of every module of ours; a package is its __init__.py."""
     found = {}
@@ -19,6 +21,7 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Our modules that a file imports anywhere, in its functions too."""
     known = modules()

@@ -13,6 +13,8 @@ from tests.house import ROOT
 from tests.test_schemas import problems
 from tests.tiny import dvc
 
+pytestmark = pytest.mark.timeout(900)  # `dvc repro` of all stages is in the first test's time
+
 
 def stages_run(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [
