@@ -30,7 +30,7 @@ repro: $(VENV)/.installed  ## the whole chain on params.yaml, or on RECIPE=name 
 	@$(BIN)/dvc repro
 	@echo "report: $(CURDIR)/reports/index.html (for CI: reports/edge.md)"
 
-test: $(VENV)/.installed  ## the CPU suite, 11 to 14 minutes on 2 cores
+test: $(VENV)/.installed  ## the CPU suite, about 15 minutes on 2 cores
 	$(PYTEST) -m "not slow and not chaos and not gpu"
 
 test-all: $(VENV)/.installed  ## with the slow and the GPU tests
