@@ -6,7 +6,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 # Waiting threads sleep: a fifth less CPU on small models, the same bits.
 export OMP_WAIT_POLICY ?= PASSIVE
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -X faulthandler -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
+FAST := -m "not slow and not chaos and not gpu"
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -X faulthandler -m pytest $(SHARED) --max-worker-restart 0
 ROUNDS ?= 100
 PACKAGES := pipeline exporters stages benchmarks
 
@@ -31,14 +33,14 @@ repro: $(VENV)/.installed  ## the whole chain on params.yaml, or on RECIPE=name 
 	@echo "report: $(CURDIR)/reports/index.html (for CI: reports/edge.md)"
 
 test: $(VENV)/.installed  ## the CPU suite, about 15 minutes on 2 cores
-	$(PYTEST) -m "not slow and not chaos and not gpu"
+	$(PYTEST) $(FAST)
 
 test-all: $(VENV)/.installed  ## with the slow and the GPU tests
 	$(PYTEST) -m "not chaos"
 
 coverage: $(VENV)/.installed  ## lines of pipeline/, stages/, exporters/ that the CPU suite runs
 	$(BIN)/coverage erase
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not chaos and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest $(SHARED) $(FAST)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --sort=cover
 

@@ -272,15 +272,14 @@ def judge_budget(summary: Mapping[str, Any], name: str, limit: float) -> dict[st
     what = BUDGETS[quantity]
     best: tuple[float, float] | None = None  # the figure, and the lowest it can be without noise
     if quantity in OF_TARGET:
-        rows = {t["target"]: t["student"] for t in summary["targets"]}
-        found = {
-            target: _bounds(row, quantity)
-            for target, row in rows.items()
-            if wanted in ("", target) and row["status"] == "measured"
-        }
+        found = [
+            (_bounds(t["student"], quantity), t["target"])
+            for t in summary["targets"]
+            if wanted in ("", t["target"]) and t["student"]["status"] == "measured"
+        ]
         if found:
-            target = min(found, key=lambda t: found[t])
-            best, what = found[target], f"{what} of {target}"
+            best, target = min(found)
+            what = f"{what} of {target}"
     elif summary["shipped"] in summary["models"]:
         shipped = summary["models"][summary["shipped"]]
         figure = shipped["clean"]["top1"] if quantity == "top1_min" else shipped["params"]

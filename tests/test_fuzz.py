@@ -31,6 +31,7 @@ from pipeline.images import SUFFIXES
 from pipeline.prepare import Prepare, prepare
 from pipeline.store import policy, reading, writing
 from tests import containers, fuzz, hostile
+from tests.accidents import UNCOUNTED
 from tests.house import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")
@@ -891,7 +892,6 @@ def test_a_disk_that_is_full_at_any_byte_is_told_and_leaves_nothing(examples, wo
     prepare_line(tmp_path, path=str(world / "images"), val=4, test=4)
     out = tmp_path / "outs" / "prepared"
     out.parent.mkdir()
-    uncounted = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE")}
 
     def attempt(limit):
         done = subprocess.run(
@@ -899,7 +899,7 @@ def test_a_disk_that_is_full_at_any_byte_is_told_and_leaves_nothing(examples, wo
             cwd=ROOT,
             capture_output=True,
             text=True,
-            env=uncounted,
+            env=UNCOUNTED,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
         )
         assert done.returncode in (0, 2) and done.stderr.count("\n") == done.returncode // 2, (

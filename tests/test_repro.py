@@ -94,7 +94,7 @@ def test_editing_code_reruns_the_stages_that_run_it(edited, first, spared, house
     assert changed == first if spared is None else not (changed & spared)
 
 
-def test_make_removes_a_lock_that_a_killed_dvc_left_torn_and_no_other(house, tmp_path):
+def test_make_removes_a_lock_that_a_killed_dvc_left_torn_and_no_other(house):
     """DVC writes it in place and refuses it for ever after: treeverse/dvc#7615."""
     lock = house / ".dvc" / "tmp" / "rwlock"
     lock.write_text("")

@@ -28,6 +28,7 @@ from pipeline.methods.cakd import CakdConfig
 from pipeline.methods.term import TeacherSpace
 from pipeline.store import policy, writing
 from pipeline.training import Batches, Chosen, Distill, Trainer, distill
+from tests.accidents import UNCOUNTED
 from tests.conftest import CNN, ROOT
 
 LOSS_TERMS = ("cross_entropy", "logits", "attention", "gram", "tokens", "adversarial")
@@ -566,9 +567,8 @@ def test_without_shared_memory_for_a_worker_the_training_ends_with_one_line(
     def little():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
-    uncounted = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE")}
     process = long_training(
-        1, digits, teacher_path, features, tmp_path, preexec_fn=little, env=uncounted
+        1, digits, teacher_path, features, tmp_path, preexec_fn=little, env=UNCOUNTED
     )
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and errors.count("\n") == 1
