@@ -28,6 +28,7 @@ from onnx import helper, numpy_helper
 from benchmarks import record
 from benchmarks.exporters import checkpoint
 from exporters import graph, inputs, int8, ort, ov
+from exporters.device.ov import shared_core
 from exporters.measure import Subject, warmed
 from exporters.session import TARGETS
 from pipeline import cli, files, latency
@@ -118,7 +119,7 @@ def call_on_a_set_input(ir: Path) -> Callable[[Any], object]:
     import openvino
 
     options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(ir, "CPU", options).create_infer_request()
+    request = shared_core(openvino).compile_model(ir, "CPU", options).create_infer_request()
     return lambda _: request.infer(share_outputs=True)
 
 

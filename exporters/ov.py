@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from exporters import agreement, graph, inputs, int8, onnx_file, ort, ort_session
-from exporters.device.ov import compiled, computes_in
+from exporters.device.ov import compiled, computes_in, shared_core
 from exporters.quiet import quiet
 from exporters.session import Array, Unavailable, checked_output, checked_shape
 from pipeline import cli, files
@@ -53,7 +53,7 @@ def convert(source: Path, out: Path, half: bool = False, batch: int | None = Non
 
 def _read(source: Path, batch: int | None) -> Any:
     """Raises UserError: OpenVINO cannot read the file, or another batch is fixed in it."""
-    core = _library().Core()
+    core = shared_core(_library())
     try:
         model = core.read_model(source)
         shape = model.inputs[0].partial_shape
@@ -100,7 +100,7 @@ class OvSession:
         if precision != "default":
             options["INFERENCE_PRECISION_HINT"] = "bf16" if precision == "bf16" else "f32"
         try:
-            core = ov.Core()
+            core = shared_core(ov)
             model = core.read_model(path)
             self._compiled = compiled(core, ov.__version__, path, options, cache)
         except Exception as error:

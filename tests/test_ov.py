@@ -80,6 +80,17 @@ def test_openvino_is_imported_without_its_telemetry() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_a_signal_that_comes_after_two_sessions_have_gone_is_handled(ir: Path) -> None:
+    """With a Core for each of them it is a segmentation fault, on a CPU with AMX."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from exporters.ov import OvSession\n"
+        "first, second = (OvSession(Path(sys.argv[1]), 1, 'fp32') for _ in range(2))\n"
+        "del first; del second\n"
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(3)); os.kill(os.getpid(), signal.SIGINT)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, ir / "student.xml"]).returncode == 3
+
+
 def test_a_lost_bin_and_a_damaged_xml_are_told(ir: Path, tmp_path: Path) -> None:
     shutil.copy(ir / "student.xml", tmp_path)
     with pytest.raises(UserError, match="one of them is missing"):

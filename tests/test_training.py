@@ -305,15 +305,6 @@ def test_a_coarser_store_changes_the_losses_by_no_more_than_its_manifest_says(
         assert a[term].item() == pytest.approx(b[term].item(), rel=4 * error), term
 
 
-@pytest.fixture
-def no_handler_left():
-    """A DataLoader leaves a SIGCHLD handler: a process that then loads OpenVINO and waits for a child crashes."""
-    before = signal.getsignal(signal.SIGCHLD)
-    yield
-    signal.signal(signal.SIGCHLD, before)
-
-
-@pytest.mark.usefixtures("no_handler_left")
 def test_batches_made_by_workers_train_to_the_same_bits(prepared, teacher_path, features, tmp_path):
     for workers in (0, 2):
         config = replace(QUICK, workers=workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,17 @@ PRODUCTS = ("Convolution", "FullyConnected", "MatMul", "GroupConvolution", "MHA"
 
 SCHEMA = "cakd.compiled/1"
 WEIGHTS = ".bin"  # beside an IR
+
+
+@functools.cache
+def shared_core(module: Any) -> Any:
+    """The one Core of this process, never let go.
+
+    On a CPU with AMX each Core gives the thread a signal stack and, on its end, brings back the one before. Of two
+    that go in the order they came, the second brings back memory that the first has freed: the next signal that
+    Python handles, an interrupt or a child's end, is a segmentation fault (openvino 2026.4.1).
+    """
+    return module.Core()
 
 
 def compiled(core: Any, version: str, model: Path, options: Any, cache: Path | None) -> Any:
@@ -71,7 +83,8 @@ class OvSession:
             "INFERENCE_PRECISION_HINT": "f32",
         }
         try:
-            self._compiled = compiled(module.Core(), module.__version__, model, options, cache)
+            core = shared_core(module)
+            self._compiled = compiled(core, module.__version__, model, options, cache)
             self._request = self._compiled.create_infer_request()
         except Exception as error:  # openvino raises bare RuntimeErrors
             raise UserError(
