@@ -2,8 +2,8 @@
 
 Most rounds run a stage as a forked child, the rest a real `dvc repro` on a tiny copy. After the accident the plain
 run must leave the hashes of an undisturbed chain, no half-written file and no traceback of our code. A round that
-does not is a failure and its folder is kept. `--dvc N`: rounds through DVC, a fifth unless told. A lock that a
-killed DVC left torn is removed before the plain run, as `make repro` does, and counted.
+does not is a failure and its folder is kept. `--dvc N`: rounds through DVC, a fifth unless told. What a killed DVC
+left torn is set aside before the plain run, as `make repro` does, and counted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import psutil
 from ruamel.yaml import YAML
 
 from benchmarks import record
-from pipeline import files
+from pipeline import dvc_locks, files
 from tests import accidents, chain, tiny
 from tests.accidents import ACCIDENTS, Scene
 from tests.chain import Stage
@@ -54,7 +54,7 @@ OURS = re.compile(r'File "[^"]*(?:pipeline|exporters|stages)/')
 class Round:
     """What happened: `code` of the disturbed run; `tries` plain runs it took; what was wrong after.
 
-    `torn`: DVC left its own lock half written, which it refuses to read.
+    `torn`: files of its own that DVC left half-written, and would refuse to read.
     """
 
     through: str
@@ -63,7 +63,7 @@ class Round:
     after_s: float = 0.0
     code: int | None = None
     tries: int = 1
-    torn: bool = False
+    torn: tuple[str, ...] = ()
     dvc_said: tuple[str, ...] = ()
     different: tuple[str, ...] = ()
     litter: tuple[str, ...] = ()
@@ -190,7 +190,7 @@ class House:
         happened.code = running.wait(PATIENCE)
         if accident == "clock jumped":
             accidents.set_clocks(self.folder, self.draw.choice((accidents.FUTURE, accidents.PAST)))
-        happened.torn = self._mend_lock()
+        happened.torn = tuple(dvc_locks.set_aside(self.folder))
         while (code := self.start().wait(PATIENCE)) and happened.tries < TRIES:
             happened.tries += 1
         happened.read(self.log)
@@ -200,18 +200,6 @@ class House:
         happened.different = self.differing()
         happened.litter = tuple(chain.litter(self.folder))
         return happened
-
-    def _mend_lock(self) -> bool:
-        """Remove DVC's lock where it is no JSON, as `make repro` does; True where it was torn."""
-        lock = self.folder / ".dvc" / "tmp" / "rwlock"
-        try:
-            json.loads(lock.read_bytes())
-        except ValueError:
-            lock.unlink()
-            return True
-        except FileNotFoundError:
-            pass
-        return False
 
     def _await(self, stage: Stage, running: subprocess.Popen[bytes]) -> None:
         begun = f"Running stage '{stage.name}'"
@@ -290,8 +278,8 @@ def table(found: dict[str, Any]) -> str:
     lines += [
         f"{len(rounds)} rounds in {found['wall_s'] / 60:.0f} min. After one plain run: {told['different']} rounds "
         f"with another hash, {told['litter']} with a half-written file, {told['ours']} tracebacks of our code, "
-        f"{told['of_others']} of others; {told['again']} needed a second plain run; {told['torn']} torn locks of "
-        "DVC's removed.",
+        f"{told['of_others']} of others; {told['again']} needed a second plain run; {told['torn']} torn files of "
+        "DVC's set aside.",
     ]
     lines += [f"- DVC, {n} times: `{line}`" for line, n in found["dvc_said"].items()]
     return "\n".join([*lines, *([f"Skipped: {found['skipped']}"] if found["skipped"] else [])])
@@ -322,7 +310,7 @@ def tally(rounds: list[Round]) -> dict[str, int]:
         "ours": sum(r.ours is not None for r in rounds),
         "of_others": sum(r.of_others for r in rounds),
         "again": sum(r.tries > 1 for r in rounds),
-        "torn": sum(r.torn for r in rounds),
+        "torn": sum(len(r.torn) for r in rounds),
     }
 
 

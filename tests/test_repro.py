@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
 
 import pytest
 
+from pipeline import dvc_locks
 from tests import tiny
-from tests.house import ROOT
 from tests.test_schemas import problems
 from tests.tiny import dvc
 
+LOCKS = [sys.executable, "-m", "pipeline.dvc_locks"]
 pytestmark = pytest.mark.timeout(900)  # `dvc repro` of all stages is in the first test's time
 
 
@@ -94,21 +96,38 @@ def test_editing_code_reruns_the_stages_that_run_it(edited, first, spared, house
     assert changed == first if spared is None else not (changed & spared)
 
 
-def test_make_removes_a_lock_that_a_killed_dvc_left_torn_and_no_other(house):
-    """DVC writes it in place and refuses it for ever after: treeverse/dvc#7615."""
-    lock = house / ".dvc" / "tmp" / "rwlock"
+def test_what_a_killed_dvc_left_torn_is_set_aside_and_nothing_learns_again(house):
+    """DVC writes both in place and refuses them for ever after: treeverse/dvc#7615."""
+    lock, rwlock = house / "dvc.lock", house / ".dvc" / "tmp" / "rwlock"
+    torn = lock.read_text()[:-1].rpartition(":")[0]
+    for path, text, refusal in (
+        (lock, "", "validation failed"),
+        (lock, torn, "'./dvc.lock' is invalid"),
+        (rwlock, '{"read": {"a', "JSON structure is corrupted"),
+    ):
+        path.write_text(text)
+        refused = dvc(house, "status", "report") if path is lock else dvc(house, "repro", "device")
+        assert refused.returncode and refusal in refused.stdout + refused.stderr
+        told = subprocess.run(LOCKS, cwd=house, capture_output=True, text=True, check=True).stdout
+        aside = f".dvc/tmp/{path.name}.torn"
+        assert told == f"{path.name}: half-written by a killed dvc; set aside as {aside}\n"
+        assert (house / aside).read_text() == text and not path.exists()
+    again = dvc(house, "repro")
+    assert again.returncode == 0, again.stderr
+    assert stages_run(again) == ["device", "check", "evaluate", "report"]
+
+
+def test_a_whole_lock_one_in_conflict_and_one_that_is_being_written_stay(house):
+    lock, guard = house / "dvc.lock", house / ".dvc" / "tmp" / "lock"
+    before = lock.read_text()
+    assert subprocess.run(LOCKS, cwd=house, capture_output=True, check=True).stdout == b""
+    lock.write_text(f"<<<<<<< HEAD\n{before}")
+    assert dvc_locks.set_aside(house) == []
     lock.write_text("")
-    assert "JSON structure is corrupted" in dvc(house, "repro").stderr
-    asked = ["make", "-n", "-C", str(ROOT), "--no-print-directory", "repro"]
-    shown = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
-    (line,) = (row for row in shown.splitlines() if "rwlock" in row)
-    line = line.replace(line.split()[0], sys.executable, 1)
-    for text, there in (("", False), ('{"read": {"a', False), ('{"read": {}, "write": {}}', True)):
-        lock.write_text(text)
-        subprocess.run(line, shell=True, cwd=house, check=True)
-        assert lock.exists() == there, text
-    lock.unlink()
-    subprocess.run(line, shell=True, cwd=house, check=True)
+    with guard.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert dvc_locks.set_aside(house) == []
+    lock.write_text(before)
 
 
 def test_a_wrong_student_is_told_before_the_teacher_learns(house):

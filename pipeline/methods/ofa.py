@@ -61,9 +61,8 @@ class Ofa(Term):
 
     def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
         """The enhanced loss of every branch and of the student's own logits, summed."""
-        answers = [branch(x) for branch, x in zip(self.branches, seen.stages, strict=True)] + [
-            seen.logits
-        ]
+        pairs = zip(self.branches, seen.stages, strict=True)
+        answers = [*(branch(x) for branch, x in pairs), seen.logits]
         target, config = seen.targets(taught), self.config
         losses = [
             enhanced(a, taught.logits, target, config.gamma, config.temperature) for a in answers
