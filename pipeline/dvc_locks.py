@@ -42,10 +42,9 @@ def _alone(tmp: Path) -> Iterator[bool]:
     with ExitStack() as held:
         try:
             for name in HELD:
-                fcntl.flock(
-                    held.enter_context((tmp / name).open("a")), fcntl.LOCK_EX | fcntl.LOCK_NB
-                )
-        except (BlockingIOError, FileNotFoundError):
+                file = held.enter_context((tmp / name).open("a"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
             yield False
         else:
             yield True
