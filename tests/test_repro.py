@@ -11,10 +11,10 @@ import pytest
 
 from pipeline import dvc_locks
 from tests import tiny
+from tests.house import ROOT
 from tests.test_schemas import problems
 from tests.tiny import dvc
 
-LOCKS = [sys.executable, "-m", "pipeline.dvc_locks"]
 pytestmark = pytest.mark.timeout(900)  # `dvc repro` of all stages is in the first test's time
 
 
@@ -96,37 +96,55 @@ def test_editing_code_reruns_the_stages_that_run_it(edited, first, spared, house
     assert changed == first if spared is None else not (changed & spared)
 
 
-def test_what_a_killed_dvc_left_torn_is_set_aside_and_nothing_learns_again(house):
+@pytest.fixture(scope="module")
+def mend(house):
+    """Run what `make repro` runs right before DVC; what it says."""
+    asked = ["make", "-n", "-C", str(ROOT), "--no-print-directory", "repro"]
+    shown = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    before_dvc = next(n for n, line in enumerate(shown) if line.endswith("/dvc repro")) - 1
+    command = [sys.executable, *shown[before_dvc].split()[1:]]
+
+    def run():
+        done = subprocess.run(command, cwd=house, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    return run
+
+
+def test_what_a_killed_dvc_left_torn_is_set_aside_and_nothing_learns_again(house, mend):
     """DVC writes both in place and refuses them for ever after: treeverse/dvc#7615."""
     lock, rwlock = house / "dvc.lock", house / ".dvc" / "tmp" / "rwlock"
     torn = lock.read_text()[:-1].rpartition(":")[0]
     for path, text, refusal in (
         (lock, "", "validation failed"),
         (lock, torn, "'./dvc.lock' is invalid"),
+        (rwlock, "", "JSON structure is corrupted"),
         (rwlock, '{"read": {"a', "JSON structure is corrupted"),
     ):
         path.write_text(text)
         refused = dvc(house, "status", "report") if path is lock else dvc(house, "repro", "device")
         assert refused.returncode and refusal in refused.stdout + refused.stderr
-        told = subprocess.run(LOCKS, cwd=house, capture_output=True, text=True, check=True).stdout
         aside = f".dvc/tmp/{path.name}.torn"
-        assert told == f"{path.name}: half-written by a killed dvc; set aside as {aside}\n"
+        assert mend() == f"{path.name}: half-written by a killed dvc; set aside as {aside}\n"
         assert (house / aside).read_text() == text and not path.exists()
     again = dvc(house, "repro")
     assert again.returncode == 0, again.stderr
     assert stages_run(again) == ["device", "check", "evaluate", "report"]
 
 
-def test_a_whole_lock_one_in_conflict_and_one_that_is_being_written_stay(house):
-    lock, guard = house / "dvc.lock", house / ".dvc" / "tmp" / "lock"
-    before = lock.read_text()
-    assert subprocess.run(LOCKS, cwd=house, capture_output=True, check=True).stdout == b""
+def test_a_whole_lock_one_in_conflict_and_one_that_is_being_written_stay(house, mend):
+    lock, tmp = house / "dvc.lock", house / ".dvc" / "tmp"
+    rwlock, before = tmp / "rwlock", lock.read_text()
+    rwlock.write_text('{"read": {}, "write": {}}')
+    assert mend() == "" and lock.exists() and rwlock.exists()
+    rwlock.unlink()
+    assert mend() == ""
     lock.write_text(f"<<<<<<< HEAD\n{before}")
     assert dvc_locks.set_aside(house) == []
     lock.write_text("")
-    with guard.open("a") as held:
+    with (tmp / "lock").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert dvc_locks.set_aside(house) == []
+        assert dvc_locks.set_aside(house) == [] and lock.exists()
     lock.write_text(before)
 
 
