@@ -2,8 +2,8 @@
 
 Three parts: `attention` (both terms of eq. 4), `tokens` (eq. 5 and 6) and `step` (a whole step of a student with
 both projectors). Every provider computes losses and gradients. Times are medians of a call; on a GPU in
-milliseconds, with the L2 cache flushed, beside peak memory, launches and the share of the roofline; on a CPU as
-ratios, taken in turns.
+milliseconds, with the L2 cache flushed, beside the time of its kernels alone (by the profiler, L2 warm), peak
+memory, launches and the share of the roofline; on a CPU as ratios, taken in turns.
 """
 
 from __future__ import annotations
@@ -11,239 +11,59 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import timm
 import torch
-from torch import Tensor
 from torch.autograd.profiler_util import DeviceType  # type: ignore[attr-defined]
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import record
-from pipeline import cli, files, projectors, runtime
-from pipeline.errors import UserError
-from pipeline.kernels import choice, gl, pca, reference
-from pipeline.kernels.philox import Key
-from pipeline.methods.cakd import CakdConfig
-from pipeline.methods.logits import LogitsConfig
-from pipeline.methods.objective import Objective
-from pipeline.methods.table import Terms, settings
-from pipeline.methods.term import Seen, Sizes, TeacherSpace
-from pipeline.students import Taps, anatomy, find_tap
-from pipeline.teacher import Tokens
+from benchmarks.kernel_works import (
+    ON_CPU,
+    ON_GPU,
+    STUDENTS,
+    STUDENTS_ON_CPU,
+    Call,
+    Shape,
+    Student,
+    Work,
+    attention_work,
+    step_work,
+    tokens_work,
+)
+from pipeline import cli, files
+from pipeline.errors import UserError, nearest
 
 SCHEMA = "cakd.benchmark.kernels/2"
 PARTS = ("attention", "tokens", "step")
+DTYPES = ("bfloat16", "float16", "float32")
 TURNS = 7
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-}
-Call = Callable[[], Any]
+MIN_CALLS = 5  # of which a median and fifths are drawn
 
 
 @dataclass(frozen=True)
-class Shape:
-    """B samples, a grid of N tokens, H heads, d wide; c channels of the student's tap."""
+class Selection:
+    """What one run measures: the parts, their shapes and students, in one dtype on one device."""
 
-    batch: int
-    grid: tuple[int, int]
-    n_heads: int
-    width: int
-    channels: int = 0
+    parts: Sequence[str]
+    shapes: Sequence[Shape]
+    students: Sequence[Student]
+    dtype: torch.dtype
+    device: torch.device
+    compiled: bool
 
-    def __str__(self) -> str:
-        heads = f"H {self.n_heads} d {self.width}"
-        return f"B {self.batch} N {self.n} {heads} c {self.channels}"
-
-    @property
-    def n(self) -> int:
-        """Tokens."""
-        return self.grid[0] * self.grid[1]
-
-
-ON_GPU = (
-    Shape(256, (14, 14), 12, 64, 1024),
-    Shape(512, (7, 7), 12, 64, 2048),
-    Shape(512, (8, 8), 6, 64, 512),
-    Shape(1024, (8, 8), 3, 64, 512),
-)
-ON_CPU = (
-    Shape(16, (14, 14), 12, 64, 256),
-    Shape(32, (7, 7), 12, 64, 512),
-    Shape(64, (8, 8), 4, 16, 64),
-)
-STUDENTS = (  # of a training step: timm's name, image size, output stride, and the teacher's shape
-    ("resnet50", 224, 32, Shape(256, (14, 14), 12, 64)),
-    ("resnet18", 32, 8, Shape(512, (8, 8), 6, 64)),
-)
-STUDENTS_ON_CPU = (("resnet18", 32, 8, Shape(32, (8, 8), 3, 16)),)
-
-
-@dataclass
-class Work:
-    """One row group of the table: who computes it, and the least it could take."""
-
-    title: str
-    flops: float = 0.0
-    bytes: float = 0.0
-    providers: dict[str, Call] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-
-    def add(self, name: str, call: Call) -> None:
-        """A provider, called once; one that cannot run here is a row with the reason."""
-        try:
-            call()
-        except (UserError, RuntimeError) as error:
-            self.refused[name] = str(error).splitlines()[0]
-            return
-        self.providers[name] = call
-
-
-def naive_attention(s: Tensor, t: Tensor, _: Key) -> tuple[Tensor, Tensor]:
-    """Both terms as most would write them: masks of torch.rand, softmax, N x N Gram matrices, autograd."""
-    mixed = torch.where(torch.rand_like(s) < 0.5, t, s)
-    ours, theirs = (reference.attention(*reference.heads(v)) for v in (mixed, t))
-    v_s, v_t = (reference.heads(v)[2] for v in (s, t))
-    gram_s, gram_t = (v @ v.mT / v.shape[-1] ** 0.5 for v in (v_s, v_t))
-    return F.mse_loss(ours, theirs), F.mse_loss(gram_s, gram_t)
-
-
-def naive_tokens(
-    x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, groups: projectors.Groups
-) -> tuple[Tensor, Tensor]:
-    """The token term group by group: tokens picked out of x, answers put into place."""
-    x = F.dropout(x, 0.1)
-    out = x.new_empty(*x.shape[:2], weight.shape[1])
-    for group, w, b in zip(groups, weight, bias, strict=True):
-        out[:, list(group)] = F.linear(x[:, list(group)], w, b)
-    return F.mse_loss(out, target), out
-
-
-def attention_work(shape: Shape, kind: torch.dtype, where: torch.device, compiled: bool) -> Work:
-    """PCA and Gram with their gradient. Least bytes: both qkv read, one gradient written."""
-    size = (shape.batch, shape.n, 3, shape.n_heads, shape.width)
-    s, t = (torch.randn(size, device=where, dtype=kind) for _ in range(2))
-    s.requires_grad_()
-    key = Key(1, torch.arange(shape.batch, device=where), 3)
-    heads = shape.batch * shape.n_heads
-    flops = 2.0 * heads * shape.n * shape.width * (8 * shape.n + 5 * shape.width)
-    work = Work(f"attention, {shape}", flops, 3.0 * s.numel() * s.element_size())
-
-    def call(loss: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        s.grad = None
-        attention, gram = loss(s, t, key)
-        (attention + 0.05 * gram).backward()
-
-    def forced(backend: SDPBackend) -> None:
-        with sdpa_kernel(backend):
-            call(partial(pca.pca_loss, impl="sdpa"))
-
-    work.add("plain PyTorch", partial(call, naive_attention))
-    if compiled:
-        work.add(
-            "plain, torch.compile", partial(call, torch.compile(naive_attention, dynamic=False))
-        )
-    for impl in choice.IMPLS[1:]:
-        work.add(impl, partial(call, partial(pca.pca_loss, impl=impl)))
-    if where.type == "cuda":
-        for name, backend in BACKENDS.items():
-            work.add(f"sdpa, {name}", partial(forced, backend))
-    return work
-
-
-def tokens_work(shape: Shape, kind: torch.dtype, where: torch.device, compiled: bool) -> Work:
-    """Drop-out, group-wise linear and mse with all gradients. Least bytes: x, target in, the rest out."""
-    groups = projectors.token_groups(*shape.grid)
-    width = shape.n_heads * shape.width
-    make = partial(torch.randn, device=where, dtype=kind)
-    x, target = make(shape.batch, shape.n, shape.channels), make(shape.batch, shape.n, width)
-    weight, bias = make(len(groups), width, shape.channels), make(len(groups), width)
-    leaves = [v.requires_grad_() for v in (x, weight, bias)]
-    key = Key(1, torch.arange(shape.batch, device=where), 3)
-    moved = 2.0 * x.numel() + 2 * target.numel() + 2 * weight.numel()
-    flops = 6.0 * x.numel() * width
-    work = Work(f"tokens, {shape} G {len(groups)}", flops, moved * x.element_size())
-
-    def call(loss: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        loss(x, weight, bias, target, groups)[0].backward()
-
-    def ours(impl: str) -> None:
-        call(partial(gl.gl_mse, dropout_p=0.1, key=key, impl=impl))
-
-    work.add("loop over groups", partial(call, naive_tokens))
-    if compiled:
-        work.add("loop, torch.compile", partial(call, torch.compile(naive_tokens, dynamic=False)))
-    wanted = {"eager": "eager"}
-    if (
-        where.type == "cuda"
-    ):  # as the switch names them: PyTorch's grouped_mm, and the Triton kernels
-        wanted |= {"grouped_mm": "sdpa", "triton": "flash"}
-    for name, impl in wanted.items():
-        work.add(name, partial(ours, impl))
-    return work
-
-
-def step_work(
-    student: tuple[str, int, int, Shape],
-    kind: torch.dtype,
-    where: torch.device,
-    compiled: bool,
-) -> Work:
-    """Forward and backward of student and all terms, without the optimiser. No roofline: that is the student's."""
-    name, size, stride, shape = student
-    batch, n = shape.batch, shape.n
-    torch.manual_seed(0)
-    net = timm.create_model(name, num_classes=100, output_stride=stride)
-    tap = find_tap(net, size, shape.grid)
-    width = shape.n_heads * shape.width
-    space = TeacherSpace(shape.n_heads, width, torch.zeros(width), torch.ones(width))
-    sizes = Sizes(100, anatomy(net, size), tap, space, images=batch, views=1)
-    images = torch.randn(batch, 3, size, size, device=where)
-    labels = torch.randint(100, (batch,), device=where)
-    make = partial(torch.randn, device=where, dtype=kind)
-    qkv = make(batch, n, 3, shape.n_heads, shape.width)
-    taught = Tokens(qkv, make(batch, n, width), make(batch, 100))
-    key = Key(1, torch.arange(batch, device=where), 3)
-    net = net.to(where).to(memory_format=torch.channels_last)
-    images = images.contiguous(memory_format=torch.channels_last)
-    work = Work(f"step, {name} {size} px B {batch} N {n} D {width}")
-
-    def call(objective: Any, weights: dict[str, float], taps: Taps) -> None:
-        half = torch.autocast(where.type, kind) if kind != torch.float32 else nullcontext()
-        with half:
-            logits = net(images)
-            feature = taps.features[tap.module]
-            seen = Seen(logits, taps.embedding, feature, [], labels, key, 1.0)
-            found = objective(seen, taught, float(batch), runtime.Stopwatch())
-        sum(weights[t] * v for t, v in found.losses.items()).backward()
-        net.zero_grad()
-        objective.zero_grad()
-
-    taps = Taps(net, [tap.module])
-
-    def make_objective(impl: Literal["eager", "auto"]) -> Objective:
-        chosen = settings(LogitsConfig(), CakdConfig(impl=impl), Terms())
-        return Objective("cakd+logits", chosen, sizes).to(where)
-
-    impls: tuple[Literal["eager", "auto"], ...] = ("eager", "auto")
-    for impl in impls:
-        objective = make_objective(impl)
-        work.add(f"impl {impl}", partial(call, objective, objective.weights(1.0), taps))
-    if compiled:
-        plain = make_objective("auto")
-        compiled_terms = partial(call, torch.compile(plain), plain.weights(1.0), taps)
-        work.add("impl auto, torch.compile", compiled_terms)
-    return work
+    def works(self) -> Iterator[Work]:
+        """Every row group, built when it is asked for."""
+        for part in self.parts:
+            if part == "step":
+                for student in self.students:
+                    yield step_work(student, self.dtype, self.device, self.compiled)
+                continue
+            make = {"attention": attention_work, "tokens": tokens_work}[part]
+            for shape in self.shapes:
+                yield make(shape, self.dtype, self.device, self.compiled)
 
 
 def measure(work: Work, where: torch.device, ceilings: dict[str, float] | None) -> dict[str, Any]:
@@ -252,15 +72,10 @@ def measure(work: Work, where: torch.device, ceilings: dict[str, float] | None) 
     times = _on_gpu(work.providers) if gpu else _in_turns(work.providers)
     rows: dict[str, Any] = {}
     for name, values in times.items():
-        fifths = statistics.quantiles(values, n=5)
-        row: dict[str, Any] = {
-            "ms": {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3]}
-        }
+        row: dict[str, Any] = {"ms": spread(values)}
         if gpu:
-            row |= {
-                "peak_mb": _peak_mb(work.providers[name]),
-                "launches": _launches(work.providers[name]),
-            }
+            row["peak_mb"] = _peak_mb(work.providers[name])
+            row |= _profiled(work.providers[name])
         if ceilings and work.flops:
             least = max(
                 work.flops / ceilings["tflop_per_s"] / 1e9,
@@ -269,6 +84,12 @@ def measure(work: Work, where: torch.device, ceilings: dict[str, float] | None) 
             row["roofline_percent"] = 100 * least / row["ms"]["median"]
         rows[name] = row
     return rows | {name: {"reason": why} for name, why in work.refused.items()}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, p20 and p80; a single value is all three."""
+    fifths = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
+    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3]}
 
 
 def _in_turns(providers: dict[str, Call]) -> dict[str, list[float]]:
@@ -284,7 +105,20 @@ def _in_turns(providers: dict[str, Call]) -> dict[str, list[float]]:
 def _on_gpu(providers: dict[str, Call]) -> dict[str, list[float]]:
     from triton.testing import do_bench
 
-    return {name: do_bench(call, return_mode="all") for name, call in providers.items()}
+    return {name: timed(call, do_bench) for name, call in providers.items()}
+
+
+def timed(call: Call, bench: Callable[..., Any]) -> list[float]:
+    """Milliseconds of at least MIN_CALLS calls by Triton's `do_bench`.
+
+    It makes as many calls as fit into its 100 ms: a single one where a call is slower than that. Then it is given
+    the time that MIN_CALLS take.
+    """
+    values: list[float] = list(bench(call, return_mode="all"))
+    if len(values) < MIN_CALLS:
+        ms = 2 * MIN_CALLS * max(values)
+        values = list(bench(call, warmup=1, rep=ms, return_mode="all"))
+    return values
 
 
 def _peak_mb(call: Call) -> float:
@@ -294,13 +128,15 @@ def _peak_mb(call: Call) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def _launches(call: Call) -> int:
-    """Kernels started on the device in one call."""
+def _profiled(call: Call) -> dict[str, float]:
+    """Kernels, copies and fills that one call starts on the device, and the sum of their times."""
     cuda = torch.profiler.ProfilerActivity.CUDA
-    with torch.profiler.profile(activities=[cuda]) as seen:
+    with torch.profiler.profile(activities=[cuda]) as profile:
         call()
         torch.cuda.synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in seen.events() or ())
+    events = [e for e in profile.events() or () if e.device_type == DeviceType.CUDA]
+    device_us = sum(event.time_range.elapsed_us() for event in events)
+    return {"launches": len(events), "device_ms": device_us / 1e3}
 
 
 def measured_ceilings(kind: torch.dtype) -> dict[str, float]:
@@ -317,10 +153,10 @@ def measured_ceilings(kind: torch.dtype) -> dict[str, float]:
 def table(found: dict[str, Any]) -> str:
     """The Markdown table: ratios to the first provider; on a GPU milliseconds, memory, launches, roofline too."""
     ceilings = found["ceilings"]
-    more = " ms | peak MB | launches | % of roofline |" if ceilings else ""
+    more = " ms | device ms | peak MB | launches | % of roofline |" if ceilings else ""
     lines = [f"| work | provider | speed |{more}", "|---|---|--:|" + "--:|" * more.count("|")]
     for title, rows in found["work"].items():
-        base = next(row["ms"]["median"] for row in rows.values() if "ms" in row)
+        base = next((row["ms"]["median"] for row in rows.values() if "ms" in row), 0.0)
         for name, row in rows.items():
             if "reason" in row:
                 cells = " |" * more.count("|")
@@ -329,7 +165,10 @@ def table(found: dict[str, Any]) -> str:
             ms, cells = row["ms"]["median"], ""
             if ceilings:
                 share = f"{row['roofline_percent']:.0f}" if "roofline_percent" in row else ""
-                cells = f" {ms:.3f} | {row['peak_mb']:.0f} | {row['launches']} | {share} |"
+                cells = (
+                    f" {ms:.3f} | {row['device_ms']:.3f} | {row['peak_mb']:.0f} | "
+                    f"{row['launches']} | {share} |"
+                )
             lines.append(f"| {title} | {name} | {base / ms:.2f}× |{cells}")
     if ceilings:
         rate, products = ceilings["copy_gb_per_s"], ceilings["tflop_per_s"]
@@ -342,48 +181,85 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(args: argparse.Namespace) -> None:
-    """Measure, print, write `<out>.json` and `<out>.md`."""
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gpu = where.type == "cuda"
-    kind = torch.bfloat16 if gpu else torch.float32
-    ceilings = measured_ceilings(kind) if gpu else None
-    compiled = gpu or args.compile
-    losses = {"attention": attention_work, "tokens": tokens_work}
-    shapes = (ON_GPU if gpu else ON_CPU)[: args.shapes]
-    students = (STUDENTS if gpu else STUDENTS_ON_CPU)[: args.shapes]
-    found: dict[str, Any] = {
-        "dtype": str(kind).removeprefix("torch."),
+def run(selection: Selection, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Measure a selection; `save` gets the result after every row group, so that a killed run leaves its rows."""
+    gpu = selection.device.type == "cuda"
+    ceilings = measured_ceilings(selection.dtype) if gpu else None
+    result: dict[str, Any] = {
+        "dtype": str(selection.dtype).removeprefix("torch."),
         "ceilings": ceilings,
         "work": {},
     }
-    for part in args.parts:
-        makers = (
-            [partial(step_work, one) for one in students]
-            if part == "step"
-            else [partial(losses[part], one) for one in shapes]
-        )
-        for make in makers:
-            work = make(kind, where, compiled)
-            found["work"][work.title] = measure(work, where, ceilings)
-            del work
-    shown = table(found)
-    print(shown)
-    if args.out is None:
-        return
-    made_by = files.provenance(
-        {"parts": args.parts, "shapes": args.shapes, "compile": args.compile}
+    for work in selection.works():
+        result["work"][work.title] = measure(work, selection.device, ceilings)
+        save(result)
+    return result
+
+
+def selected_shapes(gpu: bool, tokens: Sequence[int], first: int | None) -> tuple[Shape, ...]:
+    """The shapes of this kind of device with one of these token counts (all where none is named).
+
+    Raises UserError: no shape has that many tokens.
+    """
+    shapes = ON_GPU if gpu else ON_CPU
+    known = {shape.n for shape in shapes}
+    for n in tokens:
+        if n not in known:
+            raise UserError(f"--tokens: got {n}; {nearest(n, map(str, sorted(known)))}")
+    return tuple(shape for shape in shapes if not tokens or shape.n in tokens)[:first]
+
+
+def write(out: Path | None, result: dict[str, Any], params: dict[str, Any], command: str) -> None:
+    """`<out>.json` and `<out>.md`, where an output is named."""
+    if out is not None:
+        shown = f"{result['dtype']}\n\n{table(result)}"
+        record.write(out, SCHEMA, result, files.provenance(params), command, shown)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, print, write `<out>.json` and `<out>.md`."""
+    gpu = torch.cuda.is_available()
+    dtype = args.dtype or ("bfloat16" if gpu else "float32")
+    selection = Selection(
+        args.parts,
+        selected_shapes(gpu, args.tokens, args.shapes),
+        (STUDENTS if gpu else STUDENTS_ON_CPU)[: args.shapes],
+        getattr(torch, dtype),
+        torch.device("cuda" if gpu else "cpu"),
+        gpu or args.compile,
     )
-    command = "python -m benchmarks.kernels" + (" --compile" if args.compile else "")
-    record.write(args.out, SCHEMA, found, made_by, command, f"{found['dtype']}\n\n{shown}")
+    params = {k: v for k, v in vars(args).items() if k != "out"}
+    command = _command(args)
+    result = run(selection, lambda partial: write(args.out, partial, params, command))
+    print(table(result))
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command line that measures the same again."""
+    words = ["python -m benchmarks.kernels"]
+    if tuple(args.parts) != PARTS:
+        words += ["--parts", *args.parts]
+    if args.tokens:
+        words += ["--tokens", *map(str, args.tokens)]
+    for name in ("shapes", "dtype"):
+        if getattr(args, name) is not None:
+            words += [f"--{name}", str(getattr(args, name))]
+    return " ".join([*words, *(["--compile"] if args.compile else [])])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="benchmarks.kernels", description=__doc__)
+    made.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    made.add_argument("--shapes", type=int, help="only the first so many")
+    made.add_argument("--tokens", type=int, nargs="+", default=[], metavar="N", help="only these N")
+    made.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
+    made.add_argument(
+        "--compile", action="store_true", help="torch.compile too, on a CPU (needs g++)"
+    )
+    made.add_argument("--out", type=Path, help="where to write, without suffix")
+    return made
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="benchmarks.kernels", description=__doc__)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
-    parser.add_argument("--shapes", type=int, help="only the first so many")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile too, on a CPU (needs g++)"
-    )
-    parser.add_argument("--out", type=Path, help="where to write, without suffix")
-    cli.run(main, parser)
+    cli.run(main, parser())

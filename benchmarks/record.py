@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pipeline import device, files
+
+machine = cache(
+    device.machine
+)  # asks tools of the system: once a process, however often a benchmark writes
 
 
 def write(
     out: Path, schema: str, found: dict[str, Any], made_by: dict[str, Any], command: str, shown: str
 ) -> None:
     """`<out>.json` and `<out>.md`; the head names the machine, torch's version and the command."""
-    machine = device.machine()
     files.write_json(
         out.with_suffix(".json"),
-        {"schema": schema, **found, "machine": machine, "provenance": made_by},
+        {"schema": schema, **found, "machine": machine(), "provenance": made_by},
     )
-    name = f"{machine['cpu']}, {machine['cores']['usable']} cores"
-    if machine["gpu"]:
-        name = f"{machine['gpu']['name']}; {name}"
-    head = f"{name}, torch {machine['versions']['torch']}. Command: `{command}`"
+    head = f"{machine_line()}. Command: `{command}`"
     with files.atomic(out.with_suffix(".md")) as temporary:
         temporary.write_text(f"{head}\n\n{shown}\n", encoding="utf-8")
+
+
+def machine_line() -> str:
+    """GPU, CPU, cores and torch's version, as the heads of the tables name them."""
+    here = machine()
+    name = f"{here['cpu']}, {here['cores']['usable']} cores"
+    if here["gpu"]:
+        name = f"{here['gpu']['name']}; {name}"
+    return f"{name}, torch {here['versions']['torch']}"

@@ -1,0 +1,231 @@
+"""What the kernel benchmark measures: shapes, and every provider of the projector losses as a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import timm
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pipeline import projectors, runtime
+from pipeline.kernels import choice, gl, pca, reference
+from pipeline.kernels.philox import Key
+from pipeline.methods.cakd import CakdConfig
+from pipeline.methods.logits import LogitsConfig
+from pipeline.methods.objective import Objective
+from pipeline.methods.table import Terms, settings
+from pipeline.methods.term import Seen, Sizes, TeacherSpace
+from pipeline.students import Taps, anatomy, find_tap
+from pipeline.teacher import Tokens
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B samples, a grid of N tokens, H heads, d wide; c channels of the student's tap."""
+
+    batch: int
+    grid: tuple[int, int]
+    n_heads: int
+    width: int
+    channels: int = 0
+
+    def __str__(self) -> str:
+        heads = f"H {self.n_heads} d {self.width}"
+        return f"B {self.batch} N {self.n} {heads} c {self.channels}"
+
+    @property
+    def n(self) -> int:
+        """Tokens."""
+        return self.grid[0] * self.grid[1]
+
+
+ON_GPU = (
+    Shape(256, (14, 14), 12, 64, 1024),
+    Shape(512, (7, 7), 12, 64, 2048),
+    Shape(512, (8, 8), 6, 64, 512),
+    Shape(1024, (8, 8), 3, 64, 512),
+)
+ON_CPU = (
+    Shape(16, (14, 14), 12, 64, 256),
+    Shape(32, (7, 7), 12, 64, 512),
+    Shape(64, (8, 8), 4, 16, 64),
+)
+Student = tuple[str, int, int, Shape]  # timm's name, image size, output stride, the teacher's shape
+STUDENTS: tuple[Student, ...] = (  # of a training step
+    ("resnet50", 224, 32, Shape(256, (14, 14), 12, 64)),
+    ("resnet18", 32, 8, Shape(512, (8, 8), 6, 64)),
+)
+STUDENTS_ON_CPU: tuple[Student, ...] = (("resnet18", 32, 8, Shape(32, (8, 8), 3, 16)),)
+
+
+@dataclass
+class Work:
+    """One row group of the table: who computes it, and the least it could take."""
+
+    title: str
+    flops: float = 0.0
+    bytes: float = 0.0
+    providers: dict[str, Call] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, call: Call) -> None:
+        """Add a provider, called once; one that cannot run here, for whatever reason, is a row with the reason."""
+        try:
+            call()
+        except Exception as error:  # Triton and the compilers raise classes of their own
+            self.refused[name] = (str(error).splitlines() or [type(error).__name__])[0]
+            return
+        self.providers[name] = call
+
+
+def naive_attention(s: Tensor, t: Tensor, _: Key) -> tuple[Tensor, Tensor]:
+    """Both terms as most would write them: masks of torch.rand, softmax, N x N Gram matrices, autograd."""
+    mixed = torch.where(torch.rand_like(s) < 0.5, t, s)
+    ours, theirs = (reference.attention(*reference.heads(v)) for v in (mixed, t))
+    v_s, v_t = (reference.heads(v)[2] for v in (s, t))
+    gram_s, gram_t = (v @ v.mT / v.shape[-1] ** 0.5 for v in (v_s, v_t))
+    return F.mse_loss(ours, theirs), F.mse_loss(gram_s, gram_t)
+
+
+def naive_tokens(
+    x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, groups: projectors.Groups
+) -> tuple[Tensor, Tensor]:
+    """The token term group by group: tokens picked out of x, answers put into place."""
+    x = F.dropout(x, 0.1)
+    out = x.new_empty(*x.shape[:2], weight.shape[1])
+    for group, w, b in zip(groups, weight, bias, strict=True):
+        out[:, list(group)] = F.linear(x[:, list(group)], w, b)
+    return F.mse_loss(out, target), out
+
+
+def attention_work(shape: Shape, kind: torch.dtype, where: torch.device, compiled: bool) -> Work:
+    """PCA and Gram with their gradient. Least bytes: both qkv read, one gradient written."""
+    size = (shape.batch, shape.n, 3, shape.n_heads, shape.width)
+    s, t = (torch.randn(size, device=where, dtype=kind) for _ in range(2))
+    s.requires_grad_()
+    key = Key(1, torch.arange(shape.batch, device=where), 3)
+    heads = shape.batch * shape.n_heads
+    flops = 2.0 * heads * shape.n * shape.width * (8 * shape.n + 5 * shape.width)
+    work = Work(f"attention, {shape}", flops, 3.0 * s.numel() * s.element_size())
+
+    def call(loss: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        s.grad = None
+        attention, gram = loss(s, t, key)
+        (attention + 0.05 * gram).backward()
+
+    def forced(backend: SDPBackend) -> None:
+        with sdpa_kernel(backend):
+            call(partial(pca.pca_loss, impl="sdpa"))
+
+    work.add("plain PyTorch", partial(call, naive_attention))
+    if compiled:
+        work.add(
+            "plain, torch.compile", partial(call, torch.compile(naive_attention, dynamic=False))
+        )
+    for impl in choice.IMPLS[1:]:
+        work.add(impl, partial(call, partial(pca.pca_loss, impl=impl)))
+    if where.type == "cuda":
+        for name, backend in BACKENDS.items():
+            work.add(f"sdpa, {name}", partial(forced, backend))
+    return work
+
+
+def tokens_work(shape: Shape, kind: torch.dtype, where: torch.device, compiled: bool) -> Work:
+    """Drop-out, group-wise linear and mse with all gradients. Least bytes: x, target in, the rest out."""
+    groups = projectors.token_groups(*shape.grid)
+    width = shape.n_heads * shape.width
+    make = partial(torch.randn, device=where, dtype=kind)
+    x, target = make(shape.batch, shape.n, shape.channels), make(shape.batch, shape.n, width)
+    weight, bias = make(len(groups), width, shape.channels), make(len(groups), width)
+    leaves = [v.requires_grad_() for v in (x, weight, bias)]
+    key = Key(1, torch.arange(shape.batch, device=where), 3)
+    moved = 2.0 * x.numel() + 2 * target.numel() + 2 * weight.numel()
+    flops = 6.0 * x.numel() * width
+    work = Work(f"tokens, {shape} G {len(groups)}", flops, moved * x.element_size())
+
+    def call(loss: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        loss(x, weight, bias, target, groups)[0].backward()
+
+    def ours(impl: str) -> None:
+        call(partial(gl.gl_mse, dropout_p=0.1, key=key, impl=impl))
+
+    work.add("loop over groups", partial(call, naive_tokens))
+    if compiled:
+        work.add("loop, torch.compile", partial(call, torch.compile(naive_tokens, dynamic=False)))
+    wanted = {"eager": "eager"}
+    if (
+        where.type == "cuda"
+    ):  # as the switch names them: PyTorch's grouped_mm, and the Triton kernels
+        wanted |= {"grouped_mm": "sdpa", "triton": "flash"}
+    for name, impl in wanted.items():
+        work.add(name, partial(ours, impl))
+    return work
+
+
+def step_work(
+    student: Student,
+    kind: torch.dtype,
+    where: torch.device,
+    compiled: bool,
+) -> Work:
+    """Forward and backward of student and all terms, without the optimiser. No roofline: that is the student's."""
+    name, size, stride, shape = student
+    batch, n = shape.batch, shape.n
+    torch.manual_seed(0)
+    net = timm.create_model(name, num_classes=100, output_stride=stride)
+    tap = find_tap(net, size, shape.grid)
+    width = shape.n_heads * shape.width
+    space = TeacherSpace(shape.n_heads, width, torch.zeros(width), torch.ones(width))
+    sizes = Sizes(100, anatomy(net, size), tap, space, images=batch, views=1)
+    images = torch.randn(batch, 3, size, size, device=where)
+    labels = torch.randint(100, (batch,), device=where)
+    make = partial(torch.randn, device=where, dtype=kind)
+    qkv = make(batch, n, 3, shape.n_heads, shape.width)
+    taught = Tokens(qkv, make(batch, n, width), make(batch, 100))
+    key = Key(1, torch.arange(batch, device=where), 3)
+    net = net.to(where).to(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=torch.channels_last)
+    work = Work(f"step, {name} {size} px B {batch} N {n} D {width}")
+
+    def call(objective: Any, weights: dict[str, float], taps: Taps) -> None:
+        half = torch.autocast(where.type, kind) if kind != torch.float32 else nullcontext()
+        with half:
+            logits = net(images)
+            feature = taps.features[tap.module]
+            seen = Seen(logits, taps.embedding, feature, [], labels, key, 1.0)
+            found = objective(seen, taught, float(batch), runtime.Stopwatch())
+        sum(weights[t] * v for t, v in found.losses.items()).backward()
+        net.zero_grad()
+        objective.zero_grad()
+
+    taps = Taps(net, [tap.module])
+
+    def make_objective(impl: Literal["eager", "auto"]) -> Objective:
+        chosen = settings(LogitsConfig(), CakdConfig(impl=impl), Terms())
+        return Objective("cakd+logits", chosen, sizes).to(where)
+
+    impls: tuple[Literal["eager", "auto"], ...] = ("eager", "auto")
+    for impl in impls:
+        objective = make_objective(impl)
+        work.add(f"impl {impl}", partial(call, objective, objective.weights(1.0), taps))
+    if compiled:
+        plain = make_objective("auto")
+        compiled_terms = partial(call, torch.compile(plain), plain.weights(1.0), taps)
+        work.add("impl auto, torch.compile", compiled_terms)
+    return work
