@@ -2,15 +2,22 @@
 
 Everything is made on the spot: random pictures, a teacher with random weights, its features in a store. The
 methods take turns, a step each, on the same student; every ratio is of one turn, the first turn is not counted.
+With `--resident` they do so again with batches made beforehand that lie on the device, repeated: the difference is
+what the loader costs.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks import record
 from benchmarks.store import CLASSES, pictures, random_teacher
@@ -20,57 +27,122 @@ from pipeline.store import writing
 from pipeline.store.policy import Cache
 
 SCHEMA = "cakd.benchmark.training/1"
+RESIDENT = 4  # steps whose batches lie on the device
 METHODS = ("plain", "logits", "gl", "gl+pca", "cakd", "cakd+logits")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Of every method the parts of a step in ms, and its time over that of `plain` in the same turn."""
+    """Of every method the parts of a step in ms, and its time over that of the first in the same turn.
+
+    `methods` with the batches of the loader; `resident`, where it is requested, with batches that already lie on
+    the device.
+    """
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepared = pictures(folder, args.images + 2 * CLASSES, args.size)
-        path = folder / "teacher.safetensors"
-        random_teacher(args.teacher, prepared, path, patch_size=args.patch)
-        cache = Cache(views=1, batch=args.batch)
-        live = teacher.load(path)
-        writing.write(cache, prepared, live, folder / "store", folder / "work", lambda _: None)
-        recipe = training.Distill(
-            methods=tuple(args.methods),
-            student=args.student,
-            student_kwargs={"output_stride": args.stride},
-            batch=args.batch,
-            epochs=10_000,
-            workers=args.workers,
-            compute=Compute(precision=args.precision, channels_last=args.channels_last),
-        )
-        made = {
-            method: training.Trainer(recipe, method, prepared, path, folder / "store", cache)
-            for method in args.methods
-        }
-        watches = {m: runtime.Stopwatch(trainer.place) for m, trainer in made.items()}
-        for turn in range(args.steps):
-            for method, trainer in made.items():
-                trainer.step(turn, watches[method])
-        for trainer in made.values():
-            trainer.feed.close()
+        trainers = make_trainers(args, Path(name))
+        result = {"methods": take_turns(trainers, args, range(args.steps))}
+        if args.resident:
+            for trainer in trainers.values():
+                make_resident(trainer)
+            result["resident"] = take_turns(trainers, args, range(args.steps, 2 * args.steps))
+    return result
+
+
+def make_trainers(args: argparse.Namespace, folder: Path) -> dict[str, training.Trainer]:
+    """A trainer for each method on the same images, teacher and store, all of them written to `folder`."""
+    prepared = pictures(folder, args.images + 2 * CLASSES, args.size)
+    path = folder / "teacher.safetensors"
+    random_teacher(args.teacher, prepared, path, patch_size=args.patch)
+    cache = Cache(views=1, batch=args.batch)
+    live = teacher.load(path)
+    writing.write(cache, prepared, live, folder / "store", folder / "work", lambda _: None)
+    recipe = training.Distill(
+        methods=tuple(args.methods),
+        student=args.student,
+        student_kwargs={"output_stride": args.stride},
+        batch=args.batch,
+        epochs=10_000,
+        workers=args.workers,
+        compute=Compute(precision=args.precision, channels_last=args.channels_last),
+    )
+    return {
+        method: training.Trainer(recipe, method, prepared, path, folder / "store", cache)
+        for method in args.methods
+    }
+
+
+class ResidentFeed(training.Feed):
+    """The batches of RESIDENT steps, repeated, their views on the device: a step without the loader's share."""
+
+    def __init__(self, feed: training.Feed, device: torch.device) -> None:
+        super().__init__(feed.batches, feed.geometry, feed.seed, 0, feed.parts, feed.among)
+        self._batches = [
+            [replace(part, views=part.views.to(device)) for part in feed[step]]
+            for step in range(RESIDENT)
+        ]
+
+    def chosen(self, step: int) -> list[training.Chosen]:
+        """What makes the batch that `at` returns for this step."""
+        return super().chosen(step % RESIDENT)
+
+    def at(self, step: int) -> list[training.Batch]:
+        """One of the batches made beforehand."""
+        return self._batches[step % RESIDENT]
+
+
+def make_resident(trainer: training.Trainer) -> None:
+    """Let a trainer that has made a step go on with batches that lie on its device."""
+    trainer.feed = ResidentFeed(trainer.feed, trainer.place)
+    if trainer.features is not None:  # views on a device are not hashed; the loader's were
+        trainer.features.CHECK_EVERY = sys.maxsize
+
+
+def take_turns(
+    trainers: dict[str, training.Trainer], args: argparse.Namespace, turns: range
+) -> dict[str, Any]:
+    """A step of every method in each turn, the first turn not counted; the figures of each method."""
+    watches = {m: runtime.Stopwatch(trainer.place) for m, trainer in trainers.items()}
+    walls: dict[str, list[float]] = {method: [] for method in trainers}
+    for turn in turns:
+        for method, trainer in trainers.items():
+            start = time.perf_counter()
+            trainer.step(turn, watches[method])  # ends when the device has done it
+            walls[method].append(1e3 * (time.perf_counter() - start))
+    for trainer in trainers.values():
+        trainer.feed.close()
     steps = {m: [s for s in watch.steps if s][1:] for m, watch in watches.items()}
     totals = {m: [sum(s.values()) for s in rows] for m, rows in steps.items()}
-    found = {}
+    result = {}
     for method, rows in steps.items():
         ratios = [a / b for a, b in zip(totals[method], totals[args.methods[0]], strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4)
-        found[method] = {
-            "over_first": {"median": statistics.median(ratios), "p25": low, "p75": high},
+        wall = quartiles(walls[method][1:])
+        result[method] = {
+            "over_first": quartiles(ratios),
             "stage_ms": {
                 n: statistics.median(s.get(n, 0.0) for s in rows) for n in training.STAGES
             },
             "img_per_s": 1e3 * args.batch / statistics.median(totals[method]),
+            "wall_ms": wall,
+            "wall_img_per_s": 1e3 * args.batch / wall["median"],
         }
-    return {"methods": found}
+    return result
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    """Median and quartiles of two values or more."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return {"median": statistics.median(values), "p25": low, "p75": high}
 
 
 def table(found: dict[str, Any]) -> str:
-    """The Markdown table: each method's step over the first one's, and the share of every part in that."""
-    methods = found["methods"]
+    """The Markdown tables: with the loader's batches, and with resident ones where they were measured."""
+    tables = [feed_table(found["methods"])]
+    if "resident" in found:
+        tables += ["Batches resident on the device:", feed_table(found["resident"])]
+    return "\n\n".join(tables)
+
+
+def feed_table(methods: dict[str, Any]) -> str:
+    """Each method's step over the first one's, and the share of every part in that."""
     whole = sum(next(iter(methods.values()))["stage_ms"].values())
     first = next(iter(methods))
     parts = [p for p in training.STAGES if any(row["stage_ms"][p] for row in methods.values())]
@@ -94,6 +166,11 @@ def main(args: argparse.Namespace) -> None:
     print(shown)
     if args.out is None:
         return
+    save(args, found, shown)
+
+
+def save(args: argparse.Namespace, found: dict[str, Any], shown: str) -> None:
+    """Write `<out>.json` and `<out>.md`."""
     asked = {k: v for k, v in vars(args).items() if k != "out"}
     command = "python -m benchmarks.training " + " ".join(
         f"--{k.replace('_', '-')}" if v is True else f"--{k} {' '.join(v) if k == 'methods' else v}"
@@ -118,6 +195,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--workers", type=int, default=0)
     made.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     made.add_argument("--channels-last", action="store_true")
+    made.add_argument(
+        "--resident", action="store_true", help="then again with batches that lie on the device"
+    )
     made.add_argument("--out", type=Path, help="where to write, without suffix")
     return made
 
