@@ -1,0 +1,138 @@
+"""TensorRT-RTX engines of a student, built and run: parity with the ONNX, latency by the wall and by CUDA events.
+
+The student is that of the part `cifar` where it has left one, else a ResNet-18 at 32 px with random weights.
+Without a device (`--dry`) the engine is built and not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import record
+from benchmarks.gpu_parts import cifar
+from benchmarks.gpu_parts.part import COMMAND, Part, Row, parser
+from pipeline import cli, files, latency, models
+from pipeline.errors import UserError
+
+SCHEMA = "cakd.benchmark.gpu.engine/1"
+RESULT = "engine"
+NEEDS = ("tensorrt_rtx", "onnx", "onnxscript", "onnxruntime")
+STUDENT = Path(cifar.RESULT, "students", "cakd+logits", "student.safetensors")  # below --work
+PRECISIONS = ("fp32", "fp16")
+BATCHES = (1, 8)
+BLOCKS = 10
+
+
+def checkpoint(args: argparse.Namespace, folder: Path) -> Path:
+    """The trained student, or one with random weights."""
+    if (args.work / STUDENT).is_file() and not args.dry:
+        trained: Path = args.work / STUDENT
+        return trained
+    from benchmarks.exporters import reactive
+
+    name = "test_resnet" if args.dry else "resnet18"
+    kwargs = {"output_stride": 8}
+    model = reactive(name, kwargs, 32)
+    description = {
+        "role": "student",
+        "model": name,
+        "kwargs": kwargs,
+        "num_classes": 10,
+        "classes": [f"class {i}" for i in range(10)],
+        "preprocess": models.preprocessing(model, 32),
+    }
+    path = folder / "student.safetensors"
+    models.save(path, model, description)
+    return path
+
+
+def built(source: Path, precision: str) -> dict[str, Any]:
+    """One engine: its size and seconds, whether it agrees with the ONNX, and its latency; or why not."""
+    from exporters import trt
+
+    plan = source.with_name(f"{precision}.plan")
+    try:
+        _, sidecar = trt.make(source, plan, precision, "rtx")
+        text, verdict = trt.ran(source, plan)
+    except UserError as error:
+        return {"verdict": "refused", "reason": str(error)}
+    row = {"verdict": verdict, "reason": text, "version": sidecar["version"]}
+    row |= {"size_mb": sidecar["size_mb"], "seconds": sidecar["seconds"]}
+    return row if verdict == "skipped" else row | {"latency": timed(plan)}
+
+
+def timed(plan: Path) -> dict[str, Any]:
+    """Batch -> wall_ms and engine_ms of a call, copies in and out included in the first."""
+    from exporters.engine_clock import ClockedSession
+    from exporters.inputs import smooth
+
+    session = ClockedSession(plan)
+    _, _, height, width = session.input_shape
+    found = {}
+    for batch in BATCHES:
+        x = smooth(4 * batch, height, width).reshape(4, batch, 3, height, width)
+        turns = latency.turns([np.ascontiguousarray(part) for part in x])
+        latency.warm_up(session.run, turns, engine=session.engine_ms)
+        blocks = [
+            latency.run_block(session.run, turns, engine=session.engine_ms) for _ in range(BLOCKS)
+        ]
+        found[str(batch)] = latency.summarise(blocks)
+    return found
+
+
+def main(args: argparse.Namespace) -> None:
+    """Export the student, then build and run an engine of each precision; written as each ends."""
+    from exporters import ort
+
+    folder = args.work / RESULT
+    folder.mkdir(parents=True, exist_ok=True)
+    path, source = checkpoint(args, folder), folder / "student.onnx"
+    row = ort.export(path, source)
+    trained = path == args.work / STUDENT
+    result: dict[str, Any] = {
+        "student": "of the part cifar" if trained else "random weights",
+        "model": models.describe(path)["model"],
+        "onnx_parity": row["verdict"],
+        "engines": {},
+    }
+    made_by = files.provenance({"dry": args.dry}, student=path)
+    for precision in PRECISIONS[:1] if args.dry else PRECISIONS:
+        result["engines"][precision] = built(source, precision)
+        shown = "\n".join(
+            ["| engine | figure |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows(result))]
+        )
+        record.write(args.out / RESULT, SCHEMA, result, made_by, f"{COMMAND} --parts engine", shown)
+
+
+def obstacle(_: argparse.Namespace) -> str | None:
+    """A package that is missing."""
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    return f"not installed: {', '.join(missing)}; pip install 'tensorrt-rtx-cu13' onnx onnxscript onnxruntime"
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
+    """For each precision size, verdict and latency."""
+    found = []
+    for precision, row in result["engines"].items():
+        name = f"rtx {precision}, {result['model']} ({result['student']})"
+        text = f"{row['verdict']}: {row['reason']}"
+        if "size_mb" in row:
+            text = f"built in {row['seconds']:.1f} s, {row['size_mb']:.1f} MB; {text}"
+        for batch, times in row.get("latency", {}).items():
+            engine, wall = times["engine_ms"]["p50"], times["wall_ms"]["p50"]
+            text += f"; batch {batch} {wall:.3f} ms, engine {engine:.3f} ms"
+        found.append((name, text))
+    return found
+
+
+PART = Part(__name__, 1, [RESULT], rows, obstacle)
+
+if __name__ == "__main__":
+    cli.run(main, parser("benchmarks.gpu engine", __doc__))

@@ -1,0 +1,69 @@
+"""The projector losses at 64 and 196 tokens in bfloat16 and float32: every provider, roofline, peak memory."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from benchmarks import kernels
+from benchmarks.gpu_parts.part import COMMAND, Part, Row, parser
+from benchmarks.kernel_works import Shape
+from pipeline import cli
+
+TOKENS = (64, 196)
+DTYPES = ("bfloat16", "float32")
+PARTS = ("attention", "tokens")
+DRY = (Shape(2, (8, 8), 2, 16, 16), Shape(1, (14, 14), 2, 16, 16))
+RESULTS = [f"kernels-{dtype}" for dtype in DTYPES]
+
+
+def shapes() -> tuple[Shape, ...]:
+    """The first of the benchmark's shapes for each number of tokens."""
+    every = kernels.selected_shapes(True, TOKENS, None)
+    return tuple(next(shape for shape in every if shape.n == n) for n in TOKENS)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure each dtype, written row group by row group."""
+    device = torch.device("cpu" if args.dry else "cuda")
+    for dtype, name in zip(DTYPES, RESULTS, strict=True):
+        chosen = DRY if args.dry else shapes()
+        selection = kernels.Selection(
+            PARTS, chosen, (), getattr(torch, dtype), device, compiled=not args.dry
+        )
+        params = {"parts": PARTS, "shapes": [str(s) for s in chosen], "dtype": dtype}
+        out, command = args.out / name, f"{COMMAND} --parts kernels"
+        kernels.run(selection, lambda r, o=out, p=params, c=command: kernels.write(o, r, p, c))  # type: ignore[misc]
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
+    """For each work the fastest provider beside the first, which is what most would write."""
+    found = []
+    for title, providers in result["work"].items():
+        measured = {name: row for name, row in providers.items() if "ms" in row}
+        if not measured:
+            found.append((f"{title}, {result['dtype']}", "not measured: no provider ran"))
+            continue
+        base = next(iter(measured))
+        best = min(measured, key=lambda name: measured[name]["ms"]["median"])
+        shown = [told(name, measured[name]) for name in dict.fromkeys((best, base))]
+        found.append((f"{title}, {result['dtype']}", "; ".join(shown)))
+    return found
+
+
+def told(name: str, row: dict[str, Any]) -> str:
+    """One provider's figures in a few words."""
+    text = f"{name} {row['ms']['median']:.3f} ms"
+    if "roofline_percent" in row:
+        text += f", {row['roofline_percent']:.0f} % of the roofline"
+    if "peak_mb" in row:
+        text += f", {row['peak_mb']:.0f} MB, device {row['device_ms']:.3f} ms"
+    return text
+
+
+PART = Part(__name__, 3, RESULTS, rows)
+
+if __name__ == "__main__":
+    cli.run(main, parser("benchmarks.gpu kernels", __doc__))
