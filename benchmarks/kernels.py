@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,7 @@ def selected_shapes(gpu: bool, tokens: Sequence[int], first: int | None) -> tupl
     return tuple(shape for shape in shapes if not tokens or shape.n in tokens)[:first]
 
 
-def write(out: Path | None, result: dict[str, Any], params: dict[str, Any], command: str) -> None:
+def write(out: Path | None, params: dict[str, Any], command: str, result: dict[str, Any]) -> None:
     """`<out>.json` and `<out>.md`, where an output is named."""
     if out is not None:
         shown = f"{result['dtype']}\n\n{table(result)}"
@@ -230,7 +231,7 @@ def main(args: argparse.Namespace) -> None:
     )
     params = {k: v for k, v in vars(args).items() if k != "out"}
     command = _command(args)
-    result = run(selection, lambda partial: write(args.out, partial, params, command))
+    result = run(selection, partial(write, args.out, params, command))
     print(table(result))
 
 

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -215,13 +216,11 @@ def train_students(
     run: Run, prepared: data.Prepared, path: Path, features: Path, cache: Cache
 ) -> None:
     """Train every method of the recipe for the same epochs, those that fit, and judge each as it ends."""
-    settings = student_settings(run)
+    settings, made = student_settings(run), (prepared, path, features, cache)
     if not run.dry:
         per_epoch = -(-len(prepared.rows("train")) // settings.batch)
         seconds = {
-            method: student_rate(
-                lambda m=method: training.Trainer(settings, m, prepared, path, features, cache)  # type: ignore[misc]
-            )
+            method: student_rate(partial(training.Trainer, settings, method, *made))
             for method in settings.methods
         }
         epoch = per_epoch * sum(seconds.values())
@@ -230,8 +229,8 @@ def train_students(
         settings = replace(settings, epochs=epochs)
     for method in settings.methods:
         out = run.folder / "students" / method
-        arguments = (settings, method, prepared, path, features, out, run.folder / "work", cache)
-        figures = run.timed(method, lambda a=arguments: training.distill(*a))  # type: ignore[misc]
+        train = partial(training.distill, settings, method, *made[:3], out, run.folder / "work")
+        figures = run.timed(method, partial(train, cache))
         shown = {k: figures[k] for k in ("img_per_s", "stage_ms", "stall_fraction", "steps")}
         run.result["models"][method] = accuracy(run, out / "student.safetensors", prepared) | shown
         run.write()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ def main(args: argparse.Namespace) -> None:
             PARTS, chosen, (), getattr(torch, dtype), device, compiled=not args.dry
         )
         params = {"parts": PARTS, "shapes": [str(s) for s in chosen], "dtype": dtype}
-        out, command = args.out / name, f"{COMMAND} --parts kernels"
-        kernels.run(selection, lambda r, o=out, p=params, c=command: kernels.write(o, r, p, c))  # type: ignore[misc]
+        save = partial(kernels.write, args.out / name, params, f"{COMMAND} --parts kernels")
+        kernels.run(selection, save)
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
