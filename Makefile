@@ -10,10 +10,12 @@ SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 FAST := -m "not slow and not chaos and not gpu"
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -X faulthandler -m pytest $(SHARED) --max-worker-restart 0
 ROUNDS ?= 100
+MINUTES ?= 8
+OUT ?= .work/gpu
 PACKAGES := pipeline exporters stages benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help venv repro test test-all coverage chaos check format size clean
+.PHONY: help venv repro test test-all gpu coverage chaos check format size clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -37,6 +39,10 @@ test: $(VENV)/.installed  ## the CPU suite, about 15 minutes on 2 cores
 
 test-all: $(VENV)/.installed  ## with the slow and the GPU tests
 	$(PYTEST) -m "not chaos"
+
+gpu:  ## all that only a CUDA device can tell, MINUTES=8 [DATA=cifar100] [OUT=DIR]; needs no .venv (docs/gpu.md)
+	@python="$$(command -v $(BIN)/python || echo $(PYTHON))"; \
+	"$$python" -m benchmarks.gpu --minutes $(MINUTES) --out '$(OUT)' $(if $(DATA),--data '$(DATA)')
 
 coverage: $(VENV)/.installed  ## lines of pipeline/, stages/, exporters/ that the CPU suite runs
 	$(BIN)/coverage erase
