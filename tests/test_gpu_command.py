@@ -79,7 +79,7 @@ def stubs(tmp_path, monkeypatch):
         head = "import json, subprocess, sys, time\nfrom pathlib import Path\nout = Path(sys.argv[1])\n"
         (tmp_path / f"stub_{name}.py").write_text(f"{head}{body}\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    weights = {"slow": 1, "bad": 10, "good": 10}
+    weights = {"slow": 2, "bad": 10, "good": 10}
 
     def rows(result):
         return [tuple(row) for row in result["rows"]]
