@@ -30,7 +30,7 @@ venv: $(VENV)/.installed  ## .venv with everything installed
 repro: $(VENV)/.installed  ## the whole chain on params.yaml, or on RECIPE=name [DATA=path]; prints where the report is
 	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "repro: not a git repository; run 'git init' here first (DVC needs it)" >&2; exit 2; }
 	@$(BIN)/python -m stages.check $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(DATA),--data '$(DATA)') $(if $(FORCE),--force)
-	@$(BIN)/python -m pipeline.dvc_locks
+	@$(BIN)/python -m pipeline.project.dvc_locks
 	@$(BIN)/dvc repro
 	@echo "report: $(CURDIR)/reports/index.html (for CI: reports/edge.md)"
 

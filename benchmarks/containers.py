@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline import files
-from pipeline.errors import UserError
+from pipeline.core import artifacts
+from pipeline.core.errors import UserError
+from pipeline.models.probe import Anatomy
 from pipeline.store import shards
 from pipeline.store.reading import Reader
-from pipeline.teacher import Anatomy
 
 SHAPE = (197, 768)
 BATCH = 64
@@ -235,4 +235,4 @@ def table(found: dict[str, Any]) -> str:
 
 def versions() -> dict[str, str | None]:
     """Of the libraries that were compared."""
-    return files.versions(("safetensors", "torch", "h5py", "zarr", "datasets"))
+    return artifacts.versions(("safetensors", "torch", "h5py", "zarr", "datasets"))

@@ -20,10 +20,16 @@ import torch
 from torch import nn
 
 from benchmarks import record
-from exporters import inputs, int8, ort, ov, trt
-from exporters.session import Unavailable
-from pipeline import cli, files, models
-from pipeline.errors import GateFailed, UserError
+from exporters.artifact import inputs
+from exporters.artifact.precision import PRECISIONS, beside
+from exporters.artifact.session import Unavailable
+from exporters.ort import export, int8
+from exporters.ov import convert as ov_convert
+from exporters.trt import __main__ as trt_command
+from exporters.trt import convert as trt_convert
+from pipeline.core import artifacts, cli
+from pipeline.core.errors import GateFailed, UserError
+from pipeline.models.checkpoint import create, preprocessing, save
 
 SCHEMA = "cakd.benchmark.exporters/1"
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -43,7 +49,7 @@ def reactive(name: str, kwargs: dict[str, Any], size: int) -> nn.Module:
     Four passes over smooth images give its batch norms statistics.
     """
     torch.manual_seed(0)
-    model = models.create(name, kwargs, 10)
+    model = create(name, kwargs, 10)
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.momentum = None
     with torch.no_grad():
@@ -60,10 +66,10 @@ def checkpoint(name: str, kwargs: dict[str, Any], size: int, path: Path) -> None
         "kwargs": kwargs,
         "num_classes": 10,
         "classes": [f"class {i}" for i in range(10)],
-        "preprocess": models.preprocessing(model, size),
+        "preprocess": preprocessing(model, size),
         "role": "student",
     }
-    models.save(path, model, description)
+    save(path, model, description)
 
 
 def timed(make: Callable[[], dict[str, Any]], *artefacts: Path) -> dict[str, Any]:
@@ -82,16 +88,16 @@ def through(name: str, folder: Path, args: argparse.Namespace) -> dict[str, dict
     """One student through all exporters: `ort fp32`, ... -> its row."""
     source, path = folder / f"{name}.onnx", folder / f"{name}.safetensors"
     checkpoint(name, STUDENTS[name], args.size, path)
-    found = {"ort fp32": timed(partial(ort.export, path, source), source)}
+    found = {"ort fp32": timed(partial(export.export, path, source), source)}
     pictures = chosen(source, args)
     how = int8.Settings(search_s=args.search_seconds)
-    for precision in ort.PRECISIONS:
-        out = ort.beside(source, precision)
+    for precision in PRECISIONS:
+        out = beside(source, precision)
         if precision != "fp32":
-            made = partial(ort.convert, source, out, precision, pictures, how)
+            made = partial(export.convert, source, out, precision, pictures, how)
             found[f"ort {precision}"] = timed(made, out)
         ir = out.with_suffix(".xml")
-        made = partial(ov.make, source, ir, precision, pictures, how)
+        made = partial(ov_convert.make, source, ir, precision, pictures, how)
         found[f"ov {precision}"] = timed(made, ir, ir.with_suffix(".bin"))
         plan = out.with_suffix(".plan")
         made = partial(engine, source, plan, precision, pictures)
@@ -101,8 +107,8 @@ def through(name: str, folder: Path, args: argparse.Namespace) -> dict[str, dict
 
 def engine(source: Path, plan: Path, precision: str, pictures: int8.Pictures) -> dict[str, Any]:
     """A TensorRT-RTX engine: built, and run where there is a GPU."""
-    trt.make(source, plan, precision, "rtx", calibration=pictures.shown)
-    told, verdict = trt.ran(source, plan)
+    trt_convert.make(source, plan, precision, "rtx", calibration=pictures.shown)
+    told, verdict = trt_command.ran(source, plan)
     return {"verdict": "built" if verdict == "skipped" else verdict, "reason": told}
 
 
@@ -132,7 +138,7 @@ def table(found: dict[str, Any]) -> str:
     """The Markdown table: a student and precision a line, a runtime a column."""
     lines = ["| student | precision | " + " | ".join(RUNTIMES) + " |", "|---|---|---|---|---|"]
     for name, rows in found["students"].items():
-        for precision in ort.PRECISIONS:
+        for precision in PRECISIONS:
             cells = " | ".join(cell(rows[f"{runtime} {precision}"]) for runtime in RUNTIMES)
             lines.append(f"| {name} | {precision} | {cells} |")
     lines += ["", "fp32: largest difference over the between-image deviation; else centred SQNR."]
@@ -153,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
     command = (
         f"python -m benchmarks.exporters {options}{calib} --search-seconds {args.search_seconds:g}"
     )
-    record.write(args.out, SCHEMA, found, files.provenance(asked), command, shown)
+    record.write(args.out, SCHEMA, found, artifacts.provenance(asked), command, shown)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -24,8 +24,8 @@ from benchmarks import record
 from benchmarks.gpu_parts import cifar, engine, kernel_table, kernel_tests, processes, steps
 from benchmarks.gpu_parts.part import COMMAND, Part, cell
 from benchmarks.gpu_parts.processes import Outcome
-from pipeline import cli, files
-from pipeline.errors import GateFailed, UserError
+from pipeline.core import artifacts, cli
+from pipeline.core.errors import GateFailed, UserError
 
 SCHEMA = "cakd.benchmark.gpu/1"
 SUMMARY = "summary"
@@ -110,7 +110,7 @@ def summarise(outcomes: dict[str, Outcome], args: argparse.Namespace) -> dict[st
     for name, outcome in outcomes.items():
         part = PARTS[name]
         paths = [args.out / f"{stem}.json" for stem in part.results]
-        results = [files.read_json(path) for path in paths if path.is_file()]
+        results = [artifacts.read_json(path) for path in paths if path.is_file()]
         rows = [row for result in results for row in part.rows(result)]
         parts[name] = {**asdict(outcome), "rows": [list(row) for row in rows]}
     return {"dry": args.dry, "minutes": args.minutes, "parts": parts}
@@ -121,7 +121,7 @@ def write(summary: dict[str, Any], args: argparse.Namespace) -> None:
     params = {"parts": args.parts, "minutes": args.minutes, "dry": args.dry}
     command = f"{COMMAND} --minutes {args.minutes:g}{' --data DIR' if args.data else ''}"
     command += " --dry" if args.dry else ""
-    provenance = files.provenance(params)
+    provenance = artifacts.provenance(params)
     record.write(args.out / SUMMARY, SCHEMA, summary, provenance, command, table(summary))
 
 

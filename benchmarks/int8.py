@@ -18,21 +18,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import record
-from exporters import agreement, inputs, int8, metadata, ort, ov
-from exporters.measure import Subject
-from exporters.ort_session import OrtSession
-from exporters.runtimes import open_session
-from exporters.session import TARGETS, Array, Session
-from exporters.versus import compare
-from pipeline import cli, files
-from pipeline.data import Prepared, normalised
-from pipeline.errors import GateFailed, UserError
+from exporters.artifact import agreement, inputs, metadata
+from exporters.artifact.session import TARGETS, Array, Session
+from exporters.bench.compare import compare
+from exporters.bench.measure import Subject
+from exporters.open import open_session
+from exporters.ort import export, int8
+from exporters.ort.session import OrtSession
+from exporters.ov import convert
+from pipeline.core import artifacts, cli
+from pipeline.core.errors import GateFailed, UserError
+from pipeline.data.prepared import Prepared, normalised
 
 SCHEMA = "cakd.benchmark.int8/1"
 MAKERS: dict[str, tuple[str, str, Callable[..., dict[str, Any]]]] = {
-    "ORT, QDQ": ("ort-int8", ".onnx", partial(ort.convert, precision="int8")),
-    "OpenVINO, QDQ": ("ov-int8", ".xml", partial(ov.make, precision="int8")),
-    "OpenVINO, NNCF": ("ov-int8", ".xml", partial(ov.make, precision="int8", by="nncf")),
+    "ORT, QDQ": ("ort-int8", ".onnx", partial(export.convert, precision="int8")),
+    "OpenVINO, QDQ": ("ov-int8", ".xml", partial(convert.make, precision="int8")),
+    "OpenVINO, NNCF": ("ov-int8", ".xml", partial(convert.make, precision="int8", by="nncf")),
 }
 
 
@@ -123,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
         names = " ".join(
             f"--student {given[0]} {given[0]}.onnx CALIB TEST" for given in args.student
         )
-        made_by = files.provenance({"students": [given[0] for given in args.student]})
+        made_by = artifacts.provenance({"students": [given[0] for given in args.student]})
         record.write(args.out, SCHEMA, found, made_by, f"python -m benchmarks.int8 {names}", shown)
 
 

@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline import projectors, runtime
-from pipeline.kernels import choice, gl, pca, reference
-from pipeline.kernels.philox import Key
-from pipeline.methods.cakd import CakdConfig
-from pipeline.methods.logits import LogitsConfig
-from pipeline.methods.objective import Objective
-from pipeline.methods.table import Terms, settings
-from pipeline.methods.term import Seen, Sizes, TeacherSpace
-from pipeline.students import Taps, anatomy, find_tap
-from pipeline.teacher import Tokens
+from pipeline.distill import projectors
+from pipeline.distill.kernels import choice, gl, pca, reference
+from pipeline.distill.kernels.philox import Key
+from pipeline.distill.methods.cakd import CakdConfig
+from pipeline.distill.methods.logits import LogitsConfig
+from pipeline.distill.methods.table import Terms, settings
+from pipeline.distill.methods.term import Seen, Sizes, TeacherSpace
+from pipeline.distill.objective import Objective
+from pipeline.models.student import Taps, anatomy, find_tap
+from pipeline.models.teacher import Tokens
+from pipeline.training import stopwatch
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -209,7 +210,7 @@ def step_work(
             logits = net(images)
             feature = taps.features[tap.module]
             seen = Seen(logits, taps.embedding, feature, [], labels, key, 1.0)
-            found = objective(seen, taught, float(batch), runtime.Stopwatch())
+            found = objective(seen, taught, float(batch), stopwatch.Stopwatch())
         sum(weights[t] * v for t, v in found.losses.items()).backward()
         net.zero_grad()
         objective.zero_grad()

@@ -34,8 +34,8 @@ from benchmarks.kernel_works import (
     step_work,
     tokens_work,
 )
-from pipeline import cli, files
-from pipeline.errors import UserError, nearest
+from pipeline.core import artifacts, cli
+from pipeline.core.errors import UserError, nearest
 
 SCHEMA = "cakd.benchmark.kernels/2"
 PARTS = ("attention", "tokens", "step")
@@ -214,7 +214,7 @@ def write(out: Path | None, params: dict[str, Any], command: str, result: dict[s
     """`<out>.json` and `<out>.md`, where an output is named."""
     if out is not None:
         shown = f"{result['dtype']}\n\n{table(result)}"
-        record.write(out, SCHEMA, result, files.provenance(params), command, shown)
+        record.write(out, SCHEMA, result, artifacts.provenance(params), command, shown)
 
 
 def main(args: argparse.Namespace) -> None:

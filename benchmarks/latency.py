@@ -27,13 +27,17 @@ from onnx import helper, numpy_helper
 
 from benchmarks import record
 from benchmarks.exporters import checkpoint
-from exporters import graph, inputs, int8, ort, ov
+from exporters.artifact import inputs, precision
+from exporters.artifact.counts import figures
+from exporters.artifact.session import TARGETS
+from exporters.bench import latency
+from exporters.bench.conditions import conditions
+from exporters.bench.measure import Subject, warmed
 from exporters.device.ov import shared_core
-from exporters.measure import Subject, warmed
-from exporters.session import TARGETS
-from pipeline import cli, files, latency
-from pipeline.device import conditions
-from pipeline.errors import UserError, nearest
+from exporters.ort import export, int8
+from exporters.ov import convert
+from pipeline.core import artifacts, cli
+from pipeline.core.errors import UserError, nearest
 
 SCHEMA = "cakd.benchmark.latency/1"
 PEERS = ("mobilenetv3_small_100", "resnet18", "repvgg_a0")
@@ -53,7 +57,7 @@ def network(name: str, size: int, folder: Path) -> Path:
     """A network of random weights as ONNX, its free batch kept."""
     source, out = folder / f"{name}.safetensors", folder / f"{name}.onnx"
     checkpoint(name, {}, size, source)
-    ort.export(source, out)
+    export.export(source, out)
     return out
 
 
@@ -84,7 +88,7 @@ def fixed(source: Path) -> Path:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
     onnx.save(model, source)
-    ov.convert(source, source.with_suffix(".xml"))
+    convert.convert(source, source.with_suffix(".xml"))
     return source.with_suffix(".xml")
 
 
@@ -186,7 +190,7 @@ def gate(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _macs(path: Path) -> int:
-    macs = graph.figures(path).macs
+    macs = figures(path).macs
     assert macs is not None
     return macs
 
@@ -238,11 +242,11 @@ def whole(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     x = inputs.smooth(64, size, size, seed=9)
     pictures = int8.Pictures(x[::2], x[1::2], np.full(32, -1))
     how = int8.Settings(search_s=0.0)
-    ort.convert(source, ort.beside(source, "int8"), "int8", pictures, how)
+    export.convert(source, precision.beside(source, "int8"), "int8", pictures, how)
     ir = source.with_suffix(".xml")
-    ov.make(source, ir, "fp32", None, how)
-    ov.make(source, ort.beside(ir, "int8"), "int8", pictures, how)
-    models = [path for made in (source, ir) for path in (made, ort.beside(made, "int8"))]
+    convert.make(source, ir, "fp32", None, how)
+    convert.make(source, precision.beside(ir, "int8"), "int8", pictures, how)
+    models = [path for made in (source, ir) for path in (made, precision.beside(made, "int8"))]
     baseline = folder / "baseline"
     baseline.mkdir()
     for path in (*models, *(m.with_suffix(".bin") for m in models if m.suffix == ".xml")):
@@ -308,7 +312,7 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"parts: got {part!r}; {nearest(part, PARTS)}")
     found: dict[str, Any] = {}
     if args.out and args.out.with_suffix(".json").is_file():
-        earlier = files.read_json(args.out.with_suffix(".json"), SCHEMA)
+        earlier = artifacts.read_json(args.out.with_suffix(".json"), SCHEMA)
         found = {part: earlier[part] for part in PARTS if part in earlier}
     for part in args.parts or PARTS:
         with tempfile.TemporaryDirectory() as folder:
@@ -320,7 +324,7 @@ def main(args: argparse.Namespace) -> None:
     asked = {k: v for k, v in vars(args).items() if k not in ("out", "parts")}
     options = f"--runs {args.runs} --turns {args.turns} --seconds {args.seconds:g}"
     command = f"python -m benchmarks.latency {options}{' --loaded' if args.loaded else ''}"
-    record.write(args.out, SCHEMA, found, files.provenance(asked), command, shown)
+    record.write(args.out, SCHEMA, found, artifacts.provenance(asked), command, shown)
 
 
 def parser() -> argparse.ArgumentParser:

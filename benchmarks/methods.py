@@ -21,22 +21,18 @@ from ruamel.yaml import YAML
 from scipy import stats
 
 from benchmarks import record
-from pipeline import (
-    cli,
-    config,
-    data,
-    evaluate,
-    files,
-    models,
-    prepare,
-    progress,
-    recipes,
-    teacher,
-    teaching,
-    training,
-)
-from pipeline.errors import UserError
-from pipeline.methods.table import terms_of
+from pipeline import teach
+from pipeline.core import artifacts, cli, config, progress
+from pipeline.core.errors import UserError
+from pipeline.data.prepared import Prepared
+from pipeline.distill import distill
+from pipeline.distill.methods.table import terms_of
+from pipeline.distill.settings import Distill
+from pipeline.evaluate import accuracy
+from pipeline.models import checkpoint
+from pipeline.models.teacher import load
+from pipeline.prepare import prepare
+from pipeline.project import recipes
 from pipeline.store import policy, writing
 from stages.check import SECTIONS
 
@@ -75,9 +71,9 @@ class Bench:
         return config.parse(kind, self.params.get(name), name)
 
     @property
-    def prepared(self) -> data.Prepared:
+    def prepared(self) -> Prepared:
         """The prepared images."""
-        return data.Prepared.open(self.folder / "prepared")
+        return Prepared.open(self.folder / "prepared")
 
     @property
     def teacher(self) -> Path:
@@ -90,39 +86,43 @@ class Bench:
         if not (folder / "prepared").exists():
             prepare.prepare(self.section(prepare.Prepare), folder / "prepared")
         if not self.teacher.exists():
-            settings = self.section(teaching.Teach)
-            teaching.teach(settings, self.prepared, folder / "teacher", folder / "work")
+            settings = self.section(teach.Teach)
+            teach.teach(settings, self.prepared, folder / "teacher", folder / "work")
         if not (folder / "features").exists():
             cache = self.section(policy.Cache)
             told = progress.Progress("cache", cache.views * len(self.prepared.rows("train")))
-            live = teacher.load(self.teacher)
+            live = load(self.teacher)
             work = folder / "work"
             writing.write(cache, self.prepared, live, folder / "features", work, told)
 
     def judge(self, path: Path) -> Run:
         """Top-1 of a model, clean and under noise, as fractions."""
-        model, description = models.load(path)
-        settings = self.section(evaluate.Evaluate)
-        found = evaluate.accuracy(model, description["preprocess"], self.prepared, settings)
+        model, description = checkpoint.load(path)
+        settings = self.section(accuracy.Evaluate)
+        found = accuracy.accuracy(model, description["preprocess"], self.prepared, settings)
         return {"clean": found["clean"]["top1"], "noisy": found["noisy"]["top1"]}
 
-    def run(self, settings: training.Distill, method: str, seed: int) -> Run:
+    def run(self, settings: Distill, method: str, seed: int) -> Run:
         """Train one student and judge it; milliseconds a step too. A finished run is read, not repeated."""
         seeded = dataclasses.replace(settings, seed=seed, methods=(method,))
         features = self.folder / "features"
-        mark = files.digest(
-            [dataclasses.asdict(seeded), files.sha256(features / "manifest.json"), files.code()]
+        mark = artifacts.digest(
+            [
+                dataclasses.asdict(seeded),
+                artifacts.sha256(features / "manifest.json"),
+                artifacts.code(distill.ROOMS),
+            ]
         )
         kept = self.folder / "runs" / f"{method}-{seed}-{mark[:12]}.json"
         if kept.exists():
-            found: Run = files.read_json(kept)
+            found: Run = artifacts.read_json(kept)
             return found
         out = self.folder / "students" / f"{method}-{seed}"
         arguments = (seeded, method, self.prepared, self.teacher, features, out)
-        figures = training.distill(*arguments, self.folder / "work")
+        figures = distill.distill(*arguments, self.folder / "work")
         found = self.judge(out / "student.safetensors")
         found["step_ms"] = sum(figures["stage_ms"].values())
-        files.write_json(kept, found)
+        artifacts.write_json(kept, found)
         return found
 
 
@@ -194,8 +194,8 @@ def main(args: argparse.Namespace) -> None:
     for name, kind in SECTIONS.items():
         config.parse(kind, params.get(name), name)
     shared = {name: params[name] for name in ("prepare", "teach", "cache")}
-    bench = Bench(params, WORK / f"{args.recipe}-{files.digest(shared)[:8]}")
-    settings = bench.section(training.Distill)
+    bench = Bench(params, WORK / f"{args.recipe}-{artifacts.digest(shared)[:8]}")
+    settings = bench.section(Distill)
     methods = args.methods or list(settings.methods)
     for method in methods:
         terms_of(method)  # refuses unknown names before any training
@@ -216,7 +216,7 @@ def main(args: argparse.Namespace) -> None:
     if args.out is None:
         return
     params["prepare"]["path"] = None  # a place of this machine
-    made_by = files.provenance(params, teacher=bench.teacher)
+    made_by = artifacts.provenance(params, teacher=bench.teacher)
     changes = "".join(f" -S {s}" for s in args.set)
     chosen = f" --methods {' '.join(args.methods)}" if args.methods else ""
     data_path = " --data PATH" if args.data else ""

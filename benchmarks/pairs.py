@@ -24,14 +24,20 @@ from torch import Tensor, nn
 from benchmarks import record
 from benchmarks.exporters import checkpoint, timed
 from benchmarks.store import pictures
-from exporters import ort
-from pipeline import cli, data, files, runtime, teacher, teaching
-from pipeline.errors import UserError
-from pipeline.methods.cakd import CakdConfig
-from pipeline.methods.objective import Found
+from exporters.ort import export
+from pipeline import teach
+from pipeline.core import artifacts, cli
+from pipeline.core.atomic import atomic
+from pipeline.core.errors import UserError
+from pipeline.data.prepared import Prepared
+from pipeline.distill.methods.cakd import CakdConfig
+from pipeline.distill.objective import Found
+from pipeline.distill.settings import Distill
+from pipeline.distill.trainer import Trainer
+from pipeline.models import probe, teacher
 from pipeline.store import writing
 from pipeline.store.policy import Cache
-from pipeline.training import Distill, Trainer
+from pipeline.training import stopwatch
 
 SCHEMA = "cakd.benchmark.pairs/1"
 START, END = "<!-- pairs: python -m benchmarks.pairs -->", "<!-- end of pairs -->"
@@ -125,11 +131,11 @@ STUDENTS: dict[str, dict[str, Any]] = {
 class Taught:
     """A teacher made on the spot, its store beside it."""
 
-    prepared: data.Prepared
+    prepared: Prepared
     path: Path
     features: Path
     manifest: dict[str, Any]
-    anatomy: teacher.Anatomy
+    anatomy: probe.Anatomy
 
 
 @dataclass
@@ -163,10 +169,10 @@ def _moves(gradient: Tensor) -> bool:
     return bool(gradient.isfinite().all() and gradient.any())
 
 
-def taught(family: Family, prepared: data.Prepared, folder: Path) -> Taught:
+def taught(family: Family, prepared: Prepared, folder: Path) -> Taught:
     """The family's teacher after one step, and the store of its features. Raises UserError: not fit to teach."""
-    made = teaching.Teach(family.model, kwargs=dict(family.kwargs), epochs=1, batch=IMAGES)
-    teaching.teach(made, prepared, folder / "teacher", folder / "work")
+    made = teach.Teach(family.model, kwargs=dict(family.kwargs), epochs=1, batch=IMAGES)
+    teach.teach(made, prepared, folder / "teacher", folder / "work")
     path = folder / "teacher" / "teacher.safetensors"
     live = teacher.load(path)
     cache = Cache(layout=family.layout, dtype="float32", views=1, batch=BATCH)
@@ -198,9 +204,9 @@ def tried(made: Taught, student: str, method: str) -> dict[str, Any]:
     head: Any = training.student.get_classifier()  # type: ignore[operator]
     behind = {id(p) for p in head.parameters()}
     reach = Reach([p for p in training.student.parameters() if id(p) not in behind])
-    training.step(0, runtime.Stopwatch())
+    training.step(0, stopwatch.Stopwatch())
     training.objective.register_forward_hook(reach)
-    losses = training.step(1, runtime.Stopwatch())
+    losses = training.step(1, stopwatch.Stopwatch())
     assert training.tap is not None
     return {
         "losses": losses,
@@ -217,7 +223,7 @@ def judged(made: Taught, student: str) -> dict[str, Any]:
     )
     try:
         found = tried(made, student, alone)
-        losses = trainer(made, student, with_logits).step(0, runtime.Stopwatch())
+        losses = trainer(made, student, with_logits).step(0, stopwatch.Stopwatch())
     except UserError as error:
         return {"verdict": "refused", "reason": str(error)}
     finite = all(math.isfinite(v) for v in (*found["losses"].values(), *losses.values()))
@@ -236,7 +242,7 @@ def row(family: Family, students: list[str], folder: Path) -> dict[str, Any]:
     shared = folder / f"images-{family.size}"
     if not shared.exists():
         pictures(shared, IMAGES + HELD_OUT, family.size)
-    prepared = data.Prepared.open(shared / "prepared")
+    prepared = Prepared.open(shared / "prepared")
     told = asdict(family) | {"kwargs": dict(family.kwargs)}
     with tempfile.TemporaryDirectory(dir=folder) as place:
         try:
@@ -269,7 +275,7 @@ def exported(students: list[str], folder: Path, size: int = 64) -> dict[str, dic
         except RuntimeError as error:
             found[student] = {"verdict": "refused", "reason": str(error)}
             continue
-        found[student] = timed(partial(ort.export, source, out), out)
+        found[student] = timed(partial(export.export, source, out), out)
         source.unlink()
         out.unlink(missing_ok=True)
     return found
@@ -339,7 +345,7 @@ def publish(shown: str, page: Path) -> None:
     if START not in text or END not in text:
         raise UserError(f"{page}: the marks {START!r} and {END!r} are not there; restore them")
     before, after = text.split(START)[0], text.split(END)[1]
-    with files.atomic(page) as temporary:
+    with atomic(page) as temporary:
         temporary.write_text(f"{before}{START}\n{shown}\n{END}{after}", encoding="utf-8")
 
 
@@ -358,7 +364,7 @@ def main(args: argparse.Namespace) -> None:
     if args.out is not None:
         asked = {"teachers": args.teachers, "students": args.students}
         command = "python -m benchmarks.pairs"
-        record.write(args.out, SCHEMA, found, files.provenance(asked), command, shown)
+        record.write(args.out, SCHEMA, found, artifacts.provenance(asked), command, shown)
 
 
 def parser() -> argparse.ArgumentParser:

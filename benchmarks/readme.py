@@ -6,8 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli, files, report, wording
-from pipeline.errors import UserError
+from pipeline.core import cli
+from pipeline.core.atomic import atomic
+from pipeline.core.errors import UserError
+from pipeline.report import machines, wording
 
 START, END = "<!-- results: python -m benchmarks.readme -->", "<!-- end of results -->"
 
@@ -54,14 +56,14 @@ def _latency(target: dict[str, Any]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Replace what stands between the two marks of the README."""
-    edge = report.read_machine(args.edge)
+    edge = machines.read_machine(args.edge)
     text = args.readme.read_text(encoding="utf-8")
     if START not in text or END not in text:
         raise UserError(
             f"{args.readme}: the marks {START!r} and {END!r} are not there; restore them"
         )
     before, after = text.split(START)[0], text.split(END)[1]
-    with files.atomic(args.readme) as temporary:
+    with atomic(args.readme) as temporary:
         temporary.write_text(f"{before}{START}\n{table(edge)}\n{END}{after}", encoding="utf-8")
     print(f"{args.readme}: results of {edge['machine']['cpu']}")
 

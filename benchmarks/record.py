@@ -6,10 +6,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline import device, files
+from pipeline.core import artifacts
+from pipeline.core import machine as core_machine
+from pipeline.core.atomic import atomic
 
 machine = cache(
-    device.machine
+    core_machine.machine
 )  # asks tools of the system: once a process, however often a benchmark writes
 
 
@@ -17,12 +19,12 @@ def write(
     out: Path, schema: str, found: dict[str, Any], made_by: dict[str, Any], command: str, shown: str
 ) -> None:
     """`<out>.json` and `<out>.md`; the head names the machine, torch's version and the command."""
-    files.write_json(
+    artifacts.write_json(
         out.with_suffix(".json"),
         {"schema": schema, **found, "machine": machine(), "provenance": made_by},
     )
     head = f"{machine_line()}. Command: `{command}`"
-    with files.atomic(out.with_suffix(".md")) as temporary:
+    with atomic(out.with_suffix(".md")) as temporary:
         temporary.write_text(f"{head}\n\n{shown}\n", encoding="utf-8")
 
 

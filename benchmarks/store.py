@@ -21,18 +21,23 @@ import torch
 from PIL import Image
 
 from benchmarks import containers, record
-from exporters.inputs import smooth
-from pipeline import cli, data, files, models, runtime, teacher, training
-from pipeline.prepare import Prepare, prepare
+from exporters.artifact.inputs import smooth
+from pipeline.core import artifacts, cli
+from pipeline.data.prepared import Prepared
+from pipeline.distill import curves, settings
+from pipeline.distill.trainer import Trainer
+from pipeline.models import checkpoint, probe, teacher
+from pipeline.prepare.prepare import Prepare, prepare
 from pipeline.store import writing
 from pipeline.store.policy import Cache
+from pipeline.training import stopwatch
 
 SCHEMA = "cakd.benchmark.store/1"
 CLASSES = 10
 WARM_UP = 1  # turns that are not counted
 
 
-def pictures(folder: Path, count: int, size: int) -> data.Prepared:
+def pictures(folder: Path, count: int, size: int) -> Prepared:
     """`count` smooth random pictures of `size` px in CLASSES classes, prepared."""
     pixels = (smooth(count, size, size).transpose(0, 2, 3, 1) * 40 + 128).clip(0, 255)
     for number, picture in enumerate(pixels.astype(np.uint8)):
@@ -43,36 +48,36 @@ def pictures(folder: Path, count: int, size: int) -> data.Prepared:
         "imagefolder", path=str(folder / "pictures"), image_size=size, val=CLASSES, test=CLASSES
     )
     prepare(wanted, folder / "prepared")
-    return data.Prepared.open(folder / "prepared")
+    return Prepared.open(folder / "prepared")
 
 
-def random_teacher(name: str, prepared: data.Prepared, path: Path, **kwargs: Any) -> Path:
+def random_teacher(name: str, prepared: Prepared, path: Path, **kwargs: Any) -> Path:
     """A teacher with random weights, saved as the stage teach saves one; kwargs are timm's."""
     torch.manual_seed(0)
     kwargs = {"img_size": prepared.image_size, **kwargs}
-    vit: Any = models.create(name, kwargs, CLASSES)
+    vit: Any = checkpoint.create(name, kwargs, CLASSES)
     description = {
         "role": "teacher",
         "model": name,
         "kwargs": kwargs,
         "num_classes": CLASSES,
         "classes": list(prepared.classes),
-        "preprocess": models.preprocessing(vit, prepared.image_size),
-        "grid": teacher.anatomy(vit, prepared.image_size).grid,
+        "preprocess": checkpoint.preprocessing(vit, prepared.image_size),
+        "grid": probe.anatomy(vit, prepared.image_size).grid,
     }
-    models.save(path, vit, description)
+    checkpoint.save(path, vit, description)
     return path
 
 
 @contextmanager
-def trainers(args: argparse.Namespace) -> Iterator[dict[str, training.Trainer]]:
+def trainers(args: argparse.Namespace) -> Iterator[dict[str, Trainer]]:
     """The same training twice: `cached` from a store written here, `online` with the teacher running."""
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         prepared = pictures(folder, args.images + 2 * CLASSES, args.size)
         path = random_teacher(args.teacher, prepared, folder / "teacher.safetensors")
         live = teacher.load(path)
-        recipe = training.Distill(
+        recipe = settings.Distill(
             methods=(args.method,),
             student=args.student,
             batch=args.batch,
@@ -85,7 +90,7 @@ def trainers(args: argparse.Namespace) -> Iterator[dict[str, training.Trainer]]:
             policy = replace(policy, batch=args.batch)
             out = folder / mode
             writing.write(policy, prepared, live, out, folder / "work", lambda _: None)
-            made[mode] = training.Trainer(recipe, args.method, prepared, path, out, policy)
+            made[mode] = Trainer(recipe, args.method, prepared, path, out, policy)
         yield made
         for trainer in made.values():
             trainer.feed.close()
@@ -94,7 +99,7 @@ def trainers(args: argparse.Namespace) -> Iterator[dict[str, training.Trainer]]:
 def step(args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of each part of a step, cached and online in turns; how far their first losses are apart."""
     with trainers(args) as made:
-        watches = {mode: runtime.Stopwatch() for mode in made}
+        watches = {mode: stopwatch.Stopwatch() for mode in made}
         losses: dict[str, dict[str, float]] = {}
         for turn in range(WARM_UP + args.turns):
             for mode, trainer in made.items():
@@ -109,7 +114,7 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "bytes_per_view": bytes_per_view,
         "stage_ms": {
-            mode: {n: statistics.median(s.get(n, 0.0) for s in rows) for n in training.STAGES}
+            mode: {n: statistics.median(s.get(n, 0.0) for s in rows) for n in curves.STAGES}
             for mode, rows in steps.items()
         },
         "step_ms": {mode: statistics.median(rows) for mode, rows in totals.items()},
@@ -135,7 +140,7 @@ def step_table(found: dict[str, Any]) -> str:
         "|---|--:|--:|",
     ]
     whole = found["step_ms"]["cached"]
-    for part in training.STAGES:
+    for part in curves.STAGES:
         cached, online = (found["stage_ms"][mode][part] / whole for mode in ("cached", "online"))
         if cached or online:
             lines.append(f"| {part} | {100 * cached:.1f} % | {online:.3f} |")
@@ -167,7 +172,7 @@ def main(args: argparse.Namespace) -> None:
     asked = {k: v for k, v in vars(args).items() if k not in ("out", "folder")}
     options = " ".join(f"--{k} {v}" for k, v in asked.items() if k != "what")
     command = f"python -m benchmarks.store {args.what} {options}"
-    record.write(args.out, SCHEMA, found, files.provenance(asked), command, shown)
+    record.write(args.out, SCHEMA, found, artifacts.provenance(asked), command, shown)
 
 
 def parser() -> argparse.ArgumentParser:

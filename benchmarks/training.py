@@ -21,10 +21,15 @@ import torch
 
 from benchmarks import record
 from benchmarks.store import CLASSES, pictures, random_teacher
-from pipeline import cli, files, runtime, teacher, training
-from pipeline.compute import Compute
+from pipeline.core import artifacts, cli
+from pipeline.distill import batches, curves, settings
+from pipeline.distill.feed import Feed
+from pipeline.distill.trainer import Trainer
+from pipeline.models import teacher
 from pipeline.store import writing
 from pipeline.store.policy import Cache
+from pipeline.training import stopwatch
+from pipeline.training.compute import Compute
 
 SCHEMA = "cakd.benchmark.training/1"
 RESIDENT = 4  # steps whose batches lie on the device
@@ -47,7 +52,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def make_trainers(args: argparse.Namespace, folder: Path) -> dict[str, training.Trainer]:
+def make_trainers(args: argparse.Namespace, folder: Path) -> dict[str, Trainer]:
     """A trainer for each method on the same images, teacher and store, all of them written to `folder`."""
     prepared = pictures(folder, args.images + 2 * CLASSES, args.size)
     path = folder / "teacher.safetensors"
@@ -55,7 +60,7 @@ def make_trainers(args: argparse.Namespace, folder: Path) -> dict[str, training.
     cache = Cache(views=1, batch=args.batch)
     live = teacher.load(path)
     writing.write(cache, prepared, live, folder / "store", folder / "work", lambda _: None)
-    recipe = training.Distill(
+    recipe = settings.Distill(
         methods=tuple(args.methods),
         student=args.student,
         student_kwargs={"output_stride": args.stride},
@@ -65,31 +70,31 @@ def make_trainers(args: argparse.Namespace, folder: Path) -> dict[str, training.
         compute=Compute(precision=args.precision, channels_last=args.channels_last),
     )
     return {
-        method: training.Trainer(recipe, method, prepared, path, folder / "store", cache)
+        method: Trainer(recipe, method, prepared, path, folder / "store", cache)
         for method in args.methods
     }
 
 
-class ResidentFeed(training.Feed):
+class ResidentFeed(Feed):
     """The batches of RESIDENT steps, repeated, their views on the device: a step without the loader's share."""
 
-    def __init__(self, feed: training.Feed, device: torch.device) -> None:
+    def __init__(self, feed: Feed, device: torch.device) -> None:
         super().__init__(feed.batches, feed.geometry, feed.seed, 0, feed.parts, feed.among)
         self._batches = [
             [replace(part, views=part.views.to(device)) for part in feed[step]]
             for step in range(RESIDENT)
         ]
 
-    def chosen(self, step: int) -> list[training.Chosen]:
+    def chosen(self, step: int) -> list[batches.Chosen]:
         """What makes the batch that `at` returns for this step."""
         return super().chosen(step % RESIDENT)
 
-    def at(self, step: int) -> list[training.Batch]:
+    def at(self, step: int) -> list[batches.Batch]:
         """One of the batches made beforehand."""
         return self._batches[step % RESIDENT]
 
 
-def make_resident(trainer: training.Trainer) -> None:
+def make_resident(trainer: Trainer) -> None:
     """Let a trainer that has made a step go on with batches that lie on its device."""
     trainer.feed = ResidentFeed(trainer.feed, trainer.place)
     if trainer.features is not None:  # views on a device are not hashed; the loader's were
@@ -97,10 +102,10 @@ def make_resident(trainer: training.Trainer) -> None:
 
 
 def take_turns(
-    trainers: dict[str, training.Trainer], args: argparse.Namespace, turns: range
+    trainers: dict[str, Trainer], args: argparse.Namespace, turns: range
 ) -> dict[str, Any]:
     """A step of every method in each turn, the first turn not counted; the figures of each method."""
-    watches = {m: runtime.Stopwatch(trainer.place) for m, trainer in trainers.items()}
+    watches = {m: stopwatch.Stopwatch(trainer.place) for m, trainer in trainers.items()}
     walls: dict[str, list[float]] = {method: [] for method in trainers}
     for turn in turns:
         for method, trainer in trainers.items():
@@ -117,9 +122,7 @@ def take_turns(
         wall = quartiles(walls[method][1:])
         result[method] = {
             "over_first": quartiles(ratios),
-            "stage_ms": {
-                n: statistics.median(s.get(n, 0.0) for s in rows) for n in training.STAGES
-            },
+            "stage_ms": {n: statistics.median(s.get(n, 0.0) for s in rows) for n in curves.STAGES},
             "img_per_s": 1e3 * args.batch / statistics.median(totals[method]),
             "wall_ms": wall,
             "wall_img_per_s": 1e3 * args.batch / wall["median"],
@@ -145,7 +148,7 @@ def feed_table(methods: dict[str, Any]) -> str:
     """Each method's step over the first one's, and the share of every part in that."""
     whole = sum(next(iter(methods.values()))["stage_ms"].values())
     first = next(iter(methods))
-    parts = [p for p in training.STAGES if any(row["stage_ms"][p] for row in methods.values())]
+    parts = [p for p in curves.STAGES if any(row["stage_ms"][p] for row in methods.values())]
     lines = [
         f"| method | step / {first} (quartiles) | " + " | ".join(parts) + " |",
         "|---|--:|" + "--:|" * len(parts),
@@ -177,7 +180,7 @@ def save(args: argparse.Namespace, found: dict[str, Any], shown: str) -> None:
         for k, v in asked.items()
         if v is not False
     )
-    record.write(args.out, SCHEMA, found, files.provenance(asked), command, shown)
+    record.write(args.out, SCHEMA, found, artifacts.provenance(asked), command, shown)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -15,10 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters import agreement, engine, graph, inputs, int8, onnx_file, ov, trt, trt_build
-from exporters.runtimes import open_session
-from exporters.session import Array, Target, Unavailable
-from pipeline.errors import UserError
+from exporters.artifact import agreement, counts, inputs, onnx_file
+from exporters.artifact.session import Array, Target, Unavailable
+from exporters.open import open_session
+from exporters.ort import int8
+from exporters.ov import convert as ov_convert
+from exporters.trt import build, plan
+from exporters.trt import convert as trt_convert
+from pipeline.core.errors import UserError
 
 BACKENDS = {
     "rtx": "rtx",
@@ -36,7 +40,7 @@ class Build(agreement.Gates):
     int8_drop: float = 0.01  # top-1 on the reference images, as a fraction
     int8_calibration: int8.Calibration = "minmax"
     int8_search_s: float = 60.0  # to look for nodes to leave in float, where int8 fails its gates
-    trt_shapes: tuple[int, int, int] = trt_build.SHAPES
+    trt_shapes: tuple[int, int, int] = build.SHAPES
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def build_model(
         "artefact": artefact.name,
         "precision_requested": target.precision,
         "precision_effective": rows[0]["precision_effective"],
-        "size_mb": sum(p.stat().st_size for p in graph.parts(artefact)) / 1e6,
+        "size_mb": sum(p.stat().st_size for p in counts.parts(artefact)) / 1e6,
         "seconds": time.perf_counter() - start,
     }
     return entry, rows
@@ -108,12 +112,12 @@ def make(
             shutil.copy(source.with_suffix(suffix), out)
         return out / f"{model}.safetensors"
     if target.runtime == "trt":
-        made, _ = trt.make(
+        made, _ = trt_convert.make(
             source,
             out / f"{model}.plan",
             precision,
             BACKENDS[target.name.split("-")[0]],
-            trt_build.Options(gates.trt_shapes),
+            build.Options(gates.trt_shapes),
             exported.calibration,
         )
         return made
@@ -126,7 +130,7 @@ def make(
             proto = int8.quantized(source, pictures, how, gates)
         onnx_file.save(proto, network)
         if target.runtime == "ov":
-            ov.convert(network, out / f"{network.stem}.xml")
+            ov_convert.convert(network, out / f"{network.stem}.xml")
             return out / f"{network.stem}.xml"
         return Path(shutil.copy(network, out))
 
@@ -143,7 +147,7 @@ def check(
     except Unavailable as error:
         if target.runtime != "trt":
             raise
-        precision = engine.read_sidecar(artefact)["precision"]
+        precision = plan.read_sidecar(artefact)["precision"]
         return agreement.skipped(artefact.name, precision, str(error))
     reference = exported.logits[model]
     got = inputs.run(session, exported.x[model])
@@ -171,7 +175,7 @@ def _left_out(
 
 
 def _remove(artefact: Path) -> None:
-    for part in (*graph.parts(artefact), engine.sidecar_of(artefact)):
+    for part in (*counts.parts(artefact), plan.sidecar_of(artefact)):
         part.unlink(missing_ok=True)
 
 

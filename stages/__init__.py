@@ -2,7 +2,7 @@
 
 import os
 
-from pipeline import cli
+from pipeline.core import cli
 
 if (
     "DVC_STAGE" in os.environ

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from exporters import engine
-from exporters.bench import Bench, document
-from exporters.measure import Measured, Subject, measure
-from exporters.session import TARGETS, Target
-from exporters.worker import read_reference
-from pipeline import cli, config, files, latency
+from exporters.artifact.session import TARGETS, Target
+from exporters.bench import latency
+from exporters.bench.measure import Measured, Subject, measure
+from exporters.bench.subjects import Bench, document
+from exporters.bench.worker import read_reference
+from exporters.trt import plan
+from pipeline.core import artifacts, cli, config
 
 BUILD_SCHEMA = "cakd.build/1"
 MODELS = ("student", "teacher")
@@ -31,7 +32,7 @@ def subject(
     artefact = args.build_dir / (made.get("artefact") or target.artefact.format(model=model))
     skip = made.get("reason") or "not built" if made["status"] == "skipped" else None
     if target.runtime == "trt" and skip is None:
-        skip = engine.obstacle(engine.read_sidecar(artefact), artefact)
+        skip = plan.obstacle(plan.read_sidecar(artefact), artefact)
     return Subject(model, artefact, target, threads, skip, batch)
 
 
@@ -40,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
     began = time.monotonic()
     params = config.load(Bench, args.params)
     built = args.build_dir / "build.json"
-    build = files.read_json(built, BUILD_SCHEMA)
+    build = artifacts.read_json(built, BUILD_SCHEMA)
     reference = args.export_dir / "reference.npz"
     read_reference(reference)
     subjects = [
@@ -53,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
     inputs = {"build": built, "reference": reference}
     used = {key: value for key, value in params.__dict__.items() if key != "enabled"}
     content = {"p50_ms": headline(rows), "pairs": pairs(found, params.seed), "rows": rows}
-    files.write_json(args.out, document(args.target, used, inputs, **content))
+    artifacts.write_json(args.out, document(args.target, used, inputs, **content))
     print(f"{args.out}: p50 {', '.join(map(_said, rows))} ({time.monotonic() - began:.0f} s)")
 
 

@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from exporters.artifact.session import TARGETS
 from exporters.build import Build, Exported, build_model, failures
-from exporters.session import TARGETS
-from pipeline import cli, config, files
-from pipeline.device import machine
-from pipeline.errors import GateFailed
+from pipeline.core import artifacts, cli, config
+from pipeline.core.atomic import atomic_dir
+from pipeline.core.errors import GateFailed
+from pipeline.core.machine import machine
 
 MODELS = ("student", "teacher")
 INPUTS = ("student.onnx", "teacher.onnx", "reference.npz", "calibration.npy")
@@ -28,18 +29,18 @@ def main(args: argparse.Namespace) -> None:
     common = {
         "target": args.target,
         "machine": machine(),
-        "provenance": files.provenance(params.__dict__, **made_of),
+        "provenance": artifacts.provenance(params.__dict__, **made_of),
     }
-    with files.atomic_dir(args.out) as folder:
+    with atomic_dir(args.out) as folder:
         for model in MODELS:
             models[model], found = build_model(
                 TARGETS[args.target], model, exported, folder, params
             )
             rows += found
-        files.write_json(
+        artifacts.write_json(
             folder / "build.json", {"schema": "cakd.build/1", **common, "models": models}
         )
-        files.write_json(
+        artifacts.write_json(
             folder / "parity.json", {"schema": "cakd.parity/1", **common, "rows": rows}
         )
     print(f"{args.out}: {told(models, rows)} ({time.monotonic() - began:.0f} s)")

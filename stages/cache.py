@@ -8,18 +8,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipeline import cli, config, data, progress, runtime, teacher
+from pipeline.core import cli, config, progress
+from pipeline.data.prepared import Prepared
+from pipeline.models import teacher
 from pipeline.store import writing
 from pipeline.store.policy import Cache
+from pipeline.training import ranks as training_ranks
 
 
 def main(args: argparse.Namespace) -> None:
     """Write the store of params.yaml's `cache:`; under torchrun every rank writes its share of the shards."""
     settings = config.load(Cache, args.params)
-    prepared = data.Prepared.open(args.prepared)
+    prepared = Prepared.open(args.prepared)
     live = teacher.load(args.teacher)
     total = settings.views * len(prepared.rows("train"))
-    with runtime.ranks() as ranks:
+    with training_ranks.ranks() as ranks:
         name = "cache" if ranks.size == 1 else f"cache, rank {ranks.rank}"
         told = progress.Progress(name, -(-total // ranks.size))
         manifest = writing.write(settings, prepared, live, args.out, args.work, told, ranks)

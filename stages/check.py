@@ -10,21 +10,28 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from exporters.bench import Bench
+from exporters.bench.subjects import Bench
 from exporters.build import Build
-from exporters.ort import Export
-from pipeline import cli, config, files, models, recipes, students, teaching, training
-from pipeline.errors import UserError, nearest
-from pipeline.evaluate import Evaluate
-from pipeline.methods.table import reads, refuse_without_attention
-from pipeline.prepare import Prepare
-from pipeline.report import Report, refuse_unknown_targets
+from exporters.ort.export import Export
+from pipeline.core import cli, config
+from pipeline.core.atomic import atomic
+from pipeline.core.errors import UserError, nearest
+from pipeline.distill import settings
+from pipeline.distill.methods.table import reads, refuse_without_attention
+from pipeline.evaluate.accuracy import Evaluate
+from pipeline.models import checkpoint
+from pipeline.models.student import anatomy, find_tap, refuse_without_maps
+from pipeline.prepare.prepare import Prepare
+from pipeline.project import recipes
+from pipeline.report.budgets import refuse_unknown_targets
+from pipeline.report.summary import Report
 from pipeline.store.policy import Cache, refuse_layout
+from pipeline.teach import Teach, check_fits
 
 SECTIONS: dict[str, type[Any]] = {
     section.__name__.lower(): section
     for section in (
-        *(Prepare, teaching.Teach, Cache, training.Distill),
+        *(Prepare, Teach, Cache, settings.Distill),
         *(Evaluate, Export, Build, Bench, Report),
     )
 }
@@ -45,15 +52,15 @@ def main(args: argparse.Namespace) -> None:
         )
     print(f"{params}: correct; {checked(params)}")
     if args.out is not None:
-        with files.atomic(args.out) as file:
+        with atomic(args.out) as file:
             file.write_text(CHECKED)
 
 
 def checked(params: Path) -> str:
     """Who teaches whom, at what size, where their maps meet. Raises UserError: whatever is wrong."""
     prepare = config.load(Prepare, params)
-    teach = config.load(teaching.Teach, params)
-    distill = config.load(training.Distill, params)
+    teach = config.load(Teach, params)
+    distill = config.load(settings.Distill, params)
     export = config.load(Export, params)
     bench = config.load(Bench, params)
     report = config.load(Report, params)
@@ -70,27 +77,27 @@ def checked(params: Path) -> str:
     return f"{teach.model} teaches {distill.student} at {prepare.image_size} px, {tap}"
 
 
-def pair(prepare: Prepare, teach: teaching.Teach, cache: Cache, distill: training.Distill) -> str:
+def pair(prepare: Prepare, teach: Teach, cache: Cache, distill: settings.Distill) -> str:
     """Build teacher and student without weights; where their maps meet.
 
     Raises UserError: unknown models, kwargs they refuse, another image size, no replayable block,
     a method that reads an attention the teacher does not have, no fit tap.
     """
-    vit = models.create(teach.model, teach.kwargs, CLASSES, "teach")
-    found = teaching.check_fits(vit, teach, prepare.image_size)
+    vit = checkpoint.create(teach.model, teach.kwargs, CLASSES, "teach")
+    found = check_fits(vit, teach, prepare.image_size)
     for method in distill.methods:
         refuse_without_attention(method, found.no_attention)
     refuse_layout(cache, found)
-    student = models.create(distill.student, distill.student_kwargs, CLASSES, "distill")
+    student = checkpoint.create(distill.student, distill.student_kwargs, CLASSES, "distill")
     if not any(reads(method, "teacher") for method in distill.methods):
         return "no method reads a teacher"
-    shown = students.anatomy(student, prepare.image_size)
+    shown = anatomy(student, prepare.image_size)
     wanted = frozenset().union(*(reads(method, "student") for method in distill.methods))
     if "stages" in wanted:
-        students.refuse_without_maps(student, shown)
+        refuse_without_maps(student, shown)
     if "tap" not in wanted:
         return "no method reads a tap"
-    tap = students.find_tap(student, prepare.image_size, found.grid, distill.cakd.tap)
+    tap = find_tap(student, prepare.image_size, found.grid, distill.cakd.tap)
     rows, columns = tap.grid
     return f"tap {tap.module} {rows}x{columns} for {tap.tokens[0]}x{tap.tokens[1]} tokens"
 

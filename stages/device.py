@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipeline import cli, files
-from pipeline.device import machine
+from pipeline.core import artifacts, cli
+from pipeline.core.machine import machine
 
 SCHEMA = "cakd.device/1"
 
@@ -14,8 +14,8 @@ SCHEMA = "cakd.device/1"
 def main(args: argparse.Namespace) -> None:
     """Write `args.out`: the same bytes on the same machine with the same packages."""
     block = machine()
-    files.write_json(
-        args.out, {"schema": SCHEMA, "machine": block, "provenance": files.provenance()}
+    artifacts.write_json(
+        args.out, {"schema": SCHEMA, "machine": block, "provenance": artifacts.provenance()}
     )
     gpu = block["gpu"]["name"] if block["gpu"] else "no GPU"
     print(

@@ -9,18 +9,23 @@ import argparse
 import csv
 from pathlib import Path
 
-from pipeline import cli, config, data, device, files, runtime, training
+from pipeline.core import artifacts, cli, config, machine
+from pipeline.core.atomic import atomic
+from pipeline.data import prepared
+from pipeline.distill import distill
+from pipeline.distill.settings import PERF_SCHEMA, Distill
 from pipeline.store.policy import Cache
+from pipeline.training import ranks as training_ranks
 
 
 def main(args: argparse.Namespace) -> None:
     """Train the student of params.yaml's `distill:` by `--method`."""
-    settings = config.load(training.Distill, args.params)
-    with runtime.ranks(settings.compute.backend()) as ranks:
-        figures = training.distill(
+    settings = config.load(Distill, args.params)
+    with training_ranks.ranks(settings.compute.backend()) as ranks:
+        figures = distill.distill(
             settings,
             args.method,
-            data.Prepared.open(args.prepared),
+            prepared.Prepared.open(args.prepared),
             args.teacher,
             args.features,
             args.out,
@@ -30,14 +35,14 @@ def main(args: argparse.Namespace) -> None:
         )
     if ranks.rank:
         return
-    files.write_json(
+    artifacts.write_json(
         args.perf,
         {
-            "schema": training.PERF_SCHEMA,
+            "schema": PERF_SCHEMA,
             "method": args.method,
             **figures,
-            "machine": device.machine(),
-            "provenance": files.provenance(student=args.out / "student.safetensors"),
+            "machine": machine.machine(),
+            "provenance": artifacts.provenance(student=args.out / "student.safetensors"),
         },
     )
     if args.curves is not None:
@@ -53,7 +58,7 @@ def write_curves(curves: dict[str, list[list[float]]], path: Path) -> None:
     for name, points in curves.items():
         for step, value in points:
             steps.setdefault(step, {"step": int(step)})[name] = value
-    with files.atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, ["step", *curves], lineterminator="\n")
         table.writeheader()
         table.writerows(steps[step] for step in sorted(steps))

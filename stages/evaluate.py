@@ -5,24 +5,28 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipeline import cli, config, data, device, evaluate, evidence, files, training
+from pipeline.core import artifacts, cli, config
+from pipeline.core import machine as core_machine
+from pipeline.data.prepared import Prepared
+from pipeline.distill.settings import PERF_SCHEMA, Distill
+from pipeline.evaluate import accuracy, evidence
 
 TRAIN_PERF_SCHEMA = "cakd.train_perf/1"
 
 
 def main(args: argparse.Namespace) -> None:
     """Judge the students of `distill.methods`; folders of other methods are not read."""
-    settings = config.load(evaluate.Evaluate, args.params)
-    methods = config.load(training.Distill, args.params).methods
+    settings = config.load(accuracy.Evaluate, args.params)
+    methods = config.load(Distill, args.params).methods
     students = [args.students / m / "student.safetensors" for m in methods]
-    prepared = data.Prepared.open(args.prepared)
-    machine = device.machine()
-    found = evaluate.evaluate(settings, prepared, args.teacher, students)
-    files.write_json(args.accuracy, {"schema": evaluate.SCHEMA, **found, "machine": machine})
+    prepared = Prepared.open(args.prepared)
+    machine = core_machine.machine()
+    found = accuracy.evaluate(settings, prepared, args.teacher, students)
+    artifacts.write_json(args.accuracy, {"schema": accuracy.SCHEMA, **found, "machine": machine})
     seen = evidence.gather(settings, prepared, args.teacher, students)
-    files.write_json(args.evidence, {"schema": evidence.SCHEMA, **seen, "machine": machine})
-    trained = {m: files.read_json(args.train / f"{m}.json", training.PERF_SCHEMA) for m in methods}
-    files.write_json(
+    artifacts.write_json(args.evidence, {"schema": evidence.SCHEMA, **seen, "machine": machine})
+    trained = {m: artifacts.read_json(args.train / f"{m}.json", PERF_SCHEMA) for m in methods}
+    artifacts.write_json(
         args.perf,
         {
             "schema": TRAIN_PERF_SCHEMA,

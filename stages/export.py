@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from exporters import inputs, onnx_file, ort
+from exporters.artifact import inputs, onnx_file
+from exporters.artifact.eager import EagerSession
+from exporters.artifact.session import Array
 from exporters.build import IMAGES
-from exporters.eager import EagerSession
-from exporters.ort import Export
-from exporters.session import Array
-from pipeline import cli, config, files
-from pipeline.data import Prepared, normalised, spread
-from pipeline.device import machine, usable_cores
-from pipeline.errors import UserError
+from exporters.ort import export as ort_export
+from exporters.ort.export import Export
+from pipeline.core import artifacts, cli, config
+from pipeline.core.atomic import atomic_dir
+from pipeline.core.errors import UserError
+from pipeline.core.machine import machine, usable_cores
+from pipeline.data.prepared import Prepared, normalised, spread
 
 SCHEMA = "cakd.export/1"
 
@@ -32,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
     preprocess = agreed(checkpoints, prepared, params.method)
     rows = spread(prepared.rows("val"), params.reference_images)
     shown = spread(prepared.rows("train"), params.calibration_images)
-    with files.atomic_dir(args.out) as folder:
+    with atomic_dir(args.out) as folder:
         models = {
             name: export(name, path, folder, params.opset) for name, path in checkpoints.items()
         }
@@ -51,11 +53,11 @@ def main(args: argparse.Namespace) -> None:
             "reference_images": len(rows),
             "calibration_images": len(shown),
             "machine": machine(),
-            "provenance": files.provenance(
+            "provenance": artifacts.provenance(
                 params.__dict__, **checkpoints, index=args.prepared / "index.json"
             ),
         }
-        files.write_json(folder / "export.json", document)
+        artifacts.write_json(folder / "export.json", document)
     student = models["student"]
     print(
         f"{args.out}: student {student['size_mb']:.2f} MB, opset {params.opset}, max abs "
@@ -65,19 +67,19 @@ def main(args: argparse.Namespace) -> None:
 
 def export(name: str, checkpoint: Path, folder: Path, opset: int) -> dict[str, Any]:
     """One checkpoint -> NAME.onnx with a copy of the checkpoint beside it; its block of export.json."""
-    from pipeline import models
+    from pipeline.models.checkpoint import count, load
 
     out = folder / f"{name}.onnx"
-    row = ort.export(checkpoint, out, opset)
+    row = ort_export.export(checkpoint, out, opset)
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(checkpoint.with_suffix(suffix), out.with_suffix(suffix))
-    model, description = models.load(checkpoint)
+    model, description = load(checkpoint)
     return {
         "onnx": out.name,
-        "sha256": files.sha256(out),
+        "sha256": artifacts.sha256(out),
         "weights_sha256": description["weights_sha256"],
         "size_mb": out.stat().st_size / 1e6,
-        **models.count(model, description["preprocess"]["image_size"]),
+        **count(model, description["preprocess"]["image_size"]),
         "ops": onnx_file.histogram(onnx_file.read(out)),
         "preprocess": description["preprocess"],
         "num_classes": description["num_classes"],
@@ -92,9 +94,9 @@ def agreed(
 
     Raises UserError: models and images of different sizes, a student of another method than ships.
     """
-    from pipeline import models
+    from pipeline.models.checkpoint import describe
 
-    described = {name: models.describe(path) for name, path in checkpoints.items()}
+    described = {name: describe(path) for name, path in checkpoints.items()}
     trained = described["student"].get("method")
     if trained != method:
         raise UserError(

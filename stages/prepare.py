@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipeline import cli, config, prepare
+from pipeline.core import cli, config
+from pipeline.prepare import prepare
 
 
 def main(args: argparse.Namespace) -> None:

@@ -13,30 +13,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import adapters, cli, config, files, gallery, history, pareto, render, report, wording
-from pipeline.data import Prepared
-from pipeline.errors import GateFailed
+from pipeline.core import artifacts, cli, config
+from pipeline.core.atomic import atomic
+from pipeline.core.errors import GateFailed
+from pipeline.data.prepared import Prepared
+from pipeline.report import adapters, gallery, history, machines, page, pareto, wording
+from pipeline.report.summary import Report, Sources, summarise
 
 
 def main(args: argparse.Namespace) -> None:
     """Write the files, then fail if a budget or an fp32 parity failed."""
     started = time.perf_counter()
-    section = config.load(report.Report, args.params)
-    sources = report.Sources(args.accuracy, args.train_perf, args.build, args.bench, args.device)
+    section = config.load(Report, args.params)
+    sources = Sources(args.accuracy, args.train_perf, args.build, args.bench, args.device)
     targets, shipped = (
         config.value("bench.enabled", args.params),
         config.value("export.method", args.params),
     )
-    summary = report.summarise(sources, targets, shipped, section)
+    summary = summarise(sources, targets, shipped, section)
     earlier = history.read(args.history)
-    files.write_json(args.edge_json, summary)
-    files.write_json(args.parity, parity(summary))
+    artifacts.write_json(args.edge_json, summary)
+    artifacts.write_json(args.parity, parity(summary))
     if args.pareto:
         publish(args.pareto, pareto.table(pareto.points(summary)))
-    publish(args.edge_md, render.markdown([summary], earlier))
-    seen = files.read_json(args.evidence, gallery.EVIDENCE)
+    publish(args.edge_md, page.markdown([summary], earlier))
+    seen = artifacts.read_json(args.evidence, gallery.EVIDENCE)
     shown = gallery.gallery(seen, Prepared.open(args.prepared), shipped)
-    publish(args.index_html, render.page([summary], shown, earlier))
+    publish(args.index_html, page.page([summary], shown, earlier))
     print(
         f"{args.index_html}: {args.index_html.stat().st_size / 1e6:.2f} MB, "
         f"{time.perf_counter() - started:.1f} s, {summary['verdict']['status']}: {wording.headline(summary)}"
@@ -56,21 +59,21 @@ def parity(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def merge(args: argparse.Namespace) -> None:
     """One report of several machines: on stdout as Markdown, and with --out as edge.md and index.html."""
-    summaries = [report.read_machine(path) for path in args.merge]
+    summaries = [machines.read_machine(path) for path in args.merge]
     earlier = history.read(args.history)
-    text = render.markdown(summaries, earlier)
+    text = page.markdown(summaries, earlier)
     if args.out is None:
         print(text, end="")
     else:
         publish(args.out / "edge.md", text)
-        publish(args.out / "index.html", render.page(summaries, earlier=earlier))
+        publish(args.out / "index.html", page.page(summaries, earlier=earlier))
         print(f"{args.out / 'index.html'}: {len(summaries)} runs")
     fail_if(summaries)
 
 
 def convert(args: argparse.Namespace) -> None:
     """One machine's figures in another format, on stdout or in --out. Judges nothing: that is for the reader."""
-    text = adapters.FORMATS[args.format](report.read_machine(args.source))
+    text = adapters.FORMATS[args.format](machines.read_machine(args.source))
     if args.out is None:
         print(text, end="")
     else:
@@ -87,7 +90,7 @@ def fail_if(summaries: Sequence[Mapping[str, Any]]) -> None:
 
 def publish(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    with files.atomic(path) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipeline import cli, config, data, teaching
+from pipeline import teach
+from pipeline.core import cli, config
+from pipeline.data.prepared import Prepared
 
 
 def main(args: argparse.Namespace) -> None:
     """Make the teacher of params.yaml's `teach:`."""
-    settings = config.load(teaching.Teach, args.params)
-    prepared = data.Prepared.open(args.prepared)
-    description = teaching.teach(settings, prepared, args.out, args.work)
+    settings = config.load(teach.Teach, args.params)
+    prepared = Prepared.open(args.prepared)
+    description = teach.teach(settings, prepared, args.out, args.work)
     size = (args.out / "teacher.safetensors").stat().st_size / 1e6
     print(f"{args.out}: {settings.model}, {size:.1f} MB, {description['labels_seen']} labels seen")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline import files
+from pipeline.core.atomic import PARTIAL
 from tests import chain
 from tests.chain import Stage
 
@@ -130,7 +130,7 @@ def filled(scene: Scene) -> tuple[int, float]:
     try:
         mount(scene.folder / "full", size)
         code = chain.wait(chain.fork(scene.stage.moved("full"), scene.folder, scene.log))
-        half = [str(p) for p in (scene.folder / "full").rglob(f"*{files.PARTIAL}")]
+        half = [str(p) for p in (scene.folder / "full").rglob(f"*{PARTIAL}")]
         if half:
             scene.log.open("a").write(f"Traceback of none: left half-written: {half}\n")
         kept = scene.folder / "full" / ".work"

@@ -24,8 +24,13 @@ import torch.onnx  # noqa: F401
 from ruamel.yaml import YAML
 from sklearn import datasets, model_selection  # noqa: F401
 
-from exporters import bench, build, eager, ort_session, ov  # noqa: F401
-from pipeline import data, evidence, files, gallery, render, report, training  # noqa: F401
+from exporters import build  # noqa: F401
+from exporters.bench import measure  # noqa: F401
+from pipeline.core import artifacts
+from pipeline.core.atomic import PARTIAL
+from pipeline.distill import distill  # noqa: F401
+from pipeline.evaluate import evidence  # noqa: F401
+from pipeline.report import gallery, page, summary  # noqa: F401
 from pipeline.store import writing  # noqa: F401
 
 CLOCKED = {"img_per_s", "stage_ms", "stall_fraction", "peak_mb", "seconds"}
@@ -132,9 +137,9 @@ def hashes(folder: Path, outs: tuple[str, ...], same_bench: bool) -> dict[str, s
         if path.name in OF_A_BENCH and not same_bench:
             continue
         if WITH_CLOCKS.match(name):
-            found[name] = files.digest(_without(clocked, json.loads(path.read_text())))
+            found[name] = artifacts.digest(_without(clocked, json.loads(path.read_text())))
         else:
-            found[name] = files.sha256(path)
+            found[name] = artifacts.sha256(path)
     return found
 
 
@@ -152,6 +157,6 @@ def _without(keys: set[str], value: Any) -> Any:
 
 def litter(folder: Path) -> list[str]:
     """What a finished chain must not hold: half-written files, and the work of runs that are done."""
-    half = [p for p in folder.rglob(f"*{files.PARTIAL}") if ".dvc" not in p.parts]
+    half = [p for p in folder.rglob(f"*{PARTIAL}") if ".dvc" not in p.parts]
     kept = [p for p in folder.glob(".work/*/*") if p.suffix != ".lock"]
     return sorted(p.relative_to(folder).as_posix() for p in (*half, *kept))

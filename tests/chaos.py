@@ -30,7 +30,8 @@ import psutil
 from ruamel.yaml import YAML
 
 from benchmarks import record
-from pipeline import dvc_locks, files
+from pipeline.core import artifacts
+from pipeline.project import dvc_locks
 from tests import accidents, chain, tiny
 from tests.accidents import ACCIDENTS, Scene
 from tests.chain import Stage
@@ -347,7 +348,7 @@ def main(args: argparse.Namespace) -> int:
         command = (
             f"python -m tests.chaos --rounds {args.rounds} --dvc {through_dvc} --seed {args.seed}"
         )
-        record.write(args.out, SCHEMA, found, files.provenance(PARAMS), command, shown)
+        record.write(args.out, SCHEMA, found, artifacts.provenance(PARAMS), command, shown)
     failures = sum(r.failed for r in rounds)
     if not failures:
         shutil.rmtree(folder)

@@ -7,13 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from exporters.bench.latency import Ratio
 from tests.test_report import HEAD, TARGETS, Run, bench
 
 
 def ratio(median: float, tol: float | None = None) -> dict[str, Any]:
     """A ratio whose interval reaches three percent to either side."""
     found = {"median": median, "ci_low": 0.97 * median, "ci_high": 1.03 * median}
-    return found if tol is None else {**found, "tol": tol}
+    if tol is None:
+        return found
+    return {**found, "tol": tol, "verdict": Ratio(**found, tol=tol).verdict}
 
 
 def gate(name: str = "macs", verdict: str = "PASS", candidate: Any = 2_510_000) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import Prepared
-from pipeline.prepare import Prepare, prepare
+from pipeline.data.prepared import Prepared
+from pipeline.prepare.prepare import Prepare, prepare
 
 ROOT = Path(__file__).parents[1]
 VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -40,11 +40,11 @@ def prepared(digits: Path) -> Prepared:
 @pytest.fixture(scope="session")
 def teacher_path(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ViT of width 32 after two epochs on the digits: its features react to its input."""
-    from pipeline import teaching
+    from pipeline import teach
 
-    config = teaching.Teach("vit_tiny_patch16_224", kwargs=VIT, epochs=2)
+    config = teach.Teach("vit_tiny_patch16_224", kwargs=VIT, epochs=2)
     folder = tmp_path_factory.mktemp("teacher")
-    teaching.teach(config, prepared, folder / "teacher", folder / "work")
+    teach.teach(config, prepared, folder / "teacher", folder / "work")
     return folder / "teacher" / "teacher.safetensors"
 
 
@@ -53,7 +53,7 @@ def features(
     prepared: Prepared, teacher_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The teacher's store: 2 float32 views an image, three shards."""
-    from pipeline import teacher
+    from pipeline.models import teacher
     from pipeline.store import policy, writing
 
     folder = tmp_path_factory.mktemp("features")
@@ -73,7 +73,7 @@ def features(
 def exported(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """artifacts/export of an untrained student and teacher that react to their input, 10 classes at 32 px."""
     from benchmarks.exporters import reactive
-    from pipeline import models
+    from pipeline.models import checkpoint
 
     folder = tmp_path_factory.mktemp("exported")
     for role, name, kwargs in (
@@ -86,13 +86,13 @@ def exported(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "kwargs": kwargs,
             "num_classes": 10,
             "classes": [f"digit {i}, drawn" for i in range(10)],
-            "preprocess": models.preprocessing(model, 32),
+            "preprocess": checkpoint.preprocessing(model, 32),
             "role": role,
             "method": "cakd",
         }
         if role == "teacher":  # real pairs differ in normalisation: each must get its own
             description["preprocess"]["mean"] = [0.48, 0.45, 0.40]
-        models.save(folder / f"{role}.safetensors", model, description)
+        checkpoint.save(folder / f"{role}.safetensors", model, description)
     params = folder / "params.yaml"
     params.write_text("export:\n  method: cakd\n  reference_images: 64\n  calibration_images: 96\n")
     paths = [folder / "student.safetensors", folder / "teacher.safetensors", digits, folder / "out"]

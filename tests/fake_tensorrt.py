@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from exporters import cuda
+from exporters.trt import driver
 
-GPU = cuda.Device("A GPU", "90", "13.0")
+GPU = driver.Device("A GPU", "90", "13.0")
 PLAN = b"FAKE"
 LARGEST = 8  # images an engine takes at once
 SUPPORTED = {"Conv", "Relu", "Gemm", "GlobalAveragePool", "Flatten", "ReduceMean", "Identity"}

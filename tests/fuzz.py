@@ -16,7 +16,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from pipeline import files
+from pipeline.core.atomic import PARTIAL
 
 DONE, REFUSED = 0, 2
 LONGEST = 2000  # characters of the one line
@@ -70,7 +70,7 @@ def run(module: str, *argv: object) -> int:
 def whole_or_absent(out: Path, code: int) -> None:
     """An output is there after success and only then, and nothing unfinished lies beside it."""
     assert out.exists() == (code == DONE), f"{out} after exit code {code}"
-    litter = [p.name for p in out.parent.iterdir() if p.name.endswith(files.PARTIAL)]
+    litter = [p.name for p in out.parent.iterdir() if p.name.endswith(PARTIAL)]
     assert not litter, litter
 
 

@@ -53,10 +53,14 @@ def closure(name: str) -> set[str]:
     return seen
 
 
-def code_files(name: str) -> set[str]:
-    """The files behind a module's closure, without the packages' bare __init__.py, and templates beside them."""
-    known = modules()
-    files = {known[m] for m in closure(name) if known[m].name != "__init__.py"}
-    if "pipeline.render" in closure(name):
-        files |= set((ROOT / "pipeline" / "templates").iterdir())
-    return {path.relative_to(ROOT).as_posix() for path in files}
+def room(module: str) -> str:
+    """The path under which dvc.yaml lists a module: a folder or file of pipeline/, all of exporters/, a stage."""
+    path = modules()[module].relative_to(ROOT)
+    if path.parts[0] == "exporters":
+        return "exporters"
+    return "/".join(path.parts[:2])
+
+
+def rooms(name: str) -> set[str]:
+    """The rooms that a module's closure reaches, without the packages' own bare __init__.py."""
+    return {room(module) for module in closure(name) if module not in FLOORS}

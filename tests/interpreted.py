@@ -19,15 +19,13 @@ import textwrap
 from collections.abc import Callable
 from functools import partial
 
-os.environ["TRITON_INTERPRET"] = "1"
-
 import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from pipeline.kernels import (
+from pipeline.distill.kernels import (
     dropout,
     eager,
     flash,
@@ -38,10 +36,12 @@ from pipeline.kernels import (
     swap_mix,
     tiles,
 )
-from pipeline.kernels.configs import MOST_TOKENS
-from pipeline.kernels.philox import Key
-from pipeline.projectors import token_groups
+from pipeline.distill.kernels.configs import MOST_TOKENS
+from pipeline.distill.kernels.philox import Key
+from pipeline.distill.projectors import token_groups
 from tests.mutants import MUTANTS
+
+os.environ["TRITON_INTERPRET"] = "1"
 
 SHAPES = (
     (2, 20, 2, 16),

@@ -18,7 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline import files, teaching, training  # noqa: F401 - so that no child has to
+from pipeline import teach  # noqa: F401 - so that no child has to
+from pipeline.core import artifacts
+from pipeline.distill import distill  # noqa: F401
 from pipeline.store import writing  # noqa: F401
 
 OUTS = {"teach": "teacher", "cache": "features", "distill": "student"}
@@ -56,12 +58,12 @@ def attempt(folder: Path, stages: list[str]) -> None:
 
 def contents(folder: Path) -> str:
     """One hash over the bytes of every file of a folder."""
-    return files.digest(each(folder))
+    return artifacts.digest(each(folder))
 
 
 def each(folder: Path) -> dict[str, str]:
     """The hash of every file of a folder, by name."""
-    return {p.name: files.sha256(p) for p in sorted(folder.iterdir())}
+    return {p.name: artifacts.sha256(p) for p in sorted(folder.iterdir())}
 
 
 def refuse_difference(stage: str, first: dict[str, str], now: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft7Validator
 
-from pipeline import adapters
+from pipeline.report import adapters
 from tests import compared
 from tests.test_report import OUT, Run, change_row, command, run, stage, summary  # noqa: F401
 

@@ -12,22 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporters import bench, gates, graph, measure, versus, worker
-from exporters.measure import Subject
-from exporters.session import TARGETS
-from pipeline import latency
-from pipeline.errors import GateFailed, UserError
-from stages import bench as stage
+from exporters.artifact import counts
+from exporters.artifact.session import TARGETS
+from exporters.bench import __main__ as bench_command
+from exporters.bench import compare, gates, latency, measure, worker
+from exporters.bench.measure import Subject
+from exporters.bench.subjects import Bench, subjects_of
+from pipeline.core.errors import GateFailed, UserError
+from stages import bench
 
 ROOT = Path(__file__).parents[1]
 PLAYER = '''
 """A worker whose session does what the artefact's text says."""
 import ctypes, functools, os, signal, sys, time
 import numpy as np
-import exporters.worker
-from exporters.session import Unavailable
-from pipeline import latency
-from pipeline.errors import UserError
+import exporters.bench.worker
+from exporters.artifact.session import Unavailable
+from exporters.bench import latency
+from pipeline.core.errors import UserError
 
 class Session:
     runtime = "player 1.0"
@@ -68,9 +70,9 @@ class Session:
             pass
         return x.mean(axis=(2, 3))
 
-exporters.worker.open_session = Session
+exporters.bench.worker.open_session = Session
 latency.warm_up = functools.partial(latency.warm_up, limit=0.3)
-exporters.worker.main()
+exporters.bench.worker.main()
 '''
 
 
@@ -98,7 +100,7 @@ def rows_of(subjects: list[Subject], reference: Path | None = None) -> list[dict
 
 
 def run_main(*argv: object) -> None:
-    bench.main(bench.parser().parse_args([str(a) for a in argv]))
+    bench_command.main(bench_command.parser().parse_args([str(a) for a in argv]))
 
 
 def test_a_row_carries_every_figure_of_the_contract(player: None, tmp_path: Path) -> None:
@@ -284,9 +286,9 @@ def test_an_undecided_verdict_runs_as_long_again_once(
 
     monkeypatch.setattr(latency, "compare", undecided)
     monkeypatch.setattr(latency, "BLOCK_SECONDS", 0.01)
-    monkeypatch.setattr(versus, "PROCESSES", 1)
+    monkeypatch.setattr(compare, "PROCESSES", 1)
     same = subject(tmp_path, "")
-    told, found = versus.compare(same, same, 0, None)
+    told, found = compare.compare(same, same, 0, None)
     assert (told["verdict"], told["rounds"]) == ("INCONCLUSIVE", 16)
     assert seen == [((1, 8), (1, 8)), ((1, 16), (1, 16))]
     assert found[0].row["wall_ms"]["n"] >= 16
@@ -359,7 +361,7 @@ def test_a_file_alone_goes_to_the_target_of_its_kind(
     tmp_path: Path, name: str, target: str
 ) -> None:
     (tmp_path / name).touch()
-    (found,) = bench.subjects_of([tmp_path / name], None, [1])
+    (found,) = subjects_of([tmp_path / name], None, [1])
     assert found.target.name == target
 
 
@@ -367,7 +369,7 @@ def test_every_model_meets_every_target_that_reads_it(tmp_path: Path) -> None:
     models = [tmp_path / "m.onnx", tmp_path / "m.xml"]
     for model in models:
         model.touch()
-    found = bench.subjects_of(models, ["ort-fp32", "ov-fp32"], [1, 2])
+    found = subjects_of(models, ["ort-fp32", "ov-fp32"], [1, 2])
     assert [(s.model, s.target.name, s.threads) for s in found] == [
         ("m.onnx", "ort-fp32", 1),
         ("m.onnx", "ort-fp32", 2),
@@ -414,7 +416,7 @@ def test_a_mistake_is_told_before_anything_runs(
 )
 def test_params_that_make_no_sense_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        bench.Bench(**values)
+        Bench(**values)
 
 
 def test_size_counts_the_weights_beside_the_file(tmp_path: Path) -> None:
@@ -422,7 +424,7 @@ def test_size_counts_the_weights_beside_the_file(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(bytes(1_000_000))
     names = ("a.xml", "b.onnx", "c.onnx", "d.onnx")
     sizes = [2_000_000, 2_000_000, 1_000_000, None]
-    assert [graph.size_bytes(tmp_path / n) for n in names] == sizes
+    assert [counts.size_bytes(tmp_path / n) for n in names] == sizes
 
 
 @pytest.fixture(scope="module")
@@ -550,9 +552,9 @@ def test_pairs_of_a_gpu_are_of_the_engines_own_time() -> None:
     def made(model: str, ms: float) -> measure.Measured:
         blocks = [latency.Block([9.0], [9.0], [ms * drift]) for drift in (1.0, 1.5, 2.0)]
         row = {"model": model, "batch": 1, "threads": 1, "target": "trt-fp16", "status": "measured"}
-        return measure.Measured({**row, "engine_ms": {"p50": ms}}, [blocks], graph.Figures())
+        return measure.Measured({**row, "engine_ms": {"p50": ms}}, [blocks], counts.Figures())
 
-    (pair,) = stage.pairs([made("student", 1.0), made("teacher", 4.0)], 0)
+    (pair,) = bench.pairs([made("student", 1.0), made("teacher", 4.0)], 0)
     assert pair["clock"] == "engine" and pair["ratio"]["median"] == 0.25
 
 
@@ -590,6 +592,6 @@ def test_the_bench_and_its_stage_import_without_torch_or_any_runtime() -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'timm', 'onnx', 'onnxruntime', 'openvino'): sys.modules[name] = None\n"
-        "import exporters.bench, exporters.measure, exporters.worker, stages.bench, stages.device"
+        "import exporters.bench, exporters.bench.measure, exporters.bench.worker, stages.bench, stages.device"
     )
     assert run_python("-c", code).stderr == ""

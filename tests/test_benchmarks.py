@@ -11,7 +11,8 @@ import onnx
 import pytest
 
 from benchmarks import containers, exporters, latency, methods, store
-from exporters import graph, inputs, ort_session
+from exporters.artifact import counts, inputs
+from exporters.ort import session
 
 
 def test_the_containers_give_back_the_same_records(monkeypatch, tmp_path):
@@ -129,9 +130,9 @@ def test_a_slower_network_costs_a_known_layer_more_and_answers_alike(tmp_path):
     source = pooled(tmp_path / "net.onnx")
     more = latency.slower(source, tmp_path / "more.onnx", (2, 3))
     added = 8 * 8 * (8 * 8 * 2 * 3)  # places, then channels in, channels out, kernel
-    assert graph.figures(more).macs == graph.figures(source).macs + added
+    assert counts.figures(more).macs == counts.figures(source).macs + added
     x = inputs.smooth(4, 16, 16)
-    a, b = (ort_session.OrtSession(path, 1).run(x) for path in (source, more))
+    a, b = (session.OrtSession(path, 1).run(x) for path in (source, more))
     assert np.abs(a - b).max() < 0.05 * np.abs(a).max()
 
 

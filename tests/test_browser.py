@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import gallery, render
-from pipeline.data import Prepared
+from pipeline.data.prepared import Prepared
+from pipeline.report import gallery
+from pipeline.report import page as report_page
 from tests import compared
 from tests.browser import Browser, find
 from tests.test_gallery import evidence
@@ -44,7 +45,7 @@ def written(run: Run) -> Path:  # noqa: F811
     verdicts = [("ort-fp32", "PASS", 1.0), ("ov-fp32", "INCONCLUSIVE", 1.1), ("ov-int8", "FAIL", 2)]
     edge["comparisons"] = [compared.comparison(*of) for of in verdicts]
     path = run.folder / "page.html"
-    path.write_text(render.page([edge], shown, compared.past(edge)), encoding="utf-8")
+    path.write_text(report_page.page([edge], shown, compared.past(edge)), encoding="utf-8")
     return path
 
 

@@ -23,15 +23,19 @@ import onnx
 import pytest
 from PIL import Image
 
-from exporters import agreement, bundle, inputs, onnx_file, quantize
-from exporters.device import actions, contents, cudart, gates, picture, run, session, timing
-from exporters.device import ort as device_ort
-from exporters.device import trt as device_trt
+from exporters.artifact import agreement, inputs, onnx_file
+from exporters.bench import latency
+from exporters.bundle import __main__ as bundle_command
+from exporters.bundle import make
+from exporters.device import actions, contents, cudart, gates, ort, picture, run, session, timing
 from exporters.device.contents import Bundle
 from exporters.device.errors import UserError as Refused
 from exporters.device.errors import one_line
-from exporters.ort_session import OrtSession
-from pipeline import errors, files, images, latency
+from exporters.device.trt import TrtSession, build, logger
+from exporters.ort import quantize
+from exporters.ort.session import OrtSession
+from pipeline.core import artifacts, errors
+from pipeline.data import images
 from tests import fake_jetson
 from tests.house import ROOT
 
@@ -117,22 +121,22 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     manifest = json.loads(path.read_text())
     change(manifest)
     for name, entry in manifest["files"].items():
-        entry.update(bytes=(folder / name).stat().st_size, sha256=files.sha256(folder / name))
+        entry.update(bytes=(folder / name).stat().st_size, sha256=artifacts.sha256(folder / name))
     path.write_text(json.dumps(manifest))
 
 
 def test_the_manifest_lists_every_file_and_tells_what_it_was_made_of(
     made: Path, exported: Path
 ) -> None:
-    manifest = files.read_json(made / "manifest.json", contents.SCHEMA)
+    manifest = artifacts.read_json(made / "manifest.json", contents.SCHEMA)
     there = {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()}
     assert there == {*manifest["files"], "manifest.json"}
     for name, entry in manifest["files"].items():
-        assert entry["sha256"] == files.sha256(made / name)
+        assert entry["sha256"] == artifacts.sha256(made / name)
     assert manifest["left_out"] == []
     assert [m["precision"] for m in manifest["models"]] == ["fp32", "fp16", "int8", "int8"]
     origin = manifest["provenance"]
-    assert origin["inputs"]["onnx"] == files.sha256(exported / "student.onnx")
+    assert origin["inputs"]["onnx"] == artifacts.sha256(exported / "student.onnx")
     assert origin["calibration"]["images"] == 50 and origin["network"]["method"] == "cakd"
     assert str(Path.home()) not in json.dumps(manifest)
     assert str(exported) not in json.dumps(manifest)
@@ -151,7 +155,7 @@ def test_labels_preprocessing_and_answers_are_the_networks_own(made: Path, expor
 
 def test_no_parity_input_was_calibrated_on(exported: Path, digits: Path) -> None:
     source = exported / "student.onnx"
-    shown = bundle.pictures(source, OrtSession(source, 1), digits, None)
+    shown = make.pictures(source, OrtSession(source, 1), digits, None)
     assert shown.ranges is not None
     seen = {row.tobytes() for row in shown.ranges.shown}
     assert not seen & {row.tobytes() for row in shown.x}
@@ -199,8 +203,8 @@ def test_without_calibration_there_is_no_int8_and_the_manifest_says_why(
     out = tmp_path / "out"
     done = command("exporters.bundle", exported / "student.onnx", out)
     assert done.returncode == 0 and "left out: int8 for ort, ov" in done.stdout
-    manifest = files.read_json(out / "manifest.json")
-    assert {e["reason"] for e in manifest["left_out"]} == {bundle.NO_CALIB}
+    manifest = artifacts.read_json(out / "manifest.json")
+    assert {e["reason"] for e in manifest["left_out"]} == {make.NO_CALIB}
     assert not list(out.glob("*int8*")) and manifest["provenance"]["calibration"] is None
     refused(runner(out, "--bench", "--precision", "int8"), "no --calib", "it holds fp32, fp16")
 
@@ -212,7 +216,7 @@ def test_a_precision_that_fails_its_gate_is_left_out_with_the_figure(
     half = quantize.to_fp16
     monkeypatch.setattr(quantize, "to_fp16", lambda _: half(wrong))
     (tmp_path / "out").mkdir()
-    manifest = bundle.make(exported / "student.onnx", tmp_path / "out", None, None)
+    manifest = make.make(exported / "student.onnx", tmp_path / "out", None, None)
     left = {e["precision"]: e["reason"] for e in manifest["left_out"]}
     assert "dB, fp16 gate 35 dB" in left["fp16"]
     assert not (tmp_path / "out" / "model-fp16.onnx").exists()
@@ -228,7 +232,7 @@ def test_a_precision_that_the_runtime_refuses_is_left_out_and_no_path_is_told(
 
     monkeypatch.setattr(quantize, "to_fp16", broken)
     monkeypatch.setattr(onnx_file, "save", lambda p, path: path.write_bytes(p.SerializeToString()))
-    manifest = bundle.make(exported / "student.onnx", tmp_path, None, None)
+    manifest = make.make(exported / "student.onnx", tmp_path, None, None)
     assert [m["precision"] for m in manifest["models"]] == ["fp32"]
     assert "Frobnicate" in manifest["left_out"][0]["reason"]
     assert str(tmp_path) not in json.dumps(manifest["left_out"])
@@ -310,10 +314,10 @@ def test_a_makers_mistake_is_one_line_and_nothing_is_written(
 def test_only_a_bundle_and_what_running_it_left_is_replaced(copied: Path) -> None:
     (copied / "cache").mkdir()
     (copied / "cache" / "x.plan").write_bytes(b"")
-    bundle.check_out(copied)
+    bundle_command.check_out(copied)
     (copied / "mine.txt").write_text("")
     with pytest.raises(errors.UserError, match=r"holds mine\.txt"):
-        bundle.check_out(copied)
+        bundle_command.check_out(copied)
 
 
 @pytest.mark.parametrize("change", ["shape", "crop", "classes"])
@@ -360,7 +364,7 @@ def test_a_bench_tells_its_figures_and_no_percentile_it_cannot_know(
     assert wall["min"] <= wall["p50"] and row["cpu_ms"]["p50"] > 0
     assert (wall["p90"] is not None) == (n >= 100) and (wall["p99"] is not None) == (n >= 1000)
     assert row["load_ms"] > 0 and row["first_ms"] > 0 and row["warm_up"]["seconds"] >= 0.4
-    assert row["bundle"]["manifest_sha256"] == files.sha256(made / "manifest.json")
+    assert row["bundle"]["manifest_sha256"] == artifacts.sha256(made / "manifest.json")
 
 
 @pytest.mark.parametrize(
@@ -385,7 +389,7 @@ def test_the_fusion_that_two_versions_of_onnx_runtime_get_wrong_is_off_there(
         InferenceSession=opened,
         SessionOptions=onnxruntime.SessionOptions,
     )
-    found = device_ort.OrtSession(module, made / "model-fp32.onnx", 1)
+    found = ort.OrtSession(module, made / "model-fp32.onnx", 1)
     x, logits = Bundle.open(made).parity()
     assert gates.judge(logits, found.run(x), "fp32")[0] == "PASS" and asked == [off]
 
@@ -396,7 +400,7 @@ def test_the_bench_in_words(made: Path, runner: Runner) -> None:
 
 
 def test_the_command_line_as_it_is_typed(made: Path) -> None:
-    line = [sys.executable, "-B", *bundle.COMMANDS["verify"].split()[1:]]
+    line = [sys.executable, "-B", *make.COMMANDS["verify"].split()[1:]]
     done = subprocess.run(line, cwd=made, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("PASS") == 3, done.stderr
     assert not list(made.rglob("__pycache__"))
@@ -614,7 +618,7 @@ def test_tensorrt_verifies_every_precision_on_the_engine_it_builds(
     assert "model-int8-trt.trt10.3.0-sm87.plan" in kept and len(kept) == 6
     noted = json.loads((copied / "cache/model-fp16.trt10.3.0-sm87.plan.json").read_text())
     assert noted["tensorrt"] == "10.3.0" and noted["sm"] == 87 and noted["multiprocessors"] == 8
-    assert noted["onnx_sha256"] == files.sha256(copied / "model-fp16.onnx")
+    assert noted["onnx_sha256"] == artifacts.sha256(copied / "model-fp16.onnx")
     again = runner(copied, "--verify", only=both, fake="")
     assert again.returncode == 0 and again.stderr == ""
 
@@ -642,9 +646,7 @@ def test_batches_of_any_size_share_the_engines_buffers_and_lose_none(
 ) -> None:
     monkeypatch.setattr(cudart, "_load", fake_jetson.cudart)
     monkeypatch.setattr(fake_jetson, "MEMORY", {})
-    engine = device_trt.TrtSession(
-        fake_jetson.tensorrt(), made / "model-fp32.onnx", "fp32", tmp_path
-    )
+    engine = TrtSession(fake_jetson.tensorrt(), made / "model-fp32.onnx", "fp32", tmp_path)
     x, logits = Bundle.open(made).parity()
     for size in (1, 3, 2, 8, 16, 1):
         assert np.abs(engine.run(x[:size]) - logits[:size]).max() < 1e-5
@@ -766,7 +768,7 @@ def test_of_a_long_message_the_end_is_kept(made: Path, tmp_path: Path) -> None:
     proto.ir_version = 999
     (tmp_path / "newer.onnx").write_bytes(proto.SerializeToString())
     with pytest.raises(Refused, match=r"newer\.onnx: .*IR version: 999.*newer onnxruntime"):
-        device_ort.OrtSession(onnxruntime, tmp_path / "newer.onnx", 1)
+        ort.OrtSession(onnxruntime, tmp_path / "newer.onnx", 1)
 
 
 CUDART = """
@@ -816,10 +818,10 @@ def test_a_real_builder_takes_every_file_meant_for_tensorrt(made: Path) -> None:
     opened = Bundle.open(made)
     for precision in contents.PRECISIONS:
         model = made / opened.model("trt", precision).file
-        assert device_trt.build(tensorrt_rtx, device_trt.logger(tensorrt_rtx), model)
+        assert build(tensorrt_rtx, logger(tensorrt_rtx), model)
     unsigned = made / opened.model("ort", "int8").file
     with pytest.raises(Refused, match=r"model-int8-cpu\.onnx: TensorRT cannot"):
-        device_trt.build(tensorrt_rtx, device_trt.logger(tensorrt_rtx), unsigned)
+        build(tensorrt_rtx, logger(tensorrt_rtx), unsigned)
 
 
 def test_the_runner_is_python_3_8_with_the_standard_library_and_numpy(made: Path) -> None:
@@ -893,8 +895,8 @@ def test_the_warm_up_ends_when_it_is_stable_and_else_the_row_is_noisy(
 
 def test_precisions_runtimes_and_help_name_the_same_things() -> None:
     assert tuple(session.MODULES) == contents.RUNTIMES
-    assert {v.precision for v in bundle.VARIANTS} == set(contents.PRECISIONS)
+    assert {v.precision for v in make.VARIANTS} == set(contents.PRECISIONS)
     text = run.parser().format_help()
-    for command in bundle.COMMANDS.values():
+    for command in make.COMMANDS.values():
         for option in [word for word in command.split() if word.startswith("--")]:
             assert option in text

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import history
-from pipeline.charts import bars, canvas, curves, ecdf, forest, timeline, tradeoff
+from pipeline.report import history
+from pipeline.report.charts import bars, canvas, curves, ecdf, forest, timeline, tradeoff
 from tests import compared
 from tests.test_report import TARGETS, Run, change_row, run, summary  # noqa: F401 - the fixture
 

@@ -13,11 +13,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pipeline import cli, compute, models, runtime
-from pipeline.compute import Compute
-from pipeline.errors import UserError
-from pipeline.runtime import Ranks
-from pipeline.training import Trainer
+from pipeline.core import cli
+from pipeline.core.errors import UserError
+from pipeline.distill.trainer import Trainer
+from pipeline.models.checkpoint import load
+from pipeline.training import compute, stopwatch
+from pipeline.training import ranks as training_ranks
+from pipeline.training.compute import Compute
+from pipeline.training.ranks import ALONE, Ranks, average_gradients
 from tests.conftest import ROOT
 from tests.test_training import QUICK, run
 
@@ -26,7 +29,7 @@ UNNORMED = replace(QUICK, student="test_convnext", student_kwargs={"output_strid
 
 
 def steps(trainer, count):
-    watch = runtime.Stopwatch()
+    watch = stopwatch.Stopwatch()
     return [trainer.step(step, watch) for step in range(count)]
 
 
@@ -53,19 +56,20 @@ RANKS = """
 import json, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from pipeline import data, runtime
-from pipeline.training import Trainer
+from pipeline.data.prepared import Prepared
+from pipeline.distill.trainer import Trainer
+from pipeline.training.ranks import ranks
 from tests.test_compute import UNNORMED, steps, weights
 
 torch.optim.AdamW = lambda groups, lr, weight_decay: torch.optim.SGD(groups, lr)
 prepared, teacher, features, out = map(Path, sys.argv[1:])
-with runtime.ranks() as among:
+with ranks() as joined:
     trainer = Trainer(
-        UNNORMED, "cakd+logits", data.Prepared.open(prepared), teacher, features, among=among
+        UNNORMED, "cakd+logits", Prepared.open(prepared), teacher, features, among=joined
     )
     figures = steps(trainer, 50)
-    save_file({"weights": weights(trainer)}, out / f"{among.rank}.safetensors")
-    (out / f"{among.rank}.json").write_text(json.dumps(figures))
+    save_file({"weights": weights(trainer)}, out / f"{joined.rank}.safetensors")
+    (out / f"{joined.rank}.json").write_text(json.dumps(figures))
 """
 
 
@@ -100,8 +104,7 @@ def test_averaged_weights_are_what_is_published(prepared, teacher_path, features
         config = replace(QUICK, compute=Compute(ema=decay))
         run(config, "logits", prepared, teacher_path, features, tmp_path / str(decay))
     students = [
-        models.load(tmp_path / name / "logits" / "student.safetensors")[0]
-        for name in ("0.0", "0.9")
+        load(tmp_path / name / "logits" / "student.safetensors")[0] for name in ("0.0", "0.9")
     ]
     plain, averaged = (dict(s.named_parameters()) for s in students)
     assert set(plain) == set(averaged)
@@ -111,7 +114,7 @@ def test_averaged_weights_are_what_is_published(prepared, teacher_path, features
     )
     expected = None
     for step in range(21):
-        trainer.step(step, runtime.Stopwatch())
+        trainer.step(step, stopwatch.Stopwatch())
         now = trainer.student.fc.weight.detach().clone()
         expected = now if expected is None else 0.9 * expected + 0.1 * now
     torch.testing.assert_close(averaged["fc.weight"].detach(), expected, rtol=1e-4, atol=1e-6)
@@ -147,8 +150,8 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(prepared, teac
 def test_cuda_where_there_is_none_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="got 'cuda', but PyTorch sees no CUDA device; use auto"):
-        compute.place("cuda", "cache.device", runtime.ALONE)
-    assert compute.place("auto", "cache.device", runtime.ALONE).type == "cpu"
+        compute.place("cuda", "cache.device", ALONE)
+    assert compute.place("auto", "cache.device", ALONE).type == "cpu"
     assert Compute(device="cuda").backend() == "gloo"
 
 
@@ -180,7 +183,7 @@ def test_under_srun_the_ranks_are_slurms(monkeypatch):
     slurm = {"STEP_ID": "0", "PROCID": "3", "NTASKS": "4", "LOCALID": "1"}
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    with pytest.raises(UserError, match="MASTER_ADDR is not set"), runtime.ranks():
+    with pytest.raises(UserError, match="MASTER_ADDR is not set"), training_ranks.ranks():
         pass
     assert os.environ.pop("RANK") == "3" and os.environ.pop("LOCAL_RANK") == "1"
     assert os.environ.pop("WORLD_SIZE") == "4"
@@ -200,7 +203,7 @@ def test_under_autocast_the_losses_are_computed_in_float32(
         )
 
     trainer.objective.parts[method].register_forward_pre_hook(look)
-    figures = trainer.step(0, runtime.Stopwatch())
+    figures = trainer.step(0, stopwatch.Stopwatch())
     assert seen == [(torch.float32, torch.float32, False)]
     assert all(value == value for value in figures.values())
 
@@ -209,19 +212,21 @@ STOPPED = """
 import os, signal, sys, torch
 from pathlib import Path
 from torch import distributed, nn
-from pipeline import cli, progress, runtime
+from pipeline.core import cli, progress
+from pipeline.training import loop
+from pipeline.training.ranks import ranks
 
 def main(_):
-    with runtime.ranks() as among:
+    with ranks() as joined:
         net = nn.Linear(2, 2)
         def step(i):
-            if i == 5 and among.rank == 1:
+            if i == 5 and joined.rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)  # the rank that saves nothing
             return {"loss": float(i)}
-        tell = progress.Progress("distill", 100, quiet=among.rank > 0)
+        tell = progress.Progress("distill", 100, quiet=joined.rank > 0)
         adam = torch.optim.Adam(net.parameters())
-        runtime.run_steps(
-            tell, 1000, Path(sys.argv[1]), {"net": net}, {"adam": adam}, step, among
+        loop.run_steps(
+            tell, 1000, Path(sys.argv[1]), {"net": net}, {"adam": adam}, step, joined
         )
 
 import argparse
@@ -251,5 +256,5 @@ def test_a_signal_to_one_rank_makes_all_of_them_save_and_leave_after_the_same_st
 def test_gradients_of_one_rank_stay_as_they_are():
     leaf = torch.ones(3, requires_grad=True)
     leaf.sum().backward()
-    compute.average_gradients([leaf], runtime.ALONE)
+    average_gradients([leaf], ALONE)
     assert leaf.grad.tolist() == [1, 1, 1]

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import pytest
 
-from pipeline import config
-from pipeline.errors import UserError
+from pipeline.core import config
+from pipeline.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +23,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.methods.term import Seen, Term
-from pipeline.teacher import Tokens
+from pipeline.distill.methods.term import Seen, Term
+from pipeline.models.teacher import Tokens
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from pipeline.sources.sample import Found, Sample, existing, refuse_label_column
+from pipeline.prepare.sources.sample import Found, Sample, existing, refuse_label_column
 
 
 def read(path: str | None, label_column: str | None) -> Found:
@@ -87,8 +86,8 @@ from pathlib import Path
 import onnx
 from onnx.reference import ReferenceEvaluator
 
-from exporters import onnx_file
-from exporters.session import Array, checked_shape
+from exporters.artifact import onnx_file
+from exporters.artifact.session import Array, checked_shape
 
 
 class ReferenceSession:
@@ -140,17 +139,6 @@ def python(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def watch(folder: Path, stages: tuple[str, ...], module: str) -> None:
-    """Add a module to the code deps of these stages in dvc.yaml."""
-    lines, stage = [], ""
-    for line in (folder / "dvc.yaml").read_text().splitlines():
-        stage = found[1] if (found := re.fullmatch(r"  (\w+):", line)) else stage
-        if line.strip() == "- pipeline/cli.py" and stage in stages:
-            lines.append(line.replace("pipeline/cli.py", module))
-        lines.append(line)
-    (folder / "dvc.yaml").write_text("\n".join(lines) + "\n")
-
-
 def test_a_method_is_a_file_a_row_and_its_settings(tmp_path: Path) -> None:
     copied = tmp_path / "copy"
     copied.mkdir()
@@ -161,13 +149,14 @@ def test_a_method_is_a_file_a_row_and_its_settings(tmp_path: Path) -> None:
         distill={"methods": ["plain", "logits", "cosine+gl"]},
         export={"method": "cosine+gl"},
     )
-    table = copied / "pipeline" / "methods" / "table.py"
+    table = copied / "pipeline" / "distill" / "methods" / "table.py"
     (table.parent / "cosine.py").write_text(COSINE)
     edit(
         table,
         (
-            "from pipeline.methods.crd import",
-            "from pipeline.methods.cosine import Cosine, CosineConfig\nfrom pipeline.methods.crd import",
+            "from pipeline.distill.methods.crd import",
+            "from pipeline.distill.methods.cosine import Cosine, CosineConfig\n"
+            "from pipeline.distill.methods.crd import",
         ),
         ('    "dkd": ("dkd",),\n', '    "dkd": ("dkd",),\n    "cosine": ("cosine",),\n'),
         (
@@ -178,7 +167,6 @@ def test_a_method_is_a_file_a_row_and_its_settings(tmp_path: Path) -> None:
     )
     for name in ("params.yaml", "recipes/digits.yaml"):
         edit(copied / name, ("    dkd:\n", "    cosine:\n      weight: 2.0\n    dkd:\n"))
-    watch(copied, ("distill", "evaluate"), "pipeline/methods/cosine.py")
     assert "params.yaml: correct" in python(copied, "-m", "stages.check")
     done = tiny.dvc(copied, "repro", "distill@cosine+gl")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
@@ -203,10 +191,13 @@ def test_a_data_source_is_a_file_and_a_row(tmp_path: Path) -> None:
     copied.mkdir()
     own = {"source": "arrays", "path": "mine.npz", "val": 0.2, "test": 0.2, "student_labels": "all"}
     tiny.copy(copied, "tests", prepare=own)
-    (copied / "pipeline" / "sources" / "arrays.py").write_text(ARRAYS)
+    (copied / "pipeline" / "prepare" / "sources" / "arrays.py").write_text(ARRAYS)
     edit(
-        copied / "pipeline" / "prepare.py",
-        ("from pipeline.sources import cifar", "from pipeline.sources import arrays, cifar"),
+        copied / "pipeline" / "prepare" / "prepare.py",
+        (
+            "from pipeline.prepare.sources import cifar",
+            "from pipeline.prepare.sources import arrays, cifar",
+        ),
         (
             '    "digits": digits.read,\n',
             '    "digits": digits.read,\n    "arrays": arrays.read,\n',
@@ -215,7 +206,6 @@ def test_a_data_source_is_a_file_and_a_row(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     x, y = generator.integers(0, 256, (60, 12, 10, 3), np.uint8), np.arange(60) % 3
     np.savez(copied / "mine.npz", x=x, y=y)
-    watch(copied, ("prepare",), "pipeline/sources/arrays.py")
     told = python(copied, "-m", "stages.prepare", "data/prepared")
     assert "3 classes" in told
     index = json.loads((copied / "data" / "prepared" / "index.json").read_text())
@@ -231,7 +221,7 @@ def test_a_target_is_a_session_and_two_rows(tmp_path: Path, exported: Path) -> N
     tiny.copy(copied, "tests", bench={"enabled": ["ort-fp32", "reference-fp32"]})
     (copied / "exporters" / "reference.py").write_text(REFERENCE)
     edit(
-        copied / "exporters" / "session.py",
+        copied / "exporters" / "artifact" / "session.py",
         (
             '        Target("ov-fp32"',
             '        Target("reference-fp32", "reference", "fp32", "{model}.onnx", ("onnx",)),\n'
@@ -239,11 +229,10 @@ def test_a_target_is_a_session_and_two_rows(tmp_path: Path, exported: Path) -> N
         ),
     )
     edit(
-        copied / "exporters" / "runtimes.py",
+        copied / "exporters" / "open.py",
         ("def _trt(", OPENER + "def _trt("),
         ('    "ov": _ov,\n', '    "ov": _ov,\n    "reference": _reference,\n'),
     )
-    watch(copied, ("export", "build", "bench"), "exporters/reference.py")
     built, told = tmp_path / "built", tmp_path / "bench.json"
     target = ("--target", "reference-fp32")
     python(copied, "-m", "stages.build", str(exported), str(built), *target)

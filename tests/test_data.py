@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from pipeline import data
-from pipeline.data import Prepared
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
+from pipeline.data.prepared import Prepared, spread
+from pipeline.training import seeds
 
 
 def test_damaged_pixels_are_refused(digits, tmp_path):
@@ -30,13 +30,13 @@ def test_origins_say_where_each_record_was_read_from(digits):
 
 
 def test_a_permutation_is_a_function_of_seed_stream_and_pass():
-    base = data.permutation(50, 0, "a", 0)
+    base = seeds.permutation(50, 0, "a", 0)
     assert sorted(base) == list(range(50))
-    assert np.array_equal(base, data.permutation(50, 0, "a", 0))
+    assert np.array_equal(base, seeds.permutation(50, 0, "a", 0))
     for other in ((1, "a", 0), (0, "b", 0), (0, "a", 1)):
-        assert not np.array_equal(base, data.permutation(50, *other))
+        assert not np.array_equal(base, seeds.permutation(50, *other))
 
 
 def test_spread_takes_the_first_the_last_and_even_steps_between():
-    assert data.spread(np.arange(100), 4).tolist() == [0, 33, 66, 99]
-    assert data.spread(np.arange(3), 4).tolist() == [0, 1, 2]
+    assert spread(np.arange(100), 4).tolist() == [0, 33, 66, 99]
+    assert spread(np.arange(3), 4).tolist() == [0, 1, 2]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import device
+from exporters.bench import conditions
+from pipeline.core import machine
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,7 +54,7 @@ def test_machine_names_cpu_isa_memory_and_board_of_an_arm_box(tmp_path: Path) ->
     )
     (root / "proc/device-tree").mkdir()
     (root / "proc/device-tree/model").write_bytes(b"NVIDIA Jetson Orin Nano Developer Kit\0")
-    block = device.machine(root)
+    block = machine.machine(root)
     assert block["cpu"] == "Arm implementer 0x41 part 0xd42"
     assert block["isa"] == ["neon", "dotprod", "i8mm"]
     assert block["memory_gb"] == 8.2
@@ -65,13 +66,13 @@ def test_machine_lists_the_x86_extensions_that_matter(tmp_path: Path) -> None:
         tmp_path,
         proc__cpuinfo="model name : Some CPU\nflags : fpu avx2 avx512f avx512_vnni amx_tile\n",
     )
-    block = device.machine(root)
+    block = machine.machine(root)
     assert block["cpu"] == "Some CPU"
     assert block["isa"] == ["avx2", "avx512f", "avx512_vnni", "amx"]
 
 
 def test_an_empty_proc_is_described_with_nulls(tmp_path: Path) -> None:
-    block = device.machine(tmp_path)
+    block = machine.machine(tmp_path)
     assert block["memory_gb"] is None and block["board"] is None and block["isa"] == []
     assert block["cpu"]
 
@@ -106,13 +107,13 @@ def test_usable_cores_are_cut_by_the_cgroup_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert device.usable_cores(write(tmp_path, **files)) == cores
+    assert machine.usable_cores(write(tmp_path, **files)) == cores
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
 def test_usable_cores_follow_the_affinity_mask() -> None:
     code = (
-        "import os; from pipeline.device import usable_cores;"
+        "import os; from pipeline.core.machine import usable_cores;"
         "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); print(usable_cores())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -123,7 +124,7 @@ def test_gpu_is_named_with_its_driver_and_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nvidia_smi(tmp_path, "printf 'NVIDIA L4, 570.86.15\\nNVIDIA L4, 570.86.15\\n'", monkeypatch)
-    gpu = device.machine(tmp_path)["gpu"]
+    gpu = machine.machine(tmp_path)["gpu"]
     assert gpu == {"name": "NVIDIA L4", "driver": "570.86.15", "count": 2}
 
 
@@ -132,7 +133,7 @@ def test_a_driver_without_a_device_is_no_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str
 ) -> None:
     nvidia_smi(tmp_path, body, monkeypatch)
-    assert device.machine(tmp_path)["gpu"] is None
+    assert machine.machine(tmp_path)["gpu"] is None
 
 
 def test_conditions_tell_load_governor_clock_and_throttling(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_conditions_tell_load_governor_clock_and_throttling(tmp_path: Path) -> N
         proc__self__cgroup="0::/job\n",
         **{"sys__fs__cgroup__job__cpu.stat": "usage_usec 5\nnr_throttled 7\n"},
     )
-    told = device.conditions(root)
+    told = conditions.conditions(root)
     assert (told["load_1m"], told["governor"], told["cpu_mhz"]) == (3.25, "powersave", 1800)
     assert told["throttled"] == 7
     assert told["time"].endswith("+00:00")
@@ -177,7 +178,7 @@ def test_a_jetson_tells_its_power_mode_clock_power_and_heat(
 ) -> None:
     tool(tmp_path, "tegrastats", f"echo '{line}'; exec sleep 60", monkeypatch)
     tool(tmp_path, "nvpmodel", "printf 'NV Power Mode: MAXN_SUPER\n2\n'", monkeypatch)
-    found = device.conditions(tmp_path)
+    found = conditions.conditions(tmp_path)
     assert (found["gpu_mhz"], found["power_w"], found["celsius"]) == told
     assert found["power_mode"] == "MAXN_SUPER"
 
@@ -185,11 +186,11 @@ def test_a_jetson_tells_its_power_mode_clock_power_and_heat(
 def test_a_silent_or_broken_tool_of_the_board_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "TOOL_SECONDS", 0.2)
+    monkeypatch.setattr(machine, "TOOL_SECONDS", 0.2)
     tool(tmp_path, "tegrastats", "exec sleep 60", monkeypatch)
     tool(tmp_path, "nvpmodel", "echo 'NVPM ERROR: no permission'; exit 1", monkeypatch)
     began = time.monotonic()
-    found = device.conditions(tmp_path)
+    found = conditions.conditions(tmp_path)
     assert time.monotonic() - began < 10
     assert (found["gpu_mhz"], found["power_w"], found["power_mode"]) == (None, None, None)
 
@@ -205,11 +206,11 @@ def test_conditions_tell_the_tightest_limits_of_the_cgroups(tmp_path: Path) -> N
             "sys__fs__cgroup__box__job__memory.max": "max\n",
         },
     )
-    told = device.conditions(root)
+    told = conditions.conditions(root)
     assert (told["cpu_quota"], told["memory_limit_gb"]) == (1.5, 2.0)
 
 
 def test_conditions_of_a_bare_box_are_nulls(tmp_path: Path) -> None:
-    told = device.conditions(tmp_path)
+    told = conditions.conditions(tmp_path)
     assert {key for key, value in told.items() if value is not None} == {"time", "kernel"}
     json.dumps(told, allow_nan=False)

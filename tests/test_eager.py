@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporters import inputs
-from exporters.runtimes import open_session
-from exporters.session import TARGETS
+from exporters.artifact import inputs
+from exporters.artifact.session import TARGETS
+from exporters.open import open_session
 
 
 def test_a_checkpoint_counts_as_its_export_says(exported: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporters import cuda, trt
-from exporters.engine_clock import ClockedSession
-from exporters.trt_build import Options
+from exporters.trt import convert, driver
+from exporters.trt.build import Options
+from exporters.trt.clock import ClockedSession
 from tests.fake_tensorrt import GPU, LARGEST, Fake
 from tests.test_trt_full import network
 
@@ -41,10 +41,10 @@ def session(
     monkeypatch.setattr(fake.torch.cuda, "Event", events.Event, raising=False)
     monkeypatch.setitem(sys.modules, "tensorrt", fake.tensorrt)
     monkeypatch.setitem(sys.modules, "torch", fake.torch)
-    monkeypatch.setattr(cuda, "device", lambda: GPU)
+    monkeypatch.setattr(driver, "device", lambda: GPU)
     monkeypatch.setenv("CAKD_CUDA_GRAPH", request.param)
     source = network(tmp_path / "net.onnx", "Relu")
-    plan, _ = trt.make(
+    plan, _ = convert.make(
         source, tmp_path / "net.plan", "fp32", "tensorrt", Options(shapes=(1, 1, LARGEST))
     )
     return ClockedSession(plan)

@@ -7,16 +7,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline import evaluate, teacher
-from pipeline.kernels.reference import attention, heads
-from pipeline.methods import cakd
+from pipeline.distill.kernels.reference import attention, heads
+from pipeline.distill.methods import cakd
+from pipeline.evaluate import accuracy, corruptions
+from pipeline.models import teacher
 from tests.test_training import QUICK, run
 
 
 def test_figures_are_their_definitions():
     logits = torch.tensor([[9.0, 1, 0, 0, 0, 0], [0, 2, 1, 0, 0, 0], [5, 4, 3, 2, 1, 0.0]])
     labels = torch.tensor([0, 2, 5])
-    found = evaluate.figures(logits, labels, bins=10)
+    found = accuracy.figures(logits, labels, bins=10)
     assert found["top1"] == pytest.approx(1 / 3) and found["top5"] == pytest.approx(2 / 3)
     assert found["nll"] == pytest.approx(F.cross_entropy(logits, labels).item())
     assert found["n"] == 3
@@ -25,19 +26,19 @@ def test_figures_are_their_definitions():
 def test_ece_of_a_calibrated_coin_is_zero_and_of_a_boaster_one():
     half = torch.zeros(100, 2)
     labels = torch.tensor([0, 1] * 50)
-    assert evaluate.figures(half + torch.tensor([1e-6, 0]), labels, 15)["ece"] == pytest.approx(
+    assert accuracy.figures(half + torch.tensor([1e-6, 0]), labels, 15)["ece"] == pytest.approx(
         0, abs=1e-4
     )
     sure = torch.tensor([[50.0, 0.0]]).repeat(100, 1)
-    assert evaluate.figures(sure, torch.ones(100, dtype=torch.long), 15)["ece"] == pytest.approx(1)
+    assert accuracy.figures(sure, torch.ones(100, dtype=torch.long), 15)["ece"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("kind", evaluate.NOISE)
+@pytest.mark.parametrize("kind", corruptions.NOISE)
 def test_noise_changes_the_image_and_is_a_function_of_seed_and_id(kind, prepared):
     images = np.asarray(prepared.images[:4])
-    a = evaluate.noisy(images, ("a", "b", "c", "d"), kind, 0)
-    b = evaluate.noisy(images[::-1], ("d", "c", "b", "a"), kind, 0)[::-1]
-    other = evaluate.noisy(images, ("a", "b", "c", "d"), kind, 1)
+    a = corruptions.noisy(images, ("a", "b", "c", "d"), kind, 0)
+    b = corruptions.noisy(images[::-1], ("d", "c", "b", "a"), kind, 0)[::-1]
+    other = corruptions.noisy(images, ("a", "b", "c", "d"), kind, 1)
     assert a.shape == images.shape and a.dtype == np.uint8
     assert np.array_equal(a, b) and not np.array_equal(a, other)
     assert all((x != y).any() for x, y in zip(a, images, strict=True))
@@ -49,7 +50,7 @@ def test_models_are_judged_clean_and_noisy_with_what_they_saw(
     for method in ("plain", "cakd"):
         run(QUICK, method, prepared, teacher_path, features, tmp_path)
     students = [tmp_path / m / "student.safetensors" for m in ("plain", "cakd")]
-    found = evaluate.evaluate(evaluate.Evaluate(), prepared, teacher_path, students)
+    found = accuracy.evaluate(accuracy.Evaluate(), prepared, teacher_path, students)
     assert list(found["models"]) == ["teacher", "plain", "cakd"]
     for judged in found["models"].values():
         assert judged["clean"]["n"] == 400 and judged["noisy"]["n"] == 2000
@@ -69,7 +70,7 @@ def test_similarity_is_one_where_the_student_projects_the_teachers_own(
     run(QUICK, "cakd", prepared, teacher_path, features, tmp_path)
     live = teacher.load(teacher_path)
     shown: list[torch.Tensor] = []
-    whole = evaluate.views.whole
+    whole = accuracy.views.whole
 
     def keep(images):
         shown.append(whole(images))
@@ -79,8 +80,8 @@ def test_similarity_is_one_where_the_student_projects_the_teachers_own(
         tokens = live(shown[-1])
         return attention(*heads(tokens.qkv)), tokens.h
 
-    monkeypatch.setattr(evaluate.views, "whole", keep)
+    monkeypatch.setattr(accuracy.views, "whole", keep)
     monkeypatch.setattr(cakd.Projectors, "projected", projected)
     path = tmp_path / "cakd" / "student.safetensors"
-    found = evaluate.similarity(path, live, prepared, evaluate.Evaluate())
+    found = accuracy.similarity(path, live, prepared, accuracy.Evaluate())
     assert found == {"attention": pytest.approx(1, abs=1e-5), "tokens": pytest.approx(1, abs=1e-5)}

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import evaluate, evidence, models, teacher, views
+from pipeline.data import views
+from pipeline.evaluate import accuracy, evidence
+from pipeline.models import checkpoint, teacher
 from tests.test_training import QUICK, run
 
 
@@ -20,11 +22,11 @@ def students(prepared, teacher_path, features, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(prepared, teacher_path, students):
-    return evidence.gather(evaluate.Evaluate(), prepared, teacher_path, students)
+    return evidence.gather(accuracy.Evaluate(), prepared, teacher_path, students)
 
 
 def test_confusion_and_accuracy_are_of_the_same_answers(found, prepared, teacher_path, students):
-    judged = evaluate.evaluate(evaluate.Evaluate(), prepared, teacher_path, students)["models"]
+    judged = accuracy.evaluate(accuracy.Evaluate(), prepared, teacher_path, students)["models"]
     assert list(found["models"]) == ["teacher", "plain", "cakd"]
     for name, model in found["models"].items():
         total = sum(n for _, _, n in model["confusion"])
@@ -33,7 +35,7 @@ def test_confusion_and_accuracy_are_of_the_same_answers(found, prepared, teacher
 
 
 def test_the_mistakes_are_the_surest_of_all_wrong_answers(found, prepared, students):
-    model, description = models.load(students[1])
+    model, description = checkpoint.load(students[1])
     rows = prepared.rows("test")
     x = views.normalise(views.whole(prepared.images[rows]), description["preprocess"])
     with torch.no_grad():
@@ -75,5 +77,5 @@ def test_the_teachers_map_is_that_of_its_last_block_without_the_class_token(
 
 
 def test_a_run_without_projectors_has_no_students_map(prepared, teacher_path, students):
-    found = evidence.gather(evaluate.Evaluate(), prepared, teacher_path, students[:1])
+    found = evidence.gather(accuracy.Evaluate(), prepared, teacher_path, students[:1])
     assert set(found["attention"]["received"]) == {"teacher"}

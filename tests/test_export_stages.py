@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporters import build as builder
-from exporters import cuda, inputs
+from exporters import build
+from exporters.artifact import inputs
+from exporters.artifact.session import TARGETS
 from exporters.build import Build, Exported
-from exporters.runtimes import open_session
-from exporters.session import TARGETS
-from pipeline.data import Prepared, normalised
+from exporters.open import open_session
+from exporters.trt import driver
+from pipeline.data.prepared import Prepared, normalised
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 ROW = {
@@ -53,7 +54,7 @@ def test_the_reference_is_the_val_split_with_torchs_own_logits(
     assert all((val == image).all(axis=(1, 2, 3)).any() for image in held["x"])
     for model in ("student", "teacher"):
         session = open_session(TARGETS["torch-eager"], exported / f"{model}.safetensors", 1)
-        assert np.abs(inputs.run(session, held[builder.IMAGES[model]]) - held[model]).max() < 1e-5
+        assert np.abs(inputs.run(session, held[build.IMAGES[model]]) - held[model]).max() < 1e-5
     assert len(set(held["labels"])) == 10
 
 
@@ -78,7 +79,7 @@ def test_export_json_holds_the_figures_of_the_hard_gates(exported: Path) -> None
 def test_images_of_another_size_than_the_models_are_exit_2(
     exported: Path, tmp_path: Path, command: Command
 ) -> None:
-    from pipeline.prepare import Prepare, prepare
+    from pipeline.prepare.prepare import Prepare, prepare
 
     other = tmp_path / "prepared"
     prepare(Prepare("digits", image_size=16, val=20, test=20), other)
@@ -177,7 +178,7 @@ def test_a_broken_fp32_is_exit_3_after_writing(
 
 
 @rtx
-@pytest.mark.skipif(cuda.device() is not None, reason="this machine has a GPU")
+@pytest.mark.skipif(driver.device() is not None, reason="this machine has a GPU")
 def test_an_rtx_engine_is_built_without_a_gpu_and_its_parity_skipped(
     exported: Path, tmp_path: Path, command: Command
 ) -> None:
@@ -189,7 +190,7 @@ def test_an_rtx_engine_is_built_without_a_gpu_and_its_parity_skipped(
     assert sidecar["precision"] == "fp16" and sidecar["shapes"] == [1, 1, 4]
 
 
-@pytest.mark.skipif(cuda.device() is not None, reason="this machine has a GPU")
+@pytest.mark.skipif(driver.device() is not None, reason="this machine has a GPU")
 def test_a_missing_back_end_is_a_record_and_exit_0(
     exported: Path, tmp_path: Path, command: Command
 ) -> None:
@@ -204,7 +205,7 @@ def test_a_default_precision_that_fails_its_gate_is_not_shipped(
     exported: Path, tmp_path: Path
 ) -> None:
     gates = Build(bf16_db=99.0, fp16_db=99.0)
-    entry, rows = builder.build_model(
+    entry, rows = build.build_model(
         TARGETS["ov-default"], "student", Exported.open(exported), tmp_path, gates
     )
     if rows[0]["precision_effective"] == "fp32":

@@ -11,29 +11,30 @@ import sys
 
 import pytest
 
-from pipeline import cli, files
-from pipeline.errors import GateFailed, UserError
+from pipeline.core import artifacts, cli
+from pipeline.core.atomic import PARTIAL, atomic, atomic_dir, publish
+from pipeline.core.errors import GateFailed, UserError
 from tests.house import ROOT
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     path = tmp_path / "a.json"
-    files.write_json(path, {"schema": "x", "value": 1})
-    with pytest.raises(RuntimeError), files.atomic(path) as temporary:
+    artifacts.write_json(path, {"schema": "x", "value": 1})
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     with pytest.raises(ValueError):
-        files.write_json(path, {"value": float("nan")})
-    assert files.read_json(path, "x")["value"] == 1
+        artifacts.write_json(path, {"value": float("nan")})
+    assert artifacts.read_json(path, "x")["value"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_folder_replaces_the_old_one_only_when_finished(tmp_path):
     out = tmp_path / "out"
     for text in ("one", "two"):
-        with files.atomic_dir(out) as folder:
+        with atomic_dir(out) as folder:
             (folder / "f").write_text(text)
-    with pytest.raises(RuntimeError), files.atomic_dir(out) as folder:
+    with pytest.raises(RuntimeError), atomic_dir(out) as folder:
         (folder / "f").write_text("half")
         raise RuntimeError
     assert (out / "f").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -52,14 +53,14 @@ def python(code, folder):
 
 KILLED_BETWEEN = """
 import os, pathlib, signal
-from pipeline import files
+from pipeline.core import atomic
 rename = pathlib.Path.replace
 def then_killed(self, target):
     rename(self, target)
     if target.name == "was":
         os.kill(os.getpid(), signal.SIGKILL)
 pathlib.Path.replace = then_killed
-files.publish(pathlib.Path("second"), pathlib.Path("out"))
+atomic.publish(pathlib.Path("second"), pathlib.Path("out"))
 """
 
 
@@ -69,18 +70,18 @@ def test_killed_between_the_two_renames_of_a_folder_the_next_one_clears_up(tmp_p
         (tmp_path / name / "f").write_text(name)
     python(KILLED_BETWEEN, tmp_path).wait()
     left = sorted(p.name for p in tmp_path.iterdir())
-    assert "out" not in left and left[0].endswith(files.PARTIAL)
-    files.publish(tmp_path / "third", tmp_path / "out")
+    assert "out" not in left and left[0].endswith(PARTIAL)
+    publish(tmp_path / "third", tmp_path / "out")
     assert (tmp_path / "out" / "f").read_text() == "third"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "second"]
 
 
 OFTEN = """
-from pipeline import files
+from pipeline.core import artifacts, atomic
 for i in range(300):
-    with files.atomic_dir("out") as folder:
+    with atomic.atomic_dir("out") as folder:
         (folder / "f").write_text(str(i))
-    files.write_json("a.json", {"i": i})
+    artifacts.write_json("a.json", {"i": i})
 """
 
 
@@ -105,27 +106,27 @@ def test_unreadable_json_is_named(content, message, tmp_path):
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=message):
-        files.read_json(path, "a")
+        artifacts.read_json(path, "a")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_is_not_writable_is_named(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="not writable"):
-        files.write_json(tmp_path / "a.json", {})
+        artifacts.write_json(tmp_path / "a.json", {})
 
 
 def test_a_file_where_a_folder_must_be_is_named(tmp_path):
     (tmp_path / "a").write_text("")
     with pytest.raises(UserError, match="cannot create its folder"):
-        files.write_json(tmp_path / "a" / "b.json", {})
+        artifacts.write_json(tmp_path / "a" / "b.json", {})
 
 
 def test_a_digest_does_not_depend_on_key_order():
     assert (
-        files.digest({"a": 1, "b": [2]})
-        == files.digest({"b": [2], "a": 1})
-        != files.digest({"a": 1})
+        artifacts.digest({"a": 1, "b": [2]})
+        == artifacts.digest({"b": [2], "a": 1})
+        != artifacts.digest({"a": 1})
     )
 
 
@@ -160,10 +161,10 @@ def test_a_bug_keeps_its_traceback():
 
 @pytest.mark.parametrize("name", ["__init__.py", "kernels/__init__.py", "kernels/pca.py"])
 def test_the_code_digest_covers_every_source_of_the_library(name, monkeypatch):
-    before, exact = files.code(), files.sha256
+    before, exact = artifacts.code(), artifacts.sha256
     monkeypatch.setattr(
-        files,
+        artifacts,
         "sha256",
         lambda path: "edited" if str(path).endswith(f"pipeline/{name}") else exact(path),
     )
-    assert files.code() != before
+    assert artifacts.code() != before

@@ -25,10 +25,11 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import files, models, teacher
-from pipeline.data import Prepared
-from pipeline.images import SUFFIXES
-from pipeline.prepare import Prepare, prepare
+from pipeline.core import artifacts
+from pipeline.data.images import SUFFIXES
+from pipeline.data.prepared import Prepared
+from pipeline.models import checkpoint, teacher
+from pipeline.prepare.prepare import Prepare, prepare
 from pipeline.store import policy, reading, writing
 from tests import containers, fuzz, hostile
 from tests.accidents import UNCOUNTED
@@ -72,16 +73,16 @@ def world(tmp_path_factory):
     config = Prepare("imagefolder", str(root / "images"), image_size=8, val=4, test=4)
     prepare(config, root / "prepared")
     torch.manual_seed(0)
-    vit = models.create("vit_tiny_patch16_224", VIT, 2)
+    vit = checkpoint.create("vit_tiny_patch16_224", VIT, 2)
     description = {
         "model": "vit_tiny_patch16_224",
         "kwargs": VIT,
         "num_classes": 2,
         "classes": ["cat", "dog"],
-        "preprocess": models.preprocessing(vit, 8),
+        "preprocess": checkpoint.preprocessing(vit, 8),
         "role": "teacher",
     }
-    models.save(root / "teacher.safetensors", vit, description)
+    checkpoint.save(root / "teacher.safetensors", vit, description)
     writing.write(
         policy.Cache(dtype="float32", views=2, batch=8, shard_mb=1),
         Prepared.open(root / "prepared"),
@@ -92,8 +93,6 @@ def world(tmp_path_factory):
     )
     return root
 
-
-# --- params.yaml
 
 BASE = {
     "prepare": {"source": "digits", "image_size": 32},
@@ -310,9 +309,6 @@ def test_any_params_yaml_is_checked_in_one_line(examples, tmp_path):
         return fuzz.run("stages.check", "--params", file)
 
     tell("params.yaml", fuzz.many(examples, PARAMS, attempt))
-
-
-# --- pictures and folders of them
 
 
 def saved(image, form, **options):
@@ -557,9 +553,6 @@ def test_many_classes_and_unequal_ones_are_prepared(counts, held_out, tmp_path):
     assert set(Prepared.open(tmp_path / "prepared").labels) == set(range(len(counts)))
 
 
-# --- what the pipeline wrote itself, damaged
-
-
 def teaching(prepared, tmp_path):
     """A call that teaches on that folder and gives the exit code, once what it leaves is seen to be whole."""
     params = {"model": "vit_tiny_patch16_224", "kwargs": VIT, "epochs": 1, "batch": 8}
@@ -611,7 +604,7 @@ def test_any_images_npy_is_opened_or_refused(examples, world, tmp_path):
 
     def attempt(data):
         (folder / "images.npy").write_bytes(data)
-        hashed = {**index, "images_sha256": files.sha256(folder / "images.npy")}
+        hashed = {**index, "images_sha256": artifacts.sha256(folder / "images.npy")}
         (folder / "index.json").write_text(json.dumps(hashed))
         return teach()
 
@@ -663,7 +656,7 @@ def test_any_store_is_read_or_refused(examples, world, tmp_path):
         try:
             if kind == "shard":
                 (store / shard).write_bytes(what)
-                entry = {"bytes": len(what), "sha256": files.sha256(store / shard)}
+                entry = {"bytes": len(what), "sha256": artifacts.sha256(store / shard)}
                 edited = {
                     **manifest,
                     "shards": [{**manifest["shards"][0], **entry}, *manifest["shards"][1:]],
@@ -719,7 +712,7 @@ def test_any_checkpoint_is_loaded_or_refused(examples, world, tmp_path):
         weights, told = case
         path.write_bytes(weights)
         if isinstance(told, dict) and "weights_sha256" in told:
-            told = {**told, "weights_sha256": files.sha256(path)}
+            told = {**told, "weights_sha256": artifacts.sha256(path)}
         path.with_suffix(".json").write_text(json.dumps(told))
         line = [
             "verify",
@@ -745,9 +738,6 @@ def test_any_checkpoint_is_loaded_or_refused(examples, world, tmp_path):
         st.just(whole), fuzz.edited(description, "schema", "weights_sha256")
     )
     tell("checkpoints", fuzz.many(examples, cases, attempt))
-
-
-# --- archives and tables
 
 
 @sizes(25, 250)
@@ -848,9 +838,6 @@ def test_any_parquet_file_is_read_or_refused(examples, tmp_path):
     tell("parquet", fuzz.many(examples, cases, attempt))
 
 
-# --- ONNX
-
-
 NOTES = ("image_size", "mean", "std", "classes", "precision", "model", "interpolation", "crop", "x")
 
 
@@ -881,9 +868,6 @@ def test_any_notes_and_any_bytes_of_an_onnx_file_are_read_or_refused(examples, t
         st.sampled_from(FILES),
     )
     tell("ONNX files", fuzz.many(examples, cases, attempt))
-
-
-# --- as processes of their own
 
 
 @sizes(4, 40)

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import gallery
-from pipeline.charts import classes
-from pipeline.data import Prepared
-from pipeline.prepare import Prepare, prepare
+from pipeline.data.prepared import Prepared
+from pipeline.prepare.prepare import Prepare, prepare
+from pipeline.report import gallery
+from pipeline.report.charts import classes as charts_classes
+from pipeline.report.charts.classes import BARS
 
 
 def evidence(prepared: Prepared, shipped: str = "cakd") -> dict:
@@ -113,8 +114,8 @@ def test_the_names_of_many_classes_gathered_are_counted(prepared):
 def test_equal_counts_make_a_histogram_that_begins_at_nothing_and_script_of_any_kind_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        classes.picture({"train": [3, 4]}, ["教会", "äpfel"], "c")
-        picture = classes.picture({"train": [100] * 40}, [str(i) for i in range(40)], "c")
+        charts_classes.picture({"train": [3, 4]}, ["教会", "äpfel"], "c")
+        picture = charts_classes.picture({"train": [100] * 40}, [str(i) for i in range(40)], "c")
     said = re.findall(r">([^<>]+)</text>", picture)
     assert {"0", "100", "40"} <= set(said) and not [s for s in said if "." in s]
 
@@ -131,10 +132,12 @@ def test_without_projectors_there_is_no_attention_to_show(prepared):
 def test_the_chart_of_the_classes_has_a_unit_on_every_axis(n):
     draw = np.random.default_rng(0)
     series = {"train, label seen": draw.integers(1, 90, n).tolist(), "val": [0] * n}
-    picture = classes.picture(series, [f"a rather long name of class {i}" for i in range(n)], "c")
+    picture = charts_classes.picture(
+        series, [f"a rather long name of class {i}" for i in range(n)], "c"
+    )
     said = re.findall(r">([^<>]+)</text>", picture)
-    assert ({"images", "class"} <= set(said)) == (n <= classes.BARS)
-    assert ("images a class" in said and "classes" in said) == (n > classes.BARS)
+    assert ({"images", "class"} <= set(said)) == (n <= BARS)
+    assert ("images a class" in said and "classes" in said) == (n > BARS)
     assert "val" not in picture.partition(">")[0] and not re.findall(
         r"(?:fill|stroke): ?#", picture
     )

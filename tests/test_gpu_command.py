@@ -13,8 +13,8 @@ import torch
 
 from benchmarks import gpu, kernels, training
 from benchmarks.gpu_parts import cifar, kernel_tests, part, processes
-from pipeline import views
-from pipeline.errors import GateFailed, UserError
+from pipeline.core.errors import GateFailed, UserError
+from pipeline.data import views
 from tests.conftest import ROOT
 
 BARE = ("dvc", "openvino", "nncf", "hypothesis", "psutil", "xdist", "pytest_timeout", "matplotlib")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import history, render
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
+from pipeline.report import history
+from pipeline.report.page import markdown
 from tests import compared
 from tests.test_report import OUT, Run, cells, change_row, command, run, stage, summary  # noqa: F401
 
@@ -30,7 +31,7 @@ def test_milliseconds_of_another_machine_are_left_out_and_told(run: Run) -> None
     assert history.beside(edge, others) is None
     found = history.beside(edge, [*compared.past(edge, 1), *others])
     assert found and (len(found["runs"]), found["elsewhere"]) == (2, 2)
-    text = render.markdown([edge], [*compared.past(edge, 1), *others])
+    text = markdown([edge], [*compared.past(edge, 1), *others])
     assert "2 earlier runs of other machines left out." in text
 
 
@@ -90,11 +91,11 @@ def test_a_noisy_run_is_marked_and_a_missing_target_is_a_gap(run: Run) -> None: 
     student = earlier[0][1]["targets"][1]["student"]
     student["flags"] = ["NOISY", "load"]
     del earlier[0][1]["targets"][0]
-    row = cells(render.markdown([edge], earlier), "run-1")
+    row = cells(markdown([edge], earlier), "run-1")
     assert row[4] == "not measured" and row[5].endswith(" NOISY")
 
 
 def test_an_old_summary_without_conditions_has_no_date(run: Run) -> None:  # noqa: F811
     edge = summary(run)
     change_row(run, "ort-fp32", flags=["NOISY", "load"])
-    assert cells(render.markdown([edge], [("old", summary(run))]), "old")[1] == "–"
+    assert cells(markdown([edge], [("old", summary(run))]), "old")[1] == "–"

@@ -12,21 +12,27 @@ import numpy as np
 import onnx
 import pytest
 
-from exporters import onnx_file, ort, ov, parity, trt
-from exporters.ort_session import OrtSession
-from pipeline import cli
+from exporters.artifact import onnx_file
+from exporters.artifact.precision import beside
+from exporters.ort import __main__ as ort_command
+from exporters.ort.session import OrtSession
+from exporters.ov import __main__ as ov_command
+from exporters.ov import convert, session
+from exporters.parity import __main__ as parity_command
+from exporters.trt import __main__ as trt_command
+from pipeline.core import cli
 from tests import hostile
 
 Outcome = tuple[int, str, str]
 Attempt = Callable[..., Outcome]
 
 TOOLS: dict[str, tuple[Any, Callable[[Path, Path], list[object]]]] = {
-    "ort": (ort, lambda path, out: [path, out / "made.onnx"]),
-    "ort fp16": (ort, lambda path, out: [path, out / "made.onnx", "--precision", "fp16"]),
-    "ov": (ov, lambda path, out: [path, "-o", out]),
-    "trt": (trt, lambda path, out: [path, "-o", out / "made.plan", "--backend", "rtx"]),
-    "parity": (parity, lambda path, out: [path, path]),
-    "layers": (parity, lambda path, out: [path, path, "--layers"]),
+    "ort": (ort_command, lambda path, out: [path, out / "made.onnx"]),
+    "ort fp16": (ort_command, lambda path, out: [path, out / "made.onnx", "--precision", "fp16"]),
+    "ov": (ov_command, lambda path, out: [path, "-o", out]),
+    "trt": (trt_command, lambda path, out: [path, "-o", out / "made.plan", "--backend", "rtx"]),
+    "parity": (parity_command, lambda path, out: [path, path]),
+    "layers": (parity_command, lambda path, out: [path, path, "--layers"]),
 }
 NEEDS = {"ov": "openvino", "trt": "tensorrt_rtx"}
 REFUSED = {  # case -> what every tool says of it
@@ -156,7 +162,7 @@ def test_a_truncated_file_is_refused(
 
 def ir(folder: Path) -> Path:
     pytest.importorskip("openvino", reason="the openvino extra is not installed")
-    ov.convert(hostile.CASES["plain"](folder), folder / "net.xml")
+    convert.convert(hostile.CASES["plain"](folder), folder / "net.xml")
     return folder / "net.xml"
 
 
@@ -196,7 +202,7 @@ def test_an_ir_with_a_foreign_note_of_our_name_has_no_notes(tmp_path: Path) -> N
     path = ir(tmp_path)
     text = re.sub(r"<cakd>.*?</cakd>", '<cakd value="x" />', path.read_text(), flags=re.DOTALL)
     path.write_text(text)
-    assert ov.OvSession(path, 1, "fp32").metadata == {}
+    assert session.OvSession(path, 1, "fp32").metadata == {}
 
 
 @pytest.mark.parametrize("tool", ["ort", "ov", "trt"])
@@ -284,11 +290,11 @@ def test_layers_compare_a_network_with_its_copy_of_either_precision(
     source, made = exported / "student.onnx", tmp_path / "made.onnx"
     with pytest.raises(SystemExit) as ended:
         argv = [str(source), str(made), "--precision", precision]
-        cli.run(ort.main, ort.parser(), argv)
+        cli.run(ort_command.main, ort_command.parser(), argv)
     assert not ended.value.code
     with pytest.raises(SystemExit) as ended:
-        other = ort.beside(made, precision)
-        cli.run(parity.main, parity.parser(), [str(source), str(other), "--layers"])
+        other = beside(made, precision)
+        cli.run(parity_command.main, parity_command.parser(), [str(source), str(other), "--layers"])
     assert not ended.value.code
 
 
@@ -297,11 +303,13 @@ def test_layers_find_the_node_where_an_fp16_copy_went_wrong(
 ) -> None:
     made = tmp_path / "made.onnx"
     with pytest.raises(SystemExit):
-        cli.run(ort.main, ort.parser(), [str(damaged), str(made), "--precision", "fp16"])
+        cli.run(
+            ort_command.main, ort_command.parser(), [str(damaged), str(made), "--precision", "fp16"]
+        )
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
-        pair = [str(exported / "student.onnx"), str(ort.beside(made, "fp16"))]
-        cli.run(parity.main, parity.parser(), [*pair, "--layers"])
+        pair = [str(exported / "student.onnx"), str(beside(made, "fp16"))]
+        cli.run(parity_command.main, parity_command.parser(), [*pair, "--layers"])
     told = capfd.readouterr().out
     gemm = next(n for n in onnx.load(damaged).graph.node if n.op_type == "Gemm")
     assert not ended.value.code and ", 1 below 35 dB" in told and gemm.output[0] in told

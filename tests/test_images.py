@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.images import BrokenImage, decode, square_pixels, square_rgb
+from pipeline.data.images import BrokenImage, decode, square_pixels, square_rgb
 
 
 @pytest.mark.parametrize(

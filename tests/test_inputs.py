@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from exporters import inputs
-from pipeline.errors import UserError
+from exporters.artifact import inputs
+from pipeline.core.errors import UserError
 
 NOTES = {"image_size": "8", "mean": "0 0 0", "std": "1 1 1", "classes": "ant\nbee\ncat"}
 SESSION = SimpleNamespace(metadata=NOTES, input_shape=(None, 3, 8, 8))

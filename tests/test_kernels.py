@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.errors import UserError
-from pipeline.kernels import pca, reference
-from pipeline.kernels.philox import LOW, Key, bernoulli, philox
-from pipeline.projectors import token_groups
+from pipeline.core.errors import UserError
+from pipeline.distill.kernels import pca, reference
+from pipeline.distill.kernels.philox import LOW, Key, bernoulli, philox
+from pipeline.distill.projectors import token_groups
 
 B, N, H, D = 3, 20, 2, 8
 

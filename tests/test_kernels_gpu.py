@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.kernels import gl, pca, reference
-from pipeline.kernels.philox import Key
-from pipeline.projectors import token_groups
+from pipeline.distill.kernels import gl, pca, reference
+from pipeline.distill.kernels.philox import Key
+from pipeline.distill.projectors import token_groups
 from tests.bounds import BOUNDS, bound
 
 pytestmark = [

@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline import runtime
-from pipeline.errors import UserError
-from pipeline.kernels import choice, eager, gl, pca, reference
-from pipeline.kernels.philox import Key
-from pipeline.projectors import token_groups
-from pipeline.training import Trainer
+from pipeline.core.errors import UserError
+from pipeline.distill.kernels import choice, eager, gl, pca, reference
+from pipeline.distill.kernels.philox import Key
+from pipeline.distill.projectors import token_groups
+from pipeline.distill.trainer import Trainer
+from pipeline.training import stopwatch
 from tests.test_training import QUICK, loss_terms
 
 B, N, H, D = 2, 20, 2, 8
@@ -284,7 +284,7 @@ def test_twenty_steps_of_training_are_the_same_by_either_implementation(
     for impl in ("auto", "sdpa"):
         config = replace(QUICK, cakd=replace(QUICK.cakd, impl=impl))
         trainer = Trainer(config, "cakd", prepared, teacher_path, features)
-        watch = runtime.Stopwatch()
+        watch = stopwatch.Stopwatch()
         curves[impl] = [trainer.step(i, watch) for i in range(20)]
     for a, b in zip(*curves.values(), strict=True):
         for term in ("attention", "gram", "tokens"):
@@ -351,9 +351,9 @@ def test_the_choice_on_a_gpu_follows_tokens_and_generation(monkeypatch):
 )
 def test_the_command_tells_who_computes_the_losses_here(asked, code, said, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["pipeline.kernels", *asked])
+    monkeypatch.setattr(sys, "argv", ["pipeline.distill.kernels", *asked])
     with pytest.raises(SystemExit) as left:
-        runpy.run_module("pipeline.kernels", run_name="__main__", alter_sys=True)
+        runpy.run_module("pipeline.distill.kernels", run_name="__main__", alter_sys=True)
     shown = capsys.readouterr()
     assert left.value.code == code and said in shown.out + shown.err
     assert ("gl_mse on cpu: " in shown.out) == (code == 0)

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from pipeline import files
-from pipeline.kernels.configs import ARCHITECTURES, TABLE, Config
+from pipeline.core import artifacts
+from pipeline.distill.kernels.configs import ARCHITECTURES, TABLE, Config
 from tests.bounds import BOUNDS, bound
 from tests.conftest import ROOT
 from tests.house import modules
@@ -82,34 +82,35 @@ BOTH = [90, 80]
     [*BOTH, *(pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES if a not in BOTH)],
 )
 def test_compiled_ahead_a_kernel_spills_nothing_and_keeps_its_budget(kernel, architecture):
-    from pipeline.kernels import ahead
+    from benchmarks import kernel_budget
 
-    budget = files.read_json(ahead.BUDGET, ahead.SCHEMA)["builds"]
-    found = ahead.build(kernel, architecture)
+    budget = artifacts.read_json(kernel_budget.BUDGET, kernel_budget.SCHEMA)["builds"]
+    found = kernel_budget.build(kernel, architecture)
     assert (
-        ahead.faults(kernel, architecture, found, budget.get(f"{kernel} sm_{architecture}")) == []
+        kernel_budget.faults(kernel, architecture, found, budget.get(f"{kernel} sm_{architecture}"))
+        == []
     )
 
 
 def test_a_configuration_that_spills_is_a_fault():
-    from pipeline.kernels import ahead
+    from benchmarks import kernel_budget
 
-    found = ahead.build("gram", 80, Config(block=128, inner=0, warps=2, stages=3))
-    (told,) = [f for f in ahead.faults("gram", 80, found, None) if "spilled" in f]
+    found = kernel_budget.build("gram", 80, Config(block=128, inner=0, warps=2, stages=3))
+    (told,) = [f for f in kernel_budget.faults("gram", 80, found, None) if "spilled" in f]
     assert "allowed: 0" in told
 
 
 def test_more_memory_no_product_and_no_budget_are_faults():
-    from pipeline.kernels import ahead
+    from benchmarks import kernel_budget
 
-    found = ahead.Build(registers=200, spilled_bytes=0, shared_bytes=120 * 1024, products=0)
-    told = ahead.faults("flash_keys", 86, found, {"registers": 100, "shared_bytes": 90_000})
+    found = kernel_budget.Build(registers=200, spilled_bytes=0, shared_bytes=120 * 1024, products=0)
+    told = kernel_budget.faults("flash_keys", 86, found, {"registers": 100, "shared_bytes": 90_000})
     assert [f.split(": ")[1][:9] for f in told] == ["no HMMA i", "122880 by", "200 regis"]
-    assert "not in budget.json" in ahead.faults("small", 86, found, None)[-1]
+    assert "not in kernel-budget.json" in kernel_budget.faults("small", 86, found, None)[-1]
 
 
 def test_every_kernel_of_the_table_is_built_and_belongs_to_the_house():
-    from pipeline.kernels import ahead
+    from benchmarks import kernel_budget
 
-    assert set(ahead.KERNELS) == set(TABLE)
-    assert "pipeline.kernels.flash" in modules()
+    assert set(kernel_budget.KERNELS) == set(TABLE)
+    assert "pipeline.distill.kernels.flash" in modules()

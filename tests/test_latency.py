@@ -11,8 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import latency
-from pipeline.latency import Block, compare, flags, run_block, schedule, summarise, turns, warm_up
+from exporters.bench import latency
+from exporters.bench.latency import (
+    Block,
+    compare,
+    flags,
+    run_block,
+    schedule,
+    summarise,
+    turns,
+    warm_up,
+)
 
 ROOT = Path(__file__).parents[1]
 PICTURES = [np.full((1, 3, 2, 2), i, dtype=np.float32) for i in range(4)]
@@ -267,6 +276,6 @@ def test_latency_and_device_need_neither_torch_nor_a_runtime() -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'onnx', 'onnxruntime', 'openvino', 'PIL'): sys.modules[name] = None\n"
-        "import pipeline.latency, pipeline.device"
+        "import exporters.bench.latency, pipeline.core.machine"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

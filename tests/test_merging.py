@@ -6,7 +6,9 @@ import re
 
 import pytest
 
-from pipeline import render, report
+from pipeline.report import machines
+from pipeline.report import page as report_page
+from pipeline.report.page import markdown
 from tests import compared
 from tests.compared import comparison, gate
 from tests.test_report import OUT, Run, cells, command, run, stage, summary  # noqa: F401
@@ -66,8 +68,8 @@ def test_an_inconclusive_comparison_is_no_pass(run: Run) -> None:  # noqa: F811
 
 
 def test_a_comparison_alone_makes_a_page_without_empty_sections(run: Run) -> None:  # noqa: F811
-    found = report.read_machine(compared.against(run.folder, comparison()))
-    page, text = render.page([found]), render.markdown([found])
+    found = machines.read_machine(compared.against(run.folder, comparison()))
+    page, text = report_page.page([found]), markdown([found])
     assert "<h2>Against the baseline</h2>" in page and "<h2>Targets</h2>" not in page
     assert "## Targets" not in text and "## Budgets" not in text
 
@@ -78,16 +80,16 @@ def test_pairs_are_shown_by_target_with_their_clock(run: Run) -> None:  # noqa: 
     found["pairs"][0] |= {"clock": "engine", "batch": 8}
     run.write("bench/ort-fp32.json", found)
     edge = summary(run)
-    text = render.markdown([edge]).split("## Student over teacher")[1]
+    text = markdown([edge]).split("## Student over teacher")[1]
     row = [r"0.200 \[0.194, 0.206\]", "engine time on the GPU"]
     assert cells(text, "ort-fp32")[1:] == ["1", "8", *row]
     assert cells(text, "ov-default")[2:] == ["1", row[0], "CPU time"]
-    page = render.page([edge])
+    page = report_page.page([edge])
     assert "<h3>Student over teacher</h3>" in page and "ort-fp32, batch 8" in page
 
 
 def test_files_without_pairs_show_no_empty_sections(run: Run) -> None:  # noqa: F811
-    page = render.page([summary(run)])
+    page = report_page.page([summary(run)])
     for heading in ("Student over teacher", "Against the baseline", "Earlier runs"):
         assert heading not in page
 
@@ -101,7 +103,7 @@ def test_a_larger_batch_stands_beside_the_row_of_a_target(run: Run) -> None:  # 
     target = summary(run)["targets"][1]
     assert (target["student"]["batch"], target["teacher"]["batch"]) == (1, 1)
     assert [(r["threads"], r["batch"]) for r in target["more_threads"]][:2] == [(1, 8), (1, 8)]
-    assert "4.57" in render.page([summary(run)])
+    assert "4.57" in report_page.page([summary(run)])
 
 
 def test_what_is_merged_and_what_is_written_keep_their_schema(run: Run) -> None:  # noqa: F811
@@ -109,9 +111,9 @@ def test_what_is_merged_and_what_is_written_keep_their_schema(run: Run) -> None:
     crashed = comparison(verdict="FAIL", ratio=None, reason="candidate: killed", rounds=0)
     crashed["process_spread"] = {"candidate": None, "baseline": None}
     path = compared.against(run.folder, comparison(), crashed)
-    for found in (report.read_machine(path), summary(run, {"top1_min": 0.8})):
+    for found in (machines.read_machine(path), summary(run, {"top1_min": 0.8})):
         assert not [p for p in problems(found) if p.startswith(NEW)]
-    wrong = report.read_machine(path)
+    wrong = machines.read_machine(path)
     wrong["comparisons"][0]["ratio"].pop("tol")
     wrong["pairs"] = [{"target": "ort-fp32", "threads": 1}]
     assert len([p for p in problems(wrong) if p.startswith(NEW)]) == 2
@@ -121,9 +123,9 @@ def test_names_of_comparisons_cannot_leave_their_place(run: Run) -> None:  # noq
     evil = "x|y `z` <script>alert(1)</script>\n# $w$ [a](b)"
     bad = gate("macs", "FAIL", evil)
     path = compared.against(run.folder, comparison(model=evil, gates=[bad], target=evil))
-    found = report.read_machine(path)
+    found = machines.read_machine(path)
     found["comparisons"][0]["gates"][0]["name"] = evil
-    page, text = render.page([found]), render.markdown([found])
+    page, text = report_page.page([found]), markdown([found])
     assert "<script" not in page and "alert(1)" in page
     assert "script" in text and not re.search(r"(?<!\\)<", text)
     assert not [line for line in text.splitlines() if line.startswith("# ")]

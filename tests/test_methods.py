@@ -9,17 +9,26 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline import runtime, teacher, teaching
-from pipeline.errors import UserError
-from pipeline.kernels.philox import Key
-from pipeline.methods import at, crd, dkd, fitnet, irg, minilm, ofa, rkd, rsd, table
-from pipeline.methods.logits import divergence
-from pipeline.methods.table import METHODS, TERMS, WITHOUT_LOSS, Terms, reads, settings, terms_of
-from pipeline.methods.term import Seen, Sizes, TeacherSpace
+from pipeline import teach
+from pipeline.core.errors import UserError
+from pipeline.distill.kernels.philox import Key
+from pipeline.distill.methods import at, crd, dkd, fitnet, irg, minilm, ofa, rkd, rsd, table
+from pipeline.distill.methods.logits import divergence
+from pipeline.distill.methods.table import (
+    METHODS,
+    TERMS,
+    WITHOUT_LOSS,
+    Terms,
+    reads,
+    settings,
+    terms_of,
+)
+from pipeline.distill.methods.term import Seen, Sizes, TeacherSpace
+from pipeline.distill.trainer import Trainer
+from pipeline.models.student import Anatomy, Tap
+from pipeline.models.teacher import Tokens, load
 from pipeline.store import policy, writing
-from pipeline.students import Anatomy, Tap
-from pipeline.teacher import Tokens
-from pipeline.training import Trainer
+from pipeline.training import stopwatch
 from tests.conftest import VIT
 from tests.test_training import QUICK, loss_terms
 
@@ -233,8 +242,8 @@ def test_a_term_reads_only_what_it_says(term):
 
 
 def _defaults():
-    from pipeline.methods.cakd import CakdConfig
-    from pipeline.methods.logits import LogitsConfig
+    from pipeline.distill.methods.cakd import CakdConfig
+    from pipeline.distill.methods.logits import LogitsConfig
 
     return LogitsConfig(), CakdConfig(), Terms()
 
@@ -278,7 +287,7 @@ def test_every_method_reaches_the_students_backbone_and_its_losses_fall(
     method, prepared, teacher_path, features
 ):
     trainer = Trainer(QUICK, method, prepared, teacher_path, features)
-    watch = runtime.Stopwatch()
+    watch = stopwatch.Stopwatch()
     rows = [trainer.step(step, watch) for step in range(20)]
     assert all(math.isfinite(v) for row in rows for v in row.values())
     terms = loss_terms(trainer, 20)
@@ -297,10 +306,10 @@ def test_every_method_reaches_the_students_backbone_and_its_losses_fall(
 def knowing(prepared, tmp_path_factory):
     """A teacher that knows the digits, and its store: an ignorant one's answers are against the labels."""
     folder = tmp_path_factory.mktemp("knowing")
-    config = teaching.Teach("vit_tiny_patch16_224", kwargs=VIT, epochs=24)
-    teaching.teach(config, prepared, folder / "teacher", folder / "work")
+    config = teach.Teach("vit_tiny_patch16_224", kwargs=VIT, epochs=24)
+    teach.teach(config, prepared, folder / "teacher", folder / "work")
     path = folder / "teacher" / "teacher.safetensors"
-    live, cache = teacher.load(path), policy.Cache(views=2)
+    live, cache = load(path), policy.Cache(views=2)
     writing.write(cache, prepared, live, folder / "store", folder / "work", lambda _: None)
     return path, folder / "store"
 
@@ -310,7 +319,7 @@ def knowing(prepared, tmp_path_factory):
 def test_two_hundred_steps_on_digits_bring_every_loss_down(method, prepared, knowing):
     config = replace(QUICK, epochs=10)
     trainer = Trainer(config, method, prepared, *knowing)
-    watch = runtime.Stopwatch()
+    watch = stopwatch.Stopwatch()
     rows = [trainer.step(step, watch) for step in range(200)]
     for name in rows[0]:
         if name.startswith("discriminator") or name == "adversarial":

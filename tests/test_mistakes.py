@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from pipeline import files
-from pipeline.errors import nearest
+from pipeline.core import artifacts
+from pipeline.core.errors import nearest
 from tests.house import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # runs in this process
@@ -251,10 +251,10 @@ def test_a_missing_package_is_told_with_its_extra(
 
 
 def test_no_gpu_is_told_where_one_is_needed(tell, light, tmp_path, monkeypatch):
-    from exporters import cuda, engine
+    from exporters.trt import driver, plan
 
-    monkeypatch.setattr(cuda, "device", lambda: None)
-    monkeypatch.setattr(engine.importlib, "import_module", lambda _: FullTensorRT)
+    monkeypatch.setattr(driver, "device", lambda: None)
+    monkeypatch.setattr(plan.importlib, "import_module", lambda _: FullTensorRT)
     said = tell("exporters.trt", light, "-o", tmp_path / "a.plan", "--backend", "tensorrt")
     assert "full TensorRT builds on its GPU: no CUDA device; use --backend rtx" in said
 
@@ -285,7 +285,7 @@ def test_a_disk_that_fills_up_while_writing_is_told(tell, params, tmp_path, monk
     def full(*_, **__):
         raise OSError(28, "No space left on device", str(tmp_path / "out"))
 
-    monkeypatch.setattr(files, "write_json", full)
+    monkeypatch.setattr(artifacts, "write_json", full)
     said = tell("stages.prepare", tmp_path / "out", "--params", params())
     assert f"{tmp_path / 'out'}: No space left on device; free space or choose" in said
     assert [p.name for p in tmp_path.iterdir()] == ["params.yaml"]

@@ -11,17 +11,18 @@ import numpy as np
 import onnx
 import pytest
 
-from exporters import inputs, metadata, onnx_file, ort, quantize
-from exporters.eager import EagerSession
-from exporters.ort_session import OrtSession
-from pipeline.errors import GateFailed, UserError
+from exporters.artifact import inputs, metadata, onnx_file
+from exporters.artifact.eager import EagerSession
+from exporters.ort import export, quantize
+from exporters.ort.session import OrtSession
+from pipeline.core.errors import GateFailed, UserError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_the_onnx_says_its_opset_batch_axis_and_notes(exported: Path) -> None:
     proto = onnx_file.read(exported / "student.onnx")
-    assert onnx_file.opset(proto) == ort.OPSET
+    assert onnx_file.opset(proto) == export.OPSET
     assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     notes = OrtSession(exported / "student.onnx", 1).metadata
     description = json.loads((exported / "student.json").read_text())
@@ -44,14 +45,14 @@ def test_any_batch_gives_torchs_logits(exported: Path, batch: int) -> None:
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(exported: Path, tmp_path: Path) -> None:
-    row = ort.export(exported / "student.safetensors", tmp_path / "again.onnx")
+    row = export.export(exported / "student.safetensors", tmp_path / "again.onnx")
     assert row["verdict"] == "PASS"
     assert (tmp_path / "again.onnx").read_bytes() == (exported / "student.onnx").read_bytes()
 
 
 def test_an_opset_torch_replaces_in_silence_is_refused(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="asked for 17, torch wrote 18"):
-        ort.export(exported / "student.safetensors", tmp_path / "s.onnx", opset=17)
+        export.export(exported / "student.safetensors", tmp_path / "s.onnx", opset=17)
     assert not list(tmp_path.iterdir())
 
 
@@ -59,9 +60,9 @@ def test_an_onnx_that_is_not_the_checkpoint_is_never_written(
     exported: Path, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = onnx_file.read(damaged)
-    monkeypatch.setattr(ort, "_trace", lambda *_: wrong)
+    monkeypatch.setattr(export, "_trace", lambda *_: wrong)
     with pytest.raises(GateFailed, match="not the checkpoint"):
-        ort.export(exported / "student.safetensors", tmp_path / "s.onnx")
+        export.export(exported / "student.safetensors", tmp_path / "s.onnx")
     assert not list(tmp_path.iterdir())
 
 

@@ -14,14 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("openvino", reason="the openvino extra is not installed")
+from exporters.artifact import agreement, inputs, onnx_file
+from exporters.artifact.session import Unavailable
+from exporters.ort import int8
+from exporters.ort.session import OrtSession
+from exporters.ov import convert
+from exporters.ov.session import OvSession, openvino_library
+from pipeline.core import machine
+from pipeline.core.errors import GateFailed, UserError
 
-from exporters import agreement, inputs, int8, onnx_file, ov
-from exporters.ort_session import OrtSession
-from exporters.ov import OvSession
-from exporters.session import Unavailable
-from pipeline import device
-from pipeline.errors import GateFailed, UserError
+pytest.importorskip("openvino", reason="the openvino extra is not installed")
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -74,7 +76,7 @@ def test_the_notes_travel_in_rt_info(ir: Path, exported: Path) -> None:
 
 def test_openvino_is_imported_without_its_telemetry() -> None:
     code = (
-        "import sys; from exporters import ov; ov._library(); "
+        "import sys; from exporters.ov import session; session.openvino_library(); "
         "sys.exit(any(m.split('.')[0] == 'openvino_telemetry' and sys.modules[m] for m in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -83,7 +85,7 @@ def test_openvino_is_imported_without_its_telemetry() -> None:
 def test_a_signal_that_comes_after_two_sessions_have_gone_is_handled(ir: Path) -> None:
     """With a Core for each of them it is a segmentation fault, on a CPU with AMX."""
     code = (
-        "import os, signal, sys; from pathlib import Path; from exporters.ov import OvSession\n"
+        "import os, signal, sys; from pathlib import Path; from exporters.ov.session import OvSession\n"
         "first, second = (OvSession(Path(sys.argv[1]), 1, 'fp32') for _ in range(2))\n"
         "del first; del second\n"
         "signal.signal(signal.SIGINT, lambda *_: sys.exit(3)); os.kill(os.getpid(), signal.SIGINT)"
@@ -173,7 +175,7 @@ def test_a_fixed_batch_is_in_the_ir_and_changes_no_answer(
 
 def test_bfloat16_is_asked_for_by_name(ir: Path) -> None:
     session = OvSession(ir / "student.xml", 1, "bf16")
-    has = any(isa in device.machine()["isa"] for isa in ("avx512_bf16", "amx"))
+    has = any(isa in machine.machine()["isa"] for isa in ("avx512_bf16", "amx"))
     assert session.precision_effective == ("bf16" if has else "fp32")
 
 
@@ -185,11 +187,11 @@ def test_nncf_makes_an_int8_with_the_notes_and_it_goes_through_the_gates(
     pictures = int8.calibration_images(source, digits)
     reference = OrtSession(source, 1)
     try:
-        row = ov.make(source, out, "int8", pictures, int8.Settings(), "nncf")
+        row = convert.make(source, out, "int8", pictures, int8.Settings(), "nncf")
     except GateFailed as error:
         decibel = float(re.search(r"(\S+) dB, int8 gate 15", str(error)).group(1))
         assert 10 < decibel < 15 and list(tmp_path.iterdir()) == []
-        ov._by_nncf(source, pictures, int8.Settings(), out, None)
+        convert._by_nncf(source, pictures, int8.Settings(), out, None)
     else:
         assert row["verdict"] == "PASS" and row["sqnr_centered_db"] >= 15
     session = OvSession(out, 1, "int8")
@@ -208,14 +210,14 @@ def test_without_nncf_one_line_says_how_to_get_it(
     pictures = int8.calibration_images(exported / "student.onnx", digits)
     out = tmp_path / "student-int8.xml"
     with pytest.raises(Unavailable, match=r"pip install '\.\[nncf\]'"):
-        ov.make(exported / "student.onnx", out, "int8", pictures, int8.Settings(), "nncf")
+        convert.make(exported / "student.onnx", out, "int8", pictures, int8.Settings(), "nncf")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_openvino_the_reason_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(Unavailable, match=r"pip install '\.\[openvino\]'"):
-        ov._library()
+        openvino_library()
 
 
 def test_an_input_that_is_no_onnx_is_exit_2(exported: Path, command: Command) -> None:

@@ -13,9 +13,14 @@ from timm.layers import set_fused_attn
 from benchmarks import pairs
 from benchmarks.pairs import STUDENTS, TEACHERS
 from benchmarks.store import pictures
-from pipeline import evaluate, evidence, models, students, teacher, training, views
-from pipeline.errors import UserError
-from pipeline.kernels.reference import attention, heads
+from pipeline.core.errors import UserError
+from pipeline.data import views
+from pipeline.distill import distill, settings
+from pipeline.distill.kernels.reference import attention, heads
+from pipeline.distill.trainer import Trainer
+from pipeline.evaluate import accuracy, evidence
+from pipeline.models import checkpoint, probe, teacher
+from pipeline.models.student import Taps, find_tap
 from pipeline.store import policy, writing
 from pipeline.store.reading import Store
 from tests.house import ROOT
@@ -73,7 +78,7 @@ def seen(made):
     rows = made.prepared.rows("train")[:4]
     found = opened.read(opened.records(rows, [0] * 4))
     batch = views.view_batch(made.prepared.images, opened.geometry, opened.seed, rows, [0] * 4)
-    vit, description = models.load(made.path)
+    vit, description = checkpoint.load(made.path)
     return found, views.normalise(batch, description["preprocess"]), vit
 
 
@@ -96,7 +101,7 @@ def test_attention_and_logits_recomputed_from_the_store_are_the_models_own(name,
     found, pixels, vit = seen(taught)
     own, logits = into_projection(vit, pixels)
     tail = teacher.load_tail(taught.path)
-    with teacher.Witness(tail.vit.blocks[-1]) as witness, torch.no_grad():
+    with probe.Witness(tail.vit.blocks[-1]) as witness, torch.no_grad():
         tail.vit.blocks[-1](found.features["x"], **tail.anatomy.extra)
     everything = attention(*heads(witness.qkv(prefix=0)))  # eq. 2 before the prefix is cut off
     torch.testing.assert_close(everything.transpose(1, 2).flatten(2), own, rtol=1e-4, atol=1e-5)
@@ -114,7 +119,7 @@ def test_the_stored_q_k_v_of_a_block_that_is_not_replayed_are_the_models_own(mad
     taught = made("vit, rope mixed")
     found, pixels, vit = seen(taught)
     own, logits = into_projection(vit, pixels)
-    with teacher.Witness(vit.blocks[-1]) as witness, torch.no_grad():
+    with probe.Witness(vit.blocks[-1]) as witness, torch.no_grad():
         vit(pixels)
     everything = attention(*heads(witness.qkv(prefix=0)))
     torch.testing.assert_close(everything.transpose(1, 2).flatten(2), own, rtol=1e-4, atol=1e-5)
@@ -169,7 +174,7 @@ def test_a_pair_trains_and_every_term_reaches_the_students_backbone(pair, made):
 def test_attention_terms_are_refused_to_a_teacher_without_q_k_v_before_any_step(
     method, made, monkeypatch
 ):
-    monkeypatch.setattr(training.Trainer, "step", None)
+    monkeypatch.setattr(Trainer, "step", None)
     term = "minilm" if "minilm" in method else "pca"
     with pytest.raises(UserError) as told:
         pairs.tried(made("swin"), "resnet18", method)
@@ -197,14 +202,14 @@ def test_a_store_of_q_k_v_is_refused_for_a_teacher_without(made, tmp_path):
 
 def test_a_teacher_without_q_k_v_goes_through_training_and_evaluation(made, tmp_path):
     taught = made("swin")
-    recipe = training.Distill(("gl+robust+logits",), "resnet18", batch=8, epochs=1)
+    recipe = settings.Distill(("gl+robust+logits",), "resnet18", batch=8, epochs=1)
     given = (taught.prepared, taught.path, taught.features, tmp_path / "student", tmp_path / "work")
-    curves = training.distill(recipe, "gl+robust+logits", *given)["curves"]
+    curves = distill.distill(recipe, "gl+robust+logits", *given)["curves"]
     assert {"tokens", "adversarial", "logits"} <= set(curves)
     paths = [tmp_path / "student" / "student.safetensors"]
-    found = evaluate.evaluate(evaluate.Evaluate(), taught.prepared, taught.path, paths)
+    found = accuracy.evaluate(accuracy.Evaluate(), taught.prepared, taught.path, paths)
     assert set(found["models"]) == {"teacher", "gl+robust+logits"}
-    shown = evidence.gather(evaluate.Evaluate(), taught.prepared, taught.path, paths)
+    shown = evidence.gather(accuracy.Evaluate(), taught.prepared, taught.path, paths)
     assert shown["attention"]["received"] == {}
 
 
@@ -215,16 +220,16 @@ def test_attention_is_seen_where_timm_is_told_not_to_fuse_it():
     finally:
         set_fused_attn(True)
     assert not vit.blocks[-1].attn.fused_attn
-    assert teacher.anatomy(vit).no_attention is None
+    assert probe.anatomy(vit).no_attention is None
 
 
 def test_a_map_with_its_channels_last_is_read_channels_first():
     student = timm.create_model("mambaout_femto", num_classes=10).eval()
-    tap = students.find_tap(student, 64, (8, 8))
+    tap = find_tap(student, 64, (8, 8))
     assert (tap.module, tap.channels, tap.grid) == ("stages.2", 192, (4, 4))
     raw = []
     student.get_submodule(tap.module).register_forward_hook(lambda *a: raw.append(a[2]))
-    with students.Taps(student, [tap.module]) as taps, torch.no_grad():
+    with Taps(student, [tap.module]) as taps, torch.no_grad():
         student(torch.randn(2, 3, 64, 64))
         assert torch.equal(taps.features[tap.module], raw[0].permute(0, 3, 1, 2))
 
@@ -238,7 +243,7 @@ STUDENTS_REFUSED = {
 
 @pytest.mark.parametrize("student", STUDENTS_REFUSED)
 def test_a_student_that_cannot_be_tapped_is_refused_by_name_and_reason(student, made, monkeypatch):
-    monkeypatch.setattr(training.Trainer, "step", None)
+    monkeypatch.setattr(Trainer, "step", None)
     cell = pairs.judged(made("vit"), student)
     assert cell["verdict"] == "refused"
     with pytest.raises(UserError, match=STUDENTS_REFUSED[student]):
@@ -247,11 +252,11 @@ def test_a_student_that_cannot_be_tapped_is_refused_by_name_and_reason(student, 
 
 def test_a_student_without_maps_still_learns_from_logits(made):
     taught = made("vit")
-    recipe = training.Distill(("logits",), "hrnet_w18_small", batch=8, epochs=1)
-    trainer = training.Trainer(recipe, "logits", taught.prepared, taught.path, taught.features)
+    recipe = settings.Distill(("logits",), "hrnet_w18_small", batch=8, epochs=1)
+    trainer = Trainer(recipe, "logits", taught.prepared, taught.path, taught.features)
     assert trainer.tap is None and trainer.objective.terms == ("logits",)
     with pytest.raises(UserError, match="names no feature maps for HighResolutionNet"):
-        training.Trainer(
+        Trainer(
             replace(recipe, methods=("ofa",)), "ofa", taught.prepared, taught.path, taught.features
         )
 

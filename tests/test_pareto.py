@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import pareto
+from pipeline.report import pareto
 from tests import compared
 from tests.test_report import ROOT, TARGETS, Run, change_row, run, summary  # noqa: F401 - the fixture
 

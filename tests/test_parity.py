@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from exporters import agreement, layers, onnx_file, quantize
-from exporters.agreement import Gates, figures, judge
-from pipeline.errors import UserError
+from exporters.artifact import agreement, onnx_file
+from exporters.artifact.agreement import Gates, figures, judge
+from exporters.ort import quantize
+from exporters.parity import layers
+from pipeline.core.errors import UserError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 RNG = np.random.default_rng(0)

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import data
-from pipeline.data import Prepared
-from pipeline.errors import UserError
-from pipeline.prepare import Prepare, prepare, remarks
+from pipeline.core.errors import UserError
+from pipeline.data.prepared import SPLITS, UNLABELLED, Prepared
+from pipeline.prepare.prepare import Prepare, prepare, remarks
 
 
 def draw(path, colour, mode="RGB", size=(20, 30)):
@@ -37,7 +36,7 @@ def folder(tmp_path):
 
 def test_digits_are_split_stratified_and_by_seed(digits, tmp_path):
     prepared = Prepared.open(digits)
-    counts = [len(prepared.rows(s)) for s in data.SPLITS]
+    counts = [len(prepared.rows(s)) for s in SPLITS]
     assert counts == [1297, 100, 400] and prepared.images.shape == (1797, 32, 32, 3)
     per_class = np.bincount(prepared.labels[prepared.rows("test")])
     assert per_class.min() >= 38 and per_class.max() <= 42
@@ -65,7 +64,7 @@ def test_an_image_folder_keeps_its_splits_and_cuts_the_missing_one(folder, tmp_p
     prepared = Prepared.open(tmp_path / "p")
     assert prepared.classes == ("cat", "dög")
     assert index["counts"] == {"train": 19, "val": 4, "test": 8}
-    unlabelled = prepared.labels == data.UNLABELLED
+    unlabelled = prepared.labels == UNLABELLED
     assert unlabelled.sum() == 3 and (prepared.splits[unlabelled] == "train").all()
     assert index["labelled_train"] == index["student_labels"] == 16
     assert "train/dög/3.png" in prepared.origins()

@@ -7,7 +7,7 @@ import pty
 import subprocess
 import sys
 
-from pipeline.progress import Progress
+from pipeline.core.progress import Progress
 from tests.conftest import ROOT
 
 
@@ -37,7 +37,7 @@ def test_a_quiet_rank_says_nothing(capsys):
 
 def test_a_terminal_gets_a_bar_with_the_same_figures():
     script = (
-        "from pipeline.progress import Progress\n"
+        "from pipeline.core.progress import Progress\n"
         "with Progress('distill cakd', 3, batch=8, epoch=3) as tell:\n"
         "    for i in range(3): tell(i + 1, gram=0.5)\n"
     )

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from pipeline.projectors import (
+from pipeline.distill.projectors import (
     GroupWiseLinear,
     PartiallyCrossAttention,
     on_grid,

@@ -12,12 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporters.ort import Export
-from pipeline import config, data, models, recipes, runtime, students, teacher, teaching, training
-from pipeline.errors import UserError
-from pipeline.prepare import Prepare, prepare
+from exporters.ort.export import Export
+from pipeline.core import config
+from pipeline.core.errors import UserError
+from pipeline.data.prepared import Prepared
+from pipeline.distill import settings
+from pipeline.distill.trainer import Trainer
+from pipeline.models import checkpoint, probe, teacher
+from pipeline.models.student import Taps, find_tap
+from pipeline.prepare.prepare import Prepare, prepare
+from pipeline.project import recipes
 from pipeline.store import writing
 from pipeline.store.policy import Cache
+from pipeline.teach import Teach, _build
+from pipeline.training import stopwatch
 from stages.check import CHECKED, SECTIONS, main
 from tests import containers
 from tests.house import ROOT
@@ -61,7 +69,7 @@ def test_the_recipes_are_these():
 def test_a_recipe_fills_every_dataclass(name):
     found = {s: config.parse(kind, whole(name)[s], s) for s, kind in SECTIONS.items()}
     assert list(found) == list(config.SECTIONS)
-    assert section(Export, name).method in section(training.Distill, name).methods
+    assert section(Export, name).method in section(settings.Distill, name).methods
 
 
 def test_digits_restores_the_committed_params_yaml_byte_for_byte(tmp_path):
@@ -118,12 +126,12 @@ def asked(params, name, path="/data/pictures", force=False):
 @pytest.mark.parametrize("name", NAMES)
 def test_at_a_recipes_size_the_tap_leaves_no_more_than_a_fifth_of_the_backbone_out(name):
     """Decision 4: a term at the tap reaches at least 80 % of the parameters behind the head."""
-    size, wanted = section(Prepare, name).image_size, section(training.Distill, name)
-    teach = section(teaching.Teach, name)
-    grid = teacher.anatomy(models.create(teach.model, {**teach.kwargs, "depth": 1}, 4)).grid
-    student = models.create(wanted.student, wanted.student_kwargs, 4)
-    tap = students.find_tap(student, size, grid, wanted.cakd.tap)
-    with students.Taps(student, [tap.module]) as taps:
+    size, wanted = section(Prepare, name).image_size, section(settings.Distill, name)
+    teach = section(Teach, name)
+    grid = probe.anatomy(checkpoint.create(teach.model, {**teach.kwargs, "depth": 1}, 4)).grid
+    student = checkpoint.create(wanted.student, wanted.student_kwargs, 4)
+    tap = find_tap(student, size, grid, wanted.cakd.tap)
+    with Taps(student, [tap.module]) as taps:
         student(torch.zeros(2, 3, size, size))
         taps.features[tap.module].square().sum().backward()
     backbone = {n: p for n, p in student.named_parameters() if not n.startswith("fc.")}
@@ -158,21 +166,21 @@ def begin(name, folder, steps):
         labels = wanted.student_labels if wanted.student_labels == "all" else 1
         wanted = replace(wanted, val=4, student_labels=labels)
     prepare(wanted, folder / "prepared")
-    prepared = data.Prepared.open(folder / "prepared")
-    teach = replace(section(teaching.Teach, name), weights="scratch", epochs=1)
-    vit, described = teaching._build(teach, prepared)
+    prepared = Prepared.open(folder / "prepared")
+    teach = replace(section(Teach, name), weights="scratch", epochs=1)
+    vit, described = _build(teach, prepared)
     weights = folder / "teacher.safetensors"
-    models.save(weights, vit.eval(), described)
+    checkpoint.save(weights, vit.eval(), described)
     policy = replace(section(Cache, name), views=1, batch=4)
     live, store = teacher.load(weights), folder / "store"
     writing.write(policy, prepared, live, store, folder / "work", lambda _: None)
     batch = 4 if prepared.image_size == 32 else 2
-    distill = replace(section(training.Distill, name), batch=batch, workers=0)
+    distill = replace(section(settings.Distill, name), batch=batch, workers=0)
     found = {}
     for method in ("plain", "cakd+logits"):
-        trainer = training.Trainer(distill, method, prepared, weights, store, policy)
+        trainer = Trainer(distill, method, prepared, weights, store, policy)
         before = [p.detach().clone() for p in trainer.student.parameters()]
-        watch = runtime.Stopwatch()
+        watch = stopwatch.Stopwatch()
         found[method] = [trainer.step(step, watch) for step in range(steps)]
         after = trainer.student.parameters()
         assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), method

@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import gallery, render, report, wording
-from pipeline.data import Prepared
+from pipeline.data.prepared import Prepared
+from pipeline.report import gallery, wording
+from pipeline.report import page as report_page
+from pipeline.report.page import markdown
+from pipeline.report.summary import KEPT_SAMPLES, Report, Sources, summarise, thin
 from tests.test_gallery import evidence
 
 ROOT = Path(__file__).parents[1]
@@ -263,10 +266,10 @@ def command(arguments: list[Any], **environment: str) -> CompletedProcess[str]:
 
 def summary(run: Run, budgets: dict[str, float] | None = None) -> dict[str, Any]:
     f = run.folder
-    sources = report.Sources(
+    sources = Sources(
         f / "accuracy.json", f / "train_perf.json", f / "build", f / "bench", f / "device.json"
     )
-    return report.summarise(sources, ENABLED, "cakd", report.Report(budgets=budgets or {}))
+    return summarise(sources, ENABLED, "cakd", Report(budgets=budgets or {}))
 
 
 def change_row(run: Run, target: str, **values: Any) -> None:
@@ -326,14 +329,14 @@ def test_only_a_failed_fp32_parity_fails_the_report(
     edge = summary(run)
     assert edge["verdict"]["status"] == status
     assert any(f"parity {verdict}" in note for note in edge["verdict"]["notes"])
-    assert cells(render.markdown([edge]), "ort-fp32")[6] == verdict
+    assert cells(markdown([edge]), "ort-fp32")[6] == verdict
 
 
 def test_the_parity_shown_is_that_of_the_artefact_that_ships(run: Run) -> None:
     found = run.read("build/ov-int8/parity.json")
     found["rows"].reverse()
     run.write("build/ov-int8/parity.json", found)
-    text = render.markdown([summary(run)])
+    text = markdown([summary(run)])
     assert cells(text, "ov-int8")[6] == "PASS"
     assert cells(text, "ort-int8")[6] == "PASS, top-1 −0.4 points"
     assert cells(text, "trt-fp16")[6] == "skipped"
@@ -432,19 +435,19 @@ def test_the_speed_up_is_a_ratio_of_one_run_at_the_fewest_threads(run: Run) -> N
     ratio = rows[1]["wall_ms"]["p50"] / rows[0]["wall_ms"]["p50"]
     assert rows[1]["model"] == "teacher" and rows[1]["threads"] == 1
     assert edge["targets"][4]["speedup"] == pytest.approx(ratio)
-    assert cells(render.markdown([edge]), "ov-default")[3] == f"{ratio:.2f}"
+    assert cells(markdown([edge]), "ov-default")[3] == f"{ratio:.2f}"
 
 
 def test_what_was_not_measured_says_so(run: Run) -> None:
-    text = render.markdown([summary(run)])
+    text = markdown([summary(run)])
     row = cells(text, "trt-fp16")
     assert row[1:4] == ["not measured"] * 3 and row[5] == "not measured"
     assert row[7] == "skipped: no module named tensorrt"
-    assert "None" not in text and "None" not in render.page([summary(run)])
+    assert "None" not in text and "None" not in report_page.page([summary(run)])
 
 
 def test_a_row_says_what_it_computes_in_and_why_not_what_was_asked(run: Run) -> None:
-    text = render.markdown([summary(run)])
+    text = markdown([summary(run)])
     assert cells(text, "ov-default")[4] == "bf16"
     assert cells(text, "ov-int8")[4] == "fp32 (asked int8)"
     assert cells(text, "ov-int8")[7] == f"student {NO_INT8}; teacher skipped: {NO_TEACHER}"
@@ -453,12 +456,12 @@ def test_a_row_says_what_it_computes_in_and_why_not_what_was_asked(run: Run) -> 
 
 def test_a_teacher_in_another_precision_is_told_beside_the_ratio(run: Run) -> None:
     change_row(run, "ort-fp32", precision_effective="bf16", precision_requested="bf16")
-    assert cells(render.markdown([summary(run)]), "ort-fp32")[4] == "bf16 (teacher fp32)"
+    assert cells(markdown([summary(run)]), "ort-fp32")[4] == "bf16 (teacher fp32)"
 
 
 def test_a_noisy_row_is_marked_explained_and_counted(run: Run) -> None:
     change_row(run, "ort-fp32", flags=["NOISY", "cpu/wall 0.71 below 0.9"])
-    text = render.markdown([summary(run)])
+    text = markdown([summary(run)])
     row = cells(text, "ort-fp32")
     assert [cell.endswith(" NOISY") for cell in row[1:4]] == [True, False, True]
     assert cells(text, "ort-fp32")[7].startswith(
@@ -468,7 +471,7 @@ def test_a_noisy_row_is_marked_explained_and_counted(run: Run) -> None:
 
 
 def test_students_stand_beside_the_teacher_with_labels_and_points(run: Run) -> None:
-    text = render.markdown([summary(run)])
+    text = markdown([summary(run)])
     row = cells(text, "cakd (shipped)")
     assert row[1] == "50 of 1,297" and row[2] == "88.5 ± 1.6"
     assert row[-2:] == ["+7.5", "+2.2"]
@@ -498,7 +501,7 @@ def test_names_and_reasons_cannot_leave_their_place(run: Run) -> None:
     perf["methods"][evil]["curves"][evil] = [[0, 1.0], [1, 0.5]]
     run.write("train_perf.json", perf)
     edge = summary(run)
-    text, page = render.markdown([edge]), render.page([edge])
+    text, page = markdown([edge]), report_page.page([edge])
     assert len({len(cells(text, t)) for t in ENABLED}) == 1
     for character in "<`$[*#":
         assert not re.search(rf"(?<!\\)\{character}\s*(script|z|w|a|c|\\\$)", text)
@@ -519,7 +522,7 @@ class Tags(HTMLParser):
 
 
 def test_the_page_needs_nothing_but_itself(run: Run) -> None:
-    page = render.page([summary(run), summary(run)])
+    page = report_page.page([summary(run), summary(run)])
     parsed = Tags(page)
     assert not {"script", "link", "img", "iframe", "object"} & set(parsed.tags)
     links = [v for k, v in parsed.attributes if k in ("href", "xlink:href", "src")]
@@ -538,7 +541,7 @@ def test_the_gallery_brings_its_pictures_along_and_no_name_leaves_its_place(run:
     shown = gallery.gallery(evidence(prepared), prepared, "cakd")
     shown["data"]["classes"][0] = shown["mistakes"]["names"][0] = evil
     shown["mistakes"]["surest"][0]["origin"] = shown["attention"]["pictures"][0]["name"] = evil
-    page = render.page([summary(run)], shown)
+    page = report_page.page([summary(run)], shown)
     parsed = Tags(page)
     sources = [v for k, v in parsed.attributes if k == "src"]
     assert len(sources) == 3 + 1 + 3 * 3 + 10 * gallery.SAMPLES
@@ -549,11 +552,11 @@ def test_the_gallery_brings_its_pictures_along_and_no_name_leaves_its_place(run:
 
 
 def test_a_page_of_several_machines_has_no_gallery(run: Run) -> None:
-    assert "<h2>Data</h2>" not in render.page([summary(run), summary(run)])
+    assert "<h2>Data</h2>" not in report_page.page([summary(run), summary(run)])
 
 
 def test_pictures_on_one_page_share_no_id(run: Run) -> None:
-    parsed = Tags(render.page([summary(run), summary(run)]))
+    parsed = Tags(report_page.page([summary(run), summary(run)]))
     ids = [v for k, v in parsed.attributes if k == "id"]
     assert ids and len(ids) == len(set(ids))
     used = {v[1:] for k, v in parsed.attributes if k == "xlink:href"}
@@ -566,7 +569,7 @@ def test_a_run_without_measurements_still_has_a_report(run: Run) -> None:
         run.write(f"bench/{target}.json", {**bench("trt-fp16"), "target": target})
     run.write("train_perf.json", {**train_perf(), "methods": {}})
     edge = summary(run)
-    assert "cakd reaches" in render.markdown([edge]) and "<svg" not in render.page([edge])
+    assert "cakd reaches" in markdown([edge]) and "<svg" not in report_page.page([edge])
 
 
 def test_a_difference_of_nothing_has_no_minus() -> None:
@@ -584,10 +587,10 @@ def test_a_figure_has_three_digits_and_no_exponent(value: float, shown: str) -> 
 
 def test_thinned_samples_keep_their_extremes_and_their_order() -> None:
     samples = np.random.default_rng(0).permutation(1000).astype(float).tolist()
-    kept = report.thin(samples)
-    assert len(kept) == report.KEPT_SAMPLES and kept == sorted(kept)
+    kept = thin(samples)
+    assert len(kept) == KEPT_SAMPLES and kept == sorted(kept)
     assert (kept[0], kept[-1]) == (0.0, 999.0)
-    assert report.thin([3.0, 1.0]) == [1.0, 3.0]
+    assert thin([3.0, 1.0]) == [1.0, 3.0]
 
 
 def board(run: Run, name: str = "student.onnx") -> Path:
@@ -633,6 +636,6 @@ def test_the_report_needs_no_torch(run: Run) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "import stages.report\n"
-        "from pipeline import adapters, history, pareto, render, report, verdict"
+        "from pipeline.report import adapters, history, page, pareto, summary, verdict"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import adapters, history, render, report, schema
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
+from pipeline.report import adapters, history, machines, page, schema
+from pipeline.report.summary import BENCH
 from tests import compared
 from tests.test_report import Run, bench, run, summary  # noqa: F401 - the fixture
 
@@ -104,9 +105,9 @@ def damaged(document: dict[str, Any], draw: random.Random) -> dict[str, Any]:
 def shown(path: Path, earlier: Path) -> bool:
     """Whether a file is drawn in every form, with an earlier run beside it; False: one of them is refused."""
     try:
-        read, past = report.read_machine(path), history.read([earlier])
-        render.markdown([read, read], past)
-        render.page([read], earlier=past)
+        read, past = machines.read_machine(path), history.read([earlier])
+        page.markdown([read, read], past)
+        page.page([read], earlier=past)
         for write in adapters.FORMATS.values():
             write(read)
     except UserError as error:
@@ -143,6 +144,6 @@ def test_a_checkout_without_schemas_is_told(
     schema._validators.cache_clear()
     try:
         with pytest.raises(UserError, match="holds no schema of cakd.bench/2; this checkout"):
-            schema.check(tmp_path / "a.json", {"schema": report.BENCH}, (report.BENCH,))
+            schema.check(tmp_path / "a.json", {"schema": BENCH}, (BENCH,))
     finally:
         schema._validators.cache_clear()

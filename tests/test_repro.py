@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from pipeline import dvc_locks
+from pipeline.project import dvc_locks
 from tests import tiny
 from tests.house import ROOT
 from tests.test_schemas import problems
@@ -68,14 +68,14 @@ def test_a_second_repro_runs_nothing_but_the_look_at_the_device(house):
 @pytest.mark.parametrize(
     ("edited", "first", "spared"),
     [
-        ("pipeline/report.py", {"report"}, None),
+        ("pipeline/report/summary.py", {"report"}, None),
         (
-            "pipeline/kernels/reference.py",
+            "pipeline/distill/kernels/reference.py",
             {"distill@plain", "evaluate"},
             {"prepare", "teach", "cache"},
         ),
         (
-            "pipeline/latency.py",
+            "exporters/bench/latency.py",
             {"bench@ort-fp32"},
             {"distill@plain", "evaluate", "export", "build@ort-fp32"},
         ),

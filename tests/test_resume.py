@@ -13,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline import files, runtime
+from pipeline.core import artifacts
+from pipeline.core.atomic import PARTIAL, atomic_dir, sweep
+from pipeline.training import resume
 from tests.conftest import CNN, VIT
 from tests.house import ROOT
 
@@ -125,11 +127,11 @@ def test_a_stage_of_dvc_leaves_with_its_dvc(digits, tmp_path):
 
 def test_who_waited_for_another_writer_finds_a_work_folder_of_its_own(tmp_path):
     def second():
-        with runtime.work_folder(tmp_path, "f" * 16) as folder:
+        with resume.work_folder(tmp_path, "f" * 16) as folder:
             return folder.is_dir()
 
     with ThreadPoolExecutor(1) as pool:
-        with runtime.work_folder(tmp_path, "f" * 16) as folder:
+        with resume.work_folder(tmp_path, "f" * 16) as folder:
             waiting = pool.submit(second)
             time.sleep(0.3)
             assert folder.is_dir() and not waiting.done()
@@ -143,16 +145,16 @@ def processes():
 
 def test_what_a_killed_run_left_beside_its_output_is_swept_away(tmp_path):
     code = (
-        "import os, signal\nfrom pipeline import files\n"
-        "with files.atomic_dir('out') as folder, files.atomic('a.json') as file:\n"
+        "import os, signal\nfrom pipeline.core import atomic\n"
+        "with atomic.atomic_dir('out') as folder, atomic.atomic('a.json') as file:\n"
         "    (folder / 'half').write_text('')\n    os.kill(os.getpid(), signal.SIGKILL)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
     assert len(list(tmp_path.iterdir())) == 2
-    assert all(p.name.endswith(files.PARTIAL) for p in tmp_path.iterdir())
-    with files.atomic_dir(tmp_path / "out") as mine:
-        files.sweep(tmp_path / "out")  # a live writer's folder stays
+    assert all(p.name.endswith(PARTIAL) for p in tmp_path.iterdir())
+    with atomic_dir(tmp_path / "out") as mine:
+        sweep(tmp_path / "out")  # a live writer's folder stays
         assert mine.exists()
-    files.write_json(tmp_path / "a.json", {})
+    artifacts.write_json(tmp_path / "a.json", {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "out"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.robust import Discriminator, Trans
+from pipeline.distill.robust import Discriminator, Trans
 
 
 def seeds(n: int, first: int = 0) -> range:

@@ -16,9 +16,10 @@ import pytest
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
-from exporters import bench, bundle, versus
-from pipeline import latency
-from pipeline.errors import GateFailed
+from exporters.bench import __main__ as bench_command
+from exporters.bench import compare, latency
+from exporters.bundle import make
+from pipeline.core.errors import GateFailed
 from stages import build, device
 
 ROOT = Path(__file__).parents[1]
@@ -195,7 +196,7 @@ def made(
     run_bench(student, "--threads", "1,4096", "--json", folder / "bench.json")
     run_bench(student, "--self-test", "--json", folder / "against.json")
     edge = tmp_path_factory.mktemp("edge")
-    bundle.make(student, edge, None, None)
+    make.make(student, edge, None, None)
     (folder / "bundle-bench.json").write_text(bench_on_device(edge))
     committed = {path.relative_to(ROOT / "reports").as_posix(): path for path in REPORTS}
     fresh = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.json")}
@@ -218,11 +219,11 @@ def bench_on_device(edge: Path) -> str:
 def run_bench(*argv: object) -> None:
     """exporters.bench at its quickest: what it finds does not matter here, a failed self-test neither."""
     with pytest.MonkeyPatch.context() as patch, suppress(GateFailed):
-        patch.setattr(versus, "PROCESSES", 1)
-        patch.setattr(versus, "ROUNDS", 2)
+        patch.setattr(compare, "PROCESSES", 1)
+        patch.setattr(compare, "ROUNDS", 2)
         patch.setattr(latency, "BLOCK_SECONDS", 0.02)
         quick = ("--rounds", "2", "--seconds", "0.1")
-        bench.main(bench.parser().parse_args([str(a) for a in (*argv, *quick)]))
+        bench_command.main(bench_command.parser().parse_args([str(a) for a in (*argv, *quick)]))
 
 
 def parent_of(document: Any, path: str) -> tuple[Any, Any]:

@@ -18,11 +18,15 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from exporters.build import Exported
-from pipeline import files, gallery, images, render
-from pipeline.data import Prepared
-from pipeline.errors import UserError
-from pipeline.images import decode
-from pipeline.sources import unpickle
+from pipeline.core import artifacts
+from pipeline.core.errors import UserError
+from pipeline.data import images
+from pipeline.data.images import decode
+from pipeline.data.prepared import Prepared
+from pipeline.prepare.sources import unpickle
+from pipeline.report import gallery
+from pipeline.report import page as report_page
+from pipeline.report.page import markdown
 from pipeline.store import reading
 from tests import compared, containers, fuzz, hostile
 from tests.browser import Browser, find
@@ -74,8 +78,8 @@ def test_a_pickle_by_any_name_is_no_checkpoint(suffix, container, here, digits, 
     """Even where the JSON beside it holds its hash, and where it is given as weights to begin with."""
     path = here / f"model{suffix}"
     path.write_bytes(CONTAINERS[container])
-    told = files.read_json(teacher_path.with_suffix(".json"))
-    files.write_json(here / "model.json", {**told, "weights_sha256": files.sha256(path)})
+    told = artifacts.read_json(teacher_path.with_suffix(".json"))
+    artifacts.write_json(here / "model.json", {**told, "weights_sha256": artifacts.sha256(path)})
     assert fuzz.run("exporters.ort", path, here / "made.onnx") == fuzz.REFUSED
     teach = {"model": told["model"], "kwargs": told["kwargs"], "weights": str(path)}
     (here / "params.yaml").write_text(json.dumps({"teach": teach}))
@@ -115,9 +119,9 @@ def test_arrays_of_objects_are_refused(here, digits):
     prepared = here / "prepared"
     prepared.mkdir()
     np.save(prepared / "images.npy", objects, allow_pickle=True)
-    index = files.read_json(digits / "index.json")
-    hashed = {**index, "images_sha256": files.sha256(prepared / "images.npy")}
-    files.write_json(prepared / "index.json", hashed)
+    index = artifacts.read_json(digits / "index.json")
+    hashed = {**index, "images_sha256": artifacts.sha256(prepared / "images.npy")}
+    artifacts.write_json(prepared / "index.json", hashed)
     with pytest.raises(UserError, match="images.npy: damaged, no array .*Python objects"):
         Prepared.open(prepared)
     np.savez(here / "reference.npz", labels=objects, x=objects, allow_pickle=True)
@@ -144,9 +148,9 @@ def test_an_onnx_file_reads_nothing_outside_its_folder(location, here):
 
 @pytest.mark.parametrize("name", ["../teacher.safetensors", "/etc/passwd", "..", ""])
 def test_a_store_reads_nothing_outside_its_folder(name, features, tmp_path):
-    manifest = files.read_json(features / "manifest.json")
+    manifest = artifacts.read_json(features / "manifest.json")
     manifest["shards"][0]["file"] = name
-    files.write_json(tmp_path / "manifest.json", reading.seal(manifest))
+    artifacts.write_json(tmp_path / "manifest.json", reading.seal(manifest))
     with pytest.raises(UserError, match="damaged, a shard is"):
         reading.open_manifest(tmp_path)
 
@@ -196,8 +200,6 @@ def test_no_command_asks_the_network(monkeypatch, tmp_path, digits, teacher_path
     assert fuzz.run("pipeline.store", *line) == fuzz.DONE
     assert fuzz.run("exporters.ort", teacher_path, tmp_path / "made.onnx") == fuzz.DONE
 
-
-# --- names in the report
 
 NAMES = (
     "<script>alert(1)</script>",
@@ -252,7 +254,11 @@ def opened(browser, path):
 def test_no_name_becomes_markup_in_the_page(kind, run, tmp_path):  # noqa: F811
     edge, shown, past = infested(run)
     several = kind == "several machines"
-    text = render.page([edge, edge], earlier=past) if several else render.page([edge], shown, past)
+    text = (
+        report_page.page([edge, edge], earlier=past)
+        if several
+        else report_page.page([edge], shown, past)
+    )
     if kind == "without its policy":
         text, n = re.subn(r"<meta[^>]*Content-Security-Policy[^>]*>", "", text)
         assert n == 1
@@ -271,7 +277,7 @@ def test_no_name_becomes_markup_in_edge_md(run, tmp_path):  # noqa: F811
     from markdown_it import MarkdownIt
 
     edge, _, past = infested(run)
-    text = render.markdown([edge, edge], past)
+    text = markdown([edge, edge], past)
     path = tmp_path / "edge.html"
     rendered = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
     path.write_text(

@@ -9,8 +9,9 @@ import numpy as np
 import onnx
 import pytest
 
-from exporters import agreement, inputs, int8, onnx_file, ort_session, quantize, sensitive
-from exporters.sensitive import Judged
+from exporters.artifact import agreement, inputs, onnx_file
+from exporters.ort import int8, quantize, sensitive, session
+from exporters.ort.sensitive import Judged
 
 HARM = {"a": 1.0, "b": 9.0, "c": 0.5, "d": 4.0}  # what a node costs in dB while it is in int8
 
@@ -102,12 +103,12 @@ def test_a_network_with_one_bad_node_is_shipped_with_that_node_in_float(
 ) -> None:
     x = np.load(exported / "calibration.npy")
     held = x[1::2]
-    expected = inputs.run(ort_session.OrtSession(harmed, 1), held)
+    expected = inputs.run(session.OrtSession(harmed, 1), held)
 
     def decibel(proto: onnx.ModelProto) -> float:
         path = harmed.with_name("tried.onnx")
         onnx_file.save(proto, path)
-        got = inputs.run(ort_session.OrtSession(path, 1), held)
+        got = inputs.run(session.OrtSession(path, 1), held)
         return agreement.figures(expected, got)["sqnr_centered_db"]
 
     bad = [n.name for n in onnx_file.read(harmed).graph.node if n.op_type == "Conv"][BAD]

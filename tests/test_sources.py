@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import prepare as preparing
-from pipeline import training, views
-from pipeline.data import Prepared
-from pipeline.errors import UserError
-from pipeline.prepare import Prepare, prepare
-from pipeline.sources import cifar, parquet, unpickle, zoo
+from pipeline.core.errors import UserError
+from pipeline.data import views
+from pipeline.data.prepared import Prepared
+from pipeline.distill import batches, settings
+from pipeline.prepare import prepare as prepare_prepare
+from pipeline.prepare.prepare import Prepare, prepare
+from pipeline.prepare.sources import cifar, parquet, unpickle, zoo
 from tests import containers
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "cifar100"
@@ -34,8 +35,8 @@ def prepared(out, **kwargs) -> Prepared:
 
 
 def first_batch(found: Prepared):
-    config = training.Distill(methods=("plain",), student="test_resnet", batch=16)
-    chosen = training.Batches(config, found, distilled=False, n_views=1)(0)
+    config = settings.Distill(methods=("plain",), student="test_resnet", batch=16)
+    chosen = batches.Batches(config, found, distilled=False, n_views=1)(0)
     rows, ks, labels = chosen.rows, chosen.ks, chosen.labels
     return views.view_batch(found.images, views.Geometry(), 0, rows, ks).numpy(), labels
 
@@ -374,7 +375,7 @@ def test_mistakes_in_a_torchvision_source_are_named(name, message, tmp_path, mon
     monkeypatch.setattr(torchvision.datasets.utils, "download_url", offline)
     monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", offline)
     with pytest.raises(UserError, match=message):
-        preparing.prepare(Prepare(f"torchvision:{name}", str(tmp_path)), tmp_path / "out")
+        prepare_prepare.prepare(Prepare(f"torchvision:{name}", str(tmp_path)), tmp_path / "out")
 
 
 def test_a_torchvision_source_without_a_path_says_what_the_path_is_for(tmp_path):

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import data, files, models, teacher, views
-from pipeline.errors import GateFailed, UserError
+from pipeline.core import artifacts
+from pipeline.core.errors import GateFailed, UserError
+from pipeline.data import views
+from pipeline.data.prepared import Prepared
+from pipeline.models import checkpoint, probe, teacher
 from pipeline.store import encoding, planning, policy, reading, shards, verifying, writing
 from pipeline.store.policy import Cache
 from pipeline.store.reading import Store
@@ -107,7 +110,7 @@ def test_a_teacher_that_cannot_be_replayed_is_refused_block_input_and_served_by_
 )
 def test_a_view_of_vit_base_takes_no_more_than_promised(dtype, layout, most):
     """197 tokens of 768 and the logits of ImageNet."""
-    found = teacher.Anatomy(1, (14, 14), 12, 768, {}, None)
+    found = probe.Anatomy(1, (14, 14), 12, 768, {}, None)
     assert shards.record_bytes(shards.layout_fields(layout, dtype, found, 1000)) <= most
 
 
@@ -256,12 +259,12 @@ def test_another_policy_is_refused_with_its_one_line(line, now, features, prepar
 def test_another_backend_or_package_version_is_refused_with_its_one_line(
     features, prepared, teacher_path, monkeypatch
 ):
-    exact = files.versions
+    exact = artifacts.versions
     for package in ("torch", "timm"):
-        monkeypatch.setattr(files, "versions", lambda p=package: exact() | {p: "0.1"})
+        monkeypatch.setattr(artifacts, "versions", lambda p=package: exact() | {p: "0.1"})
         with pytest.raises(UserError, match=f"stale .*: version of {package} was .*, is 0.1"):
             Store(features, prepared, teacher_path, ASKED)
-    monkeypatch.setattr(files, "versions", exact)
+    monkeypatch.setattr(artifacts, "versions", exact)
     monkeypatch.setattr(views, "BACKEND", "pil-bicubic/1")
     with pytest.raises(UserError, match="view_backend was torch-grid.*, is pil-bicubic/1"):
         Store(features, prepared, teacher_path, ASKED)
@@ -279,15 +282,15 @@ def test_other_data_is_refused_with_its_one_line(features, prepared, teacher_pat
 def test_one_changed_weight_of_the_teacher_or_its_normalisation_is_refused(
     features, prepared, teacher_path, tmp_path
 ):
-    vit, description = models.load(teacher_path)
+    vit, description = checkpoint.load(teacher_path)
     path = tmp_path / "teacher.safetensors"
     description["preprocess"]["mean"][0] += 0.01
-    models.save(path, vit, description)
+    checkpoint.save(path, vit, description)
     with pytest.raises(UserError, match="stale feature store: teacher_model was"):
         Store(features, prepared, path)
     description["preprocess"]["mean"][0] -= 0.01
     vit.head.bias.data[3] += 1e-4
-    models.save(path, vit, description)
+    checkpoint.save(path, vit, description)
     with pytest.raises(UserError, match="stale feature store: teacher was"):
         Store(features, prepared, path)
 
@@ -382,7 +385,7 @@ def test_pay_back_is_the_arithmetic_of_the_docs():
 
 
 def test_layouts_and_fingerprint_speak_of_every_key_of_the_policy(prepared, teacher_path):
-    marks = policy.fingerprint(Cache(), prepared, models.describe(teacher_path))
+    marks = policy.fingerprint(Cache(), prepared, checkpoint.describe(teacher_path))
     named = {line.split(".")[0] for line in marks}
     assert {"views", "seed", "layout", "dtype", "geometry"} <= named
     assert reading.seal({"a": 1}) == reading.seal(reading.seal({"a": 1}))
@@ -390,7 +393,7 @@ def test_layouts_and_fingerprint_speak_of_every_key_of_the_policy(prepared, teac
 
 def test_a_missing_index_is_one_line(tmp_path):
     with pytest.raises(UserError, match="index.json: no such file"):
-        data.Prepared.open(tmp_path)
+        Prepared.open(tmp_path)
 
 
 def test_an_error_that_is_no_number_is_over_every_gate():
@@ -400,10 +403,10 @@ def test_an_error_that_is_no_number_is_over_every_gate():
 
 
 def test_logits_that_are_no_numbers_stop_the_writing(prepared, teacher_path, tmp_path):
-    vit, description = models.load(teacher_path)
+    vit, description = checkpoint.load(teacher_path)
     vit.head.bias.data[2] = float("nan")
     path = tmp_path / "teacher.safetensors"
-    models.save(path, vit, description)
+    checkpoint.save(path, vit, description)
     with pytest.raises((UserError, GateFailed), match="nan"):
         write(prepared, path, tmp_path)
     assert not (tmp_path / "store").exists()
@@ -452,8 +455,8 @@ def test_more_shards_than_open_files_are_made_room_for_or_refused(monkeypatch):
 
 
 def test_every_step_takes_what_the_step_before_it_began_to_read(features, prepared, teacher_path):
-    from pipeline import runtime
-    from pipeline.training import Trainer
+    from pipeline.distill.trainer import Trainer
+    from pipeline.training import stopwatch
     from tests.test_training import QUICK
 
     trainer = Trainer(QUICK, "logits", prepared, teacher_path, features)
@@ -461,5 +464,5 @@ def test_every_step_takes_what_the_step_before_it_began_to_read(features, prepar
     exact = reader.begin
     reader.begin = lambda records: (begun.append(records), exact(records))
     for step in range(5):
-        trainer.step(step, runtime.Stopwatch())
+        trainer.step(step, stopwatch.Stopwatch())
     assert len(begun) == 6  # the first batch, and one ahead of each of five steps: never one twice

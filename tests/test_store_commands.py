@@ -64,7 +64,7 @@ def test_verify_leaves_with_3_where_the_store_is_not_the_teachers(store):
     import torch
     from safetensors.torch import load_file, save_file
 
-    from pipeline import files
+    from pipeline.core import artifacts
     from pipeline.store import reading, shards
 
     path = store.folder / "manifest.json"
@@ -75,7 +75,7 @@ def test_verify_leaves_with_3_where_the_store_is_not_the_teachers(store):
         del tensors["checksum"]
         tensors["x"] += 0.01 * torch.randn_like(tensors["x"])
         save_file(tensors | {"checksum": shards.checksums(tensors, first)}, shard)
-        entry["sha256"] = files.sha256(shard)
+        entry["sha256"] = artifacts.sha256(shard)
         first += entry["records"]
     path.write_text(json.dumps(reading.seal(manifest)))
     done = store("verify")

@@ -6,9 +6,9 @@ import pytest
 import timm
 import torch
 
-from pipeline.errors import UserError
-from pipeline.projectors import on_grid
-from pipeline.students import Taps, find_tap
+from pipeline.core.errors import UserError
+from pipeline.distill.projectors import on_grid
+from pipeline.models.student import Taps, find_tap
 from tests.conftest import CNN
 
 

@@ -7,9 +7,10 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from pipeline import models, teacher, views
-from pipeline.errors import UserError
-from pipeline.kernels.reference import attention, heads
+from pipeline.core.errors import UserError
+from pipeline.data import views
+from pipeline.distill.kernels.reference import attention, heads
+from pipeline.models import checkpoint, probe, teacher
 from tests.conftest import VIT
 
 SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -52,16 +53,16 @@ WITHOUT_ATTENTION = {
 
 def saved(path, name, kwargs):
     torch.manual_seed(0)
-    vit = models.create(name, kwargs, 10)
+    vit = checkpoint.create(name, kwargs, 10)
     for parameter in vit.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     description = {
         "model": name,
         "kwargs": kwargs,
         "num_classes": 10,
-        "preprocess": models.preprocessing(vit, 32),
+        "preprocess": checkpoint.preprocessing(vit, 32),
     }
-    models.save(path, vit, description)
+    checkpoint.save(path, vit, description)
     return vit.eval()
 
 
@@ -102,14 +103,14 @@ def test_a_teacher_whose_tokens_are_in_no_known_order_is_refused_by_name_and_rea
     with torch.device("meta"):
         vit = timm.create_model(name, num_classes=10)
     with pytest.raises(UserError, match=REFUSED[name]):
-        teacher.anatomy(vit)
+        probe.anatomy(vit)
 
 
 @pytest.mark.parametrize("name", WITHOUT_ATTENTION)
 def test_a_teacher_without_one_global_attention_says_why_and_keeps_its_tokens(name):
     with torch.device("meta"):
         vit = timm.create_model(name, num_classes=10)
-    found = teacher.anatomy(vit)
+    found = probe.anatomy(vit)
     assert WITHOUT_ATTENTION[name] in found.no_attention and found.n_heads == 0
     assert found.width == vit.num_features and min(found.grid) >= 7
 
@@ -120,7 +121,7 @@ def test_a_teacher_that_ends_in_other_tokens_than_its_grid_is_refused():
     with pytest.raises(
         UserError, match="ends in 196 tokens, not 1 and 14x14; correct teach.kwargs"
     ):
-        teacher.anatomy(vit)
+        probe.anatomy(vit)
 
 
 def test_q_k_v_are_the_ones_timm_feeds_its_attention(tmp_path, prepared, monkeypatch):
@@ -195,7 +196,7 @@ def test_a_misspelt_model_is_refused_with_the_nearest_names():
     with pytest.raises(
         UserError, match="no model 'vit_tinny_patch16_224'; nearest: vit_tiny_patch16_224"
     ):
-        models.create("vit_tinny_patch16_224", {}, 10)
+        checkpoint.create("vit_tinny_patch16_224", {}, 10)
 
 
 def test_a_checkpoint_that_was_swapped_for_another_is_refused(tmp_path):
@@ -205,11 +206,11 @@ def test_a_checkpoint_that_was_swapped_for_another_is_refused(tmp_path):
     data[-1] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(UserError, match="its SHA-256 is not the one in teacher.json"):
-        models.load(path)
+        checkpoint.load(path)
 
 
 def test_a_rotary_teachers_tail_moves_to_another_device_as_a_whole():
     vit = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=2).eval()
-    tail = teacher.TeacherTail(vit, teacher.anatomy(vit)).to("meta")
+    tail = teacher.TeacherTail(vit, probe.anatomy(vit)).to("meta")
     found = tail(torch.empty(2, 5, 192, device="meta"))
     assert found.qkv.device.type == "meta" and found.qkv.shape == (2, 4, 3, 3, 64)

@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline import files, models, runtime, teaching
-from pipeline.errors import UserError
-from pipeline.teaching import Teach
+from pipeline import teach as pipeline_teach
+from pipeline.core import artifacts
+from pipeline.core.errors import UserError
+from pipeline.models import checkpoint
+from pipeline.teach import Teach
+from pipeline.training import loop, seeds
 from tests.conftest import VIT
 
 QUICK = Teach("vit_tiny_patch16_224", kwargs=VIT | {"drop_path_rate": 0.2}, epochs=1, batch=128)
@@ -17,7 +20,7 @@ STEPS = 11  # of 1,297 images
 
 
 def teach(config, prepared, folder):
-    return teaching.teach(config, prepared, folder / "teacher", folder / "work")
+    return pipeline_teach.teach(config, prepared, folder / "teacher", folder / "work")
 
 
 def test_a_training_killed_at_any_step_goes_on_to_the_same_bits(prepared, tmp_path, monkeypatch):
@@ -29,7 +32,7 @@ def test_a_training_killed_at_any_step_goes_on_to_the_same_bits(prepared, tmp_pa
     class Killed(Exception):
         pass
 
-    exact, seen, doomed = runtime.step_seed, [], [9, 3]
+    exact, seen, doomed = seeds.step_seed, [], [9, 3]
 
     def killing(seed, step, stream):
         seen.append(step)
@@ -37,7 +40,7 @@ def test_a_training_killed_at_any_step_goes_on_to_the_same_bits(prepared, tmp_pa
             raise Killed
         return exact(seed, step, stream)
 
-    monkeypatch.setattr(runtime, "step_seed", killing)
+    monkeypatch.setattr(seeds, "step_seed", killing)
     while doomed:
         with pytest.raises(Killed):
             teach(config, prepared, tmp_path / "killed")
@@ -47,7 +50,7 @@ def test_a_training_killed_at_any_step_goes_on_to_the_same_bits(prepared, tmp_pa
     assert seen == list(range(8, STEPS))  # from the last checkpoint, not from the beginning
     for name in ("teacher.safetensors", "teacher.json"):
         whole, killed = (tmp_path / k / "teacher" / name for k in ("whole", "killed"))
-        assert files.sha256(whole) == files.sha256(killed)
+        assert artifacts.sha256(whole) == artifacts.sha256(killed)
     assert not list((tmp_path / "killed" / "work").glob("*/"))
 
 
@@ -60,12 +63,12 @@ def test_unfinished_work_of_another_recipe_is_not_gone_on_with(prepared, tmp_pat
         return 1e-3
 
     with monkeypatch.context() as patched:
-        patched.setattr(runtime, "learning_rate", stop)
+        patched.setattr(loop, "learning_rate", stop)
         with pytest.raises(KeyboardInterrupt):
             teach(config, prepared, tmp_path)
     seen = []
-    exact = runtime.learning_rate
-    monkeypatch.setattr(runtime, "learning_rate", lambda *a: seen.append(a[0]) or exact(*a))
+    exact = loop.learning_rate
+    monkeypatch.setattr(loop, "learning_rate", lambda *a: seen.append(a[0]) or exact(*a))
     teach(replace(config, lr=1e-3), prepared, tmp_path)
     assert seen[0] == 0
 
@@ -98,7 +101,7 @@ def test_weights_that_are_not_there_are_named(prepared, tmp_path):
 def test_given_weights_are_used_as_they_are_when_epochs_is_0(teacher_path, prepared, tmp_path):
     teach(replace(QUICK, kwargs=VIT, weights=str(teacher_path), epochs=0), prepared, tmp_path)
     given, ours = (
-        models.load(p)[0].state_dict()
+        checkpoint.load(p)[0].state_dict()
         for p in (teacher_path, tmp_path / "teacher" / "teacher.safetensors")
     )
     assert all(torch.equal(given[name], ours[name]) for name in given)

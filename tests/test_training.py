@@ -19,15 +19,24 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from pipeline import files, models, runtime, teacher, training, views
-from pipeline.errors import UserError
-from pipeline.kernels.philox import Key
-from pipeline.kernels.reference import attention, dropout, gl_project, heads, swap_masks
-from pipeline.methods import cakd as cakd_terms
-from pipeline.methods.cakd import CakdConfig
-from pipeline.methods.term import TeacherSpace
+from pipeline.core import artifacts
+from pipeline.core.errors import UserError
+from pipeline.data import views
+from pipeline.distill import curves, robust
+from pipeline.distill.batches import Batches, Chosen, Stream
+from pipeline.distill.distill import distill
+from pipeline.distill.kernels.philox import Key
+from pipeline.distill.kernels.reference import attention, dropout, gl_project, heads, swap_masks
+from pipeline.distill.methods import cakd
+from pipeline.distill.methods.cakd import CakdConfig
+from pipeline.distill.methods.term import TeacherSpace
+from pipeline.distill.settings import Distill
+from pipeline.distill.trainer import Trainer
+from pipeline.models import checkpoint, teacher
+from pipeline.models.student import Taps
 from pipeline.store import policy, writing
-from pipeline.training import Batches, Chosen, Distill, Trainer, distill
+from pipeline.training import loop, stopwatch
+from pipeline.training.seeds import step_seed
 from tests.accidents import UNCOUNTED
 from tests.conftest import CNN, ROOT
 
@@ -62,7 +71,7 @@ def loss_terms(trainer, step=0):
 
     trainer.objective.forward = spy
     with pytest.raises(StopIteration):
-        trainer._student_step(step, runtime.Stopwatch())
+        trainer._student_step(step, stopwatch.Stopwatch())
     trainer.objective.forward = forward
     return kept
 
@@ -71,7 +80,7 @@ def loss_terms(trainer, step=0):
 def test_each_loss_term_alone_reaches_the_students_backbone(term, make):
     trainer = make("cakd+logits")
     # timm starts each residual branch at zero: one step opens them.
-    trainer.step(0, runtime.Stopwatch())
+    trainer.step(0, stopwatch.Stopwatch())
     trainer.student.zero_grad()
     trainer.objective.zero_grad()
     loss_terms(trainer, step=7)[term].backward()
@@ -101,10 +110,10 @@ def test_a_step_computes_every_term_from_its_own_rows_views_masks_and_trans(
     batch = views.view_batch(prepared.images, trainer.store.geometry, trainer.store.seed, rows, ks)
     taught = teacher.load(teacher_path)(batch)
     records = [list(prepared.rows("train")).index(r) * 2 + k for r, k in zip(rows, ks, strict=True)]
-    seeds = [runtime.step_seed(3, step, f"trans {record}") for record in records]
+    seeds = [step_seed(3, step, f"trans {record}") for record in records]
     pixels = config.cakd.trans(batch, seeds)
     assert not torch.equal(pixels, batch.float())
-    with training.Taps(student, ["layer4"]) as taps:
+    with Taps(student, ["layer4"]) as taps:
         logits = student(views.normalise(pixels, trainer.preprocess))
         native = taps.features["layer4"]
         feature = F.interpolate(native, (8, 8), mode="bilinear")
@@ -137,39 +146,39 @@ def test_a_step_computes_every_term_from_its_own_rows_views_masks_and_trans(
 
 def test_the_step_follows_warm_up_and_schedule(make):
     trainer = make("cakd")
-    watch = runtime.Stopwatch()
+    watch = stopwatch.Stopwatch()
     for step, moved in ((0, False), (5, True)):
         trainer._student_step(step, watch)
         gradient = trainer.objective.parts["pca"].project.q.weight.grad
         assert (gradient.abs().sum() > 0) == moved
         rate = trainer.optimizers["student"].param_groups[0]["lr"]
-        assert rate == runtime.learning_rate(step, 21, QUICK.lr)
+        assert rate == loop.learning_rate(step, 21, QUICK.lr)
 
 
 def test_the_discriminator_is_shown_what_the_student_is_held_against(make, monkeypatch):
     trainer = make("cakd", replace(QUICK, cakd=CakdConfig(standardise=True)))
     shown = []
-    exact = training.losses.discriminator
+    exact = robust.discriminator
 
     def spy(network, real, fake):
         shown.append(real)
         return exact(network, real, fake)
 
-    monkeypatch.setattr(training.losses, "discriminator", spy)
-    trainer.step(0, runtime.Stopwatch())
+    monkeypatch.setattr(robust, "discriminator", spy)
+    trainer.step(0, stopwatch.Stopwatch())
     assert shown[0].mean().abs() < 0.2 and shown[0].std() == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.parametrize("granularity", ["token", "matrix", "none"])
 def test_the_granularity_asked_is_the_one_used(granularity, make, monkeypatch):
     asked = []
-    exact = cakd_terms.pca.pca_loss
+    exact = cakd.pca.pca_loss
 
     def spy(*args):
         asked.append(args[3:])
         return exact(*args)
 
-    monkeypatch.setattr(cakd_terms.pca, "pca_loss", spy)
+    monkeypatch.setattr(cakd.pca, "pca_loss", spy)
     loss_terms(make("cakd", replace(QUICK, cakd=CakdConfig(granularity=granularity))))
     assert asked == [(0.5, granularity, "auto")]
 
@@ -195,7 +204,9 @@ def test_unfinished_work_of_other_labels_is_not_gone_on_with(
     for folder in ("killed", "whole"):
         run(QUICK, "plain", every, teacher_path, features, tmp_path / folder)
     name = "plain/student.safetensors"
-    assert files.sha256(tmp_path / "killed" / name) == files.sha256(tmp_path / "whole" / name)
+    assert artifacts.sha256(tmp_path / "killed" / name) == artifacts.sha256(
+        tmp_path / "whole" / name
+    )
 
 
 def test_a_diverged_training_is_named_and_publishes_nothing(
@@ -224,7 +235,7 @@ def test_the_students_step_leaves_the_discriminator_alone_and_its_own_step_moves
         return [p.detach().clone() for p in module.parameters()]
 
     before, student_before = copy(network), copy(trainer.student)
-    _, real, fake = trainer._student_step(0, runtime.Stopwatch())
+    _, real, fake = trainer._student_step(0, stopwatch.Stopwatch())
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     assert all(p.grad is None for p in network.parameters())
     assert not all(
@@ -241,7 +252,7 @@ def test_the_students_step_leaves_the_discriminator_alone_and_its_own_step_moves
 
 def test_the_discriminator_steps_every_fifth_iteration(make):
     trainer = make("cakd")
-    watch = runtime.Stopwatch()
+    watch = stopwatch.Stopwatch()
     stepped = ["discriminator" in trainer.step(step, watch) for step in range(11)]
     assert [i for i, s in enumerate(stepped) if s] == [0, 5, 10]
 
@@ -315,10 +326,8 @@ def test_batches_made_by_workers_train_to_the_same_bits(prepared, teacher_path, 
 
 def test_one_record_in_a_thousand_is_held_against_its_view(make, monkeypatch):
     trainer, checked = make("logits"), []
-    monkeypatch.setattr(
-        training.views, "check_hashes", lambda v, h, rows: checked.append(len(rows))
-    )
-    watch = runtime.Stopwatch()
+    monkeypatch.setattr(views, "check_hashes", lambda v, h, rows: checked.append(len(rows)))
+    watch = stopwatch.Stopwatch()
     for step in range(20):
         trainer.features.tokens(step, trainer.feed.at(step)[0], watch)
     assert checked == [64, 1]  # the first batch, then record 1,000 of the 1,280
@@ -379,9 +388,9 @@ def test_with_all_labels_every_image_of_the_batch_is_labelled(prepared):
 
 def test_one_pass_of_a_stream_is_a_permutation(prepared):
     rows = prepared.rows("train")
-    taken, passes = training.Stream(rows, 0, "all").take(0, len(rows))
+    taken, passes = Stream(rows, 0, "all").take(0, len(rows))
     assert sorted(taken) == sorted(rows) and not passes.any()
-    again, _ = training.Stream(rows, 1, "all").take(0, len(rows))
+    again, _ = Stream(rows, 1, "all").take(0, len(rows))
     assert not (again == taken).all()
 
 
@@ -394,7 +403,7 @@ def test_same_seed_same_bits_and_the_student_is_the_plain_timm_model(
         run(QUICK, method, prepared, teacher_path, features, folder)
     for path in (first / method).iterdir():
         assert path.read_bytes() == (second / method / path.name).read_bytes(), path.name
-    model, description = models.load(first / method / "student.safetensors")
+    model, description = checkpoint.load(first / method / "student.safetensors")
     plain = timm.create_model("test_resnet", num_classes=10, **CNN)
     assert set(model.state_dict()) == set(plain.state_dict())
     assert description["labels_seen"] == 50 and description["method"] == method
@@ -432,7 +441,7 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_bits(
     assert resumed == [20]  # the last checkpoint, not the beginning
     for name in ("student.safetensors", "projectors.safetensors"):
         whole, killed = (tmp_path / k / "cakd+logits" / name for k in ("whole", "killed"))
-        assert files.sha256(whole) == files.sha256(killed)
+        assert artifacts.sha256(whole) == artifacts.sha256(killed)
 
 
 def test_every_term_is_logged_and_the_figures_have_their_units(
@@ -441,7 +450,7 @@ def test_every_term_is_logged_and_the_figures_have_their_units(
     figures = run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path)
     assert {*LOSS_TERMS, "discriminator", "discriminator_accuracy"} == set(figures["curves"])
     assert figures["curves"]["attention"][-1][0] == figures["steps"] == 21
-    assert set(figures["stage_ms"]) == set(training.STAGES)
+    assert set(figures["stage_ms"]) == set(curves.STAGES)
     assert figures["img_per_s"]["median"] > 0 and 0 <= figures["stall_fraction"] < 1
 
 
@@ -449,13 +458,13 @@ def test_a_changed_view_is_noticed_while_training(prepared, teacher_path, featur
     trainer = Trainer(QUICK, "logits", prepared, teacher_path, features)
     trainer.feed.seed += 1
     with pytest.raises(UserError, match="are not the pixels the teacher saw"):
-        trainer.step(0, runtime.Stopwatch())
+        trainer.step(0, stopwatch.Stopwatch())
 
 
 def test_the_saved_projectors_come_back_as_they_were(prepared, teacher_path, features, tmp_path):
     run(QUICK, "cakd", prepared, teacher_path, features, tmp_path)
-    _, description = models.load(tmp_path / "cakd" / "student.safetensors")
-    projectors = training.load_projectors(tmp_path / "cakd", description)
+    _, description = checkpoint.load(tmp_path / "cakd" / "student.safetensors")
+    projectors = cakd.load_projectors(tmp_path / "cakd", description)
     stored = load_file(tmp_path / "cakd" / "projectors.safetensors")
     found = projectors.state_dict()
     assert set(found) == set(stored) and all(torch.equal(found[k], stored[k]) for k in stored)
@@ -464,7 +473,7 @@ def test_the_saved_projectors_come_back_as_they_were(prepared, teacher_path, fea
 
 
 def test_learning_rate_warms_up_and_ends_near_zero():
-    rates = [runtime.learning_rate(step, 400, QUICK.lr) for step in range(400)]
+    rates = [loop.learning_rate(step, 400, QUICK.lr) for step in range(400)]
     assert rates[0] == pytest.approx(QUICK.lr / 20) and max(rates) == QUICK.lr
     assert rates[-1] < QUICK.lr / 1000 and rates[19] == pytest.approx(QUICK.lr)
 

@@ -14,12 +14,14 @@ import numpy as np
 import onnx
 import pytest
 
-from exporters import agreement, cuda, engine, inputs, onnx_file, trt, trt_build
-from exporters.ort_session import OrtSession
-from exporters.session import Unavailable
-from exporters.trt_build import Entry, Options
-from exporters.trt_session import TrtSession
-from pipeline.errors import UserError
+from exporters.artifact import agreement, inputs, onnx_file
+from exporters.artifact.session import Unavailable
+from exporters.ort.session import OrtSession
+from exporters.trt import build, convert, driver
+from exporters.trt.build import Entry, Options
+from exporters.trt.plan import MODULES, backend, obstacle, read_sidecar, sidecar_of, system
+from exporters.trt.session import TrtSession
+from pipeline.core.errors import UserError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 rtx = pytest.mark.skipif(
@@ -48,18 +50,18 @@ def plans(
 def test_every_precision_is_built_and_told_in_its_sidecar(plans: dict[str, Path]) -> None:
     assert plans.keys() == {"fp32", "fp16", "int8"}
     for precision, plan in plans.items():
-        sidecar = engine.read_sidecar(plan)
+        sidecar = read_sidecar(plan)
         assert sidecar["precision"] == sidecar["notes"]["precision"] == precision
         assert sidecar["backend"] == "rtx" and f"rtx{sidecar['version'][:3]}" in plan.name
         assert sidecar["shapes"] == [1, 1, 8] and sidecar["input_shape"] == [None, 3, 32, 32]
-        assert sidecar["tf32"] is False and sidecar["platform"] == engine.system()
+        assert sidecar["tf32"] is False and sidecar["platform"] == system()
         assert not sidecar["version_compatible"] and not sidecar["hardware_compatible"]
         assert sidecar["timing_cache"] is None and sidecar["optimization_level"] is None
         assert sidecar["onnx"]["opset"] == 18 and sidecar["notes"]["image_size"] == "32"
 
 
 @rtx
-@pytest.mark.skipif(cuda.device() is not None, reason="this machine has a GPU")
+@pytest.mark.skipif(driver.device() is not None, reason="this machine has a GPU")
 def test_without_a_gpu_a_plan_says_what_it_is_and_that_it_cannot_run(
     plans: dict[str, Path], command: Command
 ) -> None:
@@ -77,10 +79,10 @@ def test_without_a_gpu_a_plan_says_what_it_is_and_that_it_cannot_run(
 def test_a_plan_without_its_own_sidecar_is_refused(plans: dict[str, Path], tmp_path: Path) -> None:
     plan = Path(shutil.copy(plans["fp32"], tmp_path / "s.plan"))
     with pytest.raises(UserError, match="its maker is unknown"):
-        engine.read_sidecar(plan)
-    shutil.copy(engine.sidecar_of(plans["fp16"]), engine.sidecar_of(plan))
+        read_sidecar(plan)
+    shutil.copy(sidecar_of(plans["fp16"]), sidecar_of(plan))
     with pytest.raises(UserError, match="not the plan of"):
-        engine.read_sidecar(plan)
+        read_sidecar(plan)
 
 
 @rtx
@@ -88,19 +90,17 @@ def test_an_rtx_plan_belongs_to_its_release_and_to_ampere_or_newer(
     plans: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plans["int8"]
-    sidecar = engine.read_sidecar(plan)
-    monkeypatch.setattr(cuda, "device", lambda: cuda.Device("A GPU", "89", "13.0"))
-    assert engine.obstacle(sidecar, plan) is None
-    told = str(engine.obstacle({**sidecar, "version": "1.2.0.1"}, plan))
+    sidecar = read_sidecar(plan)
+    monkeypatch.setattr(driver, "device", lambda: driver.Device("A GPU", "89", "13.0"))
+    assert obstacle(sidecar, plan) is None
+    told = str(obstacle({**sidecar, "version": "1.2.0.1"}, plan))
     assert told == (
         f"built by rtx 1.2.0.1, here is {sidecar['version']}: build it here with `python -m exporters.trt "
         f"student.onnx -o {plan} --precision int8 --backend rtx --shapes 1,1,8 --calib IMAGES`"
     )
-    assert "built on sea-turtle" in str(
-        engine.obstacle({**sidecar, "platform": "sea-turtle"}, plan)
-    )
-    monkeypatch.setattr(cuda, "device", lambda: cuda.Device("Old", "75", "13.0"))
-    assert "built for SM 80 and newer, this GPU is SM 75" in str(engine.obstacle(sidecar, plan))
+    assert "built on sea-turtle" in str(obstacle({**sidecar, "platform": "sea-turtle"}, plan))
+    monkeypatch.setattr(driver, "device", lambda: driver.Device("Old", "75", "13.0"))
+    assert "built for SM 80 and newer, this GPU is SM 75" in str(obstacle(sidecar, plan))
 
 
 @rtx
@@ -127,9 +127,9 @@ ENTRY = Entry("image", (None, 3, 32, 32))
 
 @rtx
 def test_a_profile_out_of_order_comes_with_tensorrts_own_words(exported: Path) -> None:
-    _, module = engine.backend("rtx")
+    _, module = backend("rtx")
     with pytest.raises(UserError, match=r"--shapes: TensorRT refuses \[8, 1, 1\].*\w"):
-        trt_build.build(module, exported / "student.onnx", ENTRY, Options((8, 1, 1)))
+        build.build(module, exported / "student.onnx", ENTRY, Options((8, 1, 1)))
 
 
 @rtx
@@ -156,39 +156,39 @@ def test_every_unsupported_operator_is_listed_with_its_node(
 def test_onnx_runtimes_cpu_int8_is_refused_by_name_not_by_a_crash(
     exported: Path, tmp_path: Path
 ) -> None:
-    from exporters import quantize
+    from exporters.ort import quantize
 
     proto = quantize.to_int8(
         onnx_file.read(exported / "student.onnx"), np.load(exported / "calibration.npy")[:16]
     )
     onnx.save(proto, tmp_path / "cpu.onnx")
     with pytest.raises(UserError, match=r"cpu\.onnx: TensorRT cannot"):
-        trt_build.build(engine.backend("rtx")[1], tmp_path / "cpu.onnx", ENTRY, Options())
+        build.build(backend("rtx")[1], tmp_path / "cpu.onnx", ENTRY, Options())
 
 
 def test_full_tensorrt_that_is_missing_old_or_without_gpu_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cuda, "device", lambda: None)
+    monkeypatch.setattr(driver, "device", lambda: None)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(Unavailable, match=r"pip install '\.\[trt\]'.*--backend rtx"):
-        engine.backend("tensorrt")
+        backend("tensorrt")
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.9.0.34"))
     with pytest.raises(Unavailable, match=r"10\.9\.0\.34 is older than 10\.12"):
-        engine.backend("tensorrt")
+        backend("tensorrt")
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.4.0"))
     with pytest.raises(Unavailable, match="no CUDA device"):
-        engine.backend("tensorrt")
+        backend("tensorrt")
 
 
 @pytest.mark.parametrize("name", ["auto", "rtx", "tensorrt"])
 def test_without_any_tensorrt_one_line_names_the_way_to_get_one(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in engine.MODULES.values():
+    for module in MODULES.values():
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(Unavailable) as told:
-        engine.backend(name)
+        backend(name)
     extras = {"auto": ("trt", "trt-rtx"), "rtx": ("trt-rtx",), "tensorrt": ("trt",)}[name]
     assert [f"pip install '.[{e}]'" in str(told.value) for e in extras] == [True] * len(extras)
     assert "\n" not in str(told.value)
@@ -199,7 +199,7 @@ def test_without_any_tensorrt_one_line_names_the_way_to_get_one(
 )
 def test_shapes_out_of_order_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="--shapes"):
-        trt_build.parse_shapes(text)
+        build.parse_shapes(text)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_a_foreign_network_becomes_an_engine_without_torch(
     plan, source = tmp_path / "light.plan", light.with_name(f"light_{network}.onnx")
     done = command("exporters.trt", source, "-o", plan, "--backend", "rtx", torch=False)
     assert done.returncode == 0 and "fp32 (TF32 off)" in done.stdout, done.stderr
-    sidecar, proto = engine.read_sidecar(plan), onnx.load(source)
+    sidecar, proto = read_sidecar(plan), onnx.load(source)
     assert sidecar["shapes"] == [1, 1, 1] and sidecar["input_shape"] == [1, 3, 224, 224]
     assert sidecar["onnx"]["opset"] == proto.opset_import[0].version
     assert round(sidecar["size_mb"] * 1e6) == plan.stat().st_size
@@ -253,7 +253,7 @@ def test_every_light_network_of_the_wheel_is_tried(light: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(cuda.device() is None, reason="no CUDA device")
+@pytest.mark.skipif(driver.device() is None, reason="no CUDA device")
 @pytest.mark.parametrize("cuda_graph", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_an_engine_agrees_with_its_onnx(
@@ -261,7 +261,7 @@ def test_an_engine_agrees_with_its_onnx(
 ) -> None:
     source = exported / "student.onnx"
     calibration = np.load(exported / "calibration.npy")
-    plan, _ = trt.make(source, tmp_path / "s.plan", precision, calibration=calibration)
+    plan, _ = convert.make(source, tmp_path / "s.plan", precision, calibration=calibration)
     session = TrtSession(plan, cuda_graph)
     x = np.load(exported / "reference.npz")["x"]
     a = inputs.run(OrtSession(source, 1), x)

@@ -13,11 +13,13 @@ import numpy as np
 import onnx
 import pytest
 
-from exporters import cuda, engine, trt, trt_build
-from exporters.session import Unavailable
-from exporters.trt_build import Options
-from exporters.trt_session import TrtSession
-from pipeline.errors import UserError
+from exporters.artifact.session import Unavailable
+from exporters.trt import __main__ as trt_command
+from exporters.trt import build, convert, driver
+from exporters.trt.build import Options
+from exporters.trt.plan import read_sidecar, sidecar_of
+from exporters.trt.session import TrtSession
+from pipeline.core.errors import UserError
 from tests import fake_tensorrt
 from tests.fake_tensorrt import GPU, Fake, Flags, Level
 
@@ -28,11 +30,11 @@ Make = Callable[..., dict[str, Any]]
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fake]:
     """`machine(version=..., fails={...}, gpu=...)`: from here on the packages and the GPU of that machine."""
 
-    def become(*fails: str, version: str = "11.4.0.106", gpu: cuda.Device = GPU) -> Fake:
+    def become(*fails: str, version: str = "11.4.0.106", gpu: driver.Device = GPU) -> Fake:
         fake = Fake(version, frozenset(fails))
         monkeypatch.setitem(sys.modules, "tensorrt", fake.tensorrt)
         monkeypatch.setitem(sys.modules, "torch", fake.torch)
-        monkeypatch.setattr(cuda, "device", lambda: gpu)
+        monkeypatch.setattr(driver, "device", lambda: gpu)
         return fake
 
     return become
@@ -64,7 +66,9 @@ def network(path: Path, *operators: str) -> Path:
 
 
 def made(source: Path, **options: Any) -> dict[str, Any]:
-    return trt.make(source, source.with_suffix(".plan"), "fp32", "tensorrt", Options(**options))[1]
+    return convert.make(
+        source, source.with_suffix(".plan"), "fp32", "tensorrt", Options(**options)
+    )[1]
 
 
 def test_the_network_is_strongly_typed_without_tf32_and_with_the_profile(
@@ -75,7 +79,7 @@ def test_the_network_is_strongly_typed_without_tf32_and_with_the_profile(
     assert ("flags", 1 << 1) in fake.asked
     profile = ("profile", "image", (1, 3, 8, 8), (2, 3, 8, 8), (16, 3, 8, 8))
     assert profile in fake.asked
-    assert ("settings", {"flags": set(), "workspace": trt_build.WORKSPACE}) in fake.asked
+    assert ("settings", {"flags": set(), "workspace": build.WORKSPACE}) in fake.asked
     assert sidecar["tf32"] is False and sidecar["shapes"] == [1, 2, 16]
     assert sidecar["gpu"]["sm"] == "90" and sidecar["version"] == "11.4.0.106"
 
@@ -92,7 +96,7 @@ def test_every_option_reaches_tensorrt_and_the_sidecar(
     assert sidecar["version_compatible"] and sidecar["hardware_compatible"]
     assert sidecar["optimization_level"] == 0
     plan = source.with_suffix(".plan")
-    trt.show(trt.info_parser().parse_args([str(plan)]))
+    trt_command.show(trt_command.info_parser().parse_args([str(plan)]))
     told = capsys.readouterr().out
     for words in ("TF32 off", "version compatible", "hardware compatible", "optimization level 0"):
         assert words in told
@@ -103,8 +107,8 @@ def test_the_name_of_a_plan_tells_version_and_gpu(
     machine: Callable[..., Fake], source: Path
 ) -> None:
     machine()
-    plain, _ = trt.make(source, None, "fp32", "auto")
-    portable, _ = trt.make(source, None, "fp32", "auto", Options(hardware_compatible=True))
+    plain, _ = convert.make(source, None, "fp32", "auto")
+    portable, _ = convert.make(source, None, "fp32", "auto", Options(hardware_compatible=True))
     assert plain.name == "net.trt11.4-sm90-fp32.plan"
     assert portable.name == "net.trt11.4-sm80plus-fp32.plan"
 
@@ -128,7 +132,7 @@ def test_a_timing_cache_is_begun_read_and_written_back(
     ("then", "said"),
     [
         ({"version": "11.3.0.99"}, "measured by TensorRT 11.4.0.106"),
-        ({"gpu": cuda.Device("Another", "90", "13.0")}, "here is TensorRT 11.4.0.106 on Another"),
+        ({"gpu": driver.Device("Another", "90", "13.0")}, "here is TensorRT 11.4.0.106 on Another"),
     ],
 )
 def test_a_timing_cache_of_another_version_or_gpu_is_refused_by_name(
@@ -140,7 +144,7 @@ def test_a_timing_cache_of_another_version_or_gpu_is_refused_by_name(
     before = sorted(p.name for p in tmp_path.iterdir())
     fake = machine(**then)
     with pytest.raises(UserError, match=said):
-        trt.make(source, tmp_path / "b.plan", "fp32", "tensorrt", Options(timing_cache=cache))
+        convert.make(source, tmp_path / "b.plan", "fp32", "tensorrt", Options(timing_cache=cache))
     assert cache.read_bytes() == b"+" and fake.count("build") == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
@@ -202,7 +206,7 @@ def test_a_plan_whose_sidecar_cannot_be_written_is_not_there(
         raise OSError(28, "No space left on device")
 
     machine()
-    monkeypatch.setattr(trt.files, "write_json", full)
+    monkeypatch.setattr(convert.files, "write_json", full)
     with pytest.raises(OSError, match="No space"):
         made(source)
     assert [p.name for p in source.parent.iterdir()] == ["net.onnx"]
@@ -233,7 +237,7 @@ def test_all_unsupported_operators_are_listed_with_their_nodes(
 def test_a_gpu_older_than_ampere_has_no_hardware_compatible_engine(
     machine: Callable[..., Fake], source: Path
 ) -> None:
-    machine(gpu=cuda.Device("Turing", "75", "13.0"))
+    machine(gpu=driver.Device("Turing", "75", "13.0"))
     with pytest.raises(UserError, match=r"got Turing, SM 75; allowed: SM 80"):
         made(source, hardware_compatible=True)
 
@@ -259,24 +263,24 @@ HERE = {"version": "11.4.0.106", "gpu": GPU}
         ({"version_compatible": True}, {**HERE, "version": "11.5.0.1"}, HERE, False),
         ({"version_compatible": True}, {**HERE, "version": "10.14.1.48.post1"}, HERE, True),
         ({"version_compatible": True}, HERE, {**HERE, "version": "12.0.0.1"}, False),
-        ({}, HERE, {**HERE, "gpu": cuda.Device("B", "100", "13.0")}, False),
-        ({}, HERE, {**HERE, "gpu": cuda.Device("Same", "90", "13.0")}, True),
+        ({}, HERE, {**HERE, "gpu": driver.Device("B", "100", "13.0")}, False),
+        ({}, HERE, {**HERE, "gpu": driver.Device("Same", "90", "13.0")}, True),
         (
             {"hardware_compatible": True},
             HERE,
-            {**HERE, "gpu": cuda.Device("B", "120", "13.0")},
+            {**HERE, "gpu": driver.Device("B", "120", "13.0")},
             True,
         ),
         (
             {"hardware_compatible": True},
             HERE,
-            {**HERE, "gpu": cuda.Device("O", "87", "13.0")},
+            {**HERE, "gpu": driver.Device("O", "87", "13.0")},
             True,
         ),
         (
             {"hardware_compatible": True},
             HERE,
-            {**HERE, "gpu": cuda.Device("T", "75", "13.0")},
+            {**HERE, "gpu": driver.Device("T", "75", "13.0")},
             False,
         ),
     ],
@@ -416,16 +420,16 @@ def test_a_sidecar_with_a_key_that_cannot_be_meant_is_refused(
 ) -> None:
     machine()
     made(source)
-    path = engine.sidecar_of(source.with_suffix(".plan"))
+    path = sidecar_of(source.with_suffix(".plan"))
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(UserError, match=rf"net\.plan\.json: {key} is {value!r}; build it with"):
-        engine.read_sidecar(source.with_suffix(".plan"))
+        read_sidecar(source.with_suffix(".plan"))
 
 
 def test_a_plan_of_the_older_schema_is_refused(machine: Callable[..., Fake], source: Path) -> None:
     machine()
     made(source)
-    sidecar = engine.sidecar_of(source.with_suffix(".plan"))
+    sidecar = sidecar_of(source.with_suffix(".plan"))
     sidecar.write_text(sidecar.read_text().replace("cakd.plan/2", "cakd.plan/1"))
     with pytest.raises(UserError, match="schema is 'cakd.plan/1'"):
         TrtSession(source.with_suffix(".plan"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline import verdict
+from pipeline.report import verdict
 from tests.compared import comparison, gate
 from tests.test_report import ENABLED, Run, run, summary  # noqa: F401 - the fixture
 

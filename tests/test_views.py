@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import views
-from pipeline.errors import UserError
-from pipeline.views import Geometry
+from pipeline.core.errors import UserError
+from pipeline.data import views
+from pipeline.data.views import Geometry
 
 
 @pytest.fixture
@@ -65,11 +65,11 @@ def test_a_half_crop_shows_a_quarter_of_the_image_at_twice_the_scale():
 
 
 def test_normalise_matches_the_numpy_preprocessing_of_the_exporters(images):
-    from pipeline import data
+    from pipeline.data import prepared
 
     preprocess = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
     ours = views.normalise(views.whole(images), preprocess).numpy()
-    np.testing.assert_allclose(ours, data.normalised(images, preprocess), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(ours, prepared.normalised(images, preprocess), rtol=1e-6, atol=1e-6)
 
 
 def test_a_changed_pixel_is_refused_by_its_hash_naming_the_row(images):

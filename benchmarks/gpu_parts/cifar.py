@@ -22,25 +22,21 @@ from torch import Tensor, nn
 
 from benchmarks import record
 from benchmarks.gpu_parts.part import COMMAND, Part, Row, parser
-from pipeline import (
-    cli,
-    config,
-    data,
-    device,
-    evaluate,
-    files,
-    models,
-    prepare,
-    progress,
-    recipes,
-    runtime,
-    teacher,
-    teaching,
-    training,
-)
-from pipeline.compute import Compute
+from pipeline import teach
+from pipeline.core import artifacts, cli, config, machine, progress
+from pipeline.data.prepared import SPLITS, Prepared
+from pipeline.distill import distill
+from pipeline.distill.settings import Distill
+from pipeline.distill.trainer import Trainer
+from pipeline.evaluate import accuracy as evaluate_accuracy
+from pipeline.evaluate.accuracy import Evaluate, predict
+from pipeline.models import checkpoint, teacher
+from pipeline.prepare import prepare
+from pipeline.project import recipes
 from pipeline.store import writing
 from pipeline.store.policy import Cache
+from pipeline.training import stopwatch
+from pipeline.training.compute import Compute
 from stages.check import SECTIONS
 
 SCHEMA = "cakd.benchmark.gpu.cifar/1"
@@ -101,7 +97,7 @@ class Run:
         shown = "\n".join(
             ["| what | figure |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows(self.result))]
         )
-        made_by = files.provenance({"recipe": RECIPE, "dry": self.dry, "batch": BATCH})
+        made_by = artifacts.provenance({"recipe": RECIPE, "dry": self.dry, "batch": BATCH})
         command = f"{COMMAND} --parts cifar --data DIR"
         record.write(self.out, SCHEMA, self.result, made_by, command, shown)
 
@@ -111,17 +107,17 @@ def fitting(seconds: float, seconds_each: float, most: int) -> int:
     return max(1, min(most, int(seconds / seconds_each)))
 
 
-def images(run: Run) -> data.Prepared:
+def images(run: Run) -> Prepared:
     """The prepared images: the folder itself if it is one, else made from parquet, archive or class folders."""
     given = Path(run.data)
     if run.dry:
         settings = prepare.Prepare("digits", image_size=32, val=100, test=1000)
     elif (given / "index.json").is_file():
-        return data.Prepared.open(given)
+        return Prepared.open(given)
     else:
         settings = run.section(prepare.Prepare, source=source_of(run.data), test=0.2)
     prepare.prepare(settings, run.folder / "prepared")
-    return data.Prepared.open(run.folder / "prepared")
+    return Prepared.open(run.folder / "prepared")
 
 
 def source_of(path: str) -> str:
@@ -132,16 +128,16 @@ def source_of(path: str) -> str:
     return "imagefolder" if (folder / "train").is_dir() else "cifar"
 
 
-def subset(prepared: data.Prepared, count: int) -> data.Prepared:
+def subset(prepared: Prepared, count: int) -> Prepared:
     """The same images with the first `count` of train alone left in train, to measure a rate on."""
     splits = prepared.splits.copy()
     splits[prepared.rows("train")[count:]] = "none"
     return replace(prepared, splits=splits)
 
 
-def train_teacher(run: Run, prepared: data.Prepared) -> Path:
+def train_teacher(run: Run, prepared: Prepared) -> Path:
     """Train the ViT for the epochs that fit; its weights."""
-    settings = run.section(teaching.Teach, batch=BATCH, precision="bf16")
+    settings = run.section(teach.Teach, batch=BATCH, precision="bf16")
     if run.dry:
         kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
         settings = replace(settings, kwargs=kwargs, epochs=1, precision="fp32")
@@ -152,26 +148,26 @@ def train_teacher(run: Run, prepared: data.Prepared) -> Path:
         run.choose(teacher_img_per_s=1 / seconds, teach__epochs=epochs)
         settings = replace(settings, epochs=epochs)
     out = run.folder / "teacher"
-    run.timed("teach", lambda: teaching.teach(settings, prepared, out, run.folder / "work"))
+    run.timed("teach", lambda: teach.teach(settings, prepared, out, run.folder / "work"))
     return out / "teacher.safetensors"
 
 
-def teacher_rate(run: Run, settings: teaching.Teach, few: data.Prepared) -> float:
+def teacher_rate(run: Run, settings: teach.Teach, few: Prepared) -> float:
     """Seconds an image: three epochs less one, so that building the model and the first steps do not count."""
     times = []
     for epochs in (1, 3):
         start = time.perf_counter()
         probe = replace(settings, epochs=epochs)
-        teaching.teach(probe, few, run.folder / "probe", run.folder / "work")
+        teach.teach(probe, few, run.folder / "probe", run.folder / "work")
         times.append(time.perf_counter() - start)
     return max(times[1] - times[0], 1e-3) / (2 * len(few.rows("train")))
 
 
-def write_store(run: Run, prepared: data.Prepared, path: Path) -> tuple[Path, Cache]:
+def write_store(run: Run, prepared: Prepared, path: Path) -> tuple[Path, Cache]:
     """Store the teacher's features for the views that fit."""
     settings = run.section(Cache, batch=BATCH)
 
-    def write(views: int, of: data.Prepared, out: Path) -> None:
+    def write(views: int, of: Prepared, out: Path) -> None:
         shown = progress.Progress("cache", views * len(of.rows("train")))
         live = teacher.load(path)
         writing.write(replace(settings, views=views), of, live, out, run.folder / "work", shown)
@@ -189,21 +185,21 @@ def write_store(run: Run, prepared: data.Prepared, path: Path) -> tuple[Path, Ca
     return out, replace(settings, views=views)
 
 
-def student_settings(run: Run) -> training.Distill:
+def student_settings(run: Run) -> Distill:
     """The recipe's students, for the device."""
     if run.dry:
         kwargs = {"channels": [8, 12, 16, 24], "output_stride": 8}
         changes = {"student": "test_resnet", "student_kwargs": kwargs, "epochs": 1, "workers": 0}
-        return run.section(training.Distill, batch=BATCH, **changes)
-    workers = min(MAX_WORKERS, device.usable_cores())
+        return run.section(Distill, batch=BATCH, **changes)
+    workers = min(MAX_WORKERS, machine.usable_cores())
     how = Compute(precision="bf16", channels_last=True)
-    return run.section(training.Distill, batch=BATCH, workers=workers, compute=how)
+    return run.section(Distill, batch=BATCH, workers=workers, compute=how)
 
 
-def student_rate(build: Callable[[], training.Trainer]) -> float:
+def student_rate(build: Callable[[], Trainer]) -> float:
     """Seconds a step of one student, the first steps not counted."""
     trainer = build()
-    watch = runtime.Stopwatch(trainer.place)
+    watch = stopwatch.Stopwatch(trainer.place)
     ends = []
     for step in range(WARM_UP + STEPS):
         trainer.step(step, watch)  # ends when the device has done it
@@ -212,15 +208,13 @@ def student_rate(build: Callable[[], training.Trainer]) -> float:
     return (ends[-1] - ends[WARM_UP - 1]) / STEPS
 
 
-def train_students(
-    run: Run, prepared: data.Prepared, path: Path, features: Path, cache: Cache
-) -> None:
+def train_students(run: Run, prepared: Prepared, path: Path, features: Path, cache: Cache) -> None:
     """Train every method of the recipe for the same epochs, those that fit, and judge each as it ends."""
     settings, made = student_settings(run), (prepared, path, features, cache)
     if not run.dry:
         per_epoch = -(-len(prepared.rows("train")) // settings.batch)
         seconds = {
-            method: student_rate(partial(training.Trainer, settings, method, *made))
+            method: student_rate(partial(Trainer, settings, method, *made))
             for method in settings.methods
         }
         epoch = per_epoch * sum(seconds.values())
@@ -229,7 +223,7 @@ def train_students(
         settings = replace(settings, epochs=epochs)
     for method in settings.methods:
         out = run.folder / "students" / method
-        train = partial(training.distill, settings, method, *made[:3], out, run.folder / "work")
+        train = partial(distill.distill, settings, method, *made[:3], out, run.folder / "work")
         figures = run.timed(method, partial(train, cache))
         shown = {k: figures[k] for k in ("img_per_s", "stage_ms", "stall_fraction", "steps")}
         run.result["models"][method] = accuracy(run, out / "student.safetensors", prepared) | shown
@@ -249,17 +243,17 @@ class OnDevice(nn.Module):
         return logits
 
 
-def accuracy(run: Run, path: Path, prepared: data.Prepared) -> dict[str, Any]:
+def accuracy(run: Run, path: Path, prepared: Prepared) -> dict[str, Any]:
     """Top-1, top-5, nll and ECE on the test split, clean: the noises are drawn an image at a time on the CPU."""
-    model, description = models.load(path)
-    settings = run.section(evaluate.Evaluate, batch=1000)
+    model, description = checkpoint.load(path)
+    settings = run.section(Evaluate, batch=1000)
     rows = prepared.rows(settings.split)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wrapped = OnDevice(model.eval(), where)
     pixels: Any = np.asarray(prepared.images[rows])
-    logits = evaluate.predict(wrapped, pixels, description["preprocess"], settings.batch)
+    logits = predict(wrapped, pixels, description["preprocess"], settings.batch)
     labels = torch.from_numpy(prepared.labels[rows])
-    return evaluate.figures(logits, labels, settings.ece_bins)
+    return evaluate_accuracy.figures(logits, labels, settings.ece_bins)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -268,7 +262,7 @@ def main(args: argparse.Namespace) -> None:
     shutil.rmtree(run.folder, ignore_errors=True)
     run.folder.mkdir(parents=True)
     prepared = run.timed("prepare", lambda: images(run))
-    run.result["data"] = {split: len(prepared.rows(split)) for split in data.SPLITS}
+    run.result["data"] = {split: len(prepared.rows(split)) for split in SPLITS}
     path = train_teacher(run, prepared)
     run.result["models"]["teacher"] = accuracy(run, path, prepared)
     features, cache = write_store(run, prepared, path)

@@ -16,8 +16,10 @@ import numpy as np
 from benchmarks import record
 from benchmarks.gpu_parts import cifar
 from benchmarks.gpu_parts.part import COMMAND, Part, Row, parser
-from pipeline import cli, files, latency, models
-from pipeline.errors import UserError
+from exporters.bench import latency
+from pipeline.core import artifacts, cli
+from pipeline.core.errors import UserError
+from pipeline.models.checkpoint import describe, preprocessing, save
 
 SCHEMA = "cakd.benchmark.gpu.engine/1"
 RESULT = "engine"
@@ -44,21 +46,22 @@ def checkpoint(args: argparse.Namespace, folder: Path) -> Path:
         "kwargs": kwargs,
         "num_classes": 10,
         "classes": [f"class {i}" for i in range(10)],
-        "preprocess": models.preprocessing(model, 32),
+        "preprocess": preprocessing(model, 32),
     }
     path = folder / "student.safetensors"
-    models.save(path, model, description)
+    save(path, model, description)
     return path
 
 
 def built(source: Path, precision: str) -> dict[str, Any]:
     """One engine: its size and seconds, whether it agrees with the ONNX, and its latency; or why not."""
-    from exporters import trt
+    from exporters.trt import __main__ as trt_command
+    from exporters.trt import convert
 
     plan = source.with_name(f"{precision}.plan")
     try:
-        _, sidecar = trt.make(source, plan, precision, "rtx")
-        text, verdict = trt.ran(source, plan)
+        _, sidecar = convert.make(source, plan, precision, "rtx")
+        text, verdict = trt_command.ran(source, plan)
     except UserError as error:
         return {"verdict": "refused", "reason": str(error)}
     row = {"verdict": verdict, "reason": text, "version": sidecar["version"]}
@@ -68,8 +71,8 @@ def built(source: Path, precision: str) -> dict[str, Any]:
 
 def timed(plan: Path) -> dict[str, Any]:
     """Batch -> wall_ms and engine_ms of a call, copies in and out included in the first."""
-    from exporters.engine_clock import ClockedSession
-    from exporters.inputs import smooth
+    from exporters.artifact.inputs import smooth
+    from exporters.trt.clock import ClockedSession
 
     session = ClockedSession(plan)
     _, _, height, width = session.input_shape
@@ -87,20 +90,20 @@ def timed(plan: Path) -> dict[str, Any]:
 
 def main(args: argparse.Namespace) -> None:
     """Export the student, then build and run an engine of each precision; written as each ends."""
-    from exporters import ort
+    from exporters.ort import export
 
     folder = args.work / RESULT
     folder.mkdir(parents=True, exist_ok=True)
     path, source = checkpoint(args, folder), folder / "student.onnx"
-    row = ort.export(path, source)
+    row = export.export(path, source)
     trained = path == args.work / STUDENT
     result: dict[str, Any] = {
         "student": "of the part cifar" if trained else "random weights",
-        "model": models.describe(path)["model"],
+        "model": describe(path)["model"],
         "onnx_parity": row["verdict"],
         "engines": {},
     }
-    made_by = files.provenance({"dry": args.dry}, student=path)
+    made_by = artifacts.provenance({"dry": args.dry}, student=path)
     for precision in PRECISIONS[:1] if args.dry else PRECISIONS:
         result["engines"][precision] = built(source, precision)
         shown = "\n".join(

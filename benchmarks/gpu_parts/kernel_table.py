@@ -11,7 +11,7 @@ import torch
 from benchmarks import kernels
 from benchmarks.gpu_parts.part import COMMAND, Part, Row, parser
 from benchmarks.kernel_works import Shape
-from pipeline import cli
+from pipeline.core import cli
 
 TOKENS = (64, 196)
 DTYPES = ("bfloat16", "float32")

@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.gpu_parts.part import COMMAND, Part, Row, parser
-from pipeline import cli, device, files
-from pipeline.errors import GateFailed
+from pipeline.core import artifacts, cli, machine
+from pipeline.core.errors import GateFailed
 
 SCHEMA = "cakd.benchmark.gpu.tests/1"
 RESULT = "tests"
@@ -80,7 +80,7 @@ class Recorder:
             ["| test | outcome |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows(result))]
         )
         command = f"{COMMAND} --parts tests"
-        record.write(self.out, SCHEMA, result, files.provenance(self.params), command, shown)
+        record.write(self.out, SCHEMA, result, artifacts.provenance(self.params), command, shown)
         self._written = time.monotonic()
 
 
@@ -112,7 +112,7 @@ def options(dry: bool) -> list[str]:
     given = ["-q", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider"]
     given += ["--continue-on-collection-errors", "--tb=short"]
     if not dry and importlib.util.find_spec("xdist"):
-        given += ["-p", "xdist.plugin", "-n", str(min(MAX_WORKERS, device.usable_cores()))]
+        given += ["-p", "xdist.plugin", "-n", str(min(MAX_WORKERS, machine.usable_cores()))]
     return [*given, *map(str, tests)]
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from pipeline import cli
+from pipeline.core import cli
 
 GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 Status = Literal["done", "failed", "killed", "skipped"]

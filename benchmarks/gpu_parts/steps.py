@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import training
 from benchmarks.gpu_parts.part import Part, Row, parser
-from pipeline import cli, device
+from pipeline.core import cli, machine
 
 METHODS = "--methods plain logits cakd cakd+logits"
 SETTINGS = {  # result -> the options of benchmarks.training
@@ -29,7 +29,7 @@ MAX_WORKERS = 8
 
 def main(args: argparse.Namespace) -> None:
     """Measure each setting, written as it ends."""
-    workers = 0 if args.dry else min(MAX_WORKERS, device.usable_cores())
+    workers = 0 if args.dry else min(MAX_WORKERS, machine.usable_cores())
     for name, options in (DRY if args.dry else SETTINGS).items():
         line = f"{METHODS} {options} --workers {workers} --resident --out".split()
         training.main(training.parser().parse_args([*line, str(args.out / name)]))

@@ -10,7 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import cli, config, data, teacher
+from pipeline.core import cli, config
+from pipeline.data.prepared import Prepared
+from pipeline.models import teacher
 from pipeline.store import planning, verifying
 from pipeline.store.policy import Cache
 
@@ -45,11 +47,11 @@ def main(args: argparse.Namespace) -> None:
         manifest = verifying.check_bytes(args.store)
         found = {key: manifest[key] for key in INFO} | {"shards": len(manifest["shards"])}
     elif args.command == "verify":
-        prepared = data.Prepared.open(args.prepared)
+        prepared = Prepared.open(args.prepared)
         errors = verifying.verify(args.store, prepared, args.teacher, args.n)
         found = {"records": args.n, "relative_error": errors}
     else:
-        prepared = data.Prepared.open(args.prepared)
+        prepared = Prepared.open(args.prepared)
         cache = config.load(Cache, args.params)
         live = teacher.load(args.teacher)
         found = planning.plan(cache, prepared, live, args.store, args.seconds)

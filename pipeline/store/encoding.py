@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from pipeline.errors import GateFailed, UserError
-from pipeline.teacher import Tokens
+from pipeline.core.errors import GateFailed, UserError
+from pipeline.models.teacher import Tokens
 
 DTYPES = {
     "float32": torch.float32,

@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import data, files, teacher, views
+from pipeline.core.atomic import PARTIAL, make_parent
+from pipeline.data import views
+from pipeline.data.prepared import Prepared
+from pipeline.models import teacher
 from pipeline.store import encoding, shards
 from pipeline.store.policy import Cache, refuse_layout
 from pipeline.store.reading import THREADS
@@ -27,7 +30,7 @@ SHARE_OF_FREE = 0.05
 
 def plan(
     cache: Cache,
-    prepared: data.Prepared,
+    prepared: Prepared,
     live: teacher.Teacher,
     folder: Path,
     seconds: float = SECONDS,
@@ -87,11 +90,11 @@ def disk_speed(folder: Path, per_view: int, free: int, seconds: float) -> tuple[
 
     Raises UserError: not writable.
     """
-    files.make_parent(folder)
+    make_parent(folder)
     block = os.urandom(BLOCK)
     largest = max(BLOCK, min(LARGEST_FILE, int(free * SHARE_OF_FREE)))
     with tempfile.NamedTemporaryFile(
-        dir=folder.parent, prefix=f".{folder.name}.", suffix=files.PARTIAL, buffering=0
+        dir=folder.parent, prefix=f".{folder.name}.", suffix=PARTIAL, buffering=0
     ) as file:
         start, size = time.perf_counter(), 0
         while size < largest and (size == 0 or time.perf_counter() - start < seconds):
@@ -123,7 +126,7 @@ def _read_speed(fd: int, size: int, record: int, seconds: float) -> float:
 
 
 def teacher_speed(
-    cache: Cache, prepared: data.Prepared, live: teacher.Teacher, seconds: float
+    cache: Cache, prepared: Prepared, live: teacher.Teacher, seconds: float
 ) -> tuple[float, float]:
     """Images a second of the teacher and of its replay (0: nothing is replayed), in batches of `cache.batch`."""
     rows = np.resize(prepared.rows("train"), cache.batch)

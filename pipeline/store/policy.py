@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import data, files, views
-from pipeline.compute import Device
-from pipeline.errors import UserError
-from pipeline.teacher import Anatomy
-from pipeline.views import Geometry
+from pipeline.core import artifacts
+from pipeline.core.errors import UserError
+from pipeline.data.prepared import Prepared
+from pipeline.data.views import BACKEND, Geometry
+from pipeline.models.probe import Anatomy
+from pipeline.training.compute import Device
 
 Lines = dict[str, Any]
 
@@ -51,23 +52,21 @@ def asked(cache: Cache) -> Lines:
     }
 
 
-def surroundings(prepared: data.Prepared, teacher_description: dict[str, Any]) -> Lines:
+def surroundings(prepared: Prepared, teacher_description: dict[str, Any]) -> Lines:
     """The lines that the images, the teacher and the installed packages decide."""
     built = {k: teacher_description[k] for k in ("model", "kwargs", "num_classes", "preprocess")}
     return {
         "teacher": teacher_description["weights_sha256"],
-        "teacher_model": files.digest(built),
+        "teacher_model": artifacts.digest(built),
         "images": prepared.images_sha256,
-        "order": files.digest(prepared.rows("train").tolist()),
-        "classes": files.digest(list(prepared.classes)),
-        "view_backend": views.BACKEND,
-        **{f"version of {name}": files.versions()[name] for name in ("torch", "timm")},
+        "order": artifacts.digest(prepared.rows("train").tolist()),
+        "classes": artifacts.digest(list(prepared.classes)),
+        "view_backend": BACKEND,
+        **{f"version of {name}": artifacts.versions()[name] for name in ("torch", "timm")},
     }
 
 
-def fingerprint(
-    cache: Cache, prepared: data.Prepared, teacher_description: dict[str, Any]
-) -> Lines:
+def fingerprint(cache: Cache, prepared: Prepared, teacher_description: dict[str, Any]) -> Lines:
     """Every line that decides what the records hold; a store is usable only where all of them agree."""
     return {**surroundings(prepared, teacher_description), **asked(cache)}
 
@@ -84,7 +83,7 @@ def refuse_layout(cache: Cache, found: Anatomy) -> None:
         )
 
 
-def refuse_other_data(prepared: data.Prepared, teacher_description: dict[str, Any]) -> None:
+def refuse_other_data(prepared: Prepared, teacher_description: dict[str, Any]) -> None:
     """Raise UserError where the teacher was made for other classes or another size than the images have."""
     classes, size = (
         teacher_description.get("classes"),

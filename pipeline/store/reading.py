@@ -15,12 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import config, data, files, models, views
-from pipeline.errors import UserError
+from pipeline.core import artifacts, config
+from pipeline.core.errors import UserError
+from pipeline.data import views
+from pipeline.data.prepared import Prepared
+from pipeline.models import checkpoint
+from pipeline.models.teacher import TeacherTail, Tokens
 from pipeline.store import policy
 from pipeline.store.encoding import DTYPES, decode
 from pipeline.store.shards import SAFETENSORS, Field, Fields, Shard, word_sums
-from pipeline.teacher import TeacherTail, Tokens
 
 SCHEMA = "cakd.store/2"
 AGAIN = "run cache again"
@@ -56,24 +59,24 @@ class Records:
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest with its own hash in it."""
     bare = {key: value for key, value in manifest.items() if key != SEAL}
-    return {**bare, SEAL: files.digest(bare)}
+    return {**bare, SEAL: artifacts.digest(bare)}
 
 
 def open_manifest(folder: Path) -> dict[str, Any]:
     """The manifest. Raises UserError: missing, of another version, not as it was written."""
     path = folder / "manifest.json"
-    manifest = files.read_json(path, SCHEMA)
+    manifest = artifacts.read_json(path, SCHEMA)
     if seal(manifest) != manifest:
         raise UserError(f"{path}: damaged, it is not what was written; run cache again")
-    files.expect(manifest, path, AGAIN, mode=str, layout=str, dtype=str, fingerprint=dict)
-    files.expect(
+    artifacts.expect(manifest, path, AGAIN, mode=str, layout=str, dtype=str, fingerprint=dict)
+    artifacts.expect(
         manifest, path, AGAIN, images=int, views=int, records=int, fields=dict, shards=list
     )
-    files.expect(manifest, path, AGAIN, bytes_per_view=int | float, error=dict)
+    artifacts.expect(manifest, path, AGAIN, bytes_per_view=int | float, error=dict)
     if manifest["layout"] not in FEATURES or manifest["dtype"] not in DTYPES:
         raise UserError(f"{path}: damaged, {manifest['dtype']} in {manifest['layout']}; {AGAIN}")
     for entry in manifest["shards"]:
-        files.expect(entry, path, AGAIN, file=str, records=int, bytes=int, sha256=str)
+        artifacts.expect(entry, path, AGAIN, file=str, records=int, bytes=int, sha256=str)
         inside = Path(entry["file"]).name == entry["file"] and entry["file"] not in ("", "..")
         if not inside or entry["records"] < 1:
             raise UserError(f"{path}: damaged, a shard is {reprlib.repr(entry)}; {AGAIN}")
@@ -130,13 +133,13 @@ class Store:
     def __init__(
         self,
         folder: Path,
-        prepared: data.Prepared,
+        prepared: Prepared,
         teacher_path: Path,
         asked: policy.Cache | None = None,
     ) -> None:
         self.manifest = open_manifest(folder)
         marks = self.manifest["fingerprint"]
-        description = models.describe(teacher_path)
+        description = checkpoint.describe(teacher_path)
         now = policy.surroundings(prepared, description)
         policy.refuse_stale(folder, marks, now | (policy.asked(asked) if asked else {}))
         policy.refuse_other_data(prepared, description)

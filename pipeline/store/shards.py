@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline import files
-from pipeline.errors import UserError
+from pipeline.core.atomic import atomic
+from pipeline.core.errors import UserError
+from pipeline.models.probe import Anatomy
 from pipeline.store.encoding import DTYPES
-from pipeline.teacher import Anatomy
 
 SAFETENSORS = {
     "F32": torch.float32,
@@ -122,7 +122,7 @@ def save(path: Path, tensors: dict[str, Tensor], first: int) -> None:
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     whole["checksum"] = checksums(whole, first)
     try:
-        with files.atomic(path) as temporary:
+        with atomic(path) as temporary:
             save_file(whole, temporary)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot write ({error}); free space, then run again") from None

@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import data, files, teacher, views
-from pipeline.errors import UserError
+from pipeline.core import artifacts
+from pipeline.core.errors import UserError
+from pipeline.data import views
+from pipeline.data.prepared import Prepared
+from pipeline.models import teacher
 from pipeline.store import encoding
 from pipeline.store.reading import Store, open_manifest, open_shards
 
@@ -22,13 +25,13 @@ def check_bytes(folder: Path) -> dict[str, Any]:
         shard.close()
     for entry in manifest["shards"]:
         path = folder / entry["file"]
-        if files.sha256(path) != entry["sha256"]:
+        if artifacts.sha256(path) != entry["sha256"]:
             raise UserError(f"{path}: damaged, its SHA-256 is not the one written; run cache again")
     return manifest
 
 
 def verify(
-    folder: Path, prepared: data.Prepared, teacher_path: Path, n: int
+    folder: Path, prepared: Prepared, teacher_path: Path, n: int
 ) -> dict[str, dict[str, float]]:
     """Every byte, then `n` records against the live teacher: max and mean relative error by tensor.
 

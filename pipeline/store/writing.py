@@ -17,24 +17,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import compute, data, files, runtime, teacher, views
+from pipeline.core import artifacts
+from pipeline.core.atomic import publish
+from pipeline.data import views
+from pipeline.data.prepared import Prepared, spread
+from pipeline.models import teacher
+from pipeline.models.teacher import Tokens
 from pipeline.store import encoding, policy, shards
 from pipeline.store.policy import Cache, refuse_layout
 from pipeline.store.reading import SCHEMA, seal
-from pipeline.teacher import Tokens
+from pipeline.training import compute, resume
+from pipeline.training.ranks import ALONE, Ranks
 
 MEASURE_EVERY = 8  # write batches: the error is that of each eighth
+# Rooms of pipeline/ whose code makes a record: an edit there starts an unfinished store anew.
+ROOMS = ("core", "data", "models", "store", "training")
 STATISTICS = 512  # views behind the per-channel mean and standard deviation of h
 
 
 def write(
     cache: Cache,
-    prepared: data.Prepared,
+    prepared: Prepared,
     live: teacher.Teacher,
     out: Path,
     work: Path,
     progress: Callable[[int], None],
-    ranks: runtime.Ranks = runtime.ALONE,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Run the teacher over every view and publish the store at `out`; resumes shard by shard; the manifest.
 
@@ -51,16 +59,16 @@ def write(
         "batch": cache.batch,
         "shard_mb": cache.shard_mb,
         "device": place.type,
-        "code": files.code(),
+        "code": artifacts.code(ROOMS),
     }
-    with runtime.work_folder(work, files.digest(unfinished), ranks) as folder:
+    with resume.work_folder(work, artifacts.digest(unfinished), ranks) as folder:
         if cache.mode == "on":
             _write_shards(task, folder, out, progress, ranks)
         ranks.wait()
         if ranks.rank == 0:
-            files.write_json(folder / "store" / "manifest.json", task.manifest(folder))
-            files.publish(folder / "store", out)
-    return files.read_json(out / "manifest.json", SCHEMA)
+            artifacts.write_json(folder / "store" / "manifest.json", task.manifest(folder))
+            publish(folder / "store", out)
+    return artifacts.read_json(out / "manifest.json", SCHEMA)
 
 
 class Task:
@@ -69,7 +77,7 @@ class Task:
     def __init__(
         self,
         cache: Cache,
-        prepared: data.Prepared,
+        prepared: Prepared,
         live: teacher.Teacher,
         place: torch.device,
     ) -> None:
@@ -103,7 +111,7 @@ class Task:
     def manifest(self, folder: Path) -> dict[str, Any]:
         """The sealed manifest of the finished shards in the work folder."""
         cache, found = self.cache, self.live.anatomy
-        entries = [files.read_json(_note(folder, n)) for n in range(self.shard_count)]
+        entries = [artifacts.read_json(_note(folder, n)) for n in range(self.shard_count)]
         mean, std = _statistics(self)
         return seal(
             {
@@ -125,7 +133,7 @@ class Task:
                 "h_std": std,
                 "fingerprint": self.marks,
                 "shards": entries,
-                "provenance": files.provenance(asdict(cache)),
+                "provenance": artifacts.provenance(asdict(cache)),
             }
         )
 
@@ -139,7 +147,7 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _write_shards(
-    task: Task, folder: Path, out: Path, progress: Callable[[int], None], ranks: runtime.Ranks
+    task: Task, folder: Path, out: Path, progress: Callable[[int], None], ranks: Ranks
 ) -> None:
     """Write this rank's shards; a shard goes to the disk while the teacher looks at the next one's views."""
     mine = range(ranks.rank, task.shard_count, ranks.size)
@@ -158,7 +166,7 @@ def _write_shards(
         len(task.records_of(n)) for n in missing
     )
     saving: Future[None] | None = None
-    with runtime.Interrupts() as interrupts, ThreadPoolExecutor(1) as disk:
+    with resume.Interrupts() as interrupts, ThreadPoolExecutor(1) as disk:
 
         def told(more: int) -> None:
             progress(done + more)
@@ -178,7 +186,7 @@ def _whole(note: Path, shard: Path) -> bool:
     """True where an earlier run left this shard complete: its note is there and its bytes have the noted hash."""
     if not (note.is_file() and shard.is_file()):
         return False
-    return bool(files.read_json(note)["sha256"] == files.sha256(shard))
+    return bool(artifacts.read_json(note)["sha256"] == artifacts.sha256(shard))
 
 
 def _make_shard(
@@ -231,13 +239,13 @@ def _save_shard(
 ) -> None:
     path = _shard(folder, number)
     shards.save(path, tensors, first=int(task.records_of(number)[0]))
-    files.write_json(
+    artifacts.write_json(
         _note(folder, number),
         {
             "file": path.name,
             "records": len(tensors["logits"]),
             "bytes": path.stat().st_size,
-            "sha256": files.sha256(path),
+            "sha256": artifacts.sha256(path),
             "error": errors,
         },
     )
@@ -246,7 +254,7 @@ def _save_shard(
 def _statistics(task: Task) -> tuple[list[float], list[float]]:
     """Per-channel mean and standard deviation of h over view 0 of spread images; the same cached or not."""
     cache = task.cache
-    chosen = data.spread(task.rows, STATISTICS)
+    chosen = spread(task.rows, STATISTICS)
     tokens = []
     for at in range(0, len(chosen), cache.batch):
         part = chosen[at : at + cache.batch]

@@ -1,0 +1,175 @@
+"""Every shipped kernel compiled for every GPU generation, without a GPU: spills, registers, memory, products.
+
+`python -m benchmarks.kernel_budget` writes what was found to benchmarks/results/kernel-budget.json; a test
+compares every build with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pipeline.core import artifacts, cli
+from pipeline.distill.kernels import dropout, flash, gram, group_linear, small, swap_mix
+from pipeline.distill.kernels.configs import ARCHITECTURES, SHARED_KB, Config, config
+
+BUDGET = Path(__file__).parent / "results" / "kernel-budget.json"
+SCHEMA = "cakd.kernels.budget/1"
+SLACK = 1.1  # registers may grow by a tenth with another compiler before the gate says so
+KERNELS: dict[str, Any] = {
+    "swap_mix": swap_mix.swap_mix_kernel,
+    "dropout": dropout.dropout_kernel,
+    "gram": gram.gram_kernel,
+    "small": small.small_kernel,
+    "flash_forward": flash.flash_forward_kernel,
+    "flash_queries": flash.flash_queries_kernel,
+    "flash_keys": flash.flash_keys_kernel,
+    "gl_project": group_linear.project_kernel,
+    "gl_input": group_linear.input_kernel,
+    "gl_weight": group_linear.weight_kernel,
+}
+CONSTANTS = {  # of ViT's heads, 64 wide, and the mask of every element
+    "SCALE": 0.125,
+    "WIDTH": 64,
+    "COLUMNS": 64,
+    "GRAN": 0,
+    "ZERO": False,
+    "PRECISION": "ieee",
+    "TARGET": True,
+}
+TYPES = {  # of the arguments that are not strides or counts
+    **dict.fromkeys(("student", "teacher", "out", "gradient", "doubled", "tokens"), "*bf16"),
+    **dict.fromkeys(("weight", "bias", "target", "residual", "upstream"), "*bf16"),
+    **dict.fromkeys(("d_weight", "d_bias"), "*bf16"),
+    **dict.fromkeys(("losses", "log_sums", "deltas"), "*fp32"),
+    **dict.fromkeys(("ids", "stream", "order", "tiles", "groups"), "*i64"),
+    **dict.fromkeys(("scale", "count"), "fp32"),
+}
+ALIGNED = re.compile(r"[stgox]_[bnmh]$|channels$|width$")
+PRODUCT = {
+    8: "HMMA",
+    9: "HGMMA",
+    10: "UTC",
+    12: "HMMA",
+}  # the tensor-core instruction, by generation
+WITHOUT_PRODUCT = {"swap_mix", "dropout"}
+
+
+@dataclass(frozen=True)
+class Build:
+    """What one kernel takes on one architecture."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    products: int  # tensor-core instructions
+
+
+def build(kernel: str, architecture: int, chosen: Config | None = None) -> Build:
+    """Compile a kernel in bfloat16 with the table's configuration, or with `chosen`."""
+    chosen = chosen or config(kernel, architecture)
+    function = KERNELS[kernel]
+    tiles = {"BLOCK": chosen.block, "KEYS": chosen.inner, "DEPTH": chosen.inner}
+    if chosen.columns:
+        tiles["COLUMNS"] = chosen.columns
+    constants = {k: v for k, v in {**CONSTANTS, **tiles}.items() if k in function.arg_names}
+    signature = {
+        name: "constexpr" if name in constants else TYPES.get(name, "i32")
+        for name in function.arg_names
+    }
+    aligned = [["tt.divisibility", 16]]  # as at a real launch: without it no load is vectorised
+    attributes = {
+        (place,): aligned
+        for place, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or ALIGNED.match(name)
+    }
+    compiled = triton.compile(
+        ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": chosen.warps, "num_stages": chosen.stages},
+    )
+    registers, spilled, instructions = _assembled(compiled.asm["cubin"])
+    wanted = PRODUCT[architecture // 10]
+    return Build(
+        registers,
+        spilled,
+        int(compiled.metadata.shared),
+        sum(line.startswith(wanted) and "MMA" in line for line in instructions),
+    )
+
+
+def _assembled(cubin: bytes) -> tuple[int, int, list[str]]:
+    """Registers a thread, bytes of spilled registers, and the instructions of a binary, by NVIDIA's own tools."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _told(tools / "cuobjdump", "-res-usage", file.name)
+        listing = _told(tools / "nvdisasm", "-c", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    stack = re.search(r"STACK:(\d+)", usage)
+    assert registers and stack, usage
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", listing)
+    spilled = int(stack.group(1)) + 4 * sum(o.startswith(("STL", "LDL")) for o in opcodes)
+    return int(registers.group(1)), spilled, opcodes
+
+
+def _told(*command: object) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def faults(
+    kernel: str, architecture: int, found: Build, budget: dict[str, int] | None
+) -> list[str]:
+    """What is wrong with a build: spills, no tensor-core product, too much shared memory, more than its budget."""
+    where = f"{kernel} on sm_{architecture}"
+    limit = SHARED_KB[architecture] * 1024
+    wrong = []
+    if found.spilled_bytes:
+        wrong.append(f"{where}: {found.spilled_bytes} bytes of registers spilled, allowed: 0")
+    if kernel not in WITHOUT_PRODUCT and not found.products:
+        wrong.append(
+            f"{where}: no {PRODUCT[architecture // 10]} instruction: not on the tensor cores"
+        )
+    if found.shared_bytes > limit:
+        wrong.append(f"{where}: {found.shared_bytes} bytes of shared memory, limit {limit}")
+    if budget is None:
+        wrong.append(f"{where}: not in {BUDGET.name}; run `python -m benchmarks.kernel_budget`")
+    elif (
+        found.registers > SLACK * budget["registers"]
+        or found.shared_bytes > SLACK * budget["shared_bytes"]
+    ):
+        wrong.append(
+            f"{where}: {found.registers} registers and {found.shared_bytes} bytes of shared memory, "
+            f"budget {budget['registers']} and {budget['shared_bytes']}"
+        )
+    return wrong
+
+
+def write_budget() -> dict[str, dict[str, int]]:
+    """Build everything and write the budget file; the builds by `kernel sm_xx`."""
+    builds = {f"{k} sm_{a}": asdict(build(k, a)) for k in KERNELS for a in ARCHITECTURES}
+    made_by = artifacts.versions(("triton",))
+    artifacts.write_json(BUDGET, {"schema": SCHEMA, "versions": made_by, "builds": builds})
+    return builds
+
+
+def main(_: argparse.Namespace) -> None:
+    """Compile every kernel for every architecture and write the budget; needs triton, no GPU."""
+    for name, made in write_budget().items():
+        print(f"{name}: " + ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in made.items()))
+    print(BUDGET)
+
+
+if __name__ == "__main__":
+    cli.run(main, argparse.ArgumentParser(prog="benchmarks.kernel_budget", description=__doc__))

@@ -1,0 +1,220 @@
+"""How far two sets of logits agree: the figures, the gates, the verdict, and a row of parity.json."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporters.artifact import inputs, metadata
+from exporters.artifact.session import Array, Session
+from pipeline.core.errors import GateFailed, UserError
+
+BIT_EQUAL_DB = 200.0  # the SQNR of no difference at all: beyond float32, and still a number in JSON
+REACTS = 1e-6  # between-image std over the largest output below this: rounding, not an answer to the image
+ROUNDING = 1e-9  # of a difference of two accuracies
+IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The bounds: fp32 by largest difference over the between-image std, the others by centred SQNR in dB."""
+
+    fp32_rel: float = 1e-3
+    fp16_db: float = 35.0
+    bf16_db: float = 25.0
+    int8_db: float = 15.0
+
+
+def figures(reference: Array, other: Array) -> dict[str, float | None]:
+    """Both (N, K), N >= 2 -> max_abs, rel_between_std, sqnr_centered_db, top1_agreement.
+
+    The reference's mean over the images is subtracted class by class first, so that a constant offset earns
+    nothing. None where the figure does not exist: outputs that are not finite, or a reference that gives
+    every image the same answer. Raises UserError: shapes that differ, fewer than two images.
+    """
+    if reference.shape != other.shape:
+        raise UserError(
+            f"outputs are {reference.shape} and {other.shape}: these are two different networks"
+        )
+    if len(reference) < 2:
+        raise UserError(f"parity: got {len(reference)} image; at least 2 are needed")
+    a, b = reference.astype(np.float64), other.astype(np.float64)
+    row: dict[str, float | None] = dict.fromkeys(
+        ("max_abs", "rel_between_std", "sqnr_centered_db", "top1_agreement")
+    )
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return row
+    largest = row["max_abs"] = float(np.abs(a - b).max())
+    if not reacts(reference):
+        return row
+    centred = a - a.mean(axis=0)
+    noise = float(((a - b) ** 2).sum())
+    signal = float((centred**2).sum())
+    row["rel_between_std"] = largest / math.sqrt(signal / a.size)
+    row["sqnr_centered_db"] = 10 * math.log10(signal / noise) if noise else BIT_EQUAL_DB
+    row["top1_agreement"] = float((a.argmax(axis=1) == b.argmax(axis=1)).mean())
+    return row
+
+
+def reacts(reference: Array) -> bool:
+    """Whether different images get different answers, beyond rounding."""
+    a = reference.astype(np.float64)
+    return float(a.std(axis=0).max()) > REACTS * float(np.abs(a).max())
+
+
+def judge(
+    row: dict[str, float | None], largest: float, precision: str, gates: Gates
+) -> tuple[str, str | None]:
+    """(PASS | FAIL | UNDECIDED, reason). `largest` is the reference's largest absolute output.
+
+    A reference that does not react can refute parity, never prove it.
+    """
+    if row["max_abs"] is None:
+        return "FAIL", "outputs hold NaN or infinity"
+    rel, sqnr = row["rel_between_std"], row["sqnr_centered_db"]
+    if rel is None or sqnr is None:
+        if row["max_abs"] > gates.fp32_rel * largest and precision == "fp32":
+            return (
+                "FAIL",
+                f"max abs {row['max_abs']:.3g} on outputs of {largest:.3g} that do not vary",
+            )
+        return (
+            "UNDECIDED",
+            "the reference does not react to its input: it answers every image alike",
+        )
+    if precision == "fp32":
+        kept, text = rel <= gates.fp32_rel, f"max abs / std {rel:.2e}, gate {gates.fp32_rel:g}"
+    else:
+        floor = {"fp16": gates.fp16_db, "bf16": gates.bf16_db, "int8": gates.int8_db}[precision]
+        kept, text = sqnr >= floor, f"{sqnr:.1f} dB, {precision} gate {floor:g} dB"
+    return ("PASS", None) if kept else ("FAIL", text)
+
+
+def coarsest(*sessions: Session) -> str:
+    """The coarsest precision any of them stores or computes in: what decides the gate."""
+    found = {s.precision_effective for s in sessions}
+    found |= {s.metadata.get("precision", "fp32") for s in sessions}
+    return max(found, key=metadata.PRECISIONS.index)
+
+
+def row(
+    artefact: Path, session: Session, reference: Array, other: Array, gates: Gates
+) -> dict[str, Any]:
+    """One row of parity.json: the session's outputs against a float32 reference's."""
+    found = figures(reference, other)
+    verdict, reason = judge(found, float(np.abs(reference).max()), coarsest(session), gates)
+    told = session.metadata.get("int8")
+    return {
+        "artifact": artefact.name,
+        "runtime": session.runtime,
+        "precision_effective": session.precision_effective,
+        **({"int8": told} if told else {}),
+        **found,
+        "images": len(reference),
+        "verdict": verdict,
+        "reason": reason,
+    }
+
+
+def top1_drop(reference: Array, other: Array, labels: NDArray[np.int64]) -> float | None:
+    """Top-1 that `other` (N, K) loses on the labelled images, as a fraction; None where there is none."""
+    known = labels >= 0
+    if not known.any() or not np.isfinite(other).all():
+        return None
+    before, after = (float((y.argmax(axis=1) == labels)[known].mean()) for y in (reference, other))
+    return before - after
+
+
+def loses(drop: float | None, bound: float) -> bool:
+    """Whether a drop is over its bound."""
+    return drop is not None and drop > bound + ROUNDING
+
+
+def with_accuracy(
+    found: dict[str, Any],
+    reference: Array,
+    other: Array,
+    labels: NDArray[np.int64],
+    bound: float,
+) -> dict[str, Any]:
+    """A row of parity.json with what top-1 loses; over `bound` its PASS becomes FAIL."""
+    drop = top1_drop(reference, other, labels)
+    if drop is None:
+        return found
+    found = {**found, "top1_drop": drop}
+    if found["verdict"] == "PASS" and loses(drop, bound):
+        found |= {"verdict": "FAIL", "reason": f"top-1 falls by {drop:.3f}, gate {bound:g}"}
+    return found
+
+
+def passed(
+    out: Path,
+    sessions: tuple[Session, Session],
+    x: Array,
+    labels: NDArray[np.int64] | None,
+    bound: float,
+) -> dict[str, Any]:
+    """The row of a conversion to `out`: (its source, what was made of it), shown x and judged by labels if any.
+
+    Of x and the labels as many as fill the batches of both.
+    Raises GateFailed: the verdict is FAIL.
+    """
+    step = math.lcm(*(session.input_shape[0] or 1 for session in sessions))
+    whole = slice(len(x) // step * step)
+    reference, made = (inputs.run(session, x[whole]) for session in sessions)
+    found = row(out, sessions[1], reference, made, Gates())
+    if labels is not None:
+        found = with_accuracy(found, reference, made, labels[whole], bound)
+    if found["verdict"] == "FAIL":
+        raise GateFailed(f"{out}: {found['reason']}; not written")
+    return found
+
+
+def skipped(artefact: str, precision: str, reason: str) -> dict[str, Any]:
+    """The row of an artefact that could not run here."""
+    empty = dict.fromkeys(
+        ("max_abs", "rel_between_std", "sqnr_centered_db", "top1_agreement", "images")
+    )
+    return {
+        "artifact": artefact,
+        "runtime": None,
+        "precision_effective": precision,
+        **empty,
+        "verdict": "skipped",
+        "reason": reason,
+    }
+
+
+def pictures(a: Session, b: Session, folder: Path | None) -> Array:
+    """The images both are shown: a folder's, prepared by the notes of whichever carries some, or smooth ones.
+
+    Raises UserError: inputs of different shapes, no image in the folder.
+    """
+    if a.input_shape[1:] != b.input_shape[1:]:
+        raise UserError(f"inputs are {a.input_shape[1:]} and {b.input_shape[1:]}: not comparable")
+    if folder is None:
+        count = max(IMAGES // 4, a.input_shape[0] or 1, b.input_shape[0] or 1, 2)
+        x = inputs.smooth(count, *a.input_shape[2:])
+    else:
+        noted = a if metadata.preprocessing(a.metadata) else b
+        x = inputs.from_folder(folder, noted, IMAGES)
+    step = math.lcm(a.input_shape[0] or 1, b.input_shape[0] or 1)
+    return x[: len(x) // step * step]
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The figures of a row in one line."""
+    parts = [f"max abs {found['max_abs']:.2e}" if found["max_abs"] is not None else "not finite"]
+    if found["rel_between_std"] is not None:
+        parts += [
+            f"over std {found['rel_between_std']:.2e}",
+            f"SQNR {found['sqnr_centered_db']:.1f} dB",
+            f"top-1 agreement {found['top1_agreement']:.3f}",
+        ]
+    reason = f" ({found['reason']})" if found["reason"] else ""
+    return f"{', '.join(parts)}: {found['verdict']}{reason}"

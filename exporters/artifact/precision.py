@@ -1,0 +1,25 @@
+"""Precisions that exporters write, and the file name of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.core.errors import UserError, nearest
+
+PRECISIONS = ("fp32", "fp16", "int8")
+
+
+def beside(out: Path, precision: str) -> Path:
+    """student.onnx -> student-int8.onnx; fp32 keeps the plain name."""
+    return out if precision == "fp32" else out.with_stem(f"{out.stem}-{precision}")
+
+
+def parse_precisions(text: str, allowed: tuple[str, ...] = PRECISIONS) -> list[str]:
+    """`fp32,int8` -> the list. Raises UserError on an unknown one."""
+    wanted = [p.strip() for p in text.split(",") if p.strip()]
+    for precision in wanted:
+        if precision not in allowed:
+            raise UserError(f"--precision: got {precision!r}; {nearest(precision, allowed)}")
+    if not wanted:
+        raise UserError(f"--precision: got {text!r}; allowed: {', '.join(allowed)}")
+    return wanted

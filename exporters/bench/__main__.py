@@ -1,0 +1,157 @@
+"""Latency of any artefact in any runtime, without torch here: a row each, or a paired verdict a target."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from exporters.artifact.session import TARGETS
+from exporters.bench import gates
+from exporters.bench.measure import Measured, Subject, measure, save_samples
+from exporters.bench.subjects import Bench, document, subjects_of
+from exporters.bench.verdicts import compared, noise_floor, verdict_line
+from exporters.bench.worker import read_reference
+from pipeline.core import artifacts, cli
+from pipeline.core.errors import GateFailed, UserError
+from pipeline.core.machine import usable_cores
+
+COLUMNS = (
+    *("model", "target", "threads", "batch", "precision", "p50_ms", "p90_ms", "p99_ms", "min_ms"),
+    *("cpu_p50_ms", "load_ms", "first_ms", "size_mb", "rss_mb"),
+)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as aligned plain text; a skipped row ends with its reason, a noisy one with its flags."""
+    cells = [[*COLUMNS, ""]]
+    for r in rows:
+        wall = r["wall_ms"]
+        figures = [*(wall[k] for k in ("p50", "p90", "p99", "min")), r["cpu_ms"]["p50"]]
+        figures += [r[k] for k in ("load_ms", "first_ms", "size_mb", "rss_mb")]
+        note = f"skipped: {r['reason']}" if r["reason"] else ", ".join(r["flags"])
+        precision = r["precision_effective"] or r["precision_requested"]
+        shown = ["n/a" if f is None else f"{f:.4g}" for f in figures]
+        counts = [str(r["threads"]), str(r["batch"])]
+        cells.append([r["model"], r["target"], *counts, precision, *shown, note])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i < 5 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line[:-1], widths[:-1], strict=True))
+        )
+        + f"  {line[-1]}".rstrip()
+        for line in cells
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure or compare, print, write `--json` and `--samples`, then let a failed verdict end with exit 3."""
+    subjects = subjects_of(args.models, args.targets, args.threads, args.batch)
+    if args.reference:
+        read_reference(args.reference)
+    verdicts: dict[str, Any] = {}
+    if args.against or args.self_test:
+        verdicts, found = compared(args, subjects)
+    else:
+        seconds = args.seconds / args.rounds
+        found = measure(subjects, args.rounds, seconds, args.seed, args.reference)
+    rows = [one.row for one in found]
+    print("\n".join([table(rows), *map(verdict_line, verdicts.get("comparisons", []))]))
+    write(args, subjects, found, {**verdicts, "rows": rows})
+    conclude(args, found, verdicts)
+
+
+def write(
+    args: argparse.Namespace,
+    subjects: Sequence[Subject],
+    found: Sequence[Measured],
+    content: dict[str, Any],
+) -> None:
+    """The files asked for by `--json` and `--samples`."""
+    if args.samples:
+        save_samples(args.samples, found)
+    if args.json:
+        names = dict.fromkeys(s.target.name for s in subjects)
+        inputs = {path.name: path for path in args.models}
+        if args.against and args.against.is_file():
+            inputs[args.against.name] = args.against
+        params = {"rounds": args.rounds, "seconds": args.seconds, "seed": args.seed}
+        artifacts.write_json(args.json, document(",".join(names), params, inputs, **content))
+
+
+def conclude(args: argparse.Namespace, found: Sequence[Measured], verdicts: dict[str, Any]) -> None:
+    """The end of the command by what was found.
+
+    Raises UserError: nothing could be measured or compared; GateFailed: a verdict is FAIL.
+    """
+    comparisons = verdicts.get("comparisons", [])
+    failed = [verdict_line(told) for told in comparisons if told["verdict"] == "FAIL"]
+    if failed:
+        what = "this machine tells a file from itself" if args.self_test else "not as good"
+        raise GateFailed(f"{args.models[0]}: {what}: {'; '.join(failed)}")
+    if not any(one.measured for one in found):
+        raise UserError(f"nothing could be measured: {found[0].row['reason']}")
+    if comparisons and not any(told["ratio"] for told in comparisons):
+        raise UserError(f"not comparable: {comparisons[0]['reason']}")
+    if args.self_test:
+        print(noise_floor(comparisons))
+
+
+def _counts(text: str) -> list[int]:
+    return [cli.count(part) for part in text.split(",")]
+
+
+def _threads(text: str) -> list[int]:
+    """As `_counts`; `all` is every core this process may use, once if that is a count already given."""
+    counts = [usable_cores() if part == "all" else cli.count(part) for part in text.split(",")]
+    return list(dict.fromkeys(counts))
+
+
+def _seconds(text: str) -> float:
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text}; allowed: above 0")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `python -m exporters.bench`."""
+    p = argparse.ArgumentParser(prog="python -m exporters.bench", description=__doc__)
+    add = p.add_argument
+    add("models", nargs="+", type=Path, metavar="MODEL", help=".onnx, .xml, .safetensors, .plan")
+    add(
+        "--targets",
+        type=lambda s: s.split(","),
+        help=f"of {', '.join(TARGETS)}; default: by suffix",
+    )
+    add("--threads", type=_threads, default=[1], metavar="N[,all]", help="default 1")
+    add("--batch", type=_counts, default=[None], metavar="N[,N]", help="images a call, default 1")
+    add("--rounds", type=cli.count, default=Bench.rounds, help="blocks a row")
+    add(
+        "--seconds",
+        type=_seconds,
+        default=Bench.seconds_per_row,
+        help="timed, a row; a block, SECONDS/ROUNDS, should stay near 0.15",
+    )
+    add("--seed", type=int, default=0, help="of the order of the blocks")
+    add("--reference", type=Path, metavar="NPZ", help="run its pictures x instead of smooth ones")
+    add("--json", type=Path, metavar="F", help="write the rows, and the verdicts")
+    add("--samples", type=Path, metavar="NPZ", help="write every call's times, and the blocks")
+    mode = p.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--against",
+        type=Path,
+        metavar="BASELINE",
+        help="a file, or a folder with one of each MODEL's name: paired verdicts; FAIL exits 3",
+    )
+    mode.add_argument(
+        "--self-test", action="store_true", help="MODEL against itself: the noise here"
+    )
+    add("--against-target", metavar="NAME", help="run BASELINE there; default: where MODEL runs")
+    add("--allow", nargs="+", default=(), choices=gates.GATES, help="hard gates that may change")
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

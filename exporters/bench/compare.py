@@ -1,0 +1,120 @@
+"""Two artefacts of one target side by side: hard gates, then CPU time in interleaved rounds, one verdict.
+
+Protocol: `exporters.bench.latency`; why CPU time, and how to read a verdict: docs/latency.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporters.bench import gates, latency
+from exporters.bench.conditions import conditions
+from exporters.bench.measure import Measured, Runner, Subject, measured, run_rounds, warmed
+
+PROCESSES = 3  # a side
+ROUNDS = 8  # and as many again where they do not decide
+
+Sides = list[list[list[float]]]  # candidate and baseline: CPU p50 in ms, (processes, rounds) each
+
+
+def compare(
+    candidate: Subject,
+    baseline: Subject,
+    seed: int,
+    reference: Path | None,
+    allowed: Collection[str] = (),
+) -> tuple[dict[str, Any], list[Measured]]:
+    """The comparison, and what was measured of candidate and baseline.
+
+    A side that cannot run, or dies, is told in `reason`: FAIL where only the candidate does, else INCONCLUSIVE.
+    """
+    before = conditions()
+    with warmed([candidate, baseline] * PROCESSES, reference) as runners:
+        ratio, times, rounds = _timed(runners, seed)
+        logits = [runner.ask("logits").get("logits") for runner in runners[:2]]
+        notes = [runner.ask("describe").get("notes", {}) for runner in runners[:2]]
+        after = conditions()
+        found = [measured(runners[side::2], before, after) for side in (0, 1)]
+    reason = _stopped(found)
+    same = (candidate.target, candidate.threads) == (baseline.target, baseline.threads)
+    sides = [_side(*told) for told in zip(found, (candidate, baseline), notes, logits, strict=True)]
+    rows = gates.judge(sides[0], sides[1], allowed) if same else []
+    comparison = {
+        "model": candidate.model,
+        "target": candidate.target.name,
+        "threads": candidate.threads,
+        "verdict": _verdict(found, ratio, rows),
+        "reason": reason,
+        "ratio": None if ratio is None or reason else {**vars(ratio), "verdict": ratio.verdict},
+        "gates": rows,
+        "rounds": rounds,
+        "processes": PROCESSES,
+        "process_spread": dict(zip(("candidate", "baseline"), map(_spread, times), strict=True)),
+    }
+    return comparison, found
+
+
+def _timed(runners: Sequence[Runner], seed: int) -> tuple[latency.Ratio | None, Sides, int]:
+    """The ratio after ROUNDS, or twice as many where those do not decide; no ratio once a side has stopped."""
+    ratio: latency.Ratio | None = None
+    sides: Sides = [[], []]
+    rounds = 0
+    for attempt in (seed, seed + 1):
+        run_rounds(runners, ROUNDS, latency.BLOCK_SECONDS, attempt)
+        if any(runner.reason for runner in runners):
+            return None, [[], []], rounds
+        rounds += ROUNDS
+        sides = [
+            [[float(np.median(b.cpu_ms)) for b in r.blocks] for r in runners[side::2]]
+            for side in (0, 1)
+        ]
+        ratio = latency.compare(sides[0], sides[1], seed)
+        if ratio.verdict != "INCONCLUSIVE":
+            break
+    return ratio, sides, rounds
+
+
+def _stopped(found: Sequence[Measured]) -> str | None:
+    """Which side could not run to the end, and why."""
+    told = [
+        f"{side} {one.row['artefact']}: {one.row['reason']}"
+        for side, one in zip(("candidate", "baseline"), found, strict=True)
+        if not one.measured
+    ]
+    return "; ".join(told) or None
+
+
+def _verdict(
+    found: Sequence[Measured], ratio: latency.Ratio | None, rows: Sequence[dict[str, Any]]
+) -> latency.Verdict:
+    runs, ran = (one.measured for one in found)
+    time: latency.Verdict = "INCONCLUSIVE" if runs or not ran else "FAIL"
+    if runs and ran and ratio is not None:
+        time = ratio.verdict
+    return "FAIL" if any(row["verdict"] == "FAIL" for row in rows) else time
+
+
+def _side(
+    one: Measured, subject: Subject, notes: dict[str, str], logits: list[list[float]] | None
+) -> gates.Side:
+    return gates.Side(
+        artefact=subject.artefact,
+        precision=one.row["precision_effective"],
+        params=one.row["params"],
+        macs=one.row["macs"],
+        figures=one.figures,
+        notes=notes,
+        logits=None if logits is None else np.array(logits, dtype=np.float32),
+    )
+
+
+def _spread(side: Sequence[Sequence[float]]) -> float | None:
+    """How far the processes of one side lie apart in CPU p50: slowest over fastest, less 1."""
+    if not side:
+        return None
+    medians = np.median(np.array(side), axis=1)
+    return round(float(medians.max() / medians.min() - 1), 4)

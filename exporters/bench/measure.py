@@ -1,0 +1,205 @@
+"""Rows: workers warmed up, blocks of all of them in shuffled rounds, one JSON row each.
+
+Every row has its own process (`exporters.bench.worker`), idle but for its blocks. Protocol:
+`exporters.bench.latency`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporters.artifact import counts
+from exporters.artifact.session import Target
+from exporters.bench import latency
+from exporters.bench.conditions import conditions
+from exporters.bench.worker import Worker, WorkerFailed, started
+from pipeline.core.atomic import atomic
+from pipeline.core.machine import usable_cores
+
+NO_FIGURES: dict[str, Any] = {
+    "wall_ms": {**dict.fromkeys(("p50", "p90", "p99", "min")), "n": 0, "p50_ci": None},
+    "cpu_ms": {"p50": None},
+    "engine_ms": None,
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a row is about.
+
+    skip: why there is nothing to run, where that is known beforehand; batch: None for what the artefact takes.
+    """
+
+    model: str
+    artefact: Path
+    target: Target
+    threads: int = 1
+    skip: str | None = None
+    batch: int | None = None
+
+
+@dataclass
+class Runner:
+    """One worker of a subject and what it has told so far. `reason` is set when it can tell no more."""
+
+    subject: Subject
+    worker: Worker | None
+    reason: str | None
+    facts: dict[str, Any] = field(default_factory=dict)
+    blocks: list[latency.Block] = field(default_factory=list)
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """The worker's answer; empty once it has failed, which is remembered, never raised."""
+        if self.worker is None or self.reason is not None:
+            return {}
+        try:
+            return self.worker.ask(do, **arguments)
+        except WorkerFailed as failure:
+            self.reason = str(failure)
+            return {}
+
+    def block(self, seconds: float) -> None:
+        """Run and keep one block."""
+        if answer := self.ask("block", seconds=seconds):
+            self.blocks.append(latency.Block(**answer))
+
+
+@contextmanager
+def warmed(subjects: Sequence[Subject], reference: Path | None) -> Iterator[list[Runner]]:
+    """A runner per subject, loaded and warmed up while the others idle; the processes end with the block."""
+    with ExitStack() as stack:
+        runners = []
+        for subject in subjects:
+            reason = subject.skip or _too_many_threads(subject)
+            process = started(
+                subject.artefact, subject.target, subject.threads, reference, subject.batch
+            )
+            runner = Runner(subject, None if reason else stack.enter_context(process), reason)
+            runner.facts |= runner.ask("open")
+            runner.facts |= runner.ask("warm_up")
+            runners.append(runner)
+        yield runners
+
+
+def _too_many_threads(subject: Subject) -> str | None:
+    cores = usable_cores()
+    if subject.threads <= cores:
+        return None
+    return f"{subject.threads} threads asked for, {cores} cores usable"
+
+
+def run_rounds(runners: Sequence[Runner], rounds: int, seconds: float, seed: int) -> None:
+    """A block of `seconds` of every runner in each of the shuffled rounds."""
+    for order in latency.schedule(len(runners), rounds, seed):
+        for i in order:
+            runners[i].block(seconds)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A subject's JSON row, and what it is drawn from: the blocks of each of its processes, counts of its file."""
+
+    row: dict[str, Any]
+    processes: list[list[latency.Block]]
+    figures: counts.Figures
+
+    @property
+    def measured(self) -> bool:
+        """Whether there are figures."""
+        return bool(self.row["status"] == "measured")
+
+
+def measure(
+    subjects: Sequence[Subject], rounds: int, seconds: float, seed: int, reference: Path | None
+) -> list[Measured]:
+    """One each, in their order, from `rounds` blocks of `seconds`; one that cannot run has a row too.
+
+    reference: an .npz whose `x` holds the pictures to run; None: seeded smooth ones.
+    """
+    before = conditions()
+    with warmed(subjects, reference) as runners:
+        run_rounds(runners, rounds, seconds, seed)
+        after = conditions()
+        return [measured([runner], before, after) for runner in runners]
+
+
+def measured(runners: Sequence[Runner], before: dict[str, Any], after: dict[str, Any]) -> Measured:
+    """One subject, measured by one process or several (figures of a process: the median)."""
+    subject = runners[0].subject
+    told = [runner.facts | runner.ask("describe") for runner in runners]
+    reason = next((r.reason for r in runners if r.reason), None)
+    figures = counts.figures(subject.artefact)
+    blocks = [b for r in runners for b in r.blocks] if reason is None else []
+
+    def median(name: str) -> float | None:
+        return latency.significant(np.median([t[name] for t in told])) if blocks else None
+
+    summary = latency.summarise(blocks) if blocks else NO_FIGURES
+    p50 = summary["wall_ms"]["p50"]
+    batch = told[0].get("batch", subject.batch or 1)
+    size = counts.size_bytes(subject.artefact)
+    row = {
+        "model": subject.model,
+        "artefact": subject.artefact.name,
+        "target": subject.target.name,
+        "runtime": told[0].get("runtime"),
+        "threads": subject.threads,
+        "batch": batch,
+        "status": "measured" if blocks else "skipped",
+        "reason": reason,
+        "precision_requested": subject.target.precision,
+        "precision_effective": told[0].get("precision_effective"),
+        **summary,
+        "img_per_s": latency.significant(1e3 * batch / p50) if blocks else None,
+        "load_ms": median("load_ms"),
+        "first_ms": median("first_ms"),
+        "size_mb": size and latency.significant(size / 1e6),
+        "params": told[0].get("params", figures.params),
+        "macs": told[0].get("macs", figures.macs),
+        "rss_mb": median("rss_mb"),
+        "warm_up_seconds": median("seconds"),
+        "flags": _flags(subject, latency.Block.join(blocks), told, before, after) if blocks else [],
+        "conditions": after,
+        "samples_ms": latency.thin([ms for b in blocks for ms in b.wall_ms]),
+    }
+    return Measured(row, [r.blocks for r in runners], figures)
+
+
+def save_samples(path: Path, found: Sequence[Measured]) -> None:
+    """Every call of every row, not thinned, as one .npz; docs/latency.md names the arrays."""
+    arrays: dict[str, Any] = {}
+    for i, subject in enumerate(found):
+        blocks = [b for process in subject.processes for b in process]
+        calls = latency.Block.join(blocks)
+        for name, values in vars(calls).items():
+            arrays[f"{i}.{name}"] = np.array(values, dtype=np.float32)
+        lengths = [len(b.wall_ms) for b in blocks]
+        arrays[f"{i}.block_start"] = np.cumsum([0, *lengths])[:-1].astype(np.int64)
+        process = [k for k, own in enumerate(subject.processes) for _ in own]
+        arrays[f"{i}.block_process"] = np.array(process, dtype=np.int64)
+    with atomic(path) as temporary, temporary.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)
+
+
+def _flags(
+    subject: Subject,
+    calls: latency.Block,
+    told: Sequence[dict[str, Any]],
+    before: dict[str, Any],
+    after: dict[str, Any],
+) -> list[str]:
+    return latency.flags(
+        calls,
+        stable=all(t["stable"] for t in told),
+        threads=None if subject.target.runtime == "trt" else subject.threads,
+        load=max((c["load_1m"] for c in (before, after) if c["load_1m"] is not None), default=None),
+        cores=os.cpu_count() or 1,
+        throttled=(after["throttled"] or 0) - (before["throttled"] or 0),
+    )

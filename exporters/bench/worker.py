@@ -1,0 +1,287 @@
+"""One artefact in one process, idle until it is asked for a block: both ends of the pipe of `exporters.bench`.
+
+A request is a JSON line, `{"do": "block", "seconds": 0.15}`, an answer another; a mistake is answered
+`{"error": "..."}`. What dies here (a segmentation fault in a runtime, the memory killer) is a reason there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import PIPE
+from typing import IO, Any, TextIO
+from zipfile import BadZipFile
+
+import numpy as np
+
+from exporters.artifact import inputs
+from exporters.artifact.session import TARGETS, Array, Session, Target
+from exporters.bench import latency
+from exporters.open import open_session
+from pipeline.core.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+COMMAND = (sys.executable, "-m", "exporters.bench.worker")
+PATIENCE = 600.0  # seconds for one answer: a first load may compile
+PICTURES = 16
+POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+class WorkerFailed(Exception):
+    """The worker cannot go on; the text is the reason shown in its row."""
+
+
+@contextmanager
+def started(
+    artefact: Path,
+    target: Target,
+    threads: int,
+    reference: Path | None = None,
+    batch: int | None = None,
+) -> Iterator[Worker]:
+    """A worker until the end of the block. It imports and loads nothing before `ask("open")`.
+
+    reference: an .npz whose `x` holds the pictures to run; without it, seeded smooth ones.
+    batch: images a call; without it, one, or as many as the artefact fixes.
+    """
+    command = [
+        *COMMAND,
+        str(artefact),
+        "--target",
+        target.name,
+        "--threads",
+        str(threads),
+    ]
+    command += ["--reference", str(reference)] if reference else []
+    command += ["--batch", str(batch)] if batch else []
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, **dict.fromkeys(POOLS, str(threads))}
+    with (
+        tempfile.TemporaryFile() as stderr,
+        subprocess.Popen(
+            command, stdin=PIPE, stdout=PIPE, stderr=stderr, text=True, env=environment
+        ) as process,
+    ):
+        try:
+            yield Worker(process, stderr)
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """The end of its input is the end of a worker; one that hangs is killed."""
+    assert process.stdin
+    with suppress(BrokenPipeError):
+        process.stdin.close()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+@dataclass(frozen=True)
+class Worker:
+    """The parent's end."""
+
+    process: subprocess.Popen[str]
+    stderr: IO[bytes]
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Send one request and wait for its answer. Raises WorkerFailed: told so, died, or out of patience."""
+        assert self.process.stdin and self.process.stdout
+        deadline = threading.Timer(PATIENCE, self.process.kill)
+        began = time.monotonic()
+        deadline.start()
+        line = ""
+        try:
+            with suppress(BrokenPipeError):
+                self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+                self.process.stdin.flush()
+                line = self.process.stdout.readline()
+        finally:
+            deadline.cancel()
+        if not line:
+            late = time.monotonic() - began >= PATIENCE
+            raise WorkerFailed(
+                f"no answer to '{do}' in {PATIENCE:.0f} s" if late else self._death()
+            )
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise WorkerFailed(answer["error"])
+        return answer
+
+    def _death(self) -> str:
+        """How the process ended, with the last line it left on stderr."""
+        code = self.process.wait()
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit {code}"
+        self.stderr.seek(0)
+        lines = self.stderr.read().decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f"the worker was {how}" + (f": {last[:300]}" if last else "")
+
+
+class Subject:
+    """The child's end: the session and what can be asked of it, a method per request."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Keep the command line's wishes; nothing is loaded before `open`."""
+        self.args = args
+        self.session: Session
+        self.engine_ms: Callable[[], float] | None = None
+
+    def open(self) -> dict[str, Any]:
+        """Load, then run once: ms of each (the runtime's import in neither), and the batch it takes.
+
+        A missing library is for the session to tell; OpenVINO's is imported without its telemetry.
+        """
+        target = TARGETS[self.args.target]
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+        for name in target.packages:
+            with suppress(ImportError):
+                importlib.import_module(name)
+        began = time.perf_counter()
+        self.session = self._opened(target)
+        loaded = time.perf_counter()
+        self.pictures = batches(self.session, self.args.reference, self.args.batch)
+        self.turns = latency.turns(self.pictures)
+        ready = time.perf_counter()
+        self.session.run(next(self.turns))
+        return {
+            "load_ms": 1e3 * (loaded - began),
+            "first_ms": 1e3 * (time.perf_counter() - ready),
+            "batch": len(self.pictures[0]),
+        }
+
+    def _opened(self, target: Target) -> Session:
+        """The session; one on a GPU tells the engine's own time."""
+        if target.runtime != "trt":
+            return open_session(target, self.args.artefact, self.args.threads)
+        from exporters.trt.clock import ClockedSession
+
+        session = ClockedSession(self.args.artefact)
+        self.engine_ms = session.engine_ms
+        return session
+
+    def warm_up(self) -> dict[str, Any]:
+        """Warm up by the protocol; the memory of the process after it."""
+        warm = latency.warm_up(self.session.run, self.turns, engine=self.engine_ms)
+        return {**vars(warm), "rss_mb": resident_mb()}
+
+    def block(self, seconds: float) -> dict[str, Any]:
+        """One timed block."""
+        return vars(latency.run_block(self.session.run, self.turns, seconds, self.engine_ms))
+
+    def logits(self) -> dict[str, Any]:
+        """What the first pictures are answered, for parity."""
+        count = -(-PICTURES // len(self.pictures[0]))
+        answers = [self.session.run(x) for x in self.pictures[:count]]
+        return {"logits": np.concatenate(answers)[:PICTURES].tolist()}
+
+    def describe(self) -> dict[str, Any]:
+        """What ran, asked last: finding the effective precision may load the artefact once more."""
+        return {
+            "runtime": self.session.runtime,
+            "precision_effective": self.session.precision_effective,
+            "notes": dict(self.session.metadata),
+            **getattr(self.session, "counted", {}),
+        }
+
+
+def batches(session: Session, reference: Path | None, wanted: int | None = None) -> list[Array]:
+    """Pictures in batches of `wanted`, or as the artefact takes them (1 where it is free), MIN_INPUTS at least.
+
+    Raises UserError: the reference holds no `x`, or `x` of another size than the input; another batch is fixed.
+    """
+    batch, _, height, width = session.input_shape
+    size = wanted or batch or 1
+    if batch not in (None, size):
+        raise UserError(f"batch {size} asked for, the artefact is fixed at {batch}")
+    if reference is None:
+        x = inputs.smooth(size * max(latency.MIN_INPUTS, PICTURES // size), height, width)
+    else:
+        x = read_reference(reference)[: size * PICTURES]
+        if x.shape[1:] != (3, height, width):
+            raise UserError(
+                f"{reference}: x is {x.shape}, the artefact takes (N, 3, {height}, {width}); export again"
+            )
+    rows = np.arange(size * max(latency.MIN_INPUTS, len(x) // size)) % len(x)
+    return [np.ascontiguousarray(x[r]) for r in rows.reshape(-1, size)]
+
+
+def read_reference(path: Path) -> Array:
+    """`x` (N, 3, S, S) float32 of reference.npz. Raises UserError: missing, no npz, no such array."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            x: Array = file["x"].astype(np.float32)
+    except (OSError, EOFError, BadZipFile, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not an .npz with an array 'x' ({error}); export again") from None
+    if x.ndim != 4 or not len(x):
+        raise UserError(f"{path}: x is {x.shape}, expected (N, 3, S, S) with N >= 1; export again")
+    return x
+
+
+def resident_mb() -> float:
+    """Memory this process holds now, in 1e6 bytes; off Linux the most it ever held."""
+    with suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * resource.getpagesize() / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def private_stdout() -> TextIO:
+    """A stream on the real stdout; file descriptor 1 goes to stderr, where a chatty library may print."""
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return stream
+
+
+def serve(subject: Subject, requests: TextIO, answers: TextIO) -> None:
+    """Answer request after request until their end or the first mistake."""
+    for line in requests:
+        request = json.loads(line)
+        do = request.pop("do")
+        failed = False
+        try:
+            answer = getattr(subject, do)(**request)
+        except (
+            Exception
+        ) as error:  # whatever a runtime raises is this row's reason, not the bench's end
+            text = (
+                str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            )
+            answer, failed = {"error": " ".join(text.split())[:500]}, True
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+        if failed:
+            return
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve stdin; started by `exporters.bench`, not by hand."""
+    parser = argparse.ArgumentParser(prog="python -m exporters.bench.worker", description=__doc__)
+    parser.add_argument("artefact", type=Path)
+    parser.add_argument("--target", choices=TARGETS, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--reference", type=Path)
+    parser.add_argument("--batch", type=int)
+    args = parser.parse_args(argv)
+    answers = private_stdout()
+    serve(Subject(args), sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Normalisation inside the network: an ONNX that takes decoded pixels as they are. Resizing stays outside."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from exporters.artifact import onnx_file
+
+if TYPE_CHECKING:
+    import onnx
+
+PIXELS = "pixels"
+
+
+def embedded(proto: onnx.ModelProto, mean: list[float], std: list[float]) -> onnx.ModelProto:
+    """The network behind /255, minus mean, over std, as `pipeline.data.prepared.normalised` computes."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    made = type(proto)()
+    made.CopyFrom(proto)
+    graph = made.graph
+    entry = graph.input[0]
+    dims = [d.dim_param or d.dim_value for d in entry.type.tensor_type.shape.dim]
+    shape = [dims[0], *dims[2:], dims[1]]
+    held = {"pixels/255": [255.0], "pixels/mean": mean, "pixels/std": std}
+    constants = [numpy_helper.from_array(np.array(v, np.float32), name) for name, v in held.items()]
+    steps = [
+        helper.make_node("Cast", [PIXELS], ["pixels/float"], to=TensorProto.FLOAT),
+        helper.make_node("Div", ["pixels/float", "pixels/255"], ["pixels/unit"]),
+        helper.make_node("Sub", ["pixels/unit", "pixels/mean"], ["pixels/centred"]),
+        helper.make_node("Div", ["pixels/centred", "pixels/std"], ["pixels/normal"]),
+        helper.make_node("Transpose", ["pixels/normal"], [entry.name], perm=[0, 3, 1, 2]),
+    ]
+    for step in steps:
+        step.name = step.output[0]
+    nodes = [*steps, *graph.node]
+    del graph.node[:], graph.input[:]
+    graph.node.extend(nodes)
+    graph.input.append(helper.make_tensor_value_info(PIXELS, TensorProto.UINT8, shape))
+    graph.initializer.extend(constants)
+    return onnx_file.annotated(made, input="uint8 RGB (B, S, S, 3), normalised inside")

@@ -1,0 +1,155 @@
+"""Checkpoint -> ONNX, checked in ONNX Runtime; fp16 and int8 versions of any ONNX file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from exporters.artifact import agreement, inputs, metadata, onnx_file
+from exporters.artifact.quiet import quiet
+from exporters.artifact.session import Array, Unavailable
+from exporters.ort import embed, int8, quantize
+from exporters.ort.session import OrtSession, open_file
+from pipeline.core.atomic import atomic
+from pipeline.core.errors import GateFailed, UserError
+from pipeline.data.prepared import normalised
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import nn
+
+OPSET = 18  # the one PyTorch's exporter writes natively; others are converted from it
+BATCHES = (1, 2, 7)  # what a free batch axis must take
+
+
+@dataclass(frozen=True)
+class Export:
+    """`export:` which student ships, as which ONNX, and how many images travel with it for the checks."""
+
+    method: str
+    opset: int = OPSET
+    reference_images: int = 128
+    calibration_images: int = 256
+
+    def __post_init__(self) -> None:
+        for name, least in (("reference_images", 2), ("calibration_images", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} or more")
+
+
+def export(checkpoint: Path, out: Path, opset: int = OPSET) -> dict[str, Any]:
+    """Checkpoint -> ONNX at `out`, weights inside, batch free; returns the parity row of the check.
+
+    Training-time branches (RepVGG) are merged first; the check is against the checkpoint as it was loaded.
+    Raises UserError: torch cannot write that opset; GateFailed: ONNX Runtime computes something else.
+    """
+    try:
+        from pipeline.models.checkpoint import load
+    except ImportError as error:
+        raise Unavailable(
+            f"{checkpoint}: reading a checkpoint needs torch and timm: {error}"
+        ) from None
+    model, description = load(checkpoint)
+    size = description["preprocess"]["image_size"]
+    proto = onnx_file.annotate(_trace(model, size, opset), metadata.flatten(description))
+    with atomic(out) as temporary:
+        onnx_file.save(proto, temporary)
+        return _check(model, temporary, out, size)
+
+
+def _trace(model: nn.Module, size: int, opset: int) -> onnx.ModelProto:
+    import torch
+    from timm.utils.model import reparameterize_model
+
+    sample = torch.from_numpy(inputs.smooth(2, size, size))
+    merged = reparameterize_model(model).eval()
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                merged,
+                (sample,),
+                input_names=["image"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+            )
+            assert program is not None
+            proto: onnx.ModelProto = program.model_proto
+    except Exception as error:  # torch wraps whatever its many passes raise
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        raise UserError(
+            f"torch cannot export this network at opset {opset}: {reason}; try {OPSET}"
+        ) from error
+    if (got := onnx_file.opset(proto)) != opset:
+        raise UserError(
+            f"opset: asked for {opset}, torch wrote {got}; ask for {got} or for another one"
+        )
+    return proto
+
+
+def _check(model: nn.Module, written: Path, out: Path, size: int) -> dict[str, Any]:
+    """Run batches of 1, 2 and 7 in ONNX Runtime against torch."""
+    import torch
+
+    session = OrtSession(written, threads=1)
+    x = np.split(inputs.smooth(sum(BATCHES), size, size), np.cumsum(BATCHES)[:-1])
+    with torch.inference_mode():
+        reference = model(torch.from_numpy(np.concatenate(x))).numpy()
+    got = np.concatenate([session.run(part) for part in x])
+    found = agreement.row(out, session, reference, got, agreement.Gates())
+    if found["verdict"] == "FAIL":
+        raise GateFailed(f"{out}: not the checkpoint: {found['reason']}; nothing was written")
+    return found
+
+
+def convert(
+    source: Path, out: Path, precision: str, pictures: int8.Pictures | None, how: int8.Settings
+) -> dict[str, Any]:
+    """fp32 ONNX `source` -> `out` at fp32 (a checked copy), fp16 or, by `pictures`, int8; returns its parity row.
+
+    Raises GateFailed, and leaves `out` as it was, where the row's verdict is FAIL.
+    """
+    proto = onnx_file.read(source)
+    reference = OrtSession(source, 1)
+    x, labels = inputs.shown(reference), None
+    if precision == "fp16":
+        proto = quantize.to_fp16(proto)
+    elif precision == "int8":
+        assert pictures is not None
+        proto = int8.quantized(source, pictures, how, agreement.Gates())
+        x, labels = pictures.held, pictures.labels
+    with atomic(out) as temporary:
+        onnx_file.save(proto, temporary)
+        made = OrtSession(temporary, 1)
+        return agreement.passed(out, (reference, made), x, labels, how.drop)
+
+
+def write_embedded(source: Path, out: Path) -> dict[str, Any]:
+    """fp32 ONNX `source` -> `out`, which takes (B, S, S, 3) uint8 RGB; returns its parity row.
+
+    Raises UserError: no preprocessing in the metadata. GateFailed: not the same logits; nothing is written.
+    """
+    proto = onnx_file.read(source)
+    notes = metadata.preprocessing(onnx_file.notes(proto))
+    if notes is None:
+        raise UserError(
+            f"--embed-preprocessing: {source} carries no mean and std in its metadata; export it from a checkpoint"
+        )
+    reference = OrtSession(source, 1)
+    smooth = inputs.shown(reference).transpose(0, 2, 3, 1)
+    pixels = np.clip(smooth * 48 + 128, 0, 255).astype(np.uint8)
+    with atomic(out) as temporary:
+        onnx_file.save(embed.embedded(proto, notes["mean"], notes["std"]), temporary)
+        got: Array = open_file(temporary, 1).run(None, {embed.PIXELS: pixels})[0]
+        expected = inputs.run(reference, normalised(pixels, notes))
+        row = agreement.row(out, reference, expected, got, agreement.Gates())
+        if row["verdict"] == "FAIL":
+            raise GateFailed(
+                f"{out}: not the network it was made from: {row['reason']}; not written"
+            )
+    return row

@@ -1,0 +1,109 @@
+"""int8 for CPUs: pictures to take ranges and to judge by, and what stays in float until the gates are met."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporters.artifact import agreement, inputs, onnx_file
+from exporters.artifact.session import Array
+from exporters.ort import quantize, sensitive
+from exporters.ort.session import OrtSession
+from pipeline.core.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx
+
+CALIBRATION = 256  # images to calibrate on, and as many at most to judge by
+FEWEST = 8  # images int8 can be made from
+NO_CALIBRATION = "--precision int8: no --calib; give a folder of images like those to come"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images (M, 3, S, S) to calibrate on; images (N, 3, S, S) to judge by with their labels (N,), -1 unknown."""
+
+    shown: Array
+    held: Array
+    labels: NDArray[np.int64]
+
+
+Calibration = Literal["minmax", "percentile", "entropy"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How int8 is made: what takes the ranges, and how long nodes to leave in float may be looked for."""
+
+    calibration: Calibration = "minmax"
+    search_s: float = 60.0
+    drop: float = 0.01  # top-1 that may be lost on the images to judge by, as a fraction
+
+
+def calibration_images(source: Path, folder: Path | None) -> Pictures:
+    """Every other image of a folder to calibrate on, the others to judge by, as the ONNX's notes prepare them.
+
+    Raises UserError: no folder given, fewer than 8 images, a network that answers NaN: its ranges have no scale.
+    """
+    if folder is None:
+        raise UserError(NO_CALIBRATION)
+    session = OrtSession(source, 1)
+    batch = session.input_shape[0] or 1
+    x, labels = inputs.labelled(folder, session, 2 * CALIBRATION)
+    fewest = max(FEWEST, 2 * batch)
+    if len(x) < fewest:
+        raise UserError(f"--calib {folder}: holds {len(x)} images; int8 needs {fewest}")
+    if not np.isfinite(session.run(x[:batch])).all():
+        raise UserError(
+            f"{source}: answers {folder} with NaN or infinity: int8 has no range for that"
+        )
+    held = slice(1, len(x) // 2 // batch * batch * 2, 2)
+    return Pictures(x[::2], x[held], labels[held])
+
+
+def quantized(
+    source: Path, pictures: Pictures, how: Settings, gates: agreement.Gates
+) -> onnx.ModelProto:
+    """fp32 ONNX -> int8 for CPUs; what had to stay in float to meet the gates is told by the note `int8`."""
+    reference = OrtSession(source, 1)
+    expected = inputs.run(reference, pictures.held)
+
+    def judge(network: onnx.ModelProto) -> sensitive.Judged:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / source.name
+            onnx_file.save(network, path)
+            got = inputs.run(OrtSession(path, 1), pictures.held)
+        figures = agreement.figures(expected, got)
+        verdict, _ = agreement.judge(figures, float(np.abs(expected).max()), "int8", gates)
+        refused = agreement.loses(agreement.top1_drop(expected, got, pictures.labels), how.drop)
+        decibel = figures["sqnr_centered_db"]
+        return sensitive.Judged(
+            verdict != "FAIL" and not refused, -math.inf if decibel is None else decibel
+        )
+
+    with quantize.Calibrated(onnx_file.read(source), pictures.shown, False, how.calibration) as net:
+        found = sensitive.search(net, judge, how.search_s)
+    return onnx_file.annotated(found.network, int8=found.told())
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """The options that int8 is made by."""
+    p.add_argument(
+        "--calib", type=Path, help="images to calibrate int8 on: a folder or a prepared one"
+    )
+    p.add_argument(
+        "--calibration", choices=tuple(quantize.METHODS), default="minmax", help="of the ranges"
+    )
+    p.add_argument(
+        "--search-seconds",
+        type=float,
+        default=Settings.search_s,
+        help="how long nodes to leave in float may be looked for where int8 fails its gates",
+    )

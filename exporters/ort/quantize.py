@@ -1,0 +1,204 @@
+"""ONNX -> ONNX at a lower precision: fp16, and int8 as explicit QDQ for CPUs or for TensorRT. Torch-free.
+
+int8 is two artefacts. CPUs: u8 asymmetric activations, s8 weights per channel. TensorRT: s8 symmetric for
+both and a float bias; it refuses ONNX Runtime's default, and x86 runs s8 activations two to three times slower.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from exporters.artifact import onnx_file
+from exporters.artifact.quiet import quiet
+from exporters.artifact.session import Array
+
+if TYPE_CHECKING:
+    import onnx
+
+METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+PER_CHANNEL_OPSET = 13  # the first whose QuantizeLinear takes an axis
+FOLDED_OPSET = 17
+
+
+def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Weights and arithmetic in fp16; inputs and outputs stay float32."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    with quiet():
+        half = convert_float_to_float16(fold(model), keep_io_types=True)
+        OnnxModel.graph_topological_sort(half.graph)  # the converter appends the input's Cast last
+    return _noted(half, model, "fp16")
+
+
+def to_int8(
+    model: onnx.ModelProto, x: Array, symmetric: bool = False, method: str = "minmax"
+) -> onnx.ModelProto:
+    """Explicit QDQ of every node that has one, ranges from x (N, 3, S, S); `symmetric` for TensorRT."""
+    with Calibrated(model, x, symmetric, method) as calibrated:
+        return calibrated.quantized()
+
+
+class Calibrated:
+    """A network with the ranges its activations took, quantized as often as asked without running it again."""
+
+    def __init__(
+        self, model: onnx.ModelProto, x: Array, symmetric: bool = False, method: str = "minmax"
+    ) -> None:
+        self.source, self.symmetric = model, symmetric
+        self.folded = _named(fold(model))
+        self.groups = groups(self.folded)
+        self._x, self._method = x, METHODS[method]
+        self._folder = tempfile.TemporaryDirectory()
+
+    def __enter__(self) -> Calibrated:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def quantized(self, floating: Sequence[str] = ()) -> onnx.ModelProto:
+        """The network in int8 but for the groups named `floating`."""
+        from onnxruntime import quantization as q
+
+        kind = q.QuantType.QInt8 if self.symmetric else q.QuantType.QUInt8
+        options = {
+            "ActivationSymmetric": self.symmetric,
+            "WeightSymmetric": True,
+            "QuantizeBias": not self.symmetric,
+        }
+        left = [node for group in floating for node in self.groups[group]]
+        left += _by_constants(self.folded) if self.symmetric else []
+        path = Path(self._folder.name) / "int8.onnx"
+        given = type(self.folded)()
+        given.CopyFrom(
+            self.folded
+        )  # the quantizer moves its weights into files that are gone afterwards
+        with quiet():
+            q.quantize_static(
+                given,
+                path,
+                _feed(self.folded, self._x),
+                per_channel=True,
+                activation_type=kind,
+                weight_type=q.QuantType.QInt8,
+                op_types_to_quantize=_quantizable(),
+                nodes_to_exclude=left,
+                calibrate_method=q.CalibrationMethod[self._method],
+                calibration_cache_path=Path(self._folder.name) / "ranges.json",
+                extra_options=options,
+            )
+        return _noted(onnx_file.read(path), self.source, "int8")
+
+
+def groups(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """Each convolution or product with the nodes that follow it until the next: group's name -> nodes' names.
+
+    A node with several ancestors belongs to the last of them in graph order; what comes before all to the first.
+    """
+    found: dict[str, list[str]] = {}
+    order: list[str] = []
+    owner: dict[str, int] = {}  # tensor -> place of its group in `order`
+    for node in model.graph.node:
+        if node.op_type in PRODUCTS:
+            order.append(node.name)
+        if not order:
+            continue
+        own = node.op_type in PRODUCTS
+        place = len(order) - 1 if own else max((owner.get(t, 0) for t in node.input), default=0)
+        found.setdefault(order[place], []).append(node.name)
+        owner |= dict.fromkeys(node.output, place)
+    return found
+
+
+def _named(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Every node with a name of its own: what leaves a node out goes by names."""
+    seen: set[str] = set()
+    for place, node in enumerate(model.graph.node):
+        if not node.name or node.name in seen:
+            node.name = f"{node.name or node.op_type}, number {place}"
+        seen.add(node.name)
+    return model
+
+
+def fold(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Constants folded, batch norms merged into convolutions, opset 17 or later: what the converters expect."""
+    import onnx
+    import onnxruntime as ort
+
+    domains = {entry.domain for entry in model.opset_import}
+    if onnx_file.opset(model) < PER_CHANNEL_OPSET:
+        model = onnx.version_converter.convert_version(model, FOLDED_OPSET)
+    model = _without_weights_as_inputs(model)
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        folded = onnx.load(options.optimized_model_filepath)
+    kept = [entry for entry in folded.opset_import if entry.domain in domains]
+    del folded.opset_import[:]
+    folded.opset_import.extend(kept)
+    return folded
+
+
+def _without_weights_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """IR 3 lists every weight as an input too; converters then take it for data."""
+    copy = type(model)()
+    copy.CopyFrom(model)
+    weights = {w.name for w in copy.graph.initializer}
+    inputs = [i for i in copy.graph.input if i.name not in weights]
+    del copy.graph.input[:]
+    copy.graph.input.extend(inputs)
+    copy.ir_version = max(copy.ir_version, 8)
+    return copy
+
+
+def _by_constants(model: onnx.ModelProto) -> list[str]:
+    """Names of element-wise nodes that read a constant (GELU's `x * 0.5`): TensorRT refuses it in int8."""
+    held = {weight.name for weight in model.graph.initializer}
+    kinds = ("Add", "Mul", "Sub", "Div")
+    return [n.name for n in model.graph.node if n.op_type in kinds and held & set(n.input)]
+
+
+def _quantizable() -> list[str]:
+    """What ONNX Runtime quantizes, but Softmax (8 bits cannot hold probabilities over many classes)
+
+    and Pad (ONNX Runtime runs it in float all the same, TensorRT refuses its quantized filling).
+    """
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+    return sorted({*QDQRegistry, *QLinearOpsRegistry} - {"Softmax", "Pad"})
+
+
+def _feed(model: onnx.ModelProto, x: Array) -> Any:
+    """ONNX Runtime's calibration reader over x, in the model's own batch or 8 at a time."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    entry = model.graph.input[0]
+    fixed = entry.type.tensor_type.shape.dim[0].dim_value
+    batch = fixed or 8
+    whole = len(x) // fixed * fixed if fixed else len(x)
+    parts = np.split(x[:whole], range(batch, whole, batch))
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches: Iterator[Array] = iter(parts)
+
+        def get_next(self) -> dict[str, Array] | None:
+            part = next(self.batches, None)
+            return None if part is None else {entry.name: part}
+
+    return Reader()
+
+
+def _noted(made: onnx.ModelProto, source: onnx.ModelProto, precision: str) -> onnx.ModelProto:
+    """`made` with the notes of its source and its own precision."""
+    return onnx_file.annotated(made, **{**onnx_file.notes(source), "precision": precision})

@@ -1,0 +1,1 @@
+"""OpenVINO: conversion of an ONNX file to IR, the session."""

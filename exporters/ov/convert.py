@@ -1,0 +1,134 @@
+"""ONNX -> OpenVINO IR in fp32, fp16 or int8, each gated against the ONNX."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from exporters.artifact import agreement, inputs, onnx_file
+from exporters.artifact.quiet import quiet
+from exporters.artifact.session import Unavailable
+from exporters.device.ov import shared_core
+from exporters.ort import int8
+from exporters.ort.session import OrtSession
+from exporters.ov.session import NOTES, OvSession, one_line, openvino_library
+from pipeline.core.atomic import make_parent
+from pipeline.core.errors import UserError
+
+
+def convert(source: Path, out: Path, half: bool = False, batch: int | None = None) -> None:
+    """ONNX file -> `out` (.xml and .bin beside it), the notes in rt_info; `half` stores weights as fp16.
+
+    `batch` fixes a free one. Raises UserError: OpenVINO cannot read the file, another batch is fixed in it.
+    """
+    notes = onnx_file.notes(onnx_file.read(source))
+    _save(_read(source, batch), {**notes, **({"precision": "fp16"} if half else {})}, out, half)
+
+
+def _read(source: Path, batch: int | None) -> Any:
+    """Raises UserError: OpenVINO cannot read the file, or another batch is fixed in it."""
+    core = shared_core(openvino_library())
+    try:
+        model = core.read_model(source)
+        shape = model.inputs[0].partial_shape
+    except Exception as error:  # openvino raises bare RuntimeErrors
+        raise UserError(f"{source}: OpenVINO refuses it: {one_line(error)}") from None
+    if batch:
+        if shape[0].is_static and shape[0].get_length() != batch:
+            raise UserError(f"--batch {batch}: {source} fixes it at {shape[0]}; leave it out")
+        shape[0] = batch
+        model.reshape(shape)
+    return model
+
+
+def _save(model: Any, notes: Mapping[str, str], out: Path, half: bool = False) -> None:
+    for key, value in notes.items():
+        model.set_rt_info(value, [NOTES, key])
+    make_parent(out)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
+        made = Path(folder) / out.name
+        openvino_library().save_model(model, made, compress_to_fp16=half)
+        move(made, out)
+
+
+def move(made: Path, out: Path) -> None:
+    """Put a finished IR, two files, in its place: the weights first."""
+    made.with_suffix(".bin").replace(out.with_suffix(".bin"))
+    made.replace(out)
+
+
+def make(
+    source: Path,
+    out: Path,
+    precision: str,
+    pictures: int8.Pictures | None,
+    how: int8.Settings,
+    by: str = "qdq",
+    batch: int | None = None,
+) -> dict[str, Any]:
+    """fp32 ONNX -> IR at fp32, fp16 (weights) or, by `pictures`, int8; returns its parity row.
+
+    int8 comes from our QDQ ONNX, or of NNCF where `by` is `nncf`; `batch` fixes a free one. Opened with the f32
+    hint, so that the row judges the conversion and not the CPU's choice of precision.
+    Raises GateFailed, and leaves `out` as it was, where the verdict is FAIL.
+    """
+    openvino_library()
+    reference = OrtSession(source, 1)
+    x, labels = inputs.shown(reference, 2 * (batch or 5)), None
+    make_parent(out)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
+        draft = Path(folder) / out.name
+        if precision == "int8":
+            assert pictures is not None
+            x, labels = pictures.held, pictures.labels
+            quantize = _by_nncf if by == "nncf" else _by_qdq
+            quantize(source, pictures, how, draft, batch)
+        else:
+            convert(source, draft, precision == "fp16", batch)
+        session = OvSession(draft, 1, "fp32")
+        row = agreement.passed(out, (reference, session), x, labels, how.drop)
+        move(draft, out)
+    return row
+
+
+def _by_qdq(
+    source: Path, pictures: int8.Pictures, how: int8.Settings, out: Path, batch: int | None
+) -> None:
+    quantized = out.with_suffix(".onnx")
+    onnx_file.save(int8.quantized(source, pictures, how, agreement.Gates()), quantized)
+    convert(quantized, out, batch=batch)
+
+
+def _by_nncf(
+    source: Path, pictures: int8.Pictures, _: int8.Settings, out: Path, batch: int | None
+) -> None:
+    """NNCF's post-training quantization, MIXED: symmetric weights, asymmetric activations.
+
+    Raises Unavailable: NNCF is missing; UserError: it refuses the network.
+    """
+    network = _read(source, batch)
+    entry = network.inputs[0].partial_shape[0]
+    size = entry.get_length() if entry.is_static else 1
+    shown = pictures.shown[: len(pictures.shown) // size * size]
+    try:
+        with quiet():
+            import nncf
+
+            made = nncf.quantize(
+                network,
+                nncf.Dataset(list(shown.reshape(-1, size, *shown.shape[1:]))),
+                preset=nncf.QuantizationPreset.MIXED,
+                subset_size=len(shown) // size,
+            )
+    except ImportError as error:
+        raise Unavailable(
+            f"--int8-by nncf: NNCF is missing ({error}); `pip install '.[nncf]'`, or leave the option out"
+        ) from None
+    except Exception as error:  # whatever its passes raise
+        raise UserError(
+            f"{source}: NNCF refuses it: {one_line(error)}; leave --int8-by out"
+        ) from None
+    notes = onnx_file.notes(onnx_file.read(source))
+    _save(made, {**notes, "precision": "int8", "int8": "by NNCF"}, out)

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: engines with their sidecars, the session, timing on the device."""

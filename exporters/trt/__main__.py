@@ -1,0 +1,143 @@
+"""ONNX -> TensorRT engine with its sidecar, by full TensorRT or TensorRT-RTX; and what a plan is.
+
+`python -m exporters.trt student.onnx [-o PLAN] [--precision fp32,fp16,int8] [--calib DIR] [--shapes 1,1,8]
+[--backend auto,tensorrt,rtx] [--timing-cache FILE] [--version-compatible] [--hardware-compatible]
+[--optimization-level N]` and `python -m exporters.trt info PLAN`.
+Full TensorRT builds on its GPU only; RTX builds on any machine and compiles for the GPU when it loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from exporters.artifact import agreement, inputs
+from exporters.artifact.precision import parse_precisions
+from exporters.artifact.session import Unavailable
+from exporters.ort import int8
+from exporters.ort.session import OrtSession
+from exporters.trt import build
+from exporters.trt.build import Options
+from exporters.trt.convert import make
+from exporters.trt.plan import backend, obstacle, read_sidecar
+from exporters.trt.session import TrtSession
+from pipeline.core import cli
+from pipeline.core.errors import GateFailed, UserError
+
+
+def main(args: argparse.Namespace) -> None:
+    """Build each precision, one line a plan; on a GPU each is run against the ONNX."""
+    wanted = parse_precisions(args.precision)
+    options = Options(
+        build.parse_shapes(args.shapes),
+        args.version_compatible,
+        args.hardware_compatible,
+        args.optimization_level,
+        args.timing_cache,
+    )
+    name, _ = backend(args.backend)
+    build.check(name, options)
+    if args.onnx.suffix != ".onnx":
+        raise UserError(f"{args.onnx}: suffix is {args.onnx.suffix!r}; the input is an .onnx file")
+    if args.out and len(wanted) > 1:
+        raise UserError(f"-o {args.out}: one name for {len(wanted)} precisions; leave it out")
+    calibration = None
+    if "int8" in wanted:
+        calibration = int8.calibration_images(args.onnx, args.calib).shown
+    failed = []
+    for precision in wanted:
+        plan, sidecar = make(args.onnx, args.out, precision, name, options, calibration)
+        told, verdict = ran(args.onnx, plan, False if args.no_cuda_graph else None)
+        print(
+            f"{plan}: {sidecar['size_mb']:.2f} MB in {sidecar['seconds']:.1f} s, {sidecar['backend']} "
+            f"{sidecar['version']}, {', '.join(_traits(sidecar))}, {told}"
+        )
+        failed += [f"{plan}: {told}"] if verdict == "FAIL" else []
+    if failed:
+        raise GateFailed("; ".join(failed))
+
+
+def _traits(sidecar: dict[str, Any]) -> list[str]:
+    """What the plan was asked to be, each in a few words."""
+    level, cache = sidecar["optimization_level"], sidecar["timing_cache"]
+    told = [
+        f"{sidecar['precision']} (TF32 {'on' if sidecar['tf32'] else 'off'})",
+        f"batches {sidecar['shapes']}",
+        "version compatible" if sidecar["version_compatible"] else "",
+        "hardware compatible (Ampere and newer)" if sidecar["hardware_compatible"] else "",
+        "" if level is None else f"optimization level {level}",
+        f"timing cache {cache}" if cache else "",
+    ]
+    return [part for part in told if part]
+
+
+def ran(source: Path, plan: Path, cuda_graph: bool | None = None) -> tuple[str, str]:
+    """The parity of a plan with its ONNX, told in a line, and the verdict."""
+    try:
+        session = TrtSession(plan, cuda_graph)
+    except Unavailable as error:
+        return f"not run here: {error}", "skipped"
+    reference = OrtSession(source, 1)
+    x = inputs.shown(reference)
+    a, b = inputs.run(reference, x), inputs.run(session, x)
+    row = agreement.row(plan, session, a, b, agreement.Gates())
+    return agreement.describe(row), row["verdict"]
+
+
+def show(args: argparse.Namespace) -> None:
+    """`info PLAN`: what it is, where it was built, whether it can run here."""
+    sidecar = read_sidecar(args.plan)
+    gpu = sidecar["gpu"]
+    print(f"{args.plan}: {sidecar['backend']} {sidecar['version']}, {sidecar['size_mb']:.2f} MB")
+    print(f"  precision {', '.join(_traits(sidecar))} (smallest, usual, largest)")
+    onnx = sidecar["onnx"]
+    print(f"  from {onnx['file']}, opset {onnx['opset']}, sha256 {onnx['sha256'][:16]}")
+    print(
+        f"  built on {gpu['name']}, SM {gpu['sm']}, driver CUDA {gpu['driver']}, {sidecar['platform']}"
+        if gpu
+        else f"  built without a GPU, {sidecar['platform']}"
+    )
+    reason = obstacle(sidecar, args.plan)
+    print(f"  runs here: {'no, ' + reason if reason else 'yes'}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line that builds."""
+    p = argparse.ArgumentParser(prog="exporters.trt", description=__doc__)
+    p.add_argument("onnx", type=Path, help="an fp32 .onnx file, ours or anyone's; or `info PLAN`")
+    p.add_argument("-o", "--out", type=Path, help="the plan; a name that tells it if not given")
+    p.add_argument("--precision", default="fp32", help="of fp32,fp16,int8")
+    p.add_argument(
+        "--calib", type=Path, help="images to calibrate int8 on: a folder or a prepared one"
+    )
+    p.add_argument("--shapes", default="1,1,8", help="smallest, usual and largest batch")
+    p.add_argument("--backend", default="auto", help="auto, tensorrt or rtx")
+    p.add_argument(
+        "--timing-cache", type=Path, metavar="FILE", help="read if it is there, written back"
+    )
+    p.add_argument(
+        "--version-compatible", action="store_true", help="runs under later TensorRT versions too"
+    )
+    p.add_argument(
+        "--hardware-compatible", action="store_true", help="runs on Ampere and every newer GPU"
+    )
+    p.add_argument(
+        "--optimization-level", type=int, metavar="N", help="0 to 5; TensorRT's own is 3"
+    )
+    p.add_argument("--no-cuda-graph", action="store_true", help="check the engine without graphs")
+    return p
+
+
+def info_parser() -> argparse.ArgumentParser:
+    """The command line of `info`."""
+    p = argparse.ArgumentParser(prog="exporters.trt info", description=show.__doc__)
+    p.add_argument("plan", type=Path)
+    return p
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["info"]:
+        cli.run(show, info_parser(), sys.argv[2:])
+    cli.run(main, parser())

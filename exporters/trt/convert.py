@@ -1,0 +1,94 @@
+"""ONNX -> TensorRT engine with its sidecar, by full TensorRT or TensorRT-RTX."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from exporters.artifact import onnx_file
+from exporters.artifact.session import Array
+from exporters.ort import int8, quantize
+from exporters.trt import build, driver
+from exporters.trt import plan as trt_plan
+from exporters.trt.build import Options
+from exporters.trt.plan import SCHEMA, backend, sidecar_of, system
+from pipeline.core import artifacts
+from pipeline.core.atomic import atomic, make_parent
+from pipeline.core.errors import UserError
+
+
+def make(
+    source: Path,
+    plan: Path | None,
+    precision: str,
+    name: str = "auto",
+    options: Options | None = None,
+    calibration: Array | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """fp32 ONNX -> plan and the sidecar `PLAN.json` beside it; returns both. `plan` None: a name that tells.
+
+    Raises UserError: not parsed, not built, int8 without images, an option the backend lacks; Unavailable as
+    `engine.backend`.
+    """
+    options = options or Options()
+    name, trt = backend(name)
+    build.check(name, options)
+    start = time.perf_counter()
+    proto = onnx_file.read(source)
+    entry = build.Entry(*onnx_file.classifier(proto, source))
+    plan = plan or _named(source, trt_plan.label(name, trt, options.hardware_compatible), precision)
+    make_parent(plan)
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / source.name
+        onnx_file.save(_at(proto, precision, calibration), graph)
+        built = build.build(trt, graph, entry, options)
+    batch, cache = entry.shape[0], options.timing_cache
+    sidecar = {
+        "schema": SCHEMA,
+        "backend": name,
+        "version": trt.__version__,
+        "platform": system(),
+        "gpu": vars(gpu) if (gpu := driver.device()) else None,
+        "precision": precision,
+        "tf32": False,
+        "shapes": [batch] * 3 if batch else list(options.shapes),
+        "input_shape": list(entry.shape),
+        "version_compatible": options.version_compatible,
+        "hardware_compatible": options.hardware_compatible,
+        "optimization_level": options.optimization_level,
+        "timing_cache": cache.name if cache else None,
+        "onnx": {
+            "file": source.name,
+            "sha256": artifacts.sha256(source),
+            "opset": onnx_file.opset(proto),
+        },
+        "plan_sha256": hashlib.sha256(built).hexdigest(),
+        "size_mb": len(built) / 1e6,
+        "seconds": time.perf_counter() - start,
+        "notes": {**onnx_file.notes(proto), "precision": precision},
+        "provenance": artifacts.provenance(
+            {"precision": precision, "backend": name, "shapes": list(options.shapes)}, onnx=source
+        ),
+    }
+    with atomic(plan) as temporary:
+        temporary.write_bytes(built)
+        artifacts.write_json(sidecar_of(plan), sidecar)
+    return plan, sidecar
+
+
+def _named(source: Path, label: str, precision: str) -> Path:
+    return source.with_name(f"{source.stem}.{label}-{precision}.plan")
+
+
+def _at(proto: Any, precision: str, calibration: Array | None) -> Any:
+    """The graph at that precision: TensorRT takes it from there."""
+    if precision == "fp16":
+        return quantize.to_fp16(proto)
+    if precision == "int8":
+        if calibration is None:
+            raise UserError(int8.NO_CALIBRATION)
+        return quantize.to_int8(proto, calibration, symmetric=True)
+    return proto

@@ -1,0 +1,179 @@
+"""An engine file: which TensorRT made it, the sidecar beside it, and whether it can run here.
+
+Engines are not portable; the sidecar says what one was built by, on and from, so that a wrong host is told
+what to rebuild instead of failing in the runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from exporters.artifact.session import Unavailable
+from exporters.trt import driver
+from pipeline.core import artifacts
+from pipeline.core.errors import UserError, nearest
+
+SCHEMA = "cakd.plan/2"
+OLDEST = (
+    10,
+    12,
+)  # of full TensorRT: the first with everything used here in its strongly typed form
+MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+EXTRAS = {"tensorrt": "trt", "rtx": "trt-rtx"}
+AMPERE = 80  # SM
+KEYS: dict[str, type | tuple[type, ...]] = {  # of a sidecar, what is read of it
+    **dict.fromkeys(("backend", "version", "platform", "precision", "plan_sha256"), str),
+    **dict.fromkeys(("tf32", "version_compatible", "hardware_compatible"), bool),
+    **dict.fromkeys(("shapes", "input_shape"), list),
+    **dict.fromkeys(("onnx", "notes"), dict),
+    **dict.fromkeys(("optimization_level", "timing_cache"), (int, str, type(None))),
+    "size_mb": float,
+    "gpu": (dict, type(None)),
+}
+
+
+def backend(name: str) -> tuple[str, Any]:
+    """(`tensorrt` | `rtx`, its module). `auto`: full TensorRT where it and a GPU are present, else RTX.
+
+    Raises UserError on another name; Unavailable: package missing, too old, full TensorRT without a GPU.
+    """
+    if name not in ("auto", *MODULES):
+        raise UserError(f"--backend: got {name!r}; {nearest(name, ('auto', *MODULES))}")
+    if name == "auto":
+        try:
+            return backend("tensorrt")
+        except Unavailable as full:
+            return _rtx_or_why(str(full))
+    try:
+        trt = importlib.import_module(MODULES[name])
+    except (ImportError, OSError) as error:
+        other = "" if name == "rtx" else "; --backend rtx builds without a GPU"
+        why = f"{MODULES[name]} is missing ({error}); `pip install '.[{EXTRAS[name]}]'`{other}"
+        raise Unavailable(why) from None
+    if name == "tensorrt" and release(trt.__version__) < OLDEST:
+        raise Unavailable(
+            f"TensorRT {trt.__version__} is older than 10.12; `pip install 'tensorrt>=10.12'`"
+        )
+    if name == "tensorrt" and driver.device() is None:
+        raise Unavailable("full TensorRT builds on its GPU: no CUDA device; use --backend rtx")
+    return name, trt
+
+
+def _rtx_or_why(full: str) -> tuple[str, Any]:
+    """RTX; where it is missing too, both reasons in one line: each names its way to get one."""
+    try:
+        return backend("rtx")
+    except Unavailable as error:
+        raise Unavailable(f"no TensorRT: {full.split('; --backend')[0]}; or {error}") from None
+
+
+def release(version: str) -> tuple[int, ...]:
+    """`10.14.1.48.post1` -> (10, 14, 1, 48): what versions are compared by."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:4])
+
+
+def label(name: str, trt: Any, hardware_compatible: bool = False) -> str:
+    """`rtx1.7`, `trt11.4-sm90` (that GPU generation), or `trt11.4-sm80plus` (Ampere and newer)."""
+    version = ".".join(trt.__version__.split(".")[:2])
+    gpu = driver.device()
+    if name == "rtx" or gpu is None:
+        return f"rtx{version}"
+    return f"trt{version}-sm{f'{AMPERE}plus' if hardware_compatible else gpu.sm}"
+
+
+def sidecar_of(plan: Path) -> Path:
+    """student.plan -> student.plan.json."""
+    return plan.with_name(f"{plan.name}.json")
+
+
+def read_sidecar(plan: Path) -> dict[str, Any]:
+    """The sidecar, checked against the plan's bytes.
+
+    Raises UserError: plan or sidecar missing, incomplete, or not made together.
+    """
+    again = "build it with `python -m exporters.trt`"
+    if not plan.is_file():
+        raise UserError(f"{plan}: no such plan; {again}")
+    if not sidecar_of(plan).is_file():
+        raise UserError(
+            f"{plan}: {sidecar_of(plan).name} is missing: its maker is unknown; {again}"
+        )
+    sidecar = artifacts.read_json(sidecar_of(plan), SCHEMA)
+    for key, kind in KEYS.items():
+        if not isinstance(sidecar.get(key), kind):
+            raise UserError(f"{sidecar_of(plan)}: {key} is {sidecar.get(key)!r}; {again}")
+    if artifacts.sha256(plan) != sidecar["plan_sha256"]:
+        raise UserError(f"{plan}: not the plan of {sidecar_of(plan).name}; {again}")
+    return sidecar
+
+
+def system() -> str:
+    """`linux-x86_64`: an engine is not portable to another one."""
+    return f"{sys.platform}-{platform.machine()}"
+
+
+def command(sidecar: Mapping[str, Any], plan: Path) -> str:
+    """The command line that builds this plan here."""
+    words = ["python", "-m", "exporters.trt", sidecar["onnx"]["file"], "-o", str(plan)]
+    words += ["--precision", sidecar["precision"], "--backend", sidecar["backend"]]
+    if sidecar["input_shape"][0] is None:
+        words += ["--shapes", ",".join(map(str, sidecar["shapes"]))]
+    words += ["--version-compatible"] if sidecar["version_compatible"] else []
+    words += ["--hardware-compatible"] if sidecar["hardware_compatible"] else []
+    if sidecar["optimization_level"] is not None:
+        words += ["--optimization-level", str(sidecar["optimization_level"])]
+    images = " --calib IMAGES" if sidecar["precision"] == "int8" else ""
+    return f"`{shlex.join(words)}{images}`"
+
+
+def obstacle(sidecar: Mapping[str, Any], plan: Path) -> str | None:
+    """Why this plan cannot run here, and the command line that builds one which can; None where it can."""
+    gpu = driver.device()
+    if gpu is None:
+        return "no CUDA device"
+    try:
+        name, trt = backend(sidecar["backend"])
+    except Unavailable as error:
+        return str(error)
+    reason = None
+    if sidecar["platform"] != system():
+        reason = f"built on {sidecar['platform']}, here is {system()}"
+    elif not _version_fits(sidecar, trt.__version__):
+        reason = f"built by {name} {sidecar['version']}, here is {trt.__version__}"
+    elif not _gpu_fits(sidecar, int(gpu.sm)):
+        built = sidecar["gpu"]["sm"] if name == "tensorrt" else f"{AMPERE} and newer"
+        reason = f"built for SM {built}, this GPU is SM {gpu.sm}"
+    return f"{reason}: build it here with {command(sidecar, plan)}" if reason else None
+
+
+def _version_fits(sidecar: Mapping[str, Any], here: str) -> bool:
+    """The same version; or a version-compatible plan under a later one of its major, or 10 under 11.
+
+    docs.nvidia.com/deeplearning/tensorrt/11.4.1/getting-started/support-matrix.html (Engine Portability) and
+    11.1.0/inference-library/engine-compatibility.html; of RTX none: tensorrt-rtx/latest/inference-library/
+    engine-compatibility.html.
+    """
+    built = sidecar["version"]
+    if built == here:
+        return True
+    majors = (release(built)[0], release(here)[0])
+    later = release(built) <= release(here) and (majors[0] == majors[1] or majors == (10, 11))
+    return bool(sidecar["version_compatible"]) and later
+
+
+def _gpu_fits(sidecar: Mapping[str, Any], sm: int) -> bool:
+    """The generation it was built on; a hardware-compatible plan, Ampere and newer.
+
+    HardwareCompatibilityLevel in TensorRT's Python reference. RTX builds for Ampere and newer and leaves Turing
+    out: tensorrt-rtx/latest/getting-started/support-matrix.html.
+    """
+    if sidecar["backend"] == "rtx" or sidecar["hardware_compatible"]:
+        return sm >= AMPERE
+    return int(sidecar["gpu"]["sm"]) == sm

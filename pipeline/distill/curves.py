@@ -1,0 +1,52 @@
+"""Speed and loss curves of one training, as train/<method>.json holds them."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from pipeline.distill.trainer import Trainer
+from pipeline.training import resume, stopwatch
+
+STAGES = (
+    *("read", "view", "replay", "student", "projector", "terms", "adversarial"),
+    *("backward", "optimizer"),
+)
+
+
+def summarise(
+    trainer: Trainer, watch: stopwatch.Stopwatch, curves: list[resume.Figures]
+) -> dict[str, Any]:
+    """Speed and curves of one training, as train/<method>.json holds them."""
+    timed = [s for s in watch.steps if s][2:] or [s for s in watch.steps if s]
+    totals = [sum(s.values()) for s in timed] or [float("nan")]
+    rates = [1e3 * trainer.config.batch / t for t in totals]
+    quartiles = statistics.quantiles(rates, n=4) if len(rates) > 1 else [rates[0]] * 3
+    stage_ms = {
+        n: statistics.median(s.get(n, 0.0) for s in timed) if timed else 0.0 for n in STAGES
+    }
+    waiting = sum(s.get("read", 0.0) + s.get("view", 0.0) for s in timed)
+    return {
+        "img_per_s": {"median": statistics.median(rates), "iqr": quartiles[2] - quartiles[0]},
+        "stage_ms": stage_ms,
+        "stall_fraction": waiting / sum(totals),
+        "peak_mb": stopwatch.peak_memory_mb(),
+        "steps": trainer.batches.steps,
+        "batch": trainer.config.batch,
+        "labels_seen": trainer.batches.labels_seen,
+        "curves": _thinned(curves),
+    }
+
+
+def _thinned(curves: list[dict[str, float]], points: int = 200) -> dict[str, list[list[float]]]:
+    """term -> [[step, mean], ...]: each of at most `points` windows by its mean."""
+    terms = sorted({t for row in curves for t in row} - {"step"})
+    window = max(1, -(-len(curves) // points))
+    thin: dict[str, list[list[float]]] = {t: [] for t in terms}
+    for at in range(0, len(curves), window):
+        rows = curves[at : at + window]
+        for term in terms:
+            values = [r[term] for r in rows if term in r]
+            if values:
+                thin[term].append([rows[-1]["step"] + 1, statistics.fmean(values)])
+    return thin

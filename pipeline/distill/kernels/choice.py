@@ -1,0 +1,90 @@
+"""Who computes a projector loss on a device, and the reason."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from pipeline.core.errors import UserError, nearest
+from pipeline.distill.kernels.configs import LARGE_REGISTER_FILE, MOST_TOKENS, WIDEST_HEAD
+
+IMPLS = ("auto", "eager", "sdpa", "small", "flash")
+Choice = tuple[str, str]
+
+
+def has_triton() -> bool:
+    """True where the Triton kernels can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose_pca(impl: str, device: torch.device, n: int, width: int) -> Choice:
+    """What computes L_proj1 (`eager`, `sdpa`, `small`, `flash`) for N tokens and heads of `width`, and why.
+
+    Raises UserError: unknown, or asked for by name where it cannot run.
+    """
+    _known(impl)
+    cannot = _cannot(impl, device, n, width)
+    if cannot:
+        raise UserError(f"kernels impl: got {impl!r}, but {cannot}; use auto")
+    if impl != "auto":
+        return impl, "asked for by name"
+    if device.type == "cpu":
+        return "eager", "a CPU: gradients in closed form, in plain torch"
+    why_not = _cannot("small", device, n, width)
+    architecture = _architecture(device)
+    # From arithmetic, not from a table of ours: no GPU has run these kernels yet.
+    if why_not is None and architecture in LARGE_REGISTER_FILE:
+        return "small", f"{n} tokens on sm_{architecture}: one launch a step"
+    return "sdpa", why_not or f"sm_{architecture}: fused attention of PyTorch, no N x N tensor"
+
+
+def choose_gl(
+    impl: str, device: torch.device, dtype: torch.dtype, channels: int, width: int
+) -> Choice:
+    """What computes L_proj2 (`eager`, `grouped`, `triton`) of c channels and D width, and why.
+
+    The same switch as for L_proj1: `sdpa` asks for PyTorch's own operators, `small` and `flash` for Triton's.
+    Raises UserError: unknown.
+    """
+    _known(impl)
+    if impl == "eager":
+        return "eager", "asked for by name"
+    if device.type != "cuda":
+        return "eager", f"a {device.type.upper()}: one product a group, in plain torch"
+    architecture = _architecture(device)
+    # Below sm_90 torch's grouped_mm is a loop that waits for the device; rows of 16 bytes are its own condition.
+    fits = dtype == torch.bfloat16 and channels % 8 == width % 8 == 0
+    if fits and architecture in LARGE_REGISTER_FILE and impl in ("auto", "sdpa"):
+        return "grouped", f"bfloat16 on sm_{architecture}: grouped_mm of PyTorch"
+    if has_triton() and impl != "sdpa":
+        return (
+            "triton",
+            f"{str(dtype).removeprefix('torch.')} on sm_{architecture}: one launch for all groups",
+        )
+    return "eager", "no grouped_mm for this GPU and dtype: one product a group"
+
+
+def _known(impl: str) -> None:
+    if impl not in IMPLS:
+        raise UserError(f"kernels impl: got {impl!r}; {nearest(impl, IMPLS)}")
+
+
+def _architecture(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _cannot(impl: str, device: torch.device, n: int, width: int) -> str | None:
+    """Why a Triton kernel cannot run here; None where it can."""
+    if impl not in ("small", "flash"):
+        return None
+    if device.type != "cuda":
+        return f"the tensors are on the {device.type}: it needs a CUDA device"
+    if not has_triton():
+        return "triton is not installed (`pip install '.[kernels]'`)"
+    if width > WIDEST_HEAD:
+        return f"a head is {width} wide: it takes {WIDEST_HEAD} at most"
+    if impl == "small" and n > MOST_TOKENS:
+        return f"there are {n} tokens: it takes {MOST_TOKENS} at most"
+    return None

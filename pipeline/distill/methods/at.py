@@ -1,0 +1,45 @@
+"""Attention transfer: Zagoruyko and Komodakis, "Paying more attention to attention", ICLR 2017."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.distill.methods.term import Seen, Sizes, Term
+from pipeline.distill.projectors import on_grid, tokens_of
+from pipeline.models.teacher import Tokens
+
+
+@dataclass(frozen=True)
+class AtConfig:
+    """beta / 2 of eq. 2; the paper's beta is 1000, shared out over the map's elements and the batch."""
+
+    weight: float = 500.0
+
+
+def attention_map(tokens: Tensor) -> Tensor:
+    """The sum of squares over channels (B, N, c), eq. 1 with p = 2, as a vector of length 1 (B, N)."""
+    return F.normalize(tokens.square().sum(2), dim=1)
+
+
+class At(Term):
+    """`at`."""
+
+    teacher = frozenset({"tokens"})
+    student = frozenset({"tap"})
+
+    def __init__(self, config: AtConfig, sizes: Sizes) -> None:
+        super().__init__()
+        self.config, self.grid = config, sizes.grid
+
+    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+        """Squared distance of the two maps, mean over elements and images."""
+        assert seen.feature is not None
+        ours = attention_map(tokens_of(on_grid(seen.feature, self.grid)))
+        return {"at": F.mse_loss(ours, attention_map(taught.h))}
+
+    def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002
+        """Constant."""
+        return {"at": self.config.weight}

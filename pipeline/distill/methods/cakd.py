@@ -1,0 +1,193 @@
+"""Cross-architecture knowledge distillation: Liu et al., ACCV 2022. Equation numbers are the paper's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.core.config import parse
+from pipeline.distill import robust
+from pipeline.distill.kernels import gl, pca
+from pipeline.distill.kernels.reference import Granularity, attention, heads
+from pipeline.distill.methods.term import Seen, Sizes, TeacherSpace, Term, ramp
+from pipeline.distill.projectors import GroupWiseLinear, PartiallyCrossAttention, on_grid, tokens_of
+from pipeline.distill.robust import Trans
+from pipeline.models import checkpoint
+from pipeline.models.student import Tap
+from pipeline.models.teacher import Tokens
+
+
+@dataclass(frozen=True)
+class CakdConfig:
+    """Every decision of the method as a parameter; the numbers in brackets are those of docs/method.md."""
+
+    tap: str = "auto"  # the student's feature map, or a module name (4)
+    granularity: Granularity = "element"  # of g() (1)
+    swap_p: float = 0.5  # p_T (2)
+    swap_anneal: bool = False  # p_T falls linearly to 0 over training (2)
+    attention_weight: float = 1.0
+    gram_weight: float = 0.05  # w_vv of eq. 4 (6)
+    tokens_weight: float = 1.0
+    adversarial_weight: float = 0.1  # lambda of eq. 10 (10)
+    adversarial: robust.Adversarial = "non-saturating"  # or eq. 9's (10)
+    warmup: float = 0.1  # share of the steps over which these weights grow from 0 (10)
+    discriminator_every: int = 5  # iterations, Algorithm 1
+    discriminator_lr: float = 1e-3  # (11)
+    project_at: Literal["tap", "tokens"] = (
+        "tap"  # Proj1 on the student's grid, or resized before it (4)
+    )
+    reduce: int = 256  # 1x1 reduction before the 3x3 convolutions when c is larger (8)
+    dropout: float = 0.1  # before the group-wise linear layer, eq. 5
+    standardise: bool = False  # h_T and h'_S by the store's channel statistics (12)
+    trans: Trans = field(default_factory=Trans)  # eq. 7
+    impl: Literal["auto", "eager", "sdpa", "small", "flash"] = (
+        "auto"  # who computes the projector losses
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("swap_p", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"cakd.{name} is {getattr(self, name)}; allowed: 0 to 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"cakd.dropout is {self.dropout}; allowed: 0 to below 1")
+        for name in ("discriminator_every", "reduce"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"cakd.{name} is {getattr(self, name)}; allowed: 1 or more")
+        if self.discriminator_lr <= 0:
+            raise ValueError(f"cakd.discriminator_lr is {self.discriminator_lr}; allowed: above 0")
+
+
+class Pca(Term):
+    """`attention` and `gram`: L_proj1 through the partially cross attention projector, eq. 1 to 4."""
+
+    teacher = frozenset({"qkv"})
+    student = frozenset({"tap"})
+
+    def __init__(self, config: CakdConfig, sizes: Sizes) -> None:
+        super().__init__()
+        self.config = config
+        self.project = PartiallyCrossAttention(
+            sizes.channels,
+            sizes.space.n_heads,
+            sizes.space.width,
+            sizes.grid,
+            config.reduce,
+            config.project_at,
+        )
+
+    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+        """The two terms of eq. 4."""
+        config = self.config
+        p = config.swap_p * (1 - seen.progress) if config.swap_anneal else config.swap_p
+        qkv_s = self.project(seen.feature)
+        found = pca.pca_loss(
+            qkv_s, taught.attention_inputs, seen.key, p, config.granularity, config.impl
+        )
+        return {"attention": found[0], "gram": found[1]}
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """Linear warm-up (decision 10)."""
+        grown = ramp(progress, self.config.warmup)
+        return {
+            "attention": grown * self.config.attention_weight,
+            "gram": grown * self.config.gram_weight,
+        }
+
+
+class Gl(Term):
+    """`tokens`: L_proj2 through the group-wise linear projector, eq. 5 and 6. `fake` keeps h'_S (B, N, D)."""
+
+    teacher = frozenset({"tokens"})
+    student = frozenset({"tap"})
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: CakdConfig, sizes: Sizes) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = sizes.grid
+        self.project = GroupWiseLinear(sizes.channels, sizes.space.width, self.tokens)
+        self.register_buffer("mean", sizes.space.mean, persistent=False)
+        self.register_buffer("std", sizes.space.std, persistent=False)
+        self.fake: Tensor | None = None
+
+    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+        """Eq. 6."""
+        assert seen.feature is not None
+        layer, config = self.project, self.config
+        loss, self.fake = gl.gl_mse(
+            tokens_of(on_grid(seen.feature, self.tokens)),
+            layer.weight,
+            layer.bias,
+            self.target(taught.h),
+            layer.groups,
+            config.dropout,
+            seen.key,
+            config.impl,
+        )
+        return {"tokens": loss}
+
+    def target(self, h_t: Tensor) -> Tensor:
+        """What h'_S is held against: h_T (B, N, D), per-channel standardised where asked (decision 12)."""
+        return _standardised(self.config, h_t, self.mean, self.std)
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """Linear warm-up (decision 10)."""
+        return {"tokens": ramp(progress, self.config.warmup) * self.config.tokens_weight}
+
+
+def _standardised(config: CakdConfig, h: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return (h - mean) / std if config.standardise else h
+
+
+class Projectors(nn.Module):
+    """The two projectors of a trained student, for evaluation only."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: CakdConfig, tap: Tap, space: TeacherSpace) -> None:
+        super().__init__()
+        self.config, self.tap = config, tap
+        self.pca = PartiallyCrossAttention(
+            tap.channels,
+            space.n_heads,
+            space.width,
+            tap.tokens,
+            config.reduce,
+            config.project_at,
+        )
+        self.gl = GroupWiseLinear(tap.channels, space.width, tap.tokens)
+        self.register_buffer("mean", space.mean, persistent=False)
+        self.register_buffer("std", space.std, persistent=False)
+
+    @torch.no_grad()
+    def projected(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's attention (B, H, N, d) with no swap, and h'_S (B, N, D) with no drop-out."""
+        tokens = gl.gl_project(
+            tokens_of(on_grid(feature, self.tap.tokens)),
+            self.gl.weight,
+            self.gl.bias,
+            self.gl.groups,
+            self.config.impl,
+        )
+        return attention(*heads(self.pca(feature))), tokens
+
+    def target(self, h_t: Tensor) -> Tensor:
+        """What h'_S was held against: h_T (B, N, D), standardised where the training did."""
+        return _standardised(self.config, h_t, self.mean, self.std)
+
+
+def load_projectors(folder: Path, description: dict[str, Any]) -> Projectors | None:
+    """The projectors beside a CAKD student, for evaluation only; None where the method has not both."""
+    if description["tap"] is None:
+        return None
+    cakd = parse(CakdConfig, description["cakd"], f"{folder}: cakd")
+    tap = parse(Tap, description["tap"], f"{folder}: tap")
+    projectors = Projectors(cakd, tap, TeacherSpace.of(description["space"]))
+    checkpoint.load_weights(projectors, folder / "projectors.safetensors")
+    return projectors.eval()

@@ -1,0 +1,41 @@
+"""Hints for thin deep nets: Romero et al., "FitNets", ICLR 2015."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.distill.methods.term import Seen, Sizes, Term
+from pipeline.distill.projectors import on_grid, tokens_of
+from pipeline.models.teacher import Tokens
+
+
+@dataclass(frozen=True)
+class FitnetConfig:
+    """The half of eq. 3. Here the hint is trained beside the classification, not before it."""
+
+    weight: float = 0.5
+
+
+class Fitnet(Term):
+    """`fitnet`: a 1x1 convolution takes the student's tap to the teacher's width."""
+
+    teacher = frozenset({"tokens"})
+    student = frozenset({"tap"})
+
+    def __init__(self, config: FitnetConfig, sizes: Sizes) -> None:
+        super().__init__()
+        self.config, self.grid = config, sizes.grid
+        self.regressor = nn.Conv2d(sizes.channels, sizes.space.width, 1)
+
+    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+        """mse(h_T, r(h_S)), eq. 3 as a mean."""
+        assert seen.feature is not None
+        hint = tokens_of(self.regressor(on_grid(seen.feature, self.grid)))
+        return {"fitnet": F.mse_loss(hint, taught.h)}
+
+    def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002
+        """Constant."""
+        return {"fitnet": self.config.weight}

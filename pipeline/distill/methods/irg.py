@@ -1,0 +1,61 @@
+"""Liu et al., "Knowledge distillation via instance relationship graph", CVPR 2019."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.distill.methods.term import Seen, Sizes, Term, pairwise_distances, pooled
+from pipeline.models.teacher import Tokens
+
+
+@dataclass(frozen=True)
+class IrgConfig:
+    """Ours: the paper weighs the three for each pair of nets."""
+
+    vertex_weight: float = 0.1
+    edge_weight: float = 1.0
+    transform_weight: float = 1.0
+
+
+def edges(x: Tensor) -> Tensor:
+    """Squared distances (B, B) of a layer's features (B, e), in units of their mean: layers differ in width."""
+    squared = pairwise_distances(x).square()
+    return squared / squared.mean().clamp(min=1e-12)
+
+
+class Irg(Term):
+    """`irg_vertex`, `irg_edge`, `irg_transform`, over two layers: the embedding and the logits.
+
+    Vertices are compared where both nets have the same width, at the logits. The paper's transformation of
+    vertices from layer to layer wants equal widths too, so only that of the edges is here.
+    """
+
+    teacher = frozenset({"logits", "pooled"})
+    student = frozenset({"embedding"})
+
+    def __init__(self, config: IrgConfig, _: Sizes) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+        """Mean squared differences of vertices, of edges at both layers, of what the edges become in between."""
+        with torch.no_grad():
+            theirs = edges(pooled(taught)), edges(taught.logits)
+        ours = edges(seen.embedding), edges(seen.logits)
+        return {
+            "irg_vertex": F.mse_loss(seen.logits, taught.logits),
+            "irg_edge": (F.mse_loss(ours[0], theirs[0]) + F.mse_loss(ours[1], theirs[1])) / 2,
+            "irg_transform": F.mse_loss(ours[1] - ours[0], theirs[1] - theirs[0]),
+        }
+
+    def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002
+        """Constant."""
+        return {
+            "irg_vertex": self.config.vertex_weight,
+            "irg_edge": self.config.edge_weight,
+            "irg_transform": self.config.transform_weight,
+        }

@@ -1,0 +1,74 @@
+"""One-for-all distillation between unlike architectures: Hao et al., "OFA-KD", NeurIPS 2023."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.distill.methods.term import Seen, Sizes, Term
+from pipeline.models.teacher import Tokens
+
+
+@dataclass(frozen=True)
+class OfaConfig:
+    """The defaults of the authors' code; for ImageNet they take gamma 1.5."""
+
+    weight: float = 1.0
+    gamma: float = 1.0  # above 1 the target class counts more where the teacher is sure
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; allowed: above 0")
+
+
+def enhanced(
+    student: Tensor, teacher: Tensor, target: Tensor, gamma: float, temperature: float = 1.0
+) -> Tensor:
+    """- sum_c ((p_T(c) + [c = target])^gamma - [c = target]) log p_S(c), mean over images.
+
+    Logits (B, K), target (B,). As in the authors' code the label's own cross-entropy is left out: it stands once,
+    at the student's answer. With gamma 1 it is the cross-entropy with the teacher.
+    """
+    log_p = F.log_softmax(student / temperature, dim=1)
+    theirs = F.softmax(teacher / temperature, dim=1)
+    hot = F.one_hot(target, student.shape[1])
+    return -(((theirs + hot) ** gamma - hot) * log_p).sum(1).mean()
+
+
+class Ofa(Term):
+    """`ofa`: every stage of the student answers through a branch of its own, held against the teacher's logits.
+
+    A branch is pooling, batch norm and a linear layer; the authors downsample by separable convolutions first.
+    """
+
+    student = frozenset({"stages"})
+
+    def __init__(self, config: OfaConfig, sizes: Sizes) -> None:
+        super().__init__()
+        self.config = config
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+                nn.BatchNorm1d(channels),
+                nn.Linear(channels, sizes.classes),
+            )
+            for channels in sizes.anatomy.stage_channels
+        )
+
+    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+        """The enhanced loss of every branch and of the student's own logits, summed."""
+        pairs = zip(self.branches, seen.stages, strict=True)
+        answers = [*(branch(x) for branch, x in pairs), seen.logits]
+        target, config = seen.targets(taught), self.config
+        losses = [
+            enhanced(a, taught.logits, target, config.gamma, config.temperature) for a in answers
+        ]
+        return {"ofa": sum(losses[1:], losses[0])}
+
+    def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002
+        """Constant."""
+        return {"ofa": self.config.weight}

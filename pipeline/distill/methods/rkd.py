@@ -1,0 +1,71 @@
+"""Relational knowledge distillation: Park et al., CVPR 2019."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.distill.methods.term import Seen, Sizes, Term, pairwise_distances, pooled
+from pipeline.models.teacher import Tokens
+
+
+@dataclass(frozen=True)
+class RkdConfig:
+    """The paper's weights of RKD-DA."""
+
+    distance_weight: float = 25.0
+    angle_weight: float = 50.0
+
+
+COINCIDE = (
+    1e-8  # squared distance of two embeddings, of the mean one, below which they are one point
+)
+
+
+def distances(x: Tensor) -> Tensor:
+    """Distances (B, B) between embeddings (B, e), in units of their mean."""
+    found = pairwise_distances(x)
+    apart = found > 0
+    return found / found[apart].mean() if apart.any() else found
+
+
+def angles(x: Tensor) -> Tensor:
+    """Cosine of the angle at j of every triplet (j, i, k) of embeddings (B, e) -> (B, B, B); 0 where two coincide.
+
+    An image may stand twice in a batch: the direction between its two embeddings is rounding, and is left out.
+    """
+    towards = x[None, :, :] - x[:, None, :]
+    square = towards.square().sum(2, keepdim=True)
+    apart = square > COINCIDE * square.mean()
+    towards = towards / torch.where(apart, square, 1).sqrt() * apart
+    return towards @ towards.mT
+
+
+class Rkd(Term):
+    """`rkd_distance`, `rkd_angle`: of the embeddings; B^3 angles, so B is better not above some 256."""
+
+    teacher = frozenset({"pooled"})
+    student = frozenset({"embedding"})
+
+    def __init__(self, config: RkdConfig, _: Sizes) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+        """Huber losses of distances and of angles."""
+        found = {}
+        for name, relation in (("distance", distances), ("angle", angles)):
+            with torch.no_grad():
+                theirs = relation(pooled(taught))
+            found[f"rkd_{name}"] = F.smooth_l1_loss(relation(seen.embedding), theirs)
+        return found
+
+    def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002
+        """Constant."""
+        return {
+            "rkd_distance": self.config.distance_weight,
+            "rkd_angle": self.config.angle_weight,
+        }

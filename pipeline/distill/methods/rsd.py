@@ -1,0 +1,61 @@
+"""Redundancy suppression distillation: Zhang et al., "Cross-architecture distillation made simple", ICCV 2025."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.distill.methods.term import Seen, Sizes, Term, pooled
+from pipeline.models.teacher import Tokens
+
+
+@dataclass(frozen=True)
+class RsdConfig:
+    """kappa is the authors'; weight (for a loss a teacher dimension) and expansion are ours."""
+
+    weight: float = 1.0
+    kappa: float = 0.01  # of what lies off the diagonal
+    expansion: int = 2  # hidden width of the decoupling layers, in the student's width
+
+
+def cross_correlation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Of the batch's embeddings, each dimension standardised over the batch: (B, D) and (B, D) -> (D, D)."""
+    ours, theirs = ((x - x.mean(0)) / (x.std(0, unbiased=False) + 1e-5) for x in (student, teacher))
+    return theirs.T @ ours / len(student)
+
+
+def suppressed(student: Tensor, teacher: Tensor, kappa: float) -> Tensor:
+    """sum (C_ii - 1)^2 + kappa sum_{i != j} C_ij^2 over the D dimensions, divided by D."""
+    c = cross_correlation(student, teacher)
+    same = torch.eye(len(c), device=c.device, dtype=c.dtype)
+    weights = same + kappa * (1 - same)
+    return (weights * (c - same).square()).sum() / len(c)
+
+
+class Rsd(Term):
+    """`rsd`: the student's embedding through decoupling layers against the teacher's."""
+
+    teacher = frozenset({"pooled"})
+    student = frozenset({"embedding"})
+
+    def __init__(self, config: RsdConfig, sizes: Sizes) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.expansion * sizes.anatomy.embedding
+        self.decouple = nn.Sequential(
+            nn.Linear(sizes.anatomy.embedding, hidden, bias=False),
+            nn.BatchNorm1d(hidden),
+            nn.GELU(),
+            nn.Linear(hidden, sizes.space.width, bias=False),
+        )
+
+    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+        """Distance of the cross-correlation from the identity."""
+        ours = self.decouple(seen.embedding)
+        return {"rsd": suppressed(ours, pooled(taught), self.config.kappa)}
+
+    def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002
+        """Constant."""
+        return {"rsd": self.config.weight}

@@ -1,0 +1,137 @@
+"""Every method by name: the terms it is a sum of, and what those terms read.
+
+`cross_entropy` is in every method. A method is a name of METHODS or any sum of them, `gl+pca+logits`; the weights
+of the terms are in params.yaml. `trans` is not a loss but the student-only transform of eq. 7; `adversarial` is
+L_MVG (eq. 9), whose discriminator the trainer steps by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.core.errors import UserError, nearest
+from pipeline.distill.methods.at import At, AtConfig
+from pipeline.distill.methods.cakd import CakdConfig, Gl, Pca
+from pipeline.distill.methods.crd import Crd, CrdConfig
+from pipeline.distill.methods.dkd import Dkd, DkdConfig
+from pipeline.distill.methods.fitnet import Fitnet, FitnetConfig
+from pipeline.distill.methods.irg import Irg, IrgConfig
+from pipeline.distill.methods.logits import Logits, LogitsConfig
+from pipeline.distill.methods.minilm import Minilm, MinilmConfig
+from pipeline.distill.methods.ofa import Ofa, OfaConfig
+from pipeline.distill.methods.rkd import Rkd, RkdConfig
+from pipeline.distill.methods.rsd import Rsd, RsdConfig
+from pipeline.distill.methods.term import Term
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "logits": ("logits",),
+    "dkd": ("dkd",),
+    "fitnet": ("fitnet",),
+    "at": ("at",),
+    "rkd": ("rkd",),
+    "irg": ("irg",),
+    "crd": ("crd",),
+    "ofa": ("ofa",),
+    "rsd": ("rsd",),
+    "minilm": ("minilm",),
+    # The rows of the paper's ablation, and all of it.
+    "gl": ("gl",),
+    "pca": ("pca",),
+    "robust": ("adversarial", "trans"),
+    "cakd": ("pca", "gl", "adversarial", "trans"),
+    # A control: what the student-only transform does by itself.
+    "trans": ("trans",),
+}
+TERMS: dict[str, tuple[type[Term], str]] = {  # name -> class, and its settings' name
+    "logits": (Logits, "logits"),
+    "dkd": (Dkd, "dkd"),
+    "fitnet": (Fitnet, "fitnet"),
+    "at": (At, "at"),
+    "rkd": (Rkd, "rkd"),
+    "irg": (Irg, "irg"),
+    "crd": (Crd, "crd"),
+    "ofa": (Ofa, "ofa"),
+    "rsd": (Rsd, "rsd"),
+    "minilm": (Minilm, "minilm"),
+    "pca": (Pca, "cakd"),
+    "gl": (Gl, "cakd"),
+}
+WITHOUT_LOSS = ("adversarial", "trans")  # no Term: the discriminator's, and a transform
+
+
+@dataclass(frozen=True)
+class Terms:
+    """`distill.terms:` the settings of every other method; defaults are the papers', or say whose."""
+
+    dkd: DkdConfig = DkdConfig()
+    fitnet: FitnetConfig = FitnetConfig()
+    at: AtConfig = AtConfig()
+    rkd: RkdConfig = RkdConfig()
+    irg: IrgConfig = IrgConfig()
+    crd: CrdConfig = CrdConfig()
+    ofa: OfaConfig = OfaConfig()
+    rsd: RsdConfig = RsdConfig()
+    minilm: MinilmConfig = MinilmConfig()
+
+
+def settings(logits: LogitsConfig, cakd: CakdConfig, others: Terms) -> dict[str, Any]:
+    """Name of settings -> settings."""
+    return {"logits": logits, "cakd": cakd, **vars(others)}
+
+
+def terms_of(method: str) -> tuple[str, ...]:
+    """The terms of a method beside the cross-entropy, each once, in the order of its parts.
+
+    Raises UserError: an unknown part, `robust` without `gl`, a sum that names a term twice.
+    """
+    found: list[str] = []
+    for part in method.split("+"):
+        if part not in METHODS:
+            whose = "" if part == method else f", whose part {part!r} is no method"
+            raise UserError(f"method: got {method!r}{whose}; {nearest(part, METHODS)}")
+        found += METHODS[part]
+    twice = sorted({term for term in found if found.count(term) > 1})
+    if twice:
+        raise UserError(
+            f"method: got {method!r}, which has {twice[0]!r} twice; name each part once"
+        )
+    if "adversarial" in found and "gl" not in found:
+        raise UserError(f"method: got {method!r}, whose discriminator judges h'_S of gl; add gl")
+    return tuple(found)
+
+
+def reads(method: str, side: str) -> frozenset[str]:
+    """What a method's terms read of the `teacher` or of the `student`; empty where it reads nothing."""
+    classes = [TERMS[term][0] for term in terms_of(method) if term not in WITHOUT_LOSS]
+    return frozenset().union(*(getattr(c, side) for c in classes))
+
+
+def refuse_without_attention(method: str, reason: str | None) -> None:
+    """Raise UserError where a method reads Q, K, V of a teacher that by this reason has none for it."""
+    reading = _attention_terms(terms_of(method))
+    if reason is None or not reading:
+        return
+    free = [name for name, terms in METHODS.items() if not _attention_terms(terms)]
+    raise UserError(
+        f"method: {method!r} reads the teacher's queries, keys and values ({', '.join(reading)}), and this one "
+        f"has none for it: {reason}; choose another teacher, or a sum of {', '.join(free)}"
+    )
+
+
+def _attention_terms(terms: Iterable[str]) -> list[str]:
+    return [term for term in terms if term in TERMS and "qkv" in TERMS[term][0].teacher]
+
+
+def refuse_unread(method: str, stored: Mapping[str, Any]) -> None:
+    """Raise UserError where a method reads what the teacher's store, by its manifest, does not hold."""
+    refuse_without_attention(method, stored.get("no_attention"))
+    if "pooled" in reads(method, "teacher") and (
+        stored["mode"] == "on" and stored["layout"] == "qkvh"
+    ):
+        raise UserError(
+            f"method: {method!r} reads the teacher's pooled embedding, which cache.layout qkvh does not hold; "
+            "use block_input, or cache.mode off"
+        )

@@ -1,0 +1,121 @@
+"""What every term of a method has in common: what it reads of teacher and student, its losses, their weights.
+
+Shapes: B batch, K classes, c channels of the student's tap, h x w the teacher's token grid, N = h w tokens,
+D teacher width, H heads, d = D / H, e width of the student's embedding (the input of its classifier).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.distill.kernels.philox import Key
+from pipeline.models.student import Anatomy, Tap
+from pipeline.models.teacher import Tokens
+
+
+@dataclass(frozen=True)
+class TeacherSpace:
+    """Dimensions of the teacher: H heads, D width, and the channel statistics (D,) of h_T."""
+
+    n_heads: int
+    width: int
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, described: dict[str, Any]) -> TeacherSpace:
+        """From the JSON-able keys n_heads, width, h_mean, h_std."""
+        mean, std = (torch.tensor(described[k], dtype=torch.float32) for k in ("h_mean", "h_std"))
+        return cls(described["n_heads"], described["width"], mean, std)
+
+    def described(self) -> dict[str, Any]:
+        """The JSON-able form that `of` reads."""
+        return {
+            "n_heads": self.n_heads,
+            "width": self.width,
+            "h_mean": self.mean.tolist(),
+            "h_std": self.std.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a term is built for."""
+
+    classes: int  # K
+    anatomy: Anatomy  # of the student
+    tap: Tap | None  # where h_S is read; None where the method reads none
+    space: TeacherSpace
+    images: int  # for training
+    views: int  # of each image that the teacher knows
+
+    @property
+    def channels(self) -> int:
+        """c, of the tap."""
+        assert self.tap is not None
+        return self.tap.channels
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """h, w of the teacher's tokens."""
+        assert self.tap is not None
+        return self.tap.tokens
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The student's side of one batch. labels (B,) are -1 where no label is shown."""
+
+    logits: Tensor  # (B, K)
+    embedding: Tensor  # (B, e)
+    feature: Tensor | None  # (B, c, h', w') of the tap, on the student's own grid
+    stages: Sequence[Tensor]  # the feature maps, where the method reads them
+    labels: Tensor
+    key: Key
+    progress: float  # share of the training done, 0 to 1
+
+    def targets(self, taught: Tokens) -> Tensor:
+        """The label of each image (B,); where none is shown, the teacher's answer."""
+        return torch.where(self.labels >= 0, self.labels, taught.logits.argmax(1))
+
+
+class Term(nn.Module):
+    """One named part of a method, with whatever it trains beside the student and drops at the end.
+
+    `teacher` names what it reads of the teacher: logits, pooled, tokens, qkv; `student` what of the student beside
+    its logits: embedding, tap, stages.
+    """
+
+    teacher: ClassVar[frozenset[str]] = frozenset({"logits"})
+    student: ClassVar[frozenset[str]] = frozenset()
+
+    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+        """Unweighted losses by the names they have in the logs."""
+        raise NotImplementedError
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """The weight of each loss at this share of the training."""
+        raise NotImplementedError
+
+
+def pooled(taught: Tokens) -> Tensor:
+    """The teacher's embedding (B, D), the input of its head."""
+    assert taught.pooled is not None  # the method was refused where the store cannot give it
+    return taught.pooled
+
+
+def pairwise_distances(x: Tensor) -> Tensor:
+    """Euclidean distances (B, B) between embeddings (B, e); 0, with a gradient of 0, between equal ones."""
+    squared = (x[None, :, :] - x[:, None, :]).square().sum(2)
+    apart = squared > 0
+    return torch.where(apart, squared, 1).sqrt() * apart
+
+
+def ramp(progress: float, share: float) -> float:
+    """Linear growth from 0 to 1 over the first `share` of the training."""
+    return min(1.0, progress / share) if share else 1.0

@@ -1,0 +1,1 @@
+"""Accuracy and evidence of the trained models on held-out images."""

@@ -1,0 +1,194 @@
+"""A timm model and the JSON that rebuilds it: one safetensors file of plain timm keys, one JSON beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.data.config import resolve_model_data_config
+from torch import nn
+
+from pipeline.core import artifacts
+from pipeline.core.atomic import atomic
+from pipeline.core.errors import UserError, nearest
+from pipeline.data.prepared import LARGEST_SIDE
+
+LARGEST_CLASS = 1_000_000
+
+
+def refuse_description(description: dict[str, Any], path: Path) -> None:
+    """Raise UserError where the JSON beside a checkpoint cannot rebuild it."""
+    remedy = "make it again with `dvc repro`"
+    artifacts.expect(description, path, remedy, model=str, kwargs=dict, weights_sha256=str)
+    artifacts.expect(description, path, remedy, num_classes=int, preprocess=dict)
+    preprocess, classes = description["preprocess"], description["num_classes"]
+    artifacts.expect(preprocess, path, remedy, image_size=int, mean=list, std=list)
+    values = [*preprocess["mean"], *preprocess["std"]]
+    numbers = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+    if (
+        not (numbers and len(preprocess["mean"]) == 3 == len(preprocess["std"]))
+        or min(values[3:]) <= 0
+    ):
+        raise UserError(f"{path}: damaged, mean and std are {reprlib.repr(values)}; {remedy}")
+    if not (1 <= classes <= LARGEST_CLASS and 1 <= preprocess["image_size"] <= LARGEST_SIDE):
+        raise UserError(
+            f"{path}: damaged, {classes} classes of {preprocess['image_size']} px; {remedy}"
+        )
+    names = description.get("classes")
+    if names is not None and not (
+        isinstance(names, list) and len(names) == classes and all(isinstance(n, str) for n in names)
+    ):
+        raise UserError(f"{path}: damaged, {classes} classes are {reprlib.repr(names)}; {remedy}")
+
+
+SCHEMA = "cakd.model/1"
+KEYS = {  # section -> where params.yaml names its model, and where the model's arguments
+    "teach": ("teach.model", "teach.kwargs"),
+    "distill": ("distill.student", "distill.student_kwargs"),
+}
+
+
+def create(
+    name: str,
+    kwargs: dict[str, Any],
+    num_classes: int,
+    section: str = "model",
+    pretrained: bool = False,
+) -> nn.Module:
+    """`timm.create_model` with the mistakes of a user told in one line; `section` of params.yaml names the model.
+
+    Raises UserError: unknown name, no pretrained weights to be had, kwargs the model refuses.
+    """
+    where, arguments = KEYS.get(section, (section, "its kwargs"))
+    if not timm.is_model(name):
+        raise UserError(f"{where}: timm {timm.__version__} has no model {name!r}; {_similar(name)}")
+    try:
+        model: nn.Module = timm.create_model(
+            name, pretrained=pretrained, num_classes=num_classes, **kwargs
+        )
+    except Exception as error:  # timm raises whatever the constructor or the hub raised
+        if pretrained:
+            raise UserError(
+                f"{where}: no pretrained weights of {name} to be had ({_first_line(error)}); check the network, "
+                "or give a .safetensors file, or scratch, as teach.weights"
+            ) from error
+        raise UserError(
+            f"{where}: timm refused {kwargs} for {name}: {_first_line(error)}; correct {arguments}"
+        ) from error
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _similar(name: str) -> str:
+    import difflib
+
+    names = timm.list_models()
+    close = [n for n in names if n.startswith(f"{name}_")][:3]
+    close = close or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    return f"nearest: {', '.join(close)}" if close else nearest(name, ["see timm.list_models()"])
+
+
+def preprocessing(model: nn.Module, image_size: int) -> dict[str, Any]:
+    """What must be done to a uint8 RGB picture before the model: it travels into the ONNX metadata."""
+    config = resolve_model_data_config(model)
+    return {
+        "image_size": image_size,
+        "interpolation": "bicubic",
+        "crop": "resize the shorter side, centre crop",
+        "mean": [float(v) for v in config["mean"]],
+        "std": [float(v) for v in config["std"]],
+    }
+
+
+def save(path: Path, model: nn.Module, description: dict[str, Any]) -> None:
+    """Write `path` (.safetensors) and the JSON beside it; the JSON holds the hash of the weights.
+
+    Raises UserError: cannot write.
+    """
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    # One metadata key only: safetensors writes several in no fixed order, and same seed = same bytes.
+    note = {"cakd": json.dumps({k: description[k] for k in ("model", "kwargs")}, sort_keys=True)}
+    try:
+        with atomic(path) as temporary:
+            save_file(state, temporary, metadata=note)
+            weights = artifacts.sha256(temporary)
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot write ({error}); free space, then run again") from None
+    artifacts.write_json(
+        path.with_suffix(".json"), {"schema": SCHEMA, **description, "weights_sha256": weights}
+    )
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The JSON beside a checkpoint, checked against the weights' hash.
+
+    Keys: model, kwargs, num_classes, classes, preprocess {image_size, mean, std, ...}, role, weights_sha256.
+    Raises UserError: either file missing, or the weights are not those the JSON was written with.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; expected a .safetensors file")
+    description = artifacts.read_json(path.with_suffix(".json"), SCHEMA)
+    refuse_description(description, path.with_suffix(".json"))
+    if artifacts.sha256(path) != description["weights_sha256"]:
+        raise UserError(
+            f"{path}: its SHA-256 is not the one in {path.with_suffix('.json').name}: damaged "
+            "or replaced; make it again with `dvc repro`"
+        )
+    return description
+
+
+def load(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild the plain timm model in eval mode, with its description. Raises UserError as `describe`."""
+    description = describe(path)
+    model = create(description["model"], description["kwargs"], description["num_classes"])
+    load_weights(model, path)
+    return model.eval(), description
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a safetensors state dict strictly. Raises UserError: not safetensors, keys or shapes differ."""
+    try:
+        state = load_file(path)
+        refuse_other_kinds(state, model, path)
+        model.load_state_dict(state, strict=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such weights; expected a .safetensors file") from None
+    except (SafetensorError, KeyError, OSError) as error:  # KeyError: a dtype torch does not have
+        raise UserError(
+            f"{path}: not a safetensors file ({error}); pickles (.pt, .pth) are never loaded"
+        ) from None
+    except RuntimeError as error:
+        raise UserError(f"{path}: the weights do not fit the model: {str(error)[:300]}") from None
+
+
+def refuse_other_kinds(state: dict[str, torch.Tensor], model: nn.Module, path: Path) -> None:
+    """Raise UserError where whole numbers stand for floating weights, which torch would take, or the reverse."""
+    for name, wanted in model.state_dict().items():
+        got = state.get(name, wanted)
+        if got.is_floating_point() != wanted.is_floating_point():
+            raise UserError(f"{path}: the weights do not fit the model: {name} is {got.dtype}")
+
+
+def count(model: nn.Module, image_size: int) -> dict[str, int]:
+    """Parameters, and multiply-accumulates of one image (half of PyTorch's own FLOP count)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, image_size, image_size))
+    model.train(was_training)
+    return {
+        "params": sum(p.numel() for p in model.parameters()),
+        "macs": counter.get_total_flops() // 2,
+    }

@@ -1,0 +1,172 @@
+"""A timm CNN and where the methods read it: its tap h_S (B, c, h, w), its stages, the input of its classifier.
+
+The student stays plain timm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.core.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What one dry run shows of a student: width of the classifier's input; each feature map that timm names."""
+
+    embedding: int
+    maps: dict[str, tuple[int, tuple[int, int]]]  # module -> channels, grid; shallow to deep
+
+    @property
+    def stages(self) -> list[str]:
+        """The modules of the last four feature maps, shallow to deep."""
+        return list(self.maps)[-4:]
+
+    @property
+    def stage_channels(self) -> list[int]:
+        """Their channels."""
+        return [self.maps[module][0] for module in self.stages]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where h_S is read: a module of the student, its channels and grid, and the teacher's token grid."""
+
+    module: str
+    channels: int
+    grid: tuple[int, int]
+    tokens: tuple[int, int]
+
+
+def find_tap(
+    student: nn.Module,
+    image_size: int,
+    tokens: tuple[int, int],
+    wanted: str = "auto",
+) -> Tap:
+    """The tap by the rule of decision 4, from one dry run.
+
+    `auto`: the deepest map whose grid is at least the token grid, if it belongs to the last two stages; else the
+    deepest of those two stages with at least half the token grid's side; never a shallower one, which the loss
+    would leave the deep stages out of. `wanted` may name any module of timm's feature_info.
+    Raises UserError: the model tells no feature maps, the name is unknown, no deep map is fine enough.
+    """
+    found = anatomy(student, image_size)
+    refuse_without_maps(student, found)
+    maps = found.maps
+    name = type(student).__name__
+    if wanted != "auto":
+        if wanted not in maps:
+            raise UserError(
+                f"distill.cakd.tap: {name} has no map {wanted!r}; {nearest(wanted, maps)}"
+            )
+        return Tap(wanted, *maps[wanted], tokens)
+    deepest_first = list(reversed(maps.items()))
+    for module, (channels, grid) in deepest_first[:2]:
+        if min(grid) >= max(tokens):
+            return Tap(module, channels, grid, tokens)
+    for module, (channels, grid) in deepest_first[:2]:
+        if 2 * min(grid) >= max(tokens):
+            return Tap(module, channels, grid, tokens)
+    sizes = ", ".join(f"{m} {h}x{w}" for m, (_, (h, w)) in maps.items())
+    raise UserError(
+        f"distill.student: at {image_size} px {name} has maps {sizes}; neither of the last two reaches half of "
+        f"the teacher's {tokens[0]}x{tokens[1]} tokens; set distill.student_kwargs.output_stride, or a larger "
+        "image_size"
+    )
+
+
+def anatomy(student: nn.Module, image_size: int) -> Anatomy:
+    """Measured by one dry run of a zero image.
+
+    Raises UserError: no classifier that timm names, images of a size that it does not take.
+    """
+    name, modules = type(student).__name__, list(_named_maps(student))
+    maps: dict[str, tuple[int, tuple[int, int]]] = {}
+    with Taps(student, modules) as taps:
+        was_training = student.training
+        device = next(student.parameters()).device
+        try:
+            with torch.no_grad():
+                student.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+        except (
+            RuntimeError,
+            AssertionError,
+        ) as error:  # smaller than a kernel; not what it was built for
+            raise UserError(
+                f"distill.student: {name} cannot take images of {image_size} px ({str(error).splitlines()[0]}); "
+                "set another prepare.image_size"
+            ) from None
+        student.train(was_training)
+        for module in modules:
+            feature = taps.features.get(module)
+            if isinstance(feature, Tensor) and feature.dim() == 4:
+                maps[module] = (feature.shape[1], (feature.shape[2], feature.shape[3]))
+        return Anatomy(taps.embedding.shape[1], maps)
+
+
+def refuse_without_maps(student: nn.Module, found: Anatomy) -> None:
+    """Raise UserError where timm names no module of the student whose output is one feature map."""
+    if not found.maps:
+        raise UserError(
+            f"distill.student: timm names no feature maps for {type(student).__name__} that are one tensor each; "
+            "choose a CNN whose `timm.create_model(name).feature_info` names such modules, or methods that read "
+            "none, as logits"
+        )
+
+
+def _named_maps(student: nn.Module) -> dict[str, int]:
+    """Modules and channels of the feature maps that timm names; some names are no modules and are left out."""
+    info: Any = getattr(student, "feature_info", None) or []
+    there = dict(student.named_modules())
+    entries = info if isinstance(info, list) else info.info
+    return {e["module"]: e["num_chs"] for e in entries if e["module"] in there}
+
+
+class Taps:
+    """Hooks that keep what a student's forward pass leaves at named modules, and before its classifier.
+
+    A context manager. `features` by module; `embedding` (B, e). Raises UserError: no classifier.
+    """
+
+    def __init__(self, student: nn.Module, modules: list[str]) -> None:
+        self.features: dict[str, Tensor] = {}
+        self.embedding = torch.empty(0)
+        classifier = getattr(student, "get_classifier", lambda: None)()
+        if not isinstance(classifier, nn.Module):
+            raise UserError(
+                f"distill.student: {type(student).__name__} has no classifier that timm names; choose another"
+            )
+        channels = _named_maps(student)
+        self._handles = [
+            student.get_submodule(m).register_forward_hook(self._keep(m, channels.get(m)))
+            for m in modules
+        ]
+        self._handles.append(classifier.register_forward_pre_hook(self._keep_embedding))
+
+    def _keep(self, module: str, channels: int | None) -> Any:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            self.features[module] = _channels_first(output, channels)
+
+        return hook
+
+    def _keep_embedding(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.embedding = args[0].flatten(1)
+
+    def __enter__(self) -> Taps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.features.clear()
+
+
+def _channels_first(feature: Any, channels: int | None) -> Any:
+    """(B, h, w, c) -> (B, c, h, w), where timm says c and only the last axis has it; anything else as it is."""
+    if not isinstance(feature, Tensor) or feature.dim() != 4 or feature.shape[1] == channels:
+        return feature
+    return feature.permute(0, 3, 1, 2) if feature.shape[3] == channels else feature

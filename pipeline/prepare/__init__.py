@@ -1,0 +1,1 @@
+"""Image folders, parquet files and archives -> the prepared folder that every later stage reads."""

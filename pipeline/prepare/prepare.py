@@ -1,0 +1,297 @@
+"""A source's pictures -> a prepared folder: decoded, ordered by their pixels, split, labels shown or hidden."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.core import artifacts
+from pipeline.core.atomic import atomic_dir
+from pipeline.core.errors import UserError, nearest
+from pipeline.data.images import BrokenImage, square_pixels
+from pipeline.data.prepared import LARGEST_SIDE, SCHEMA, SOURCE_SCHEMA, SPLITS, UNLABELLED
+from pipeline.prepare.sources import cifar, digits, imagefolder, parquet, zoo
+from pipeline.prepare.sources.sample import Found, Sample, Source, legible
+
+SOURCES: dict[str, Source] = {
+    "digits": digits.read,
+    "imagefolder": imagefolder.read,
+    "parquet": parquet.read,
+    "cifar": cifar.read,
+}
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """`prepare:` which images, at what size, and how many labels the student may see."""
+
+    source: str  # digits | imagefolder | parquet | cifar | torchvision:<Name>
+    path: str | None = None  # a folder, file or pattern, as the source says
+    label_column: str | None = None  # of parquet and cifar, where there are several
+    image_size: int = 224  # pixels, square
+    student_labels: int | str = "all"  # "all", or N labels a class
+    val: float = 0.1  # images held out for gates and calibration: a share below 1, a count from 1
+    test: float = 0.2  # the same for the test split, where the source brings none
+    on_error: Literal["stop", "skip"] = (
+        "stop"  # a picture that cannot be read: stop, or list it and go on
+    )
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES and not self.source.startswith(zoo.PREFIX):
+            known = [*SOURCES, f"{zoo.PREFIX}<Name>"]
+            raise ValueError(f"source is {self.source!r}; {nearest(self.source, known)}")
+        if self.student_labels != "all" and not (
+            isinstance(self.student_labels, int) and self.student_labels > 0
+        ):
+            raise ValueError(
+                f"student_labels is {self.student_labels!r}; allowed: all, or N >= 1 a class"
+            )
+        if not 8 <= self.image_size <= LARGEST_SIDE:
+            raise ValueError(
+                f"image_size is {self.image_size}; allowed: 8 to {LARGEST_SIDE} pixels"
+            )
+        for name, share in (("val", self.val), ("test", self.test)):
+            if share <= 0 or (share > 1 and share % 1):
+                raise ValueError(f"{name} is {share}; allowed: a share below 1 or a count from 1")
+
+
+def prepare(config: Prepare, out: Path) -> dict[str, Any]:
+    """Run a source, split it, write the prepared folder atomically; returns the index without its records,
+
+    with the source's `notes`. Records are sorted by the SHA-256 of their pixels: the same pictures and labels give
+    the same folder, byte for byte, from an image folder, a parquet file or an archive (but for `source.json`).
+
+    Raises UserError: everything a source raises, a broken image (unless `on_error: skip`), a split larger than
+    the data, too few labels a class, disk full.
+    """
+    found = _found(config)
+    with atomic_dir(out) as folder:
+        samples, digests, skipped = _decode(found, config, folder / "images.npy")
+        splits = _assign_splits(samples, config)
+        shown = _choose_student_labels(samples, splits, found.classes, config)
+        records = [
+            {
+                "sha256": digests[row],
+                "label": UNLABELLED if sample.label is None else sample.label,
+                "split": splits[row],
+                "student_label": row in shown,
+            }
+            for row, sample in enumerate(samples)
+        ]
+        header = {
+            "schema": SCHEMA,
+            "classes": found.classes,
+            "image_size": config.image_size,
+            "counts": {s: sum(r["split"] == s for r in records) for s in SPLITS},
+            "student_labels": len(shown),
+            "labelled_train": sum(
+                r["split"] == "train" and r["label"] != UNLABELLED for r in records
+            ),
+            "images_sha256": artifacts.sha256(folder / "images.npy"),
+            "skipped": skipped,
+            "duplicates": duplicates(records),
+        }
+        artifacts.write_json(folder / "index.json", {**header, "records": records})
+        source = {
+            "schema": SOURCE_SCHEMA,
+            "source": config.source,
+            "notes": found.notes,
+            "origins": [sample.origin for sample in samples],
+            "provenance": artifacts.provenance(config.__dict__),
+        }
+        artifacts.write_json(folder / "source.json", source)
+    return {**header, "notes": found.notes}
+
+
+def _found(config: Prepare) -> Found:
+    """What the source holds, once every label and split of it makes sense."""
+    if config.source in SOURCES:
+        found = SOURCES[config.source](config.path, config.label_column)
+    else:
+        name = config.source.removeprefix(zoo.PREFIX)
+        found = zoo.read(name, config.path, config.label_column)
+    for name in found.classes:
+        if legible(name) != name:
+            raise UserError(
+                f"prepare.path: {config.path}: class {name!r} holds a line break or another control character; "
+                "rename it"
+            )
+    if len(found.classes) < 2:
+        raise UserError(
+            f"prepare.path: {config.path} has {len(found.classes)} classes "
+            f"({', '.join(found.classes) or 'none'}); at least 2 are needed"
+        )
+    for sample in found.samples:
+        if sample.label is None and sample.split in ("val", "test"):
+            raise UserError(
+                f"prepare.path: {sample.origin} of {config.path} is in {sample.split} and has no label; leave "
+                "that split out, and test is cut from train"
+            )
+    return found
+
+
+def _decode(
+    found: Found, config: Prepare, path: Path
+) -> tuple[list[Sample], list[str], list[dict[str, str]]]:
+    """Every picture into `path` (N, S, S, 3); the samples in the order of their pixels' SHA-256, the digests, and
+
+    the pictures left out.
+    """
+    shape = (len(found.samples), config.image_size, config.image_size, 3)
+    images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    _reserve(path)
+    kept: list[tuple[str, str, int, Sample]] = []
+    skipped = []
+    for sample in found.samples:
+        row = len(kept)
+        try:
+            images[row] = square_pixels(sample.read, sample.origin, config.image_size)
+        except BrokenImage as error:
+            if config.on_error == "stop":
+                raise _placed(error, config) from None
+            skipped.append({"origin": error.origin, "reason": error.reason})
+            continue
+        digest = hashlib.sha256(images[row].tobytes()).hexdigest()
+        kept.append((digest, f"{sample.split} {sample.label}", row, sample))
+    order = sorted(range(len(kept)), key=lambda i: kept[i][:3])
+    _reorder(images, order)
+    images.flush()
+    if skipped:
+        _shorten(path, images[: len(kept)])
+    return [kept[i][3] for i in order], [kept[i][0] for i in order], skipped
+
+
+def _placed(error: BrokenImage, config: Prepare) -> BrokenImage:
+    """The error with the whole path of a file below `prepare.path`."""
+    below = Path(config.path or "") / error.origin
+    return BrokenImage(str(below), error.reason) if below.exists() else error
+
+
+def _reserve(path: Path) -> None:
+    """Take the disk space now: a memory map that finds none later kills the process. Raises UserError: full."""
+    try:
+        with path.open("rb+") as f:
+            os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return  # a file system that cannot reserve
+        raise UserError(
+            f"{path.parent}: the prepared images need {path.stat().st_size / 1e9:.2f} GB ({error.strerror}); free "
+            "space, or lower prepare.image_size"
+        ) from None
+
+
+def _reorder(images: NDArray[np.uint8], order: Sequence[int]) -> None:
+    """images[i] = images[order[i]] for every i, in place, one picture in memory: cycle by cycle."""
+    done = np.zeros(len(order), dtype=bool)
+    for start in range(len(order)):
+        if done[start] or order[start] == start:
+            continue
+        first, at = images[start].copy(), start
+        while order[at] != start:
+            images[at] = images[order[at]]
+            done[at] = True
+            at = order[at]
+        images[at] = first
+        done[at] = True
+
+
+def _shorten(path: Path, kept: NDArray[np.uint8]) -> None:
+    """Write the file anew with the pictures that were kept."""
+    shorter = path.with_suffix(".kept.npy")
+    np.save(shorter, kept)
+    shorter.replace(path)
+
+
+def duplicates(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Identical pixels in more than one split (what is tested was seen), or under more than one label.
+
+    Found after resizing, so two files that differ only in what a smaller picture cannot show count as one.
+    """
+    found = []
+    for digest, group in groupby(enumerate(records), key=lambda pair: pair[1]["sha256"]):
+        rows, same = zip(*group, strict=True)
+        splits, labels = {r["split"] for r in same}, {r["label"] for r in same}
+        if len(splits) > 1 or len(labels) > 1:
+            found.append(
+                {
+                    "sha256": digest,
+                    "splits": [s for s in SPLITS if s in splits],
+                    "labels": sorted(labels),
+                    "rows": list(rows),
+                }
+            )
+    return found
+
+
+def remarks(index: dict[str, Any]) -> list[str]:
+    """What a user must know of a prepared folder: pictures left out, and pictures that stand in it twice."""
+    across = [d for d in index["duplicates"] if len(d["splits"]) > 1]
+    torn = [d for d in index["duplicates"] if len(d["labels"]) > 1]
+    skipped = [f"skipped {s['origin']}: {s['reason']}" for s in index["skipped"]]
+    said = skipped[:5] + [f"... and {len(skipped) - 5} more skipped"] * (len(skipped) > 5)
+    if across:
+        said.append(
+            f"pictures in more than one split (what is tested was seen before): {len(across)}"
+        )
+    if torn:
+        said.append(f"pictures under more than one label: {len(torn)}")
+    return said
+
+
+def _assign_splits(samples: Sequence[Sample], config: Prepare) -> list[str]:
+    """Keep the splits a source brings; cut the missing ones from the rest, stratified and seeded."""
+    from sklearn.model_selection import train_test_split
+
+    splits = [s.split for s in samples]
+    for name, share in (("test", config.test), ("val", config.val)):
+        if name in splits:
+            continue
+        free = [i for i, s in enumerate(splits) if s is None]
+        labels = [samples[i].label for i in free]
+        size: float | int = share if share < 1 else int(share)
+        try:
+            _, held_out = train_test_split(
+                free, test_size=size, stratify=labels, random_state=config.seed
+            )
+        except ValueError as error:
+            raise UserError(
+                f"prepare.{name}: cannot cut {size} of {len(free)} images, stratified: {error}"
+            ) from None
+        for i in held_out:
+            splits[i] = name
+    return [s or "train" for s in splits]
+
+
+def _choose_student_labels(
+    samples: Sequence[Sample], splits: Sequence[str], classes: Sequence[str], config: Prepare
+) -> set[int]:
+    """Rows of train whose label the student may see: all labelled ones, or N a class drawn by the seed."""
+    chosen: set[int] = set()
+    for label, name in enumerate(classes):
+        rows = [i for i, s in enumerate(samples) if splits[i] == "train" and s.label == label]
+        if not rows:
+            raise UserError(
+                f"prepare: class {name!r} has no image left to train on; add images, or lower prepare.val and "
+                f"prepare.test (they are {config.val:g} and {config.test:g})"
+            )
+        if isinstance(config.student_labels, int):
+            if len(rows) < config.student_labels:
+                raise UserError(
+                    f"prepare.student_labels: got {config.student_labels}, but class {name!r} has only "
+                    f"{len(rows)} training images; lower it or use 'all'"
+                )
+            generator = np.random.default_rng((config.seed, label))
+            rows = [int(i) for i in generator.choice(rows, config.student_labels, replace=False)]
+        chosen.update(rows)
+    return chosen

@@ -1,0 +1,194 @@
+"""The original Python archives of CIFAR-10 and -100 (Krizhevsky, 2009), packed or not; nothing is executed."""
+
+from __future__ import annotations
+
+import reprlib
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.core.errors import UserError, nearest
+from pipeline.prepare.sources import unpickle
+from pipeline.prepare.sources.sample import Found, Sample, existing, legible
+
+WHAT = "cifar-10-python.tar.gz, cifar-100-python.tar.gz, or the folder one of them unpacks to"
+SIDE = 32
+LARGEST = 2**28  # bytes of one file; the largest of the originals has 155 MB
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one archive names its members: split -> files, the file of names, label key -> key of its names."""
+
+    folder: str
+    files: dict[str | None, tuple[str, ...]]
+    meta: str
+    names: dict[str, str]
+
+    def members(self) -> set[str]:
+        """Every file that is read of it."""
+        return {self.meta}.union(*self.files.values())
+
+
+LAYOUTS = (
+    Layout(
+        "cifar-10-batches-py",
+        {None: tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)},
+        "batches.meta",
+        {"labels": "label_names"},
+    ),
+    Layout(
+        "cifar-100-python",
+        {None: ("train",), "test": ("test",)},
+        "meta",
+        {"fine_labels": "fine_label_names", "coarse_labels": "coarse_label_names"},
+    ),
+)
+
+
+def read(path: str | None, label_column: str | None) -> Found:
+    """The train and the test split. `label_column` of CIFAR-100: `fine_labels` (the default) or `coarse_labels`.
+
+    Raises UserError: no such archive, a member missing or damaged, a pickle that names anything but arrays.
+    """
+    root = existing("cifar", path, WHAT)
+    layout, member = _folder(root) if root.is_dir() else _archive(root)
+    column = label_column or next(iter(layout.names))
+    if column not in layout.names:
+        raise UserError(
+            f"prepare.label_column: got {column!r}; {nearest(column, layout.names)}, or null for the first"
+        )
+    meta = unpickle.loads(member(layout.meta), f"{root}: {layout.meta}")
+    classes = _texts(meta, layout.names[column], f"{root}: {layout.meta}")
+    samples: list[Sample] = []
+    for split, names in layout.files.items():
+        for name in names:
+            batch = unpickle.loads(member(name), f"{root}: {name}")
+            samples += _samples(batch, column, split, f"{root}: {name}", len(classes))
+    others = [n for n in layout.names if n != column]
+    notes = [f"labels: {column} (prepare.label_column: also {', '.join(others)})"] if others else []
+    return Found(classes, samples, notes)
+
+
+Member = Callable[[str], bytes]
+
+
+def _folder(root: Path) -> tuple[Layout, Member]:
+    for layout in LAYOUTS:
+        for folder in (root / layout.folder, root):
+            if (folder / layout.meta).is_file():
+                return layout, partial(_read_file, folder)
+    raise UserError(
+        f"prepare.path: {root} holds no batches.meta (CIFAR-10) and no meta (CIFAR-100); give {WHAT}"
+    )
+
+
+def _read_file(folder: Path, name: str) -> bytes:
+    try:
+        if (folder / name).stat().st_size > LARGEST:
+            raise _too_large(folder / name)
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{folder / name}: {error.strerror}; unpack the whole archive again"
+        ) from None
+
+
+def _archive(path: Path) -> tuple[Layout, Member]:
+    """Members are read in memory, by name: nothing of the archive is written to the disk."""
+    try:
+        with tarfile.open(path) as tar:
+            there = {m.name: m for m in tar.getmembers() if m.isfile()}
+            wanted = {f"{layout.folder}/{layout.meta}": layout for layout in LAYOUTS}
+            layout = next((wanted[n] for n in there if n in wanted), None)
+            if layout is None:
+                shown = ", ".join(sorted(there)[:3]) or "nothing"
+                raise UserError(f"prepare.path: {path} holds {shown}; give {WHAT}")
+            inside = f"{layout.folder}/"
+            held = {
+                name.removeprefix(inside): _extracted(tar, m)
+                for name, m in there.items()
+                if name.removeprefix(inside) in layout.members()
+            }
+    except UserError:
+        raise
+    except Exception as error:  # a packer's library raises whatever the bytes lead it to
+        raise UserError(
+            f"{path}: not a readable archive ({error}); give {WHAT}, or fetch it again"
+        ) from None
+
+    def member(name: str) -> bytes:
+        if name not in held:
+            raise UserError(f"{path}: {inside}{name} is missing; fetch the archive again")
+        return held[name]
+
+    return layout, member
+
+
+def _extracted(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.size > LARGEST:
+        raise _too_large(member.name)
+    stream = tar.extractfile(member)
+    assert stream is not None
+    return stream.read()
+
+
+def _too_large(name: Path | str) -> UserError:
+    return UserError(
+        f"{name}: larger than {LARGEST:,} bytes, which no file of CIFAR is; give {WHAT}"
+    )
+
+
+def _of(batch: Any, key: str, origin: str) -> Any:
+    if not isinstance(batch, dict) or key not in batch:
+        keys = ", ".join(map(str, batch)) if isinstance(batch, dict) else type(batch).__name__
+        raise UserError(f"{origin}: no {key!r} in it, got {keys}; fetch the archive again")
+    return batch[key]
+
+
+def _texts(batch: Any, key: str, origin: str) -> list[str]:
+    """A list of names. Raises UserError: no list, or not of texts."""
+    names = _of(batch, key, origin)
+    if not isinstance(names, list) or not all(isinstance(n, str | bytes) for n in names):
+        raise UserError(
+            f"{origin}: {key} is no list of names but {reprlib.repr(names)}; fetch it again"
+        )
+    return [n.decode(errors="backslashreplace") if isinstance(n, bytes) else n for n in names]
+
+
+def _samples(
+    batch: Any, column: str, split: str | None, origin: str, n_classes: int
+) -> list[Sample]:
+    """One batch: `data` (n, 3072) uint8, rows of 1,024 red, green and blue values."""
+    pixels, labels = _of(batch, "data", origin), _of(batch, column, origin)
+    if not isinstance(labels, list):
+        raise UserError(f"{origin}: {column} is {reprlib.repr(labels)}, no list; fetch it again")
+    names = [str(i) for i in range(len(labels))]
+    if "filenames" in batch:
+        names = _texts(batch, "filenames", origin)
+    shape = pixels.shape if isinstance(pixels, np.ndarray) else type(pixels).__name__
+    if shape != (len(labels), 3 * SIDE * SIDE) or len(names) != len(labels):
+        raise UserError(
+            f"{origin}: data is {shape} for {len(labels)} labels; expected ({len(labels)}, 3072); fetch it again"
+        )
+    pictures = pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
+    samples = []
+    for name, picture, label in zip(names, pictures, labels, strict=True):
+        if not (type(label) is int and 0 <= label < n_classes):
+            raise UserError(
+                f"{origin}: label {label!r} of {name}; allowed: 0 to {n_classes - 1}; fetch it again"
+            )
+        read = partial(_picture, picture)
+        place = legible(f"{origin.rpartition(': ')[2]}/{name}")
+        samples.append(Sample(place, read, label, split))
+    return samples
+
+
+def _picture(pixels: Any) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(pixels))

@@ -1,0 +1,158 @@
+"""Any classification data set of torchvision, by its class name: `torchvision:Flowers102`.
+
+torchvision downloads, checks and lists; the pictures then go the same way as all others. CIFAR is only
+downloaded by it: its own reader would unpickle the archives, ours (`cifar`) executes nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pipeline.core.errors import UserError, nearest
+from pipeline.prepare.sources import cifar
+from pipeline.prepare.sources.sample import Found, Sample, refuse_label_column, train_and_test
+
+PREFIX = "torchvision:"
+ARCHIVES = ("CIFAR10", "CIFAR100")
+SPLIT_NAMES = (("train", "trainval"), ("val", "valid"), ("test",))
+LABELS = ("targets", "labels", "_labels", "y")  # where torchvision's classes keep what they list
+
+
+def read(name: str, path: str | None, label_column: str | None) -> Found:
+    """The data set `torchvision.datasets.<name>` under `path`, downloaded where it is not there yet.
+
+    Raises UserError: unknown name, no path, no network, not a data set of pictures with one class each.
+    """
+    kind = _class_of(name)
+    if path is None:
+        raise UserError(
+            f"prepare.path: got {path}; source '{PREFIX}{name}' needs the folder to download to, or that holds it "
+            "already (data/downloads)"
+        )
+    if name in ARCHIVES:
+        return _archive(kind, Path(path), label_column)
+    refuse_label_column(PREFIX + name, label_column)
+    parts = _splits(name, kind, Path(path))
+    ours = train_and_test(list(parts))
+    classes = _class_names(name, parts)
+    samples = [
+        Sample(f"{split}/{i:06d}", partial(_picture, dataset, i), label, ours[split])
+        for split, dataset in parts.items()
+        for i, label in enumerate(_labels(name, dataset, len(classes)))
+    ]
+    return Found(classes, samples)
+
+
+def _class_of(name: str) -> Any:
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise UserError(
+            f"source '{PREFIX}{name}' needs torchvision ({error}); pip install torchvision"
+        ) from None
+    if name not in datasets.__all__:
+        raise UserError(
+            f"prepare.source: torchvision has no data set {name!r}; {nearest(name, datasets.__all__)}"
+        )
+    return getattr(datasets, name)
+
+
+def _archive(kind: Any, root: Path, label_column: str | None) -> Found:
+    from torchvision.datasets.utils import download_url
+
+    if not (root / kind.base_folder).is_dir():
+        try:
+            download_url(kind.url, root, kind.filename, kind.tgz_md5)
+        except (OSError, RuntimeError) as error:
+            raise _not_there(kind.__name__, root, error) from None
+        return cifar.read(str(root / kind.filename), label_column)
+    return cifar.read(str(root / kind.base_folder), label_column)
+
+
+def _not_there(name: str, root: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{PREFIX}{name}: not in {root} and not to be downloaded ({error}); check the network, or put its files "
+        "there by hand"
+    )
+
+
+def _splits(name: str, kind: Any, root: Path) -> dict[str, Any]:
+    """torchvision's name of each split that the data set has -> the data set; all of it is `train` without one."""
+    accepts = inspect.signature(kind).parameters
+    if "train" in accepts:
+        return {s: _open(name, kind, root, train=s == "train") for s in ("train", "test")}
+    if "split" not in accepts:
+        return {"train": _open(name, kind, root)}
+    found: dict[str, Any] = {}
+    for names in SPLIT_NAMES:
+        for split in names:
+            try:
+                dataset = _open(name, kind, root, split=split)
+            except ValueError:  # torchvision's answer to a split that it does not have
+                continue
+            found[names[0]] = dataset
+            break
+    if "train" not in found:
+        raise UserError(
+            f"prepare.source: {PREFIX}{name} has no train split; got {', '.join(found) or 'none'}; "
+            "save it as class folders and use source: imagefolder"
+        )
+    return found
+
+
+def _open(name: str, kind: Any, root: Path, **split: Any) -> Any:
+    accepts = inspect.signature(kind).parameters
+    given = dict(split)
+    if "root" in accepts:
+        given["root"] = str(root)
+    if "download" in accepts:
+        given["download"] = True
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise UserError(
+            f"prepare.source: {PREFIX}{name} needs more than a folder ({error}); save it as class folders and use "
+            "source: imagefolder"
+        ) from None
+    except (OSError, RuntimeError, ImportError) as error:
+        raise _not_there(name, root, error) from None
+
+
+def _class_names(name: str, parts: dict[str, Any]) -> list[str]:
+    """The class names a data set tells, else the numbers up to the largest label."""
+    told = getattr(parts["train"], "classes", None)
+    if told:
+        return [c if isinstance(c, str) else ", ".join(c) for c in told]
+    labels = [label for dataset in parts.values() for label in _labels(name, dataset, None)]
+    return [str(i) for i in range(max(labels, default=-1) + 1)]
+
+
+def _labels(name: str, dataset: Any, n_classes: int | None) -> list[int]:
+    """Every label, from the list the data set keeps, else from each item. Raises UserError: no class numbers."""
+    kept = (getattr(dataset, attribute, None) for attribute in LABELS)
+    listed = next((k for k in kept if k is not None and len(k) == len(dataset)), None)
+    found = listed if listed is not None else [dataset[i][1] for i in range(len(dataset))]
+    labels = []
+    for i, label in enumerate(found):
+        number = (
+            label.item() if hasattr(label, "item") and getattr(label, "ndim", 1) == 0 else label
+        )
+        if not isinstance(number, int) or not 0 <= number < (n_classes or number + 1):
+            raise UserError(
+                f"prepare.source: {PREFIX}{name}: label {i} is {label!r}; allowed: one class number a picture, "
+                f"0 to {(n_classes or 1) - 1}; choose a classification data set"
+            )
+        labels.append(number)
+    return labels
+
+
+def _picture(dataset: Any, i: int) -> Image.Image:
+    picture = dataset[i][0]
+    if not isinstance(picture, Image.Image):
+        raise ValueError(f"item {i} is a {type(picture).__name__}, not a picture")
+    return picture

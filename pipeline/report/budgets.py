@@ -1,0 +1,69 @@
+"""Limits on accuracy, latency, size and parameters, and whether the exported student keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pipeline.core.errors import UserError, nearest
+from pipeline.report.verdict import noisy
+
+MOST = 1e15  # of a budget: no file, time or network is larger
+
+BUDGETS = {  # name in `report.budgets` -> how it is read in a sentence
+    "top1_min": "clean top-1 (fraction)",
+    "wall_ms_max": "latency p50 (ms)",
+    "size_mb_max": "file size (MB)",
+    "params_max": "parameters",
+}
+OF_TARGET = {"wall_ms_max", "size_mb_max"}
+
+
+def refuse_unknown_targets(budgets: Iterable[str], targets: Sequence[str]) -> None:
+    """Raise UserError where a budget names a target that is not measured."""
+    for name in budgets:
+        target = name.rpartition(".")[0]
+        if target and target not in targets:
+            raise UserError(
+                f"report.budgets: {name!r} names a target that is not in bench.enabled; "
+                f"{nearest(target, targets)}"
+            )
+
+
+def judge_budget(summary: Mapping[str, Any], name: str, limit: float) -> dict[str, Any]:
+    """A budget and its verdict: PASS, FAIL, NOT MEASURED, or INCONCLUSIVE where noise alone is above the limit."""
+    wanted, _, quantity = name.rpartition(".")
+    what = BUDGETS[quantity]
+    best: tuple[float, float] | None = None  # the figure, and the lowest it can be without noise
+    if quantity in OF_TARGET:
+        found = [
+            (_bounds(t["student"], quantity), t["target"])
+            for t in summary["targets"]
+            if wanted in ("", t["target"]) and t["student"]["status"] == "measured"
+        ]
+        if found:
+            best, target = min(found)
+            what = f"{what} of {target}"
+    elif summary["shipped"] in summary["models"]:
+        shipped = summary["models"][summary["shipped"]]
+        figure = shipped["clean"]["top1"] if quantity == "top1_min" else shipped["params"]
+        best = (figure, figure)
+    verdict = "NOT MEASURED"
+    if best is not None:
+        kept = best[0] >= limit if quantity.endswith("_min") else best[0] <= limit
+        noise = quantity == "wall_ms_max" and best[1] <= limit
+        verdict = "PASS" if kept else "INCONCLUSIVE" if noise else "FAIL"
+    return {
+        "name": name,
+        "what": what,
+        "limit": limit,
+        "value": best[0] if best else None,
+        "verdict": verdict,
+    }
+
+
+def _bounds(row: Mapping[str, Any], quantity: str) -> tuple[float, float]:
+    if quantity == "size_mb_max":
+        return row["size_mb"], row["size_mb"]
+    wall = row["wall_ms"]
+    return wall["p50"], wall["min"] if noisy(row) else wall["p50"]

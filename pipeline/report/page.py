@@ -1,0 +1,147 @@
+"""Summaries (`cakd.edge/1`, one a machine) -> Markdown for CI and a self-contained page for people. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline.report import history, wording
+from pipeline.report.charts import bars, canvas, classes, curves, ecdf, forest, timeline, tradeoff
+from pipeline.report.summary import BASELINES
+
+Summary = Mapping[str, Any]
+Earlier = Sequence[tuple[str, Summary]]
+
+TEMPLATES = Path(__file__).parent / "templates"
+FILTERS = (
+    *("figure", "percent", "points", "millions", "top1"),
+    *("labels", "p50", "speedup", "precision", "parity", "status", "flat"),
+    *("ratio", "interval", "clock", "day", "counted", "p50_interval", "details", "left_out"),
+)
+MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$])")
+
+
+def markdown(summaries: Sequence[Summary], earlier: Earlier = ()) -> str:
+    """The report as GitHub Markdown, made for `$GITHUB_STEP_SUMMARY`; whatever a file named is escaped."""
+    return _fill(
+        "edge.md", _with_history(summaries, earlier), autoescape=False, finalize=escape_markdown
+    )
+
+
+def page(
+    summaries: Sequence[Summary],
+    gallery: Mapping[str, Any] | None = None,
+    earlier: Earlier = (),
+) -> str:
+    """The report as one HTML file: no script, no other file, nothing from the network.
+
+    `gallery` is that of a single run (`gallery.gallery`); a page of several machines has none.
+    """
+    runs = [
+        {**run, **_pictures(run, f"m{i}")}
+        for i, run in enumerate(_with_history(summaries, earlier))
+    ]
+    return _fill("index.html", runs, gallery and _drawn(gallery), autoescape=True)
+
+
+def _with_history(summaries: Sequence[Summary], earlier: Earlier) -> list[dict[str, Any]]:
+    return [{**s, "history": history.beside(s, earlier)} for s in summaries]
+
+
+def _drawn(gallery: Mapping[str, Any]) -> dict[str, Any]:
+    """The gallery with the chart of its classes and the colours in it."""
+    by_series = gallery["data"]["counts"]
+    shown = [label for label, values in by_series.items() if any(values)]
+    names = gallery["data"]["classes"]
+    chart = classes.picture(by_series, names, "classes")
+    barred = len(names) <= classes.BARS  # a histogram has one colour and no legend
+    drawn = {"chart": Markup(chart), "colours": canvas.series_colours(shown) if barred else {}}
+    return {**gallery, "data": {**gallery["data"], **drawn}}
+
+
+def escape_markdown(value: object) -> str:
+    """A value as text that Markdown and HTML leave as it is, in one line, whole inside a table cell."""
+    return MARKDOWN.sub(r"\\\1", " ".join(str(value).replace("&", "&amp;").split()))
+
+
+def unbroken(text: str) -> str:
+    """Text whose names (`ort-fp32`) and units stay on the line of what they belong to."""
+    return re.sub(r"(?<=\d) (?=%|ms)", "\u00a0", text).replace("-", "\u2011")
+
+
+def _fill(
+    template: str,
+    summaries: Sequence[Summary],
+    gallery: Mapping[str, Any] | None = None,
+    **escaping: Any,
+) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        **escaping,
+    )
+    environment.filters.update({name: getattr(wording, name) for name in FILTERS})
+    environment.filters |= {"unbroken": unbroken, "thousands": "{:,}".format}
+    return environment.get_template(template).render(
+        runs=_told_apart([_worded(s) for s in summaries]),
+        gallery=gallery,
+        several=len(summaries) > 1,
+        baselines=BASELINES,
+        unmeasured=wording.NONE,
+    )
+
+
+def _told_apart(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs, those of one machine with their titles behind its name."""
+    names = [run["machine_name"] for run in runs]
+    return [
+        run | {"machine_name": f"{name} ({run['title']})" if names.count(name) > 1 else name}
+        for run, name in zip(runs, names, strict=True)
+    ]
+
+
+def _worded(summary: Summary) -> dict[str, Any]:
+    """A summary with the sentences made from several of its figures."""
+    return {
+        **summary,
+        "machine_name": wording.machine_name(summary["machine"]),
+        "headline": wording.headline(summary),
+        "cards": wording.cards(summary),
+        "cosines": wording.cosines(summary["models"]),
+        "circumstances": wording.circumstances(summary["targets"]),
+        "labels": wording.labels_in_words(summary["models"]),
+        "rows": [(t["target"], row) for t in summary["targets"] for row in wording.measured(t)],
+        "forest_clocks": list(dict.fromkeys(wording.clock(pair) for pair in summary["pairs"])),
+    }
+
+
+def _pictures(summary: Summary, name: str) -> dict[str, Any]:
+    """The pictures of one summary, with ids that begin with `name`, and the lines of the methods in them."""
+    training, past = summary["training"], summary["history"]
+    pairs, compared = (
+        forest.of_pairs(summary["pairs"]),
+        forest.of_comparisons(summary["comparisons"]),
+    )
+    drawn = {
+        "tradeoff": tradeoff.picture(summary, f"{name}-tradeoff"),
+        "ecdf": ecdf.picture(summary, f"{name}-ecdf"),
+        "pairs_forest": forest.picture(pairs, f"{name}-pairs", "student time / teacher time"),
+        "baseline_forest": forest.picture(compared, f"{name}-baseline", "CPU time / baseline's"),
+        "sizes": bars.picture(summary, "size_mb", f"{name}-sizes"),
+        "memory": bars.picture(summary, "rss_mb", f"{name}-memory"),
+        "past_p50": past and timeline.latencies(past, f"{name}-past-p50"),
+        "past_top1": past and timeline.accuracies(past, f"{name}-past-top1"),
+    }
+    return {
+        **{key: svg and Markup(svg) for key, svg in drawn.items()},
+        "curves": [(t, Markup(svg)) for t, svg in curves.pictures(training, f"{name}-curve")],
+        "lines": curves.keys(list(training)),
+    }

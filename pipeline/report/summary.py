@@ -1,0 +1,192 @@
+"""One run's figures -> one summary with its verdicts (`cakd.edge/1`): what the report shows and the gates judge.
+
+Torch-free. The verdict is in pipeline/report/verdict.py, the pictures in pipeline/charts, the two pages in
+pipeline/report/page.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.core import artifacts
+from pipeline.core.errors import UserError, nearest
+from pipeline.report.budgets import BUDGETS, MOST, OF_TARGET, judge_budget, refuse_unknown_targets
+from pipeline.report.verdict import MODELS, judge
+
+SCHEMA = "cakd.edge/1"
+BENCH = "cakd.bench/2"
+BASELINES = ("plain", "logits")  # every method is compared with these two, in points
+
+KEPT_SAMPLES = 61  # latencies kept of each row, evenly spaced in rank, both extremes among them
+
+
+@dataclass(frozen=True)
+class Report:
+    """`report:` the title, and the budgets the shipped student must keep.
+
+    A budget is `top1_min`, `params_max`, `wall_ms_max` or `size_mb_max`. The last two may name a target
+    (`ort-fp32.wall_ms_max`); without one they hold the best measured target.
+    """
+
+    title: str = "Student at the edge"
+    budgets: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, limit in self.budgets.items():
+            target, _, quantity = name.rpartition(".")
+            if quantity not in BUDGETS:
+                raise ValueError(f"budgets: unknown name {name!r}; {nearest(quantity, BUDGETS)}")
+            if target and quantity not in OF_TARGET:
+                raise ValueError(f"budgets: {name!r} is not a figure of a target; use {quantity!r}")
+            if quantity == "top1_min" and not 0 <= limit <= 1:
+                raise ValueError(f"budgets: {name} is {limit}; allowed: a fraction, 0.9 for 90 %")
+            if quantity != "top1_min" and not 0 < limit <= MOST:
+                raise ValueError(f"budgets: {name} is {limit}; allowed: above 0, {MOST:g} at most")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files of one run. `build` and `bench` are folders that hold one entry a target."""
+
+    accuracy: Path
+    train_perf: Path
+    build: Path
+    bench: Path
+    device: Path
+
+
+def summarise(
+    sources: Sources, targets: Sequence[str], shipped: str, config: Report
+) -> dict[str, Any]:
+    """Read one run, of `targets` only, and judge it by its `shipped` method.
+
+    Raises UserError: a file missing or of another schema, a method or a budget's target that is not there.
+    """
+    refuse_unknown_targets(config.budgets, targets)
+    accuracy = artifacts.read_json(sources.accuracy, "cakd.accuracy/1")
+    if shipped not in accuracy["models"]:
+        raise UserError(
+            f"export.method is {shipped!r}, which {sources.accuracy} does not hold; "
+            f"{nearest(shipped, accuracy['models'])}"
+        )
+    parity = read_parity(sources.build, targets)
+    benches = {name: artifacts.read_json(sources.bench / f"{name}.json", BENCH) for name in targets}
+    inputs = {name: getattr(sources, name) for name in ("accuracy", "train_perf", "device")}
+    inputs |= {f"bench/{name}": sources.bench / f"{name}.json" for name in targets}
+    summary = {
+        "schema": SCHEMA,
+        "title": config.title,
+        "shipped": shipped,
+        "noise": accuracy.get("noise", []),
+        "models": compare(accuracy["models"]),
+        "targets": [
+            target(
+                name,
+                benches[name]["rows"],
+                artifacts.read_json(sources.build / name / "build.json", "cakd.build/1")["models"],
+                [row for row in parity if row["target"] == name],
+            )
+            for name in targets
+        ],
+        "training": artifacts.read_json(sources.train_perf, "cakd.train_perf/1")["methods"],
+        "parity": parity,
+        "pairs": [pair for name in targets for pair in benches[name].get("pairs", [])],
+        "comparisons": [],
+    }
+    summary["budgets"] = [judge_budget(summary, n, limit) for n, limit in config.budgets.items()]
+    return {
+        **summary,
+        "verdict": judge(summary),
+        "machine": artifacts.read_json(sources.device, "cakd.device/1")["machine"],
+        "provenance": artifacts.provenance(config.__dict__, **inputs),
+    }
+
+
+def read_parity(build: Path, targets: Iterable[str]) -> list[dict[str, Any]]:
+    """The rows of build/<target>/parity.json of these targets, each with its `target`."""
+    rows: list[dict[str, Any]] = []
+    for name in targets:
+        found = artifacts.read_json(build / name / "parity.json", "cakd.parity/1")["rows"]
+        rows += [{**row, "target": name} for row in found]
+    return rows
+
+
+def compare(models: Mapping[str, Any]) -> dict[str, Any]:
+    """Each model with `points`: its clean top-1 minus that of `plain` and of `logits`, in percentage points."""
+    compared = {}
+    for name, model in models.items():
+        others = [b for b in BASELINES if b in models and name not in ("teacher", b)]
+        own = model["clean"]["top1"]
+        points = {b: round(100 * (own - models[b]["clean"]["top1"]), 4) for b in others}
+        compared[name] = {**model, "points": points}
+    return compared
+
+
+def target(
+    name: str, rows: Sequence[Any], builds: Mapping[str, Any], parity: Sequence[Any]
+) -> dict[str, Any]:
+    """One target: its student and teacher at the fewest threads and images, and how much faster the student is.
+
+    `speedup` is teacher p50 / student p50, both of one run; None unless both were measured.
+    """
+    threads, batch = min(map(_load, rows), default=(1, 1))
+    first = [row for row in rows if _load(row) == (threads, batch)]
+    pair = {m: _row(m, first, builds.get(m, {}), parity) for m in MODELS}
+    both = [pair[m]["wall_ms"]["p50"] for m in MODELS if pair[m]["status"] == "measured"]
+    return {
+        "target": name,
+        "threads": threads,
+        **pair,
+        "speedup": both[1] / both[0] if len(both) == 2 else None,
+        "more_threads": [
+            _without_samples(row)
+            for row in rows
+            if _load(row) > (threads, batch) and row["status"] == "measured"
+        ],
+    }
+
+
+def _load(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Threads and images a call, what the rows of one target differ by."""
+    return row["threads"], row["batch"]
+
+
+def _row(
+    model: str, rows: Sequence[Any], built: Mapping[str, Any], parity: Sequence[Any]
+) -> dict[str, Any]:
+    """The bench row of one model, with why it was built otherwise than asked and the verdict of its parity."""
+    nothing: dict[str, Any] = {"model": model, "batch": 1, "status": "skipped", "flags": []}
+    nothing |= {"reason": "the bench has no row of it"}
+    row = next((r for r in rows if model_of(r["model"]) == model), nothing)
+    own = [p for p in parity if model_of(p["artifact"]) == model]
+    shipped = [p for p in own if p["artifact"] == built.get("artefact")] or own
+    first: Mapping[str, Any] = next(iter(shipped), {})
+    return {
+        **dict.fromkeys(("size_mb", "precision_requested", "precision_effective")),
+        **_without_samples(row),
+        "reason": row["reason"] or built.get("reason"),
+        "parity": first.get("verdict"),
+        "top1_drop": first.get("top1_drop"),
+        "samples_ms": thin(row.get("samples_ms", [])),
+    }
+
+
+def _without_samples(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "samples_ms"}
+
+
+def model_of(artefact: str) -> str:
+    """`student-int8.onnx` -> `student`: the files of a build begin with the model's name."""
+    return artefact.split(".")[0].split("-")[0]
+
+
+def thin(samples: Sequence[float]) -> list[float]:
+    """At most KEPT_SAMPLES of the samples, sorted, evenly spaced in rank, with the fastest and the slowest."""
+    ordered = sorted(samples)
+    if len(ordered) <= KEPT_SAMPLES:
+        return ordered
+    step = (len(ordered) - 1) / (KEPT_SAMPLES - 1)
+    return [ordered[round(i * step)] for i in range(KEPT_SAMPLES)]

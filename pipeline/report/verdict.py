@@ -1,0 +1,188 @@
+"""What a summary comes to: its gates one by one, and the status, failures and notes made of them. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MODELS = ("student", "teacher")
+KEPT = ("PASS", "ALLOWED")  # verdicts of a gate that is open; ALLOWED: the user said so
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One question put to a run, and its answer. One that does not decide is told and never fails a report."""
+
+    kind: str  # parity, budget, precision, baseline
+    name: str
+    verdict: str  # PASS, FAIL, INCONCLUSIVE, NOT MEASURED, FELL BACK, UNKNOWN, ...
+    message: str
+    decides: bool = True
+
+    @property
+    def failed(self) -> bool:
+        """Whether it fails the report: a budget without a measurement does, nobody knows that it is kept."""
+        unknown = self.kind == "budget" and self.verdict == "NOT MEASURED"
+        return self.decides and (self.verdict == "FAIL" or unknown)
+
+    @property
+    def open(self) -> bool:
+        """Whether it was asked, answered, and the answer is good."""
+        return self.verdict in KEPT
+
+
+def gates(summary: Mapping[str, Any]) -> list[Gate]:
+    """Every gate of a summary: parity, budgets, effective precision, then the comparisons with a baseline."""
+    return [
+        *map(_parity, summary["parity"]),
+        *map(_budget, summary["budgets"]),
+        *_precision(summary["targets"]),
+        *(gate for found in summary.get("comparisons", []) for gate in _compared(found)),
+    ]
+
+
+def _parity(row: Mapping[str, Any]) -> Gate:
+    precision, name = row["precision_effective"], f"{row['target']} {row['artifact']}"
+    reason = row.get("reason") or "not the trained network"
+    said = " ".join(filter(None, [precision, f"parity of {name}: {reason}"]))
+    return Gate("parity", name, row["verdict"], said, decides=precision == "fp32")
+
+
+def _budget(budget: Mapping[str, Any]) -> Gate:
+    value = budget["value"]
+    got = "no measurement" if value is None else round(value, 4)
+    said = f"budget {budget['name']}: got {got}, limit {budget['limit']}"
+    return Gate("budget", budget["name"], budget["verdict"], said)
+
+
+def _precision(targets: Iterable[Mapping[str, Any]]) -> Iterator[Gate]:
+    for target in targets:
+        row = target["student"]
+        if row.get("precision_requested") in (None, "default"):
+            continue
+        if row["status"] != "measured":
+            verdict, said = "NOT MEASURED", str(row["reason"])
+        elif fell_back(row):
+            verdict, said = "FELL BACK", fall_back(row)
+        else:
+            verdict, said = "PASS", f"runs in {row['precision_effective']}"
+        yield Gate("precision", target["target"], verdict, said, decides=False)
+
+
+def _compared(found: Mapping[str, Any]) -> Iterator[Gate]:
+    where = place(found)
+    yield Gate("baseline", f"{where}: latency", of_latency(found), f"{where}: {_ratio(found)}")
+    for gate in found.get("gates", []):
+        said = (
+            f"{where}: {gate['name']}: baseline {gate['baseline']}, candidate {gate['candidate']}"
+        )
+        said += f", limit {gate['limit']}" * (gate["limit"] is not None)
+        yield Gate("baseline", f"{where}: {gate['name']}", gate["verdict"], said)
+
+
+def of_latency(found: Mapping[str, Any]) -> str:
+    """The verdict on the ratio alone: that of a comparison is the worst of the ratio and the gates beside it."""
+    ratio, verdict = found.get("ratio"), str(found["verdict"])
+    by_gate = any(gate["verdict"] == "FAIL" for gate in found.get("gates", []))
+    if verdict != "FAIL" or not by_gate or not ratio:
+        return verdict
+    return str(ratio.get("verdict", verdict))
+
+
+def place(found: Mapping[str, Any]) -> str:
+    """Where a comparison was made: "student.onnx on ort-fp32, 1 thread"."""
+    return f"{found['model']} on {found['target']}, {threads(found['threads'])}"
+
+
+def threads(count: int) -> str:
+    """`1 thread`, `4 threads`."""
+    return f"{count} thread" + "s" * (count != 1)
+
+
+def _ratio(found: Mapping[str, Any]) -> str:
+    ratio = found.get("ratio")
+    if not ratio:
+        return str(found.get("reason") or "no ratio was measured")
+    return (
+        f"CPU time {ratio['median']:.3f} times the baseline's, 95 % interval {ratio['ci_low']:.3f} to "
+        f"{ratio['ci_high']:.3f}, tolerated {1 + ratio['tol']:g}"
+    )
+
+
+def judge(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The status with the reasons, and notes: what a reader must know although it fails nothing.
+
+    FAIL: a gate failed; INCONCLUSIVE: none did, but a comparison with a baseline decided nothing;
+    NOT JUDGED: there was no parity, no budget and no baseline.
+    """
+    found = gates(summary)
+    failures = [gate.message for gate in found if gate.failed]
+    undecided = any(c["verdict"] not in KEPT for c in summary.get("comparisons", []))
+    judged = any(g.kind != "precision" for g in found)
+    status = "INCONCLUSIVE" if undecided else "PASS" if judged else "NOT JUDGED"
+    return {
+        "status": "FAIL" if failures else status,
+        "failures": failures,
+        "notes": list(_notes(summary, found)),
+    }
+
+
+def _notes(summary: Mapping[str, Any], found: Iterable[Gate]) -> Iterator[str]:
+    shipped = summary["models"].get(summary["shipped"], {})
+    for baseline, points in shipped.get("points", {}).items():
+        if points < 0:
+            yield f"the shipped {summary['shipped']} is {-points:.1f} points below {baseline}"
+    for target in summary["targets"]:
+        yield from _of_target(target)
+    disturbed = [t[m] for t in summary["targets"] for m in MODELS if noisy(t[m])]
+    if disturbed:
+        yield (
+            f"{len(disturbed)} of {2 * len(summary['targets'])} rows are NOISY: the machine was disturbed, their "
+            "milliseconds are not to be trusted"
+        )
+    for budget in summary["budgets"]:
+        if budget["verdict"] == "INCONCLUSIVE":
+            yield f"budget {budget['name']} is inconclusive: only noise stands above {budget['limit']}"
+    for gate in found:
+        if gate.kind == "baseline" and gate.verdict not in ("PASS", "FAIL", "UNKNOWN"):
+            yield f"{gate.verdict.lower()}: {gate.message}"
+
+
+def _of_target(target: Mapping[str, Any]) -> Iterator[str]:
+    said: dict[str, list[str]] = {}  # what there is to say -> of which models
+    for model in MODELS:
+        for remark in _remarks(target[model], target["student"]):
+            said.setdefault(remark, []).append(model)
+    for remark, models in said.items():
+        yield f"{target['target']} {' and '.join(models)}: {remark}"
+
+
+def _remarks(row: Mapping[str, Any], student: Mapping[str, Any]) -> Iterator[str]:
+    if "skipped" == row["status"] == student["status"]:  # a teacher left out alone is in the table
+        yield f"skipped, {row['reason']}"
+    if fell_back(row):
+        yield fall_back(row)
+    if row["parity"] in ("FAIL", "UNDECIDED"):
+        yield f"parity {row['parity']}"
+
+
+def noisy(row: Mapping[str, Any]) -> bool:
+    """Whether the bench flagged the row: its milliseconds are not to be trusted."""
+    return "NOISY" in row.get("flags", [])
+
+
+def fell_back(row: Mapping[str, Any]) -> bool:
+    """Whether a measured row computes in another precision than it was asked for."""
+    asked = row.get("precision_requested")
+    return row["status"] == "measured" and asked not in (
+        None,
+        "default",
+        row["precision_effective"],
+    )
+
+
+def fall_back(row: Mapping[str, Any]) -> str:
+    """Why a row computes in another precision than it was asked for."""
+    asked, got = row["precision_requested"], row["precision_effective"]
+    return row["reason"] or f"asked for {asked}, runs in {got}, no reason given"

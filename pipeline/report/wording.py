@@ -1,0 +1,290 @@
+"""The figures of a summary as the words and numbers a reader sees: one unit a column, "not measured" for a gap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.report.verdict import MODELS, fall_back, fell_back, noisy, threads
+
+NONE = "not measured"
+Block = Mapping[str, Any]
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """A measured value with that many significant digits, without an exponent: "0.412", "1,080"."""
+    if value is None:
+        return NONE
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def percent(fraction: float | None) -> str:
+    """0.9321 -> "93.2"."""
+    return NONE if fraction is None else f"{100 * fraction:.1f}"
+
+
+def points(value: float | None) -> str:
+    """A difference in percentage points, signed: "+1.3"; a dash where there is nothing to compare."""
+    if value is None:
+        return "–"
+    rounded = round(value, 1) + 0.0  # no minus zero
+    return f"{rounded:+.1f}".replace("-", "−")
+
+
+def millions(value: int | None) -> str:
+    """2543210 -> "2.54"."""
+    return NONE if value is None else figure(value / 1e6)
+
+
+def top1(model: Block, split: str) -> str:
+    """Top-1 of a split in percent, with one binomial standard error: "90.2 ± 1.5".
+
+    The error counts images: several kinds of noise on one image are not several images.
+    """
+    score = model.get(split)
+    if not score:
+        return NONE
+    share = score["top1"]
+    error = math.sqrt(share * (1 - share) / model["clean"]["n"])
+    return f"{percent(share)} ± {100 * error:.1f}"
+
+
+def labels(model: Block) -> str:
+    """How many labels a model learned from: "50 of 1,297"."""
+    if model.get("labels_seen") is None:
+        return NONE
+    return f"{model['labels_seen']:,} of {model['labels_total']:,}"
+
+
+def labels_in_words(models: Block) -> list[str]:
+    """Who learned from how many labels, methods that saw the same number in one sentence."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, model in models.items():
+        if model.get("labels_seen") is not None:
+            who = "the teacher" if name == "teacher" else name
+            groups.setdefault((model["labels_seen"], model["labels_total"]), []).append(who)
+    return [
+        f"{enumerate_words(names)} saw {seen:,} of {total:,} labels ({percent(seen / total)} %)."
+        for (seen, total), names in groups.items()
+    ]
+
+
+def cosines(models: Block) -> str:
+    """How near the students come to the teacher's attention and tokens; empty where it was not measured."""
+    return "; ".join(
+        f"{name} " + ", ".join(f"{term} {figure(value)}" for term, value in model["cosine"].items())
+        for name, model in models.items()
+        if model.get("cosine")
+    )
+
+
+def circumstances(targets: Sequence[Block]) -> list[str]:
+    """The batch sizes and thread counts behind the milliseconds: "batch 1, 1 thread"."""
+    return list(
+        dict.fromkeys(
+            f"batch {target['student']['batch']}, {threads(target['threads'])}"
+            for target in targets
+        )
+    )
+
+
+def measured(target: Block) -> list[Block]:
+    """The measured rows of a target, at the fewest threads first."""
+    rows = [target[model] for model in MODELS] + list(target["more_threads"])
+    return [row for row in rows if row["status"] == "measured"]
+
+
+def enumerate_words(names: Sequence[str]) -> str:
+    """["the teacher", "a", "b"] -> "The teacher, a and b"; the name of a method keeps its small letter."""
+    text = " and ".join([", ".join(names[:-1])] * (len(names) > 1) + [names[-1]])
+    return "T" + text[1:] if text.startswith("the ") else text
+
+
+def p50(row: Block) -> str:
+    """Median latency in ms, NOISY rows marked."""
+    if row["status"] != "measured":
+        return NONE
+    return figure(row["wall_ms"]["p50"]) + (" NOISY" if noisy(row) else "")
+
+
+def p50_interval(row: Block) -> str:
+    """The ends of the 95 % interval of the median, in ms; a dash where it was not measured."""
+    ends = row["wall_ms"].get("p50_ci")
+    return f"[{figure(ends[0])}, {figure(ends[1])}]" if ends else "–"
+
+
+def details(row: Block) -> list[str]:
+    """p90, p99, CPU and engine p50, load, first call (ms) and memory (MB) of a row; a dash for a gap."""
+    wall, engine = row["wall_ms"], row.get("engine_ms") or {}
+    values = [wall["p90"], wall["p99"], row["cpu_ms"]["p50"], engine.get("p50")]
+    values += [row[key] for key in ("load_ms", "first_ms", "rss_mb")]
+    return ["–" if value is None else figure(value) for value in values]
+
+
+def speedup(target: Block) -> str:
+    """How many times faster the student is, NOISY where either of the two rows is."""
+    if target["speedup"] is None:
+        return NONE
+    return figure(target["speedup"]) + " NOISY" * any(noisy(target[m]) for m in MODELS)
+
+
+def ratio(block: Block | None) -> str:
+    """A ratio with its 95 % interval: "0.141 [0.138, 0.145]"."""
+    if not block:
+        return NONE
+    low, high = figure(block["ci_low"]), figure(block["ci_high"])
+    return f"{figure(block['median'])} [{low}, {high}]"
+
+
+def interval(share: float | None, ends: Sequence[float] | None) -> str:
+    """A share in percent with the ends of its interval: "99.0 [97.5, 99.6]"."""
+    if share is None or not ends:
+        return NONE
+    return f"{percent(share)} [{percent(ends[0])}, {percent(ends[1])}]"
+
+
+def clock(pair: Block) -> str:
+    """Which time a pair compares, in words."""
+    return {"cpu": "CPU time", "engine": "engine time on the GPU"}.get(
+        pair.get("clock", "cpu"), str(pair.get("clock"))
+    )
+
+
+def day(time: str | None) -> str:
+    """The date of an ISO 8601 time, a dash without one."""
+    return time[:10] if time else "–"
+
+
+def left_out(runs: int) -> str:
+    """Why some earlier runs are not shown; empty where all are."""
+    if not runs:
+        return ""
+    return f"{runs} earlier run{'s' * (runs != 1)} of other machines left out."
+
+
+def counted(value: object) -> str:
+    """What a gate compared, as it stands in the file; whole numbers with separators, a dash for nothing."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "–" if value is None else flat(value)
+
+
+def precision(target: Block) -> str:
+    """What the student really computes in, and what was asked for or the teacher runs in where that differs."""
+    student, teacher = target["student"], target["teacher"]
+    got, asked = student.get("precision_effective"), student.get("precision_requested")
+    if student["status"] != "measured":
+        return f"{NONE} (asked {asked})" if asked else NONE
+    other = [f"asked {asked}"] if fell_back(student) else []
+    if teacher["status"] == "measured" and teacher.get("precision_effective") != got:
+        other.append(f"teacher {teacher['precision_effective']}")
+    return f"{got} ({', '.join(other)})" if other else str(got)
+
+
+def status(target: Block) -> str:
+    """One phrase a target: measured, or why not; the reason of a fall-back; what disturbed a NOISY row."""
+    said: dict[str, list[str]] = {}
+    for model in MODELS:
+        said.setdefault(_state(target[model]), []).append(model)
+    return "; ".join(f"{m[0]} {text}" if len(said) > 1 else text for text, m in said.items())
+
+
+def _state(row: Block) -> str:
+    text = str(row["status"]) + (f": {row['reason']}" if row["reason"] else "")
+    text = fall_back(row) if fell_back(row) else text
+    return text + (f", NOISY: {', '.join(row['flags'][1:])}" if noisy(row) else "")
+
+
+def parity(row: Block) -> str:
+    """The verdict of an artefact, with what a lower precision costs on the reference images where it is known."""
+    verdict = str(row["parity"] or NONE)
+    drop = row["top1_drop"]
+    return verdict if drop is None else f"{verdict}, top-1 {points(-100 * drop)} points"
+
+
+def board(machine: Block) -> str:
+    """Its board or CPU."""
+    return str(machine.get("board") or machine.get("cpu") or "unknown machine")
+
+
+def machine_name(machine: Block) -> str:
+    """What a person calls the machine: its board or CPU, its cores, its GPU."""
+    cores, gpu = machine.get("cores"), machine.get("gpu")
+    parts = [board(machine)]
+    if cores:
+        parts.append(f"{cores['usable']} of {cores['logical']} cores")
+    if gpu:
+        parts.append(gpu["name"])
+    return ", ".join(parts)
+
+
+def flat(value: object) -> str:
+    """A JSON value of a machine or provenance block as one line of text."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {flat(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(flat, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def headline_target(summary: Block) -> Block | None:
+    """The target of the headline: ort-fp32 where it was measured, else the fastest student."""
+    measured = [t for t in summary["targets"] if t["student"]["status"] == "measured"]
+    return min(
+        measured,
+        key=lambda t: (t["target"] != "ort-fp32", t["student"]["wall_ms"]["p50"]),
+        default=None,
+    )
+
+
+def headline(summary: Block) -> str:
+    """The run in one sentence, to follow the verdict's word."""
+    parts = []
+    best, models = headline_target(summary), summary["models"]
+    if summary["shipped"] in models:
+        own = percent(models[summary["shipped"]]["clean"]["top1"])
+        teacher = models.get("teacher")
+        beside = f" (teacher {percent(teacher['clean']['top1'])} %)" if teacher else ""
+        parts.append(f"{summary['shipped']} reaches {own} % clean top-1{beside}")
+    if best:
+        noise = " (NOISY)" * noisy(best["student"])
+        parts.append(f"{figure(best['student']['wall_ms']['p50'])} ms{noise} on {best['target']}")
+        if best["speedup"]:
+            parts.append(f"{figure(best['speedup'], 2)} times as fast as the teacher")
+    if summary["comparisons"]:
+        parts.append(compared(summary["comparisons"]))
+    if summary["budgets"]:
+        kept = sum(b["verdict"] == "PASS" for b in summary["budgets"])
+        parts.append(f"{kept} of {len(summary['budgets'])} budgets kept")
+    return ", ".join(parts) or "nothing was measured"
+
+
+def compared(comparisons: Sequence[Block]) -> str:
+    """How many comparisons with a baseline ended how: "2 of 3 against the baseline PASS, 1 FAIL"."""
+    verdicts = [str(c["verdict"]) for c in comparisons]
+    counts = [f"{verdicts.count(v)} {v}" for v in dict.fromkeys(sorted(verdicts))]
+    return f"{len(verdicts)} compared with the baseline: {', '.join(counts)}"
+
+
+def cards(summary: Block) -> list[tuple[str, str, str]]:
+    """(label, value, unit) of the headline figures."""
+    found = []
+    best, models = headline_target(summary), summary["models"]
+    for name in (summary["shipped"], "teacher"):
+        if name in models:
+            own = percent(models[name]["clean"]["top1"])
+            found.append((f"clean top-1, {name}", own, "%"))
+    if best:
+        where = f"{best['target']}, {threads(best['threads'])}"
+        unit = "ms" + " NOISY" * noisy(best["student"])
+        found.append((f"student p50, {where}", figure(best["student"]["wall_ms"]["p50"]), unit))
+        if best["speedup"]:
+            found.append((f"teacher p50 / student p50, {where}", figure(best["speedup"]), "×"))
+        found.append((f"student file, {best['target']}", figure(best["student"]["size_mb"]), "MB"))
+    if summary["shipped"] in models:
+        found.append(("student parameters", millions(models[summary["shipped"]]["params"]), "M"))
+    return found

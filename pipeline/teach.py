@@ -1,0 +1,178 @@
+"""Making the teacher: a timm ViT from its weights, trained or fine-tuned on every label; killed, it goes on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.core import artifacts, progress
+from pipeline.core.atomic import atomic_dir
+from pipeline.core.errors import UserError
+from pipeline.data import views
+from pipeline.data.prepared import Prepared
+from pipeline.models.checkpoint import create, load_weights, preprocessing, save
+from pipeline.models.probe import Anatomy, anatomy
+from pipeline.training import compute, loop, ranks, resume, seeds
+from pipeline.training.compute import Compute, Device
+
+# Rooms of pipeline/ whose code makes a teacher: an edit there starts an unfinished training anew.
+ROOMS = ("core", "data", "models", "teach.py", "training")
+
+
+@dataclass(frozen=True)
+class Teach:
+    """`teach:` which ViT, from which weights, trained how."""
+
+    model: str
+    weights: str = "scratch"  # scratch | pretrained | a path to safetensors
+    kwargs: dict[str, Any] = field(default_factory=dict)  # timm's: img_size, patch_size, depth, ...
+    epochs: int = 30  # 0 uses the weights as they are
+    batch: int = 64
+    lr: float = 2e-3  # peak; linear warm-up over 5 % of the steps, then cosine to 0
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.0
+    geometry: views.Geometry = views.Geometry()  # its training views
+    seed: int = 0
+    checkpoint_every: int = 200  # steps
+    device: Device = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 0), ("batch", 1), ("checkpoint_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} or more")
+        if self.lr <= 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"lr, weight_decay are {self.lr}, {self.weight_decay}; allowed: lr > 0, decay >= 0"
+            )
+        if self.weights == "scratch" and self.epochs == 0:
+            raise ValueError(
+                f"epochs is {self.epochs} with weights 'scratch': an untrained teacher; raise epochs"
+            )
+
+
+def teach(config: Teach, prepared: Prepared, out: Path, work: Path) -> dict[str, Any]:
+    """Build the ViT, train it on every label of train, publish it at `out`; its description.
+
+    Resumes from the last checkpoint in `work`.
+    Raises UserError: unknown model, no replayable last block, a grid that does not fit the image size, a
+    training that diverged.
+    """
+    torch.manual_seed(config.seed)
+    vit, described = _build(config, prepared)
+    made_by = artifacts.provenance(asdict(config), **_given(config)) | prepared.made_of()
+    with resume.work_folder(work, artifacts.digest([made_by, artifacts.code(ROOMS)])) as folder:
+        if config.epochs:
+            _train(vit, config, prepared, described["preprocess"], folder)
+        with atomic_dir(out) as finished:
+            path = finished / "teacher.safetensors"
+            save(path, vit.eval(), described | {"provenance": made_by})
+    return described
+
+
+def _given(config: Teach) -> dict[str, Path]:
+    """The file the weights come from, where there is one."""
+    if config.weights in ("scratch", "pretrained"):
+        return {}
+    path = Path(config.weights)
+    if not path.is_file():
+        raise UserError(
+            f"teach.weights: {path} is no file; allowed: scratch, pretrained, or a .safetensors file"
+        )
+    return {"weights": path}
+
+
+def _build(config: Teach, prepared: Prepared) -> tuple[nn.Module, dict[str, Any]]:
+    """The ViT with its first weights, and the description that rebuilds it."""
+    classes = prepared.classes
+    vit = create(config.model, config.kwargs, len(classes), "teach", config.weights == "pretrained")
+    found = check_fits(vit, config, prepared.image_size)
+    for path in _given(config).values():
+        load_weights(vit, path)
+    return vit, {
+        "role": "teacher",
+        "model": config.model,
+        "kwargs": config.kwargs,
+        "num_classes": len(classes),
+        "classes": list(classes),
+        "preprocess": preprocessing(vit, prepared.image_size),
+        "grid": found.grid,
+        "labels_seen": int((prepared.labels[prepared.rows("train")] >= 0).sum()),
+        "seed": config.seed,
+    }
+
+
+def check_fits(vit: Any, config: Teach, image_size: int) -> Anatomy:
+    """Its anatomy. Raises UserError: not fit to teach by its tokens, or it takes images of another size."""
+    embedding = getattr(vit, "patch_embed", None)
+    if getattr(embedding, "img_size", None) is not None:  # a pyramid may be built for any size
+        _check_size(embedding, config, image_size)  # first: `anatomy` shows the ViT an image
+    return anatomy(vit, image_size)
+
+
+def _check_size(embedding: Any, config: Teach, image_size: int) -> None:
+    expected = tuple(embedding.img_size)
+    if expected != (image_size,) * 2:
+        raise UserError(
+            f"teach.model: {config.model} takes {expected[0]} px, the prepared images are {image_size} px; "
+            "set teach.kwargs.img_size or prepare.image_size"
+        )
+    patch = tuple(embedding.patch_size)
+    if image_size % patch[0] or image_size % patch[1]:
+        below = image_size - image_size % patch[0]
+        raise UserError(
+            f"teach.kwargs.patch_size: got {patch[0]}, which does not divide {image_size} px into whole patches; "
+            f"allowed: {', '.join(str(p) for p in range(2, image_size // 2 + 1) if image_size % p == 0)}; "
+            f"or set prepare.image_size and teach.kwargs.img_size to {below} or {below + patch[0]}"
+        )
+
+
+def _train(
+    vit: nn.Module,
+    config: Teach,
+    prepared: Prepared,
+    preprocess: dict[str, Any],
+    folder: Path,
+) -> None:
+    """AdamW. The view in epoch e is number -1 - e: what the cache numbers from 0 is never what the teacher
+
+    learned by heart, even at one seed and geometry.
+    """
+    rows = prepared.rows("train")
+    rows = rows[prepared.labels[rows] >= 0]
+    per_epoch = -(-len(rows) // config.batch)
+    steps = config.epochs * per_epoch
+    how = Compute(precision=config.precision)
+    place = compute.place(config.device, "teach.device", ranks.ALONE)
+    vit.to(place)
+    optimizer = torch.optim.AdamW(vit.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+
+    def step(number: int) -> resume.Figures:
+        epoch, position = divmod(number, per_epoch)
+        order = seeds.permutation(len(rows), config.seed, "teach", epoch)
+        chosen = rows[order[position * config.batch : (position + 1) * config.batch]]
+        batch = views.view_batch(
+            prepared.images, config.geometry, config.seed, chosen, [-1 - epoch] * len(chosen)
+        )
+        torch.manual_seed(seeds.step_seed(config.seed, number, "teach"))  # for drop-out
+        labels = torch.from_numpy(prepared.labels[chosen]).to(place)
+        with how.autocast(place):
+            logits = vit(views.normalise(batch.to(place), preprocess))
+            loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = loop.learning_rate(number, steps, config.lr)
+        optimizer.step()
+        return {"loss": loss.item()}
+
+    checkpoint = folder / "checkpoint.safetensors"
+    every = config.checkpoint_every
+    tell = progress.Progress("teach", steps, batch=config.batch, epoch=steps // config.epochs)
+    loop.run_steps(tell, every, checkpoint, {"vit": vit}, {"adamw": optimizer}, step)
+    vit.cpu()

@@ -1,0 +1,180 @@
+"""Work folders with one writer, signals that save before leaving, checkpoints in safetensors."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipeline.core import cli
+from pipeline.core.atomic import atomic, make_parent
+from pipeline.core.errors import UserError
+from pipeline.training.ranks import ALONE, Ranks
+
+PATIENCE = 10.0  # seconds a killed predecessor gets to save and leave
+
+
+@contextmanager
+def work_folder(root: Path, fingerprint: str, among: Ranks = ALONE) -> Iterator[Path]:
+    """The folder of one run's unfinished work, `root/<fingerprint>`, locked against a second writer.
+
+    Removed when the body ends well, kept when it does not. The lock stands beside it and is never removed. Of
+    several ranks the first holds the lock and clears up, when all are done.
+    Raises UserError: another process holds it and does not leave within PATIENCE seconds.
+    """
+    folder = root / fingerprint[:16]
+    if among.rank:
+        among.wait()
+        yield folder
+        among.wait()
+        return
+    make_parent(folder)
+    with folder.with_suffix(".lock").open("w") as lock:
+        until = time.monotonic() + PATIENCE
+        while not _locked(lock):
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{folder}: another process is writing it; wait for it or stop it, then run again"
+                )
+            time.sleep(0.1)
+        folder.mkdir(exist_ok=True)  # here: the process waited for has removed its own
+        among.wait()
+        yield folder
+        among.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class Interrupts:
+    """Turns SIGINT and SIGTERM into a flag the loop can ask for, so that it saves before it leaves."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> Interrupts:
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.signal = number
+
+    def leave_if_asked(self, saved: Path) -> None:
+        """Leave, if a signal has come."""
+        if self.signal is not None:
+            self.leave(saved)
+
+    def leave(self, saved: Path, quiet: bool = False) -> None:
+        """Exit with 128 + signal, saying where the work is saved; SIGTERM where another rank got the signal."""
+        number = self.signal or signal.SIGTERM
+        if not quiet:
+            print(f"stopped by signal {number}; saved {saved}; run again to go on", file=sys.stderr)
+        sys.exit(128 + number)
+
+
+def as_worker(_: int) -> None:
+    """What a process that makes batches does first: it leaves signals to its parent, and dies with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    cli.die_with_parent(signal.SIGKILL)
+
+
+Figures = dict[str, float]
+
+
+def save_checkpoint(
+    path: Path,
+    step: int,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    logged: Mapping[str, Tensor],
+) -> None:
+    """Write parameters, buffers, optimiser moments and the `logged` tensors after `step` steps, atomically.
+
+    Raises UserError: cannot write, disk full.
+    """
+    tensors = {f"logged/{name}": value for name, value in logged.items()}
+    for name, module in modules.items():
+        for key, value in module.state_dict().items():
+            tensors[f"module/{name}/{key}"] = value.detach().cpu().contiguous()
+    for name, optimizer in optimizers.items():
+        for index, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                tensors[f"optimizer/{name}/{index}/{key}"] = (
+                    torch.as_tensor(value).cpu().contiguous()
+                )
+    try:
+        with atomic(path) as temporary:
+            save_file(tensors, temporary, metadata={"step": str(step)})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot write ({error}); free space, then run again") from None
+
+
+def load_checkpoint(
+    path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
+) -> tuple[int, dict[str, Tensor]]:
+    """Restore what `save_checkpoint` wrote -> (steps done, `logged`); (0, {}) where there is none.
+
+    Raises UserError: damaged.
+    """
+    if not path.is_file():
+        return 0, {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            step = int(file.metadata()["step"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        for name, module in modules.items():
+            module.load_state_dict(_below(tensors, f"module/{name}/"))
+        for name, optimizer in optimizers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in _below(tensors, f"optimizer/{name}/").items():
+                index, what = key.split("/")
+                state.setdefault(int(index), {})[what] = value
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: damaged checkpoint ({told}); remove it and run again") from None
+    return step, _below(tensors, "logged/")
+
+
+def to_columns(curves: list[Figures]) -> dict[str, Tensor]:
+    """One float64 tensor a term over the steps so far, NaN where a step has no such figure."""
+    terms = sorted({t for row in curves for t in row})
+    nan = math.nan
+    return {t: torch.tensor([r.get(t, nan) for r in curves], dtype=torch.float64) for t in terms}
+
+
+def from_columns(columns: Mapping[str, Tensor]) -> list[Figures]:
+    """The steps that `to_columns` made columns of."""
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    figures = [
+        {t: v for t, v in zip(columns, row, strict=True) if not math.isnan(v)} for row in rows
+    ]
+    return [{**f, "step": int(f["step"])} for f in figures]
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
