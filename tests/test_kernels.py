@@ -16,6 +16,10 @@ from pipeline.distill.projectors import token_groups
 
 B, N, H, D = 3, 20, 2, 8
 
+# Squared error of equal float64 values that a matrix product made twice: on some CPUs the last bit depends on
+# where the tensors lie in memory. Any real difference is above 1e-20.
+ROUNDING = 1e-30
+
 
 def packed(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(B, N, 3, H, D, dtype=dtype, generator=torch.Generator().manual_seed(seed))
@@ -81,7 +85,7 @@ def test_swap_with_p_1_is_the_teacher_and_with_p_0_the_student():
     assert torch.equal(reference.swap_mix(s, t, key(), 1.0), t)
     assert torch.equal(reference.swap_mix(s, t, key(), 0.0), s)
     attention_loss, _ = reference.pca_loss(s, t, key(), p=1.0)
-    assert attention_loss == 0
+    assert attention_loss < ROUNDING
 
 
 def test_swap_passes_no_gradient_where_the_teacher_was_taken():
@@ -115,7 +119,7 @@ def test_pca_loss_is_equation_4():
 
 def test_both_terms_are_zero_where_student_and_teacher_agree():
     t = packed(1)
-    assert all(loss == 0 for loss in reference.pca_loss(t.clone(), t, key(), 0.5))
+    assert all(loss < ROUNDING for loss in reference.pca_loss(t.clone(), t, key(), 0.5))
 
 
 def test_gram_gradient_is_that_of_the_definition():
