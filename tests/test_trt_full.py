@@ -206,7 +206,7 @@ def test_a_plan_whose_sidecar_cannot_be_written_is_not_there(
         raise OSError(28, "No space left on device")
 
     machine()
-    monkeypatch.setattr(convert.files, "write_json", full)
+    monkeypatch.setattr(convert.artifacts, "write_json", full)
     with pytest.raises(OSError, match="No space"):
         made(source)
     assert [p.name for p in source.parent.iterdir()] == ["net.onnx"]

@@ -21,9 +21,7 @@ HELD = {  # the names our code gives to TensorRT's objects
     "_engine": "ICudaEngine",
     "context": "IExecutionContext",
 }
-RUNTIME_CONFIG = (
-    "IRuntimeConfig"  # what trt_session.py calls `config`; in trt_build.py an IBuilderConfig
-)
+RUNTIME_CONFIG = "IRuntimeConfig"  # what session.py calls `config`; in build.py an IBuilderConfig
 RTX_ONLY = {  # behind `self._own`
     "CudaGraphStrategy",
     "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
@@ -35,16 +33,16 @@ RECORDED = json.loads(FILE.read_text())
 def used() -> set[str]:
     """`Class.name` of every TensorRT name in the exporters that talk to it."""
     found = set()
-    for module in ("engine", "trt_build", "trt_session"):
-        held = {**HELD, "config": RUNTIME_CONFIG if module == "trt_session" else "IBuilderConfig"}
-        for node in ast.walk(ast.parse((ROOT / "exporters" / f"{module}.py").read_text())):
+    for module in ("plan", "build", "session"):
+        held = {**HELD, "config": RUNTIME_CONFIG if module == "session" else "IBuilderConfig"}
+        for node in ast.walk(ast.parse((ROOT / "exporters" / "trt" / f"{module}.py").read_text())):
             if not isinstance(node, ast.Attribute):
                 continue
             words = ast.unparse(node).split(".")
             start = next((i for i, w in enumerate(words) if w in ("trt", "_trt")), None)
             if start is not None and words[start + 1 :]:
                 found.add(".".join(words[start + 1 :][:3]))
-            elif words[-2] in held and module != "engine":
+            elif words[-2] in held and module != "plan":
                 found.add(f"{held[words[-2]]}.{words[-1]}")
     return {name for name in found if "__" not in name}
 

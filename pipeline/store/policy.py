@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError
+from pipeline.data import views
 from pipeline.data.prepared import Prepared
-from pipeline.data.views import BACKEND, Geometry
+from pipeline.data.views import Geometry
 from pipeline.models.probe import Anatomy
 from pipeline.training.compute import Device
 
@@ -61,7 +62,7 @@ def surroundings(prepared: Prepared, teacher_description: dict[str, Any]) -> Lin
         "images": prepared.images_sha256,
         "order": artifacts.digest(prepared.rows("train").tolist()),
         "classes": artifacts.digest(list(prepared.classes)),
-        "view_backend": BACKEND,
+        "view_backend": views.BACKEND,
         **{f"version of {name}": artifacts.versions()[name] for name in ("torch", "timm")},
     }
 
