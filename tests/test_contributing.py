@@ -37,6 +37,7 @@ class CosineConfig:
 class Cosine(Term):
     """`cosine`: one minus the cosine between both rows of logits."""
 
+    losses = {"cosine": "weight"}
     teacher = frozenset({"logits"})
 
     def __init__(self, config: CosineConfig, _: object) -> None:
@@ -46,10 +47,6 @@ class Cosine(Term):
     def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
         """1 - cos, the mean over the batch."""
         return {"cosine": 1 - F.cosine_similarity(seen.logits, taught.logits).mean()}
-
-    def weights(self, progress: float) -> dict[str, float]:
-        """Constant."""
-        return {"cosine": self.config.weight}
 '''
 ARRAYS = '''"""Pictures in one .npz: x (N, H, W, 3) uint8, y (N,)."""
 

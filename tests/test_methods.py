@@ -24,7 +24,7 @@ from pipeline.distill.methods.table import (
     terms_of,
 )
 from pipeline.distill.methods.term import Seen, Sizes, TeacherSpace
-from pipeline.distill.trainer import Trainer
+from pipeline.distill.trainer import build, train_step
 from pipeline.models.student import Anatomy, Tap
 from pipeline.models.teacher import Tokens, load
 from pipeline.store import policy, writing
@@ -99,7 +99,9 @@ def test_dkds_part_of_the_others_does_not_see_the_target():
 def test_a_hint_is_zero_where_the_regressor_meets_the_teacher():
     term = fitnet.Fitnet(fitnet.FitnetConfig(), sizes()).double()
     h = term.regressor(seen().feature).flatten(2).mT
-    assert term(seen(), taught(h=h))["fitnet"] == 0
+    assert (
+        term(seen(), taught(h=h))["fitnet"] < 1e-30
+    )  # float64, squared: see test_kernels.ROUNDING
     assert term(seen(), taught(h=h + 2))["fitnet"].item() == pytest.approx(4)
 
 
@@ -286,9 +288,9 @@ SUMS = [*(m for m in METHODS if m != "robust"), "gl+pca", "gl+pca+robust", "cakd
 def test_every_method_reaches_the_students_backbone_and_its_losses_fall(
     method, prepared, teacher_path, features
 ):
-    trainer = Trainer(QUICK, method, prepared, teacher_path, features)
+    trainer = build(QUICK, method, prepared, teacher_path, features)
     watch = stopwatch.Stopwatch()
-    rows = [trainer.step(step, watch) for step in range(20)]
+    rows = [train_step(trainer, step, watch) for step in range(20)]
     assert all(math.isfinite(v) for row in rows for v in row.values())
     terms = loss_terms(trainer, 20)
     for name, loss in terms.items():
@@ -318,9 +320,9 @@ def knowing(prepared, tmp_path_factory):
 @pytest.mark.parametrize("method", SUMS)
 def test_two_hundred_steps_on_digits_bring_every_loss_down(method, prepared, knowing):
     config = replace(QUICK, epochs=10)
-    trainer = Trainer(config, method, prepared, *knowing)
+    trainer = build(config, method, prepared, *knowing)
     watch = stopwatch.Stopwatch()
-    rows = [trainer.step(step, watch) for step in range(200)]
+    rows = [train_step(trainer, step, watch) for step in range(200)]
     for name in rows[0]:
         if name.startswith("discriminator") or name == "adversarial":
             continue  # two players: neither has to fall

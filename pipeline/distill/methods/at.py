@@ -27,6 +27,7 @@ def attention_map(tokens: Tensor) -> Tensor:
 class At(Term):
     """`at`."""
 
+    losses = {"at": "weight"}
     teacher = frozenset({"tokens"})
     student = frozenset({"tap"})
 
@@ -39,7 +40,3 @@ class At(Term):
         assert seen.feature is not None
         ours = attention_map(tokens_of(on_grid(seen.feature, self.grid)))
         return {"at": F.mse_loss(ours, attention_map(taught.h))}
-
-    def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002
-        """Constant."""
-        return {"at": self.config.weight}

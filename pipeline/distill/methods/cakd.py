@@ -13,7 +13,7 @@ from pipeline.core.config import parse
 from pipeline.distill import robust
 from pipeline.distill.kernels import gl, pca
 from pipeline.distill.kernels.reference import Granularity, attention, heads
-from pipeline.distill.methods.term import Seen, Sizes, TeacherSpace, Term, ramp
+from pipeline.distill.methods.term import Seen, Sizes, TeacherSpace, Term
 from pipeline.distill.projectors import GroupWiseLinear, PartiallyCrossAttention, on_grid, tokens_of
 from pipeline.distill.robust import Trans
 from pipeline.models import checkpoint
@@ -64,6 +64,7 @@ class CakdConfig:
 class Pca(Term):
     """`attention` and `gram`: L_proj1 through the partially cross attention projector, eq. 1 to 4."""
 
+    losses = {"attention": "attention_weight", "gram": "gram_weight"}
     teacher = frozenset({"qkv"})
     student = frozenset({"tap"})
 
@@ -89,18 +90,11 @@ class Pca(Term):
         )
         return {"attention": found[0], "gram": found[1]}
 
-    def weights(self, progress: float) -> dict[str, float]:
-        """Linear warm-up (decision 10)."""
-        grown = ramp(progress, self.config.warmup)
-        return {
-            "attention": grown * self.config.attention_weight,
-            "gram": grown * self.config.gram_weight,
-        }
-
 
 class Gl(Term):
     """`tokens`: L_proj2 through the group-wise linear projector, eq. 5 and 6. `fake` keeps h'_S (B, N, D)."""
 
+    losses = {"tokens": "tokens_weight"}
     teacher = frozenset({"tokens"})
     student = frozenset({"tap"})
     mean: Tensor
@@ -134,10 +128,6 @@ class Gl(Term):
     def target(self, h_t: Tensor) -> Tensor:
         """What h'_S is held against: h_T (B, N, D), per-channel standardised where asked (decision 12)."""
         return _standardised(self.config, h_t, self.mean, self.std)
-
-    def weights(self, progress: float) -> dict[str, float]:
-        """Linear warm-up (decision 10)."""
-        return {"tokens": ramp(progress, self.config.warmup) * self.config.tokens_weight}
 
 
 def _standardised(config: CakdConfig, h: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class Crd(Term):
     The negatives are a function of (seed, step), the same for every part of a step. All ranks keep one memory.
     """
 
+    losses = {"crd": "weight"}
     teacher = frozenset({"pooled"})
     student = frozenset({"embedding"})
     memory_s: Tensor
@@ -111,7 +112,3 @@ class Crd(Term):
         joint = F.logsigmoid(critic(positive, constant, log_noise)).sum()
         apart = F.logsigmoid(-critic(negative, constant, log_noise)).sum()
         return -(joint + apart) / len(anchor)
-
-    def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002
-        """Constant."""
-        return {"crd": self.config.weight}

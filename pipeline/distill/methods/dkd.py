@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.distill.methods.term import Seen, Sizes, Term, ramp
+from pipeline.distill.methods.term import Seen, Sizes, Term
 from pipeline.models.teacher import Tokens
 
 
@@ -54,6 +54,8 @@ def decoupled(
 class Dkd(Term):
     """`dkd`. The target is the label; for an image that shows none, the teacher's answer."""
 
+    losses = {"dkd": "weight"}
+
     def __init__(self, config: DkdConfig, _: Sizes) -> None:
         super().__init__()
         self.config = config
@@ -64,7 +66,3 @@ class Dkd(Term):
             seen.logits, taught.logits, seen.targets(taught), self.config.temperature
         )
         return {"dkd": (self.config.alpha * target + self.config.beta * others).mean()}
-
-    def weights(self, progress: float) -> dict[str, float]:
-        """Linear warm-up."""
-        return {"dkd": ramp(progress, self.config.warmup) * self.config.weight}

@@ -22,6 +22,7 @@ class FitnetConfig:
 class Fitnet(Term):
     """`fitnet`: a 1x1 convolution takes the student's tap to the teacher's width."""
 
+    losses = {"fitnet": "weight"}
     teacher = frozenset({"tokens"})
     student = frozenset({"tap"})
 
@@ -35,7 +36,3 @@ class Fitnet(Term):
         assert seen.feature is not None
         hint = tokens_of(self.regressor(on_grid(seen.feature, self.grid)))
         return {"fitnet": F.mse_loss(hint, taught.h)}
-
-    def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002
-        """Constant."""
-        return {"fitnet": self.config.weight}

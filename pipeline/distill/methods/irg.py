@@ -34,6 +34,11 @@ class Irg(Term):
     vertices from layer to layer wants equal widths too, so only that of the edges is here.
     """
 
+    losses = {
+        "irg_vertex": "vertex_weight",
+        "irg_edge": "edge_weight",
+        "irg_transform": "transform_weight",
+    }
     teacher = frozenset({"logits", "pooled"})
     student = frozenset({"embedding"})
 
@@ -50,12 +55,4 @@ class Irg(Term):
             "irg_vertex": F.mse_loss(seen.logits, taught.logits),
             "irg_edge": (F.mse_loss(ours[0], theirs[0]) + F.mse_loss(ours[1], theirs[1])) / 2,
             "irg_transform": F.mse_loss(ours[1] - ours[0], theirs[1] - theirs[0]),
-        }
-
-    def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002
-        """Constant."""
-        return {
-            "irg_vertex": self.config.vertex_weight,
-            "irg_edge": self.config.edge_weight,
-            "irg_transform": self.config.transform_weight,
         }

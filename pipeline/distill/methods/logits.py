@@ -34,6 +34,8 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 class Logits(Term):
     """`logits`."""
 
+    losses = {"logits": "weight"}
+
     def __init__(self, config: LogitsConfig, _: Sizes) -> None:
         super().__init__()
         self.config = config
@@ -41,7 +43,3 @@ class Logits(Term):
     def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
         """T^2 KL of the class distributions."""
         return {"logits": divergence(seen.logits, taught.logits, self.config.temperature)}
-
-    def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002
-        """Constant."""
-        return {"logits": self.config.weight}

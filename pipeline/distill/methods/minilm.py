@@ -38,6 +38,7 @@ class Minilm(Term):
     A CNN has no queries: three 3x3 convolutions of the tap stand for them, as in L_proj1.
     """
 
+    losses = {"minilm_attention": "weight", "minilm_values": "weight"}
     teacher = frozenset({"qkv"})
     student = frozenset({"tap"})
 
@@ -58,8 +59,3 @@ class Minilm(Term):
             "minilm_attention": kl(relation(q, k), relation(q_t, k_t)),
             "minilm_values": kl(relation(v, v), relation(v_t, v_t)),
         }
-
-    def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002
-        """Constant."""
-        weight = self.config.weight
-        return {"minilm_attention": weight, "minilm_values": weight}

@@ -44,6 +44,7 @@ class Ofa(Term):
     A branch is pooling, batch norm and a linear layer; the authors downsample by separable convolutions first.
     """
 
+    losses = {"ofa": "weight"}
     student = frozenset({"stages"})
 
     def __init__(self, config: OfaConfig, sizes: Sizes) -> None:
@@ -68,7 +69,3 @@ class Ofa(Term):
             enhanced(a, taught.logits, target, config.gamma, config.temperature) for a in answers
         ]
         return {"ofa": sum(losses[1:], losses[0])}
-
-    def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002
-        """Constant."""
-        return {"ofa": self.config.weight}

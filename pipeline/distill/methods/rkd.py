@@ -47,6 +47,7 @@ def angles(x: Tensor) -> Tensor:
 class Rkd(Term):
     """`rkd_distance`, `rkd_angle`: of the embeddings; B^3 angles, so B is better not above some 256."""
 
+    losses = {"rkd_distance": "distance_weight", "rkd_angle": "angle_weight"}
     teacher = frozenset({"pooled"})
     student = frozenset({"embedding"})
 
@@ -62,10 +63,3 @@ class Rkd(Term):
                 theirs = relation(pooled(taught))
             found[f"rkd_{name}"] = F.smooth_l1_loss(relation(seen.embedding), theirs)
         return found
-
-    def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002
-        """Constant."""
-        return {
-            "rkd_distance": self.config.distance_weight,
-            "rkd_angle": self.config.angle_weight,
-        }

@@ -37,6 +37,7 @@ def suppressed(student: Tensor, teacher: Tensor, kappa: float) -> Tensor:
 class Rsd(Term):
     """`rsd`: the student's embedding through decoupling layers against the teacher's."""
 
+    losses = {"rsd": "weight"}
     teacher = frozenset({"pooled"})
     student = frozenset({"embedding"})
 
@@ -55,7 +56,3 @@ class Rsd(Term):
         """Distance of the cross-correlation from the identity."""
         ours = self.decouple(seen.embedding)
         return {"rsd": suppressed(ours, pooled(taught), self.config.kappa)}
-
-    def weights(self, progress: float) -> dict[str, float]:  # noqa: ARG002
-        """Constant."""
-        return {"rsd": self.config.weight}

@@ -6,7 +6,7 @@ D teacher width, H heads, d = D / H, e width of the student's embedding (the inp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -87,12 +87,15 @@ class Seen:
 class Term(nn.Module):
     """One named part of a method, with whatever it trains beside the student and drops at the end.
 
-    `teacher` names what it reads of the teacher: logits, pooled, tokens, qkv; `student` what of the student beside
-    its logits: embedding, tap, stages.
+    `losses` names the setting that weighs each loss; a setting `warmup` lets all of them grow linearly over that
+    share of the training (decision 10). `teacher` names what it reads of the teacher: logits, pooled, tokens, qkv;
+    `student` what of the student beside its logits: embedding, tap, stages.
     """
 
+    losses: ClassVar[Mapping[str, str]] = {}
     teacher: ClassVar[frozenset[str]] = frozenset({"logits"})
     student: ClassVar[frozenset[str]] = frozenset()
+    config: Any
 
     def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
         """Unweighted losses by the names they have in the logs."""
@@ -100,7 +103,8 @@ class Term(nn.Module):
 
     def weights(self, progress: float) -> dict[str, float]:
         """The weight of each loss at this share of the training."""
-        raise NotImplementedError
+        grown = ramp(progress, getattr(self.config, "warmup", 0.0))
+        return {loss: grown * getattr(self.config, name) for loss, name in self.losses.items()}
 
 
 def pooled(taught: Tokens) -> Tensor:
