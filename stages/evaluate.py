@@ -10,6 +10,7 @@ from pipeline.core import machine as core_machine
 from pipeline.data.prepared import Prepared
 from pipeline.distill.settings import PERF_SCHEMA, Distill
 from pipeline.evaluate import accuracy, evidence
+from pipeline.evaluate.evaluate import evaluate
 
 TRAIN_PERF_SCHEMA = "cakd.train_perf/1"
 
@@ -21,10 +22,9 @@ def main(args: argparse.Namespace) -> None:
     students = [args.students / m / "student.safetensors" for m in methods]
     prepared = Prepared.open(args.prepared)
     machine = core_machine.machine()
-    found = accuracy.evaluate(settings, prepared, args.teacher, students)
+    found, shown = evaluate(settings, prepared, args.teacher, students)
     artifacts.write_json(args.accuracy, {"schema": accuracy.SCHEMA, **found, "machine": machine})
-    seen = evidence.gather(settings, prepared, args.teacher, students)
-    artifacts.write_json(args.evidence, {"schema": evidence.SCHEMA, **seen, "machine": machine})
+    artifacts.write_json(args.evidence, {"schema": evidence.SCHEMA, **shown, "machine": machine})
     trained = {m: artifacts.read_json(args.train / f"{m}.json", PERF_SCHEMA) for m in methods}
     artifacts.write_json(
         args.perf,
@@ -38,8 +38,8 @@ def main(args: argparse.Namespace) -> None:
             "provenance": {m: t["provenance"] for m, t in trained.items()},
         },
     )
-    shown = ", ".join(f"{m} {f['clean']['top1']:.4f}" for m, f in found["models"].items())
-    print(f"{args.accuracy}: {settings.split} top-1: {shown}")
+    top1 = ", ".join(f"{m} {f['clean']['top1']:.4f}" for m, f in found["models"].items())
+    print(f"{args.accuracy}: {settings.split} top-1: {top1}")
 
 
 if __name__ == "__main__":

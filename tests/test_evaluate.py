@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from pipeline.distill.kernels.reference import attention, heads
 from pipeline.distill.methods import cakd
-from pipeline.evaluate import accuracy, corruptions
-from pipeline.models import teacher
+from pipeline.evaluate import accuracy, corruptions, evaluate
+from pipeline.models import checkpoint, teacher
+from pipeline.models.student import Taps
 from tests.test_training import QUICK, run
 
 
@@ -50,7 +51,7 @@ def test_models_are_judged_clean_and_noisy_with_what_they_saw(
     for method in ("plain", "cakd"):
         run(QUICK, method, prepared, teacher_path, features, tmp_path)
     students = [tmp_path / m / "student.safetensors" for m in ("plain", "cakd")]
-    found = accuracy.evaluate(accuracy.Evaluate(), prepared, teacher_path, students)
+    found, _ = evaluate.evaluate(accuracy.Evaluate(), prepared, teacher_path, students)
     assert list(found["models"]) == ["teacher", "plain", "cakd"]
     for judged in found["models"].values():
         assert judged["clean"]["n"] == 400 and judged["noisy"]["n"] == 2000
@@ -70,7 +71,7 @@ def test_similarity_is_one_where_the_student_projects_the_teachers_own(
     run(QUICK, "cakd", prepared, teacher_path, features, tmp_path)
     live = teacher.load(teacher_path)
     shown: list[torch.Tensor] = []
-    whole = accuracy.views.whole
+    whole = evaluate.views.whole
 
     def keep(images):
         shown.append(whole(images))
@@ -80,8 +81,11 @@ def test_similarity_is_one_where_the_student_projects_the_teachers_own(
         tokens = live(shown[-1])
         return attention(*heads(tokens.qkv)), tokens.h
 
-    monkeypatch.setattr(accuracy.views, "whole", keep)
+    monkeypatch.setattr(evaluate.views, "whole", keep)
     monkeypatch.setattr(cakd.Projectors, "projected", projected)
-    path = tmp_path / "cakd" / "student.safetensors"
-    found = accuracy.similarity(path, live, prepared, accuracy.Evaluate())
+    student, description = checkpoint.load(tmp_path / "cakd" / "student.safetensors")
+    projectors = cakd.load_projectors(tmp_path / "cakd", description)
+    with Taps(student, [projectors.tap.module]) as taps:
+        through = evaluate.Projected(student, description["preprocess"], projectors, taps)
+        found = evaluate.similarity(through, live, prepared, accuracy.Evaluate())
     assert found == {"attention": pytest.approx(1, abs=1e-5), "tokens": pytest.approx(1, abs=1e-5)}

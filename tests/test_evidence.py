@@ -8,6 +8,7 @@ import torch
 
 from pipeline.data import views
 from pipeline.evaluate import accuracy, evidence
+from pipeline.evaluate.evaluate import evaluate
 from pipeline.models import checkpoint, teacher
 from tests.test_training import QUICK, run
 
@@ -21,17 +22,22 @@ def students(prepared, teacher_path, features, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(prepared, teacher_path, students):
-    return evidence.gather(accuracy.Evaluate(), prepared, teacher_path, students)
+def judged(prepared, teacher_path, students):
+    return evaluate(accuracy.Evaluate(), prepared, teacher_path, students)
 
 
-def test_confusion_and_accuracy_are_of_the_same_answers(found, prepared, teacher_path, students):
-    judged = accuracy.evaluate(accuracy.Evaluate(), prepared, teacher_path, students)["models"]
+@pytest.fixture(scope="module")
+def found(judged):
+    return judged[1]
+
+
+def test_confusion_and_accuracy_are_of_the_same_answers(judged, found):
+    figures = judged[0]["models"]
     assert list(found["models"]) == ["teacher", "plain", "cakd"]
     for name, model in found["models"].items():
         total = sum(n for _, _, n in model["confusion"])
         right = sum(n for true, said, n in model["confusion"] if true == said)
-        assert total == 400 and right / total == pytest.approx(judged[name]["clean"]["top1"])
+        assert total == 400 and right / total == pytest.approx(figures[name]["clean"]["top1"])
 
 
 def test_the_mistakes_are_the_surest_of_all_wrong_answers(found, prepared, students):
@@ -77,5 +83,5 @@ def test_the_teachers_map_is_that_of_its_last_block_without_the_class_token(
 
 
 def test_a_run_without_projectors_has_no_students_map(prepared, teacher_path, students):
-    found = evidence.gather(accuracy.Evaluate(), prepared, teacher_path, students[:1])
+    _, found = evaluate(accuracy.Evaluate(), prepared, teacher_path, students[:1])
     assert set(found["attention"]["received"]) == {"teacher"}

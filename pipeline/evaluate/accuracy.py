@@ -1,23 +1,19 @@
-"""Accuracy, clean and under noise disjoint from Trans; how near the projections came to the teacher."""
+"""Accuracy of a model, clean and under noise disjoint from Trans."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.core import artifacts
 from pipeline.data import views
 from pipeline.data.prepared import SPLITS, Prepared
-from pipeline.distill.kernels.reference import attention, heads
-from pipeline.distill.methods import cakd
 from pipeline.evaluate.corruptions import NOISE, Pixels, noisy
-from pipeline.models import checkpoint, teacher
-from pipeline.models.student import Taps
 
 SCHEMA = "cakd.accuracy/1"
 
@@ -68,12 +64,17 @@ def figures(logits: Tensor, labels: Tensor, bins: int) -> dict[str, float | int]
     }
 
 
+def judged_rows(prepared: Prepared, config: Evaluate) -> NDArray[np.int64]:
+    """The labelled rows of the split."""
+    rows = prepared.rows(config.split)
+    return rows[prepared.labels[rows] >= 0]
+
+
 def accuracy(
     model: nn.Module, preprocess: dict[str, Any], prepared: Prepared, config: Evaluate
-) -> dict[str, Any]:
-    """`clean`, `noisy` (every kind of noise on every image) and `noisy_by_kind` of a model."""
-    rows = prepared.rows(config.split)
-    rows = rows[prepared.labels[rows] >= 0]
+) -> tuple[dict[str, Any], Tensor]:
+    """`clean`, `noisy` (every kind of noise on every image) and `noisy_by_kind`; logits (n, K) of the clean."""
+    rows = judged_rows(prepared, config)
     images, labels = prepared.images[rows], torch.from_numpy(prepared.labels[rows])
     ids = tuple(prepared.sha256[r] for r in rows)
     by_kind = {
@@ -82,76 +83,9 @@ def accuracy(
     }
     clean = predict(model, images, preprocess, config.batch)
     every = torch.cat(list(by_kind.values()))
-    return {
+    found = {
         "clean": figures(clean, labels, config.ece_bins),
         "noisy": figures(every, labels.repeat(len(by_kind)), config.ece_bins),
         "noisy_by_kind": {k: figures(v, labels, config.ece_bins) for k, v in by_kind.items()},
     }
-
-
-@torch.no_grad()
-def similarity(
-    student_path: Path, live: teacher.Teacher, prepared: Prepared, config: Evaluate
-) -> dict[str, float] | None:
-    """Mean cosine between teacher and student in the projected spaces: `attention` (a head's output at a token)
-
-    and `tokens` (h at a token). None where the student has no projectors.
-    """
-    student, description = checkpoint.load(student_path)
-    projectors = cakd.load_projectors(student_path.parent, description)
-    if projectors is None:
-        return None
-    rows = prepared.rows(config.split)
-    sums = {"attention": 0.0, "tokens": 0.0}
-    with Taps(student, [projectors.tap.module]) as taps:
-        for at in range(0, len(rows), config.batch):
-            batch = views.whole(prepared.images[rows[at : at + config.batch]])
-            student(views.normalise(batch, description["preprocess"]))
-            attended, tokens = projectors.projected(taps.features[projectors.tap.module])
-            taught = live(batch)
-            for name, mine, theirs in (
-                ("attention", attended, attention(*heads(taught.attention_inputs))),
-                ("tokens", tokens, projectors.target(taught.h)),
-            ):
-                cosine = F.cosine_similarity(mine, theirs, dim=-1).flatten(1).mean(1)
-                sums[name] += cosine.sum().item()
-    return {name: total / len(rows) for name, total in sums.items()}
-
-
-def evaluate(
-    config: Evaluate,
-    prepared: Prepared,
-    teacher_path: Path,
-    students: list[Path],
-) -> dict[str, Any]:
-    """The teacher and every student, as accuracy.json holds them (without schema and machine)."""
-    live = teacher.load(teacher_path)
-    found = {"teacher": _judge(live.tail.vit, live.description, prepared, config)}
-    for path in students:
-        model, description = checkpoint.load(path)
-        judged = _judge(model, description, prepared, config)
-        cosine = similarity(path, live, prepared, config)
-        found[description["method"]] = judged | ({"cosine": cosine} if cosine else {})
-    inputs = {"teacher": teacher_path} | {p.parent.name: p for p in students}
-    return {
-        "split": config.split,
-        "classes": list(prepared.classes),
-        "noise": list(NOISE),
-        "models": found,
-        "provenance": artifacts.provenance(config.__dict__, **inputs) | prepared.made_of(),
-    }
-
-
-def _judge(
-    model: nn.Module, description: dict[str, Any], prepared: Prepared, config: Evaluate
-) -> dict[str, Any]:
-    train = prepared.rows("train")
-    return {
-        **accuracy(model, description["preprocess"], prepared, config),
-        **checkpoint.count(model, prepared.image_size),
-        "model": description["model"],
-        "seed": description["seed"],
-        "labels_seen": description["labels_seen"],
-        "labels_total": int((prepared.labels[train] >= 0).sum()),
-        "images_seen": len(train),
-    }
+    return found, clean

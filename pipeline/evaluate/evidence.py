@@ -4,73 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.core import artifacts
-from pipeline.data import views
-from pipeline.data.prepared import UNLABELLED, Prepared, spread
-from pipeline.distill.kernels.reference import heads
-from pipeline.distill.methods import cakd
-from pipeline.evaluate.accuracy import Evaluate, predict
-from pipeline.models import checkpoint, teacher
-from pipeline.models.student import Taps
+from pipeline.data.prepared import Prepared, spread
 
 SCHEMA = "cakd.evidence/1"
 MISTAKES, PICTURES = 12, 6
 
 
-def gather(
-    config: Evaluate, prepared: Prepared, teacher_path: Path, students: list[Path]
-) -> dict[str, Any]:
-    """Confusion and surest mistakes of every model on the labelled pictures of the split, and attention maps.
+def errors(logits: Tensor, prepared: Prepared, rows: NDArray[np.int64]) -> dict[str, Any]:
+    """`confusion` as [true, predicted, count], and the `mistakes` with the highest confidence, a fraction.
 
-    As evidence.json holds it, without schema and machine. Rows are those of the prepared folder.
+    logits (n, K) of the rows (n,) of the prepared folder.
     """
-    rows = prepared.rows(config.split)
-    rows = rows[prepared.labels[rows] != UNLABELLED]
-    live = teacher.load(teacher_path)
-    judged = {"teacher": errors(live.tail.vit, live.description, prepared, rows, config.batch)}
-    chosen = one_a_class(prepared, rows)
-    batch = views.whole(prepared.images[chosen])
-    taught = live(batch)
-    looks = {}
-    if taught.qkv is not None:
-        looks["teacher"] = received_attention(*heads(taught.qkv)[:2])
-    for path in students:
-        model, description = checkpoint.load(path)
-        judged[description["method"]] = errors(model, description, prepared, rows, config.batch)
-        projected = projected_attention(path.parent, model, description, batch)
-        if projected is not None:
-            looks[description["method"]] = projected
-    inputs = {"teacher": teacher_path} | {p.parent.name: p for p in students}
-    return {
-        "split": config.split,
-        "classes": list(prepared.classes),
-        "models": judged,
-        "attention": {
-            "grid": list(live.description["grid"]),
-            "rows": chosen.tolist(),
-            "received": {name: _rounded(maps) for name, maps in looks.items()},
-        },
-        "provenance": artifacts.provenance(config.__dict__, **inputs) | prepared.made_of(),
-    }
-
-
-def errors(
-    model: torch.nn.Module,
-    description: dict[str, Any],
-    prepared: Prepared,
-    rows: NDArray[np.int64],
-    batch: int,
-) -> dict[str, Any]:
-    """`confusion` as [true, predicted, count], and the `mistakes` with the highest confidence, a fraction."""
-    logits = predict(model, prepared.images[rows], description["preprocess"], batch)
     confidence, predicted = (t.numpy() for t in logits.softmax(dim=1).max(dim=1))
     labels = prepared.labels[rows]
     counts = Counter(zip(labels.tolist(), predicted.tolist(), strict=True))
@@ -106,22 +56,15 @@ def received_attention(q: Tensor, k: Tensor) -> Tensor:
     return q.shape[2] * weights.mean(dim=(1, 2))
 
 
-@torch.no_grad()
-def projected_attention(
-    folder: Path, student: torch.nn.Module, description: dict[str, Any], batch: Tensor
-) -> Tensor | None:
-    """The same of the student's projected Q_S, K_S (eq. 1) on views (B, 3, S, S); None without projectors.
-
-    `folder` holds the student's projectors.
-    """
-    projectors = cakd.load_projectors(folder, description)
-    if projectors is None:
-        return None
-    with Taps(student, [projectors.tap.module]) as taps:
-        student(views.normalise(batch, description["preprocess"]))
-        feature = taps.features[projectors.tap.module]
-    return received_attention(*heads(projectors.pca(feature))[:2])
-
-
-def _rounded(maps: Tensor) -> list[list[float]]:
-    return [[round(v, 3) for v in row] for row in maps.tolist()]
+def attention_maps(
+    maps: dict[str, Tensor], grid: list[int], rows: NDArray[np.int64]
+) -> dict[str, Any]:
+    """The attention each patch receives, (n, N) by model, as evidence.json holds it."""
+    return {
+        "grid": grid,
+        "rows": rows.tolist(),
+        "received": {
+            name: [[round(v, 3) for v in row] for row in found.tolist()]
+            for name, found in maps.items()
+        },
+    }
