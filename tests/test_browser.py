@@ -39,7 +39,7 @@ BUDGETS = {"top1_min": 0.8, "wall_ms_max": 1.0, "ort-fp32.size_mb_max": 4.0}
 def written(run: Run) -> Path:  # noqa: F811
     """The page of a run that has everything."""
     compared.with_pairs(run)
-    prepared = Prepared.open(run.prepared, check=False)
+    prepared = Prepared.open(run.prepared)
     shown = gallery.gallery(evidence(prepared), prepared, "cakd")
     edge = summary(run, BUDGETS)
     verdicts = [("ort-fp32", "PASS", 1.0), ("ov-fp32", "INCONCLUSIVE", 1.1), ("ov-int8", "FAIL", 2)]

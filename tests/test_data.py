@@ -18,7 +18,8 @@ def test_damaged_pixels_are_refused(digits, tmp_path):
     pixels[-1] ^= 1
     (copy / "images.npy").write_bytes(bytes(pixels))
     with pytest.raises(UserError, match="not the pixels of index.json"):
-        Prepared.open(copy)
+        Prepared.open(copy).verify()
+    Prepared.open(digits).verify()
 
 
 def test_origins_say_where_each_record_was_read_from(digits):

@@ -215,7 +215,7 @@ class Run:
 
     def __init__(self, folder: Path, prepared: Path) -> None:
         self.folder, self.prepared = folder, prepared
-        self.write("evidence.json", evidence(Prepared.open(prepared, check=False)))
+        self.write("evidence.json", evidence(Prepared.open(prepared)))
         self.write("accuracy.json", accuracy())
         self.write("train_perf.json", train_perf())
         self.write("device.json", {"schema": "cakd.device/1", **HEAD})
@@ -261,7 +261,7 @@ def stage(run: Run, **environment: str) -> CompletedProcess[str]:
 def command(arguments: list[Any], **environment: str) -> CompletedProcess[str]:
     line = [sys.executable, "-m", "stages.report", *map(str, arguments)]
     full = {**os.environ, **environment}
-    return subprocess.run(line, cwd=ROOT, env=full, capture_output=True, text=True, check=False)
+    return subprocess.run(line, cwd=ROOT, env=full, capture_output=True, text=True)
 
 
 def summary(run: Run, budgets: dict[str, float] | None = None) -> dict[str, Any]:
@@ -536,7 +536,7 @@ def test_the_page_needs_nothing_but_itself(run: Run) -> None:
 
 
 def test_the_gallery_brings_its_pictures_along_and_no_name_leaves_its_place(run: Run) -> None:
-    prepared = Prepared.open(run.prepared, check=False)
+    prepared = Prepared.open(run.prepared)
     evil = "<img src=x onerror=alert(1)>"
     shown = gallery.gallery(evidence(prepared), prepared, "cakd")
     shown["data"]["classes"][0] = shown["mistakes"]["names"][0] = evil

@@ -235,7 +235,7 @@ def infested(run: Run) -> tuple[dict, dict, list]:  # noqa: F811
     edge["comparisons"] = [compared.comparison(NAMES[5], "FAIL", 2.0)]
     edge["verdict"]["notes"] = list(NAMES)
     edge["verdict"]["failures"] = list(NAMES)
-    prepared = Prepared.open(run.prepared, check=False)
+    prepared = Prepared.open(run.prepared)
     prepared = replace(prepared, classes=NAMES)
     shown = gallery.gallery(evidence(prepared), prepared, "cakd")
     past = [(NAMES[6], earlier) for _, earlier in compared.past(edge)]

@@ -42,20 +42,18 @@ class Prepared:
     index_sha256: str  # of the index: labels, splits, which labels the student may see
 
     @classmethod
-    def open(cls, folder: Path | str, check: bool = True) -> Prepared:
-        """Open and, with `check`, verify the pixels against the index. Raises UserError: missing, damaged."""
+    def open(cls, folder: Path | str) -> Prepared:
+        """Open, and check the index and the shape of the pixels; `verify` hashes these.
+
+        Raises UserError: missing, damaged.
+        """
         folder = Path(folder)
         index = artifacts.read_json(folder / "index.json", SCHEMA)
         refuse_damaged(index, folder / "index.json")
-        path = folder / "images.npy"
-        if check and (not path.is_file() or artifacts.sha256(path) != index["images_sha256"]):
-            raise UserError(
-                f"{path}: missing, or not the pixels of index.json; run prepare again (`dvc repro prepare`)"
-            )
         records = index["records"]
         return cls(
             folder=folder,
-            images=_pixels(path, (len(records), *[index["image_size"]] * 2, 3)),
+            images=_pixels(folder / "images.npy", (len(records), *[index["image_size"]] * 2, 3)),
             sha256=tuple(r["sha256"] for r in records),
             labels=np.array([r["label"] for r in records], dtype=np.int64),
             splits=np.array([r["split"] for r in records]),
@@ -65,6 +63,12 @@ class Prepared:
             images_sha256=index["images_sha256"],
             index_sha256=artifacts.sha256(folder / "index.json"),
         )
+
+    def verify(self) -> None:
+        """Hash all pixels. Raises UserError: they are not those that prepare wrote."""
+        path = self.folder / "images.npy"
+        if artifacts.sha256(path) != self.images_sha256:
+            raise UserError(f"{path}: damaged, not the pixels of index.json; {AGAIN}")
 
     def made_of(self) -> dict[str, str]:
         """The hashes that tell this data set from any other: for provenance and fingerprints."""

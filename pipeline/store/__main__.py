@@ -48,6 +48,7 @@ def main(args: argparse.Namespace) -> None:
         found = {key: manifest[key] for key in INFO} | {"shards": len(manifest["shards"])}
     elif args.command == "verify":
         prepared = Prepared.open(args.prepared)
+        prepared.verify()
         errors = verifying.verify(args.store, prepared, args.teacher, args.n)
         found = {"records": args.n, "relative_error": errors}
     else:
@@ -88,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     commands = whole.add_subparsers(dest="command", required=True)
     for name, text in (
         ("plan", "what a store of params.yaml's `cache:` costs here, and when it has paid"),
-        ("verify", "every byte, and n records against the live teacher"),
+        ("verify", "every byte of store and images, and n records against the live teacher"),
         ("info", "what is in a store, after checking every byte"),
     ):
         command = commands.add_parser(name, help=text)
