@@ -99,7 +99,7 @@ class Bench:
         """Top-1 of a model, clean and under noise, as fractions."""
         model, description = checkpoint.load(path)
         settings = self.section(accuracy.Evaluate)
-        found = accuracy.accuracy(model, description["preprocess"], self.prepared, settings)
+        found, _ = accuracy.accuracy(model, description["preprocess"], self.prepared, settings)
         return {"clean": found["clean"]["top1"], "noisy": found["noisy"]["top1"]}
 
     def run(self, settings: Distill, method: str, seed: int) -> Run:

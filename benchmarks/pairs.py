@@ -31,9 +31,9 @@ from pipeline.core.atomic import atomic
 from pipeline.core.errors import UserError
 from pipeline.data.prepared import Prepared
 from pipeline.distill.methods.cakd import CakdConfig
-from pipeline.distill.objective import Found
+from pipeline.distill.objective import Losses
 from pipeline.distill.settings import Distill
-from pipeline.distill.trainer import Trainer
+from pipeline.distill.trainer import Trainer, build, train_step
 from pipeline.models import probe, teacher
 from pipeline.store import writing
 from pipeline.store.policy import Cache
@@ -150,13 +150,13 @@ class Reach:
     terms: list[str] = field(default_factory=list)
     share: float = 0.0
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], found: Found) -> None:
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], found: Losses) -> None:
         """After the objective's forward pass."""
         feature, losses = (
             args[0].feature,
-            [loss for t, loss in found.losses.items() if t not in BY_LABEL],
+            [loss for t, loss in found.terms.items() if t not in BY_LABEL],
         )
-        for term, loss in found.losses.items():
+        for term, loss in found.terms.items():
             if term not in BY_LABEL:
                 (gradient,) = torch.autograd.grad(loss, feature, retain_graph=True)
                 self.terms += [term] if _moves(gradient) else []
@@ -191,7 +191,7 @@ def trainer(made: Taught, student: str, method: str) -> Trainer:
         epochs=1,
         cakd=CakdConfig(warmup=0.0),  # else every term of the first step weighs 0
     )
-    return Trainer(config, method, made.prepared, made.path, made.features)
+    return build(config, method, made.prepared, made.path, made.features)
 
 
 def tried(made: Taught, student: str, method: str) -> dict[str, Any]:
@@ -204,13 +204,13 @@ def tried(made: Taught, student: str, method: str) -> dict[str, Any]:
     head: Any = training.student.get_classifier()  # type: ignore[operator]
     behind = {id(p) for p in head.parameters()}
     reach = Reach([p for p in training.student.parameters() if id(p) not in behind])
-    training.step(0, stopwatch.Stopwatch())
+    train_step(training, 0, stopwatch.Stopwatch())
     training.objective.register_forward_hook(reach)
-    losses = training.step(1, stopwatch.Stopwatch())
-    assert training.tap is not None
+    losses = train_step(training, 1, stopwatch.Stopwatch())
+    assert training.reader.tap is not None
     return {
         "losses": losses,
-        "tap": asdict(training.tap),
+        "tap": asdict(training.reader.tap),
         "terms": reach.terms,
         "reached": reach.share,
     }
@@ -223,7 +223,7 @@ def judged(made: Taught, student: str) -> dict[str, Any]:
     )
     try:
         found = tried(made, student, alone)
-        losses = trainer(made, student, with_logits).step(0, stopwatch.Stopwatch())
+        losses = train_step(trainer(made, student, with_logits), 0, stopwatch.Stopwatch())
     except UserError as error:
         return {"verdict": "refused", "reason": str(error)}
     finite = all(math.isfinite(v) for v in (*found["losses"].values(), *losses.values()))

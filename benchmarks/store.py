@@ -1,8 +1,7 @@
-"""The feature store, measured: `python -m benchmarks.store formats` and `python -m benchmarks.store step`.
+"""A training step with cached features against the same step with the teacher running: `benchmarks.store step`.
 
-`formats`: the same records through our shards and through what people use instead; `step`: a training step with
-cached features against the same step with the teacher running, in one run, taking turns. Everything is made on the
-spot: random pictures, a teacher with random weights. Ratios are what counts; the machine stands beside them.
+In one run, taking turns. Everything is made on the spot: random pictures, a teacher with random weights. Ratios
+are what counts; the machine stands beside them.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks import containers, record
+from benchmarks import record
 from exporters.artifact.inputs import smooth
 from pipeline.core import artifacts, cli
 from pipeline.data.prepared import Prepared
 from pipeline.distill import curves, settings
-from pipeline.distill.trainer import Trainer
+from pipeline.distill.trainer import Trainer, build, train_step
 from pipeline.models import checkpoint, probe, teacher
 from pipeline.prepare.prepare import Prepare, prepare
 from pipeline.store import writing
@@ -90,7 +89,7 @@ def trainers(args: argparse.Namespace) -> Iterator[dict[str, Trainer]]:
             policy = replace(policy, batch=args.batch)
             out = folder / mode
             writing.write(policy, prepared, live, out, folder / "work", lambda _: None)
-            made[mode] = Trainer(recipe, args.method, prepared, path, out, policy)
+            made[mode] = build(recipe, args.method, prepared, path, out, policy)
         yield made
         for trainer in made.values():
             trainer.feed.close()
@@ -103,10 +102,13 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
         losses: dict[str, dict[str, float]] = {}
         for turn in range(WARM_UP + args.turns):
             for mode, trainer in made.items():
-                seen = trainer.step(turn, watches[mode])
+                seen = train_step(trainer, turn, watches[mode])
                 losses.setdefault(mode, seen)
-        error = max(made["cached"].store.manifest["error"].values())
-        bytes_per_view = made["cached"].store.manifest["bytes_per_view"]
+        features = made["cached"].feed.features
+        assert features is not None
+        manifest = features.store.manifest
+        error = max(manifest["error"].values())
+        bytes_per_view = manifest["bytes_per_view"]
     steps = {mode: [s for s in watch.steps if s][WARM_UP:] for mode, watch in watches.items()}
     totals = {mode: [sum(s.values()) for s in rows] for mode, rows in steps.items()}
     ratios = [b / a for a, b in zip(totals["cached"], totals["online"], strict=True)]
@@ -160,12 +162,8 @@ def step_table(found: dict[str, Any]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Measure, print, write `<out>.json` and `<out>.md`."""
-    if args.what == "formats":
-        found = containers.measure(args.records, args.folder)
-        shown = containers.table(found)
-    else:
-        found = step(args)
-        shown = step_table(found)
+    found = step(args)
+    shown = step_table(found)
     print(shown)
     if args.out is None:
         return
@@ -181,8 +179,6 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--folder", type=Path, help="where to work; the disk that is measured")
     whole.add_argument("--out", type=Path, help="where to write, without suffix")
     kinds = whole.add_subparsers(dest="what", required=True)
-    formats = kinds.add_parser("formats", help="records of ViT-B/16 through several containers")
-    formats.add_argument("--records", type=int, default=2000)
     steps = kinds.add_parser("step", help="a cached training step against an online one")
     steps.add_argument("--teacher", default="vit_base_patch16_224")
     steps.add_argument("--student", default="resnet18")

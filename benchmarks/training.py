@@ -22,9 +22,10 @@ import torch
 from benchmarks import record
 from benchmarks.store import CLASSES, pictures, random_teacher
 from pipeline.core import artifacts, cli
-from pipeline.distill import batches, curves, settings
-from pipeline.distill.feed import Feed
-from pipeline.distill.trainer import Trainer
+from pipeline.distill import curves, settings
+from pipeline.distill.batches import BatchIndices
+from pipeline.distill.feed import Batch, Feed, Views
+from pipeline.distill.trainer import Trainer, build, train_step
 from pipeline.models import teacher
 from pipeline.store import writing
 from pipeline.store.policy import Cache
@@ -46,9 +47,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         trainers = make_trainers(args, Path(name))
         result = {"methods": take_turns(trainers, args, range(args.steps))}
         if args.resident:
-            for trainer in trainers.values():
-                make_resident(trainer)
-            result["resident"] = take_turns(trainers, args, range(args.steps, 2 * args.steps))
+            there = {method: resident(trainer) for method, trainer in trainers.items()}
+            result["resident"] = take_turns(there, args, range(args.steps, 2 * args.steps))
     return result
 
 
@@ -70,47 +70,50 @@ def make_trainers(args: argparse.Namespace, folder: Path) -> dict[str, Trainer]:
         compute=Compute(precision=args.precision, channels_last=args.channels_last),
     )
     return {
-        method: Trainer(recipe, method, prepared, path, folder / "store", cache)
+        method: build(recipe, method, prepared, path, folder / "store", cache)
         for method in args.methods
     }
 
 
-class ResidentFeed(Feed):
+class ResidentViews(Views):
     """The batches of RESIDENT steps, repeated, their views on the device: a step without the loader's share."""
 
-    def __init__(self, feed: Feed, device: torch.device) -> None:
-        super().__init__(feed.batches, feed.geometry, feed.seed, 0, feed.parts, feed.among)
-        self._batches = [
-            [replace(part, views=part.views.to(device)) for part in feed[step]]
+    def __init__(self, views: Views, device: torch.device) -> None:
+        super().__init__(
+            views.batches, views.geometry, views.seed, views.micro_batches, views.ranks
+        )
+        self._resident = [
+            [replace(batch, views=batch.views.to(device)) for batch in views[step]]
             for step in range(RESIDENT)
         ]
 
-    def chosen(self, step: int) -> list[batches.Chosen]:
-        """What makes the batch that `at` returns for this step."""
-        return super().chosen(step % RESIDENT)
+    def indices(self, step: int) -> list[BatchIndices]:
+        """What makes the micro-batches of this step."""
+        return super().indices(step % RESIDENT)
 
-    def at(self, step: int) -> list[batches.Batch]:
-        """One of the batches made beforehand."""
-        return self._batches[step % RESIDENT]
+    def __getitem__(self, step: int) -> list[Batch]:
+        return self._resident[step % RESIDENT]
 
 
-def make_resident(trainer: Trainer) -> None:
-    """Let a trainer that has made a step go on with batches that lie on its device."""
-    trainer.feed = ResidentFeed(trainer.feed, trainer.place)
-    if trainer.features is not None:  # views on a device are not hashed; the loader's were
-        trainer.features.CHECK_EVERY = sys.maxsize
+def resident(trainer: Trainer) -> Trainer:
+    """A trainer that has made a step, going on with batches that lie on its device."""
+    features = trainer.feed.features
+    if features is not None:  # views on a device are not hashed; the loader's were
+        features.CHECK_EVERY = sys.maxsize
+    views = ResidentViews(trainer.feed.views, trainer.device)
+    return replace(trainer, feed=Feed(views, features, workers=0))
 
 
 def take_turns(
     trainers: dict[str, Trainer], args: argparse.Namespace, turns: range
 ) -> dict[str, Any]:
     """A step of every method in each turn, the first turn not counted; the figures of each method."""
-    watches = {m: stopwatch.Stopwatch(trainer.place) for m, trainer in trainers.items()}
+    watches = {m: stopwatch.Stopwatch(trainer.device) for m, trainer in trainers.items()}
     walls: dict[str, list[float]] = {method: [] for method in trainers}
     for turn in turns:
         for method, trainer in trainers.items():
             start = time.perf_counter()
-            trainer.step(turn, watches[method])  # ends when the device has done it
+            train_step(trainer, turn, watches[method])  # ends when the device has done it
             walls[method].append(1e3 * (time.perf_counter() - start))
     for trainer in trainers.values():
         trainer.feed.close()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from pipeline.core import cli
 from pipeline.core.errors import UserError
-from pipeline.distill.trainer import Trainer
+from pipeline.distill.trainer import build, train_step
 from pipeline.models.checkpoint import load
 from pipeline.training import compute, stopwatch
 from pipeline.training import ranks as training_ranks
@@ -30,7 +30,7 @@ UNNORMED = replace(QUICK, student="test_convnext", student_kwargs={"output_strid
 
 def steps(trainer, count):
     watch = stopwatch.Stopwatch()
-    return [trainer.step(step, watch) for step in range(count)]
+    return [train_step(trainer, step, watch) for step in range(count)]
 
 
 def weights(trainer):
@@ -43,7 +43,7 @@ def test_a_batch_in_parts_is_the_batch(parts, prepared, teacher_path, features, 
     trained = []
     for accumulate in (1, parts):
         config = replace(UNNORMED, compute=Compute(accumulate=accumulate))
-        trainer = Trainer(config, "cakd+logits", prepared, teacher_path, features)
+        trainer = build(config, "cakd+logits", prepared, teacher_path, features)
         trained.append((steps(trainer, 10), weights(trainer)))
     (whole, ours), (split, theirs) = trained
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
@@ -57,15 +57,15 @@ import json, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from pipeline.data.prepared import Prepared
-from pipeline.distill.trainer import Trainer
+from pipeline.distill.trainer import build
 from pipeline.training.ranks import ranks
 from tests.test_compute import UNNORMED, steps, weights
 
 torch.optim.AdamW = lambda groups, lr, weight_decay: torch.optim.SGD(groups, lr)
 prepared, teacher, features, out = map(Path, sys.argv[1:])
 with ranks() as joined:
-    trainer = Trainer(
-        UNNORMED, "cakd+logits", Prepared.open(prepared), teacher, features, among=joined
+    trainer = build(
+        UNNORMED, "cakd+logits", Prepared.open(prepared), teacher, features, ranks=joined
     )
     figures = steps(trainer, 50)
     save_file({"weights": weights(trainer)}, out / f"{joined.rank}.safetensors")
@@ -109,12 +109,12 @@ def test_averaged_weights_are_what_is_published(prepared, teacher_path, features
     plain, averaged = (dict(s.named_parameters()) for s in students)
     assert set(plain) == set(averaged)
     assert not torch.equal(plain["fc.weight"], averaged["fc.weight"])
-    trainer = Trainer(
+    trainer = build(
         replace(QUICK, compute=Compute(ema=0.9)), "logits", prepared, teacher_path, features
     )
     expected = None
     for step in range(21):
-        trainer.step(step, stopwatch.Stopwatch())
+        train_step(trainer, step, stopwatch.Stopwatch())
         now = trainer.student.fc.weight.detach().clone()
         expected = now if expected is None else 0.9 * expected + 0.1 * now
     torch.testing.assert_close(averaged["fc.weight"].detach(), expected, rtol=1e-4, atol=1e-6)
@@ -132,7 +132,7 @@ def test_formats_and_compilers_change_the_losses_by_rounding_only(
     first = []
     for compute_ in (Compute(), how):
         config = replace(QUICK, compute=compute_)
-        first.append(steps(Trainer(config, "cakd+logits", prepared, teacher_path, features), 2))
+        first.append(steps(build(config, "cakd+logits", prepared, teacher_path, features), 2))
     tolerance = 0.05 if how.precision == "bf16" else 1e-3
     for name in ("cross_entropy", "logits", "attention", "gram", "tokens"):
         assert first[0][0][name] == pytest.approx(first[1][0][name], rel=tolerance), name
@@ -142,7 +142,7 @@ def test_formats_and_compilers_change_the_losses_by_rounding_only(
 def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(prepared, teacher_path, features):
     config = replace(QUICK, compute=Compute(accumulate=3))
     with pytest.raises(UserError, match="got 64, which 1 ranks x 3 parts do not divide"):
-        Trainer(config, "plain", prepared, teacher_path, features)
+        build(config, "plain", prepared, teacher_path, features)
     with pytest.raises(UserError, match="got 4, which 2 ranks x 2 parts"):
         Compute(accumulate=2).parts(4, Ranks(0, 2))
 
@@ -194,7 +194,7 @@ def test_under_autocast_the_losses_are_computed_in_float32(
     method, prepared, teacher_path, features
 ):
     config = replace(QUICK, compute=Compute(precision="bf16"))
-    trainer = Trainer(config, method, prepared, teacher_path, features)
+    trainer = build(config, method, prepared, teacher_path, features)
     seen = []
 
     def look(_, args):
@@ -203,7 +203,7 @@ def test_under_autocast_the_losses_are_computed_in_float32(
         )
 
     trainer.objective.parts[method].register_forward_pre_hook(look)
-    figures = trainer.step(0, stopwatch.Stopwatch())
+    figures = train_step(trainer, 0, stopwatch.Stopwatch())
     assert seen == [(torch.float32, torch.float32, False)]
     assert all(value == value for value in figures.values())
 

@@ -17,7 +17,7 @@ from pipeline.core.errors import UserError
 from pipeline.distill.kernels import choice, eager, gl, pca, reference
 from pipeline.distill.kernels.philox import Key
 from pipeline.distill.projectors import token_groups
-from pipeline.distill.trainer import Trainer
+from pipeline.distill.trainer import build, train_step
 from pipeline.training import stopwatch
 from tests.test_training import QUICK, loss_terms
 
@@ -283,9 +283,9 @@ def test_twenty_steps_of_training_are_the_same_by_either_implementation(
     curves = {}
     for impl in ("auto", "sdpa"):
         config = replace(QUICK, cakd=replace(QUICK.cakd, impl=impl))
-        trainer = Trainer(config, "cakd", prepared, teacher_path, features)
+        trainer = build(config, "cakd", prepared, teacher_path, features)
         watch = stopwatch.Stopwatch()
-        curves[impl] = [trainer.step(i, watch) for i in range(20)]
+        curves[impl] = [train_step(trainer, i, watch) for i in range(20)]
     for a, b in zip(*curves.values(), strict=True):
         for term in ("attention", "gram", "tokens"):
             assert a[term] == pytest.approx(b[term], rel=1e-5), term

@@ -17,8 +17,9 @@ from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.distill import distill, settings
 from pipeline.distill.kernels.reference import attention, heads
-from pipeline.distill.trainer import Trainer
-from pipeline.evaluate import accuracy, evidence
+from pipeline.distill.trainer import build
+from pipeline.evaluate import accuracy
+from pipeline.evaluate.evaluate import evaluate
 from pipeline.models import checkpoint, probe, teacher
 from pipeline.models.student import Taps, find_tap
 from pipeline.store import policy, writing
@@ -150,7 +151,7 @@ def test_a_teacher_without_q_k_v_gives_the_tokens_and_logits_that_timm_gives(nam
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_teacher_that_does_not_fit_is_refused_before_it_is_taught(name, made, monkeypatch):
-    monkeypatch.setattr(pairs.teaching, "_train", None)
+    monkeypatch.setattr(pairs.teach, "_train", None)
     with pytest.raises(UserError, match=REFUSED[name]):
         made(name)
 
@@ -174,7 +175,7 @@ def test_a_pair_trains_and_every_term_reaches_the_students_backbone(pair, made):
 def test_attention_terms_are_refused_to_a_teacher_without_q_k_v_before_any_step(
     method, made, monkeypatch
 ):
-    monkeypatch.setattr(Trainer, "step", None)
+    monkeypatch.setattr(pairs, "train_step", None)
     term = "minilm" if "minilm" in method else "pca"
     with pytest.raises(UserError) as told:
         pairs.tried(made("swin"), "resnet18", method)
@@ -207,9 +208,8 @@ def test_a_teacher_without_q_k_v_goes_through_training_and_evaluation(made, tmp_
     curves = distill.distill(recipe, "gl+robust+logits", *given)["curves"]
     assert {"tokens", "adversarial", "logits"} <= set(curves)
     paths = [tmp_path / "student" / "student.safetensors"]
-    found = accuracy.evaluate(accuracy.Evaluate(), taught.prepared, taught.path, paths)
+    found, shown = evaluate(accuracy.Evaluate(), taught.prepared, taught.path, paths)
     assert set(found["models"]) == {"teacher", "gl+robust+logits"}
-    shown = evidence.gather(accuracy.Evaluate(), taught.prepared, taught.path, paths)
     assert shown["attention"]["received"] == {}
 
 
@@ -243,7 +243,7 @@ STUDENTS_REFUSED = {
 
 @pytest.mark.parametrize("student", STUDENTS_REFUSED)
 def test_a_student_that_cannot_be_tapped_is_refused_by_name_and_reason(student, made, monkeypatch):
-    monkeypatch.setattr(Trainer, "step", None)
+    monkeypatch.setattr(pairs, "train_step", None)
     cell = pairs.judged(made("vit"), student)
     assert cell["verdict"] == "refused"
     with pytest.raises(UserError, match=STUDENTS_REFUSED[student]):
@@ -253,10 +253,10 @@ def test_a_student_that_cannot_be_tapped_is_refused_by_name_and_reason(student, 
 def test_a_student_without_maps_still_learns_from_logits(made):
     taught = made("vit")
     recipe = settings.Distill(("logits",), "hrnet_w18_small", batch=8, epochs=1)
-    trainer = Trainer(recipe, "logits", taught.prepared, taught.path, taught.features)
-    assert trainer.tap is None and trainer.objective.terms == ("logits",)
+    trainer = build(recipe, "logits", taught.prepared, taught.path, taught.features)
+    assert trainer.reader.tap is None and trainer.objective.terms == ("logits",)
     with pytest.raises(UserError, match="names no feature maps for HighResolutionNet"):
-        Trainer(
+        build(
             replace(recipe, methods=("ofa",)), "ofa", taught.prepared, taught.path, taught.features
         )
 

@@ -17,7 +17,7 @@ from pipeline.core import config
 from pipeline.core.errors import UserError
 from pipeline.data.prepared import Prepared
 from pipeline.distill import settings
-from pipeline.distill.trainer import Trainer
+from pipeline.distill.trainer import build, train_step
 from pipeline.models import checkpoint, probe, teacher
 from pipeline.models.student import Taps, find_tap
 from pipeline.prepare.prepare import Prepare, prepare
@@ -178,10 +178,10 @@ def begin(name, folder, steps):
     distill = replace(section(settings.Distill, name), batch=batch, workers=0)
     found = {}
     for method in ("plain", "cakd+logits"):
-        trainer = Trainer(distill, method, prepared, weights, store, policy)
+        trainer = build(distill, method, prepared, weights, store, policy)
         before = [p.detach().clone() for p in trainer.student.parameters()]
         watch = stopwatch.Stopwatch()
-        found[method] = [trainer.step(step, watch) for step in range(steps)]
+        found[method] = [train_step(trainer, step, watch) for step in range(steps)]
         after = trainer.student.parameters()
         assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), method
     return found

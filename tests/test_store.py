@@ -18,6 +18,7 @@ from pipeline.models import checkpoint, probe, teacher
 from pipeline.store import encoding, planning, policy, reading, shards, verifying, writing
 from pipeline.store.policy import Cache
 from pipeline.store.reading import Store
+from pipeline.training import resume
 from tests.test_teacher import SMALL, saved
 
 
@@ -200,7 +201,7 @@ def test_shards_of_another_size_are_not_gone_on_with(features, prepared, teacher
 def test_a_second_writer_of_the_same_store_is_refused(
     prepared, teacher_path, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(writing.runtime, "PATIENCE", 0.0)
+    monkeypatch.setattr(resume, "PATIENCE", 0.0)
 
     def intrude(_: int) -> None:
         with pytest.raises(UserError, match="another process is writing it"):
@@ -455,14 +456,14 @@ def test_more_shards_than_open_files_are_made_room_for_or_refused(monkeypatch):
 
 
 def test_every_step_takes_what_the_step_before_it_began_to_read(features, prepared, teacher_path):
-    from pipeline.distill.trainer import Trainer
+    from pipeline.distill.trainer import build, train_step
     from pipeline.training import stopwatch
     from tests.test_training import QUICK
 
-    trainer = Trainer(QUICK, "logits", prepared, teacher_path, features)
-    reader, begun = trainer.store._reader, []
+    trainer = build(QUICK, "logits", prepared, teacher_path, features)
+    reader, begun = trainer.feed.features.store._reader, []
     exact = reader.begin
     reader.begin = lambda records: (begun.append(records), exact(records))
     for step in range(5):
-        trainer.step(step, stopwatch.Stopwatch())
+        train_step(trainer, step, stopwatch.Stopwatch())
     assert len(begun) == 6  # the first batch, and one ahead of each of five steps: never one twice

@@ -23,7 +23,8 @@ from pipeline.core import artifacts
 from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.distill import curves, robust
-from pipeline.distill.batches import Batches, Chosen, Stream
+from pipeline.distill import distill as distillation
+from pipeline.distill.batches import Batches, BatchIndices, Stream
 from pipeline.distill.distill import distill
 from pipeline.distill.kernels.philox import Key
 from pipeline.distill.kernels.reference import attention, dropout, gl_project, heads, swap_masks
@@ -31,7 +32,7 @@ from pipeline.distill.methods import cakd
 from pipeline.distill.methods.cakd import CakdConfig
 from pipeline.distill.methods.term import TeacherSpace
 from pipeline.distill.settings import Distill
-from pipeline.distill.trainer import Trainer
+from pipeline.distill.trainer import build, discriminator_step, student_step, train_step
 from pipeline.models import checkpoint, teacher
 from pipeline.models.student import Taps
 from pipeline.store import policy, writing
@@ -52,7 +53,7 @@ QUICK = Distill(
 
 @pytest.fixture
 def make(prepared, teacher_path, features):
-    return lambda method, config=QUICK: Trainer(config, method, prepared, teacher_path, features)
+    return lambda method, config=QUICK: build(config, method, prepared, teacher_path, features)
 
 
 def run(config, method, prepared, teacher_path, features, folder):
@@ -66,12 +67,12 @@ def loss_terms(trainer, step=0):
     forward = trainer.objective.forward
 
     def spy(*args):
-        kept.update(forward(*args).losses)
+        kept.update(forward(*args).terms)
         raise StopIteration
 
     trainer.objective.forward = spy
     with pytest.raises(StopIteration):
-        trainer._student_step(step, stopwatch.Stopwatch())
+        student_step(trainer, step, stopwatch.Stopwatch())
     trainer.objective.forward = forward
     return kept
 
@@ -80,7 +81,7 @@ def loss_terms(trainer, step=0):
 def test_each_loss_term_alone_reaches_the_students_backbone(term, make):
     trainer = make("cakd+logits")
     # timm starts each residual branch at zero: one step opens them.
-    trainer.step(0, stopwatch.Stopwatch())
+    train_step(trainer, 0, stopwatch.Stopwatch())
     trainer.student.zero_grad()
     trainer.objective.zero_grad()
     loss_terms(trainer, step=7)[term].backward()
@@ -91,7 +92,7 @@ def test_each_loss_term_alone_reaches_the_students_backbone(term, make):
     else:
         backbone = [r for r, n in zip(reached, names, strict=True) if not n.startswith("fc.")]
         assert sum(backbone) >= 0.8 * len(backbone)
-    assert all(p.grad is None for p in trainer.features.tail.parameters())
+    assert all(p.grad is None for p in trainer.feed.features.tail.parameters())
     assert all(p.grad is None for p in trainer.objective.discriminator.parameters())
 
 
@@ -102,19 +103,20 @@ def test_a_step_computes_every_term_from_its_own_rows_views_masks_and_trans(
     config = replace(QUICK, seed=3, cakd=CakdConfig(standardise=True, swap_anneal=True))
     trainer, step = make("cakd+logits", config), 9
     student = copy.deepcopy(trainer.student).train()
-    parts, space = trainer.objective.parts, TeacherSpace.of(trainer.store.manifest)
+    parts, space = trainer.objective.parts, trainer.space
     found = loss_terms(trainer, step)
 
-    chosen = trainer.batches(step)
-    rows, ks, labels = chosen.rows, chosen.ks, torch.from_numpy(chosen.labels)
-    batch = views.view_batch(prepared.images, trainer.store.geometry, trainer.store.seed, rows, ks)
+    chosen = trainer.feed.views.batches(step)
+    rows, ks, labels = chosen.rows, chosen.view_numbers, torch.from_numpy(chosen.labels)
+    store = trainer.feed.features.store
+    batch = views.view_batch(prepared.images, store.geometry, store.seed, rows, ks)
     taught = teacher.load(teacher_path)(batch)
     records = [list(prepared.rows("train")).index(r) * 2 + k for r, k in zip(rows, ks, strict=True)]
     seeds = [step_seed(3, step, f"trans {record}") for record in records]
     pixels = config.cakd.trans(batch, seeds)
     assert not torch.equal(pixels, batch.float())
     with Taps(student, ["layer4"]) as taps:
-        logits = student(views.normalise(pixels, trainer.preprocess))
+        logits = student(views.normalise(pixels, trainer.reader.preprocess))
         native = taps.features["layer4"]
         feature = F.interpolate(native, (8, 8), mode="bilinear")
     key = Key(3, torch.tensor(records), step)
@@ -148,7 +150,7 @@ def test_the_step_follows_warm_up_and_schedule(make):
     trainer = make("cakd")
     watch = stopwatch.Stopwatch()
     for step, moved in ((0, False), (5, True)):
-        trainer._student_step(step, watch)
+        student_step(trainer, step, watch)
         gradient = trainer.objective.parts["pca"].project.q.weight.grad
         assert (gradient.abs().sum() > 0) == moved
         rate = trainer.optimizers["student"].param_groups[0]["lr"]
@@ -165,7 +167,7 @@ def test_the_discriminator_is_shown_what_the_student_is_held_against(make, monke
         return exact(network, real, fake)
 
     monkeypatch.setattr(robust, "discriminator", spy)
-    trainer.step(0, stopwatch.Stopwatch())
+    train_step(trainer, 0, stopwatch.Stopwatch())
     assert shown[0].mean().abs() < 0.2 and shown[0].std() == pytest.approx(1, abs=0.2)
 
 
@@ -189,17 +191,17 @@ def test_unfinished_work_of_other_labels_is_not_gone_on_with(
     class Killed(Exception):
         pass
 
-    exact = Trainer.step
+    exact = train_step
 
-    def step(self, number, watch):
+    def step(trainer, number, watch):
         if number == 12:
             raise Killed
-        return exact(self, number, watch)
+        return exact(trainer, number, watch)
 
-    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(distillation, "train_step", step)
     with pytest.raises(Killed):
         run(QUICK, "plain", prepared, teacher_path, features, tmp_path / "killed")
-    monkeypatch.setattr(Trainer, "step", exact)
+    monkeypatch.setattr(distillation, "train_step", exact)
     every = replace(prepared, student_label=prepared.splits == "train", index_sha256="other")
     for folder in ("killed", "whole"):
         run(QUICK, "plain", every, teacher_path, features, tmp_path / folder)
@@ -235,7 +237,7 @@ def test_the_students_step_leaves_the_discriminator_alone_and_its_own_step_moves
         return [p.detach().clone() for p in module.parameters()]
 
     before, student_before = copy(network), copy(trainer.student)
-    _, real, fake = trainer._student_step(0, stopwatch.Stopwatch())
+    _, real, fake = student_step(trainer, 0, stopwatch.Stopwatch())
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     assert all(p.grad is None for p in network.parameters())
     assert not all(
@@ -243,7 +245,7 @@ def test_the_students_step_leaves_the_discriminator_alone_and_its_own_step_moves
     )
     student_after = copy(trainer.student)
     assert not fake.requires_grad
-    trainer._discriminator_step(real, fake)
+    discriminator_step(trainer, real, fake)
     assert not all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     assert all(
         torch.equal(a, b) for a, b in zip(student_after, trainer.student.parameters(), strict=True)
@@ -253,7 +255,7 @@ def test_the_students_step_leaves_the_discriminator_alone_and_its_own_step_moves
 def test_the_discriminator_steps_every_fifth_iteration(make):
     trainer = make("cakd")
     watch = stopwatch.Stopwatch()
-    stepped = ["discriminator" in trainer.step(step, watch) for step in range(11)]
+    stepped = ["discriminator" in train_step(trainer, step, watch) for step in range(11)]
     assert [i for i, s in enumerate(stepped) if s] == [0, 5, 10]
 
 
@@ -269,8 +271,9 @@ def online(prepared, teacher_path, tmp_path_factory):
 
 def test_cached_and_online_teacher_give_the_same_losses(make, online, prepared, teacher_path):
     cached = make("cakd+logits")
-    live = Trainer(QUICK, "cakd+logits", prepared, teacher_path, online)
-    assert live.features.live is not None and cached.features.live is None
+    live = build(QUICK, "cakd+logits", prepared, teacher_path, online)
+    assert live.feed.features.live is not None
+    assert cached.feed.features.live is None
     for step in (0, 3):
         a, b = loss_terms(cached, step), loss_terms(live, step)
         for term in LOSS_TERMS:
@@ -285,12 +288,12 @@ def test_in_the_stores_own_write_batches_the_losses_are_the_same_bits(
     def in_order(self, step):
         records = np.arange(step * 64, step * 64 + 64)
         chosen = rows[records // 2]
-        return Chosen(chosen, records % 2, prepared.labels[chosen])
+        return BatchIndices(chosen, records % 2, prepared.labels[chosen], records)
 
     monkeypatch.setattr(Batches, "__call__", in_order)
     cached, live = (
         make("cakd+logits"),
-        Trainer(QUICK, "cakd+logits", prepared, teacher_path, online),
+        build(QUICK, "cakd+logits", prepared, teacher_path, online),
     )
     for step in (0, 7):
         a, b = loss_terms(cached, step), loss_terms(live, step)
@@ -308,7 +311,7 @@ def test_a_coarser_store_changes_the_losses_by_no_more_than_its_manifest_says(
     live = teacher.load(teacher_path)
     manifest = writing.write(cache, prepared, live, tmp_path / "s", tmp_path / "w", lambda _: None)
     error = max(manifest["error"].values())
-    coarse = Trainer(QUICK, "cakd+logits", prepared, teacher_path, tmp_path / "s")
+    coarse = build(QUICK, "cakd+logits", prepared, teacher_path, tmp_path / "s")
     a, b = loss_terms(make("cakd+logits"), 0), loss_terms(coarse, 0)
     assert a["logits"].item() == pytest.approx(b["logits"].item(), rel=1e-6)
     for term in ("attention", "gram", "tokens"):
@@ -329,7 +332,7 @@ def test_one_record_in_a_thousand_is_held_against_its_view(make, monkeypatch):
     monkeypatch.setattr(views, "check_hashes", lambda v, h, rows: checked.append(len(rows)))
     watch = stopwatch.Stopwatch()
     for step in range(20):
-        trainer.features.tokens(step, trainer.feed.at(step)[0], watch)
+        next(trainer.feed.batches(step, watch))
     assert checked == [64, 1]  # the first batch, then record 1,000 of the 1,280
 
 
@@ -357,7 +360,7 @@ def test_cakd_holds_no_logit_term_and_plain_holds_nothing_of_the_teacher(make):
     }
     plain = make("plain")
     assert set(loss_terms(plain)) == {"cross_entropy"}
-    assert plain.features is None and not list(plain.objective.parameters())
+    assert plain.feed.features is None and not list(plain.objective.parameters())
 
 
 def test_with_scarce_labels_a_batch_holds_an_eighth_of_labelled_images(prepared):
@@ -368,7 +371,7 @@ def test_with_scarce_labels_a_batch_holds_an_eighth_of_labelled_images(prepared)
         assert len(chosen.rows) == 64 and shown.sum() == 8
         assert prepared.student_label[chosen.rows[shown]].all()
         assert (prepared.labels[chosen.rows][shown] == chosen.labels[shown]).all()
-        assert set(chosen.ks) <= {0, 1}
+        assert set(chosen.view_numbers) <= {0, 1}
     assert batches.labels_seen == 50
 
 
@@ -377,7 +380,7 @@ def test_plain_trains_on_labelled_images_only_for_the_same_number_of_steps(prepa
     chosen = plain(20)
     assert plain.steps == distilled.steps == 21
     assert (chosen.labels >= 0).all() and prepared.student_label[chosen.rows].all()
-    assert chosen.ks.max() > 2  # a fresh view at every pass
+    assert chosen.view_numbers.max() > 2  # a fresh view at every pass
 
 
 def test_with_all_labels_every_image_of_the_batch_is_labelled(prepared):
@@ -418,24 +421,24 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_bits(
     class Killed(Exception):
         pass
 
-    exact = Trainer.step
+    exact = train_step
     for kill_at in (3, 7, 12, 20):
 
-        def step(self, number, watch, kill_at=kill_at):
+        def step(trainer, number, watch, kill_at=kill_at):
             if number == kill_at:
                 raise Killed
-            return exact(self, number, watch)
+            return exact(trainer, number, watch)
 
-        monkeypatch.setattr(Trainer, "step", step)
+        monkeypatch.setattr(distillation, "train_step", step)
         with pytest.raises(Killed):
             run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "killed")
     resumed = []
 
-    def watch_step(self, number, watch):
+    def watch_step(trainer, number, watch):
         resumed.append(number)
-        return exact(self, number, watch)
+        return exact(trainer, number, watch)
 
-    monkeypatch.setattr(Trainer, "step", watch_step)
+    monkeypatch.setattr(distillation, "train_step", watch_step)
     figures = run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "killed")
     assert json.dumps(figures["curves"]) == json.dumps(undisturbed["curves"])
     assert resumed == [20]  # the last checkpoint, not the beginning
@@ -455,10 +458,10 @@ def test_every_term_is_logged_and_the_figures_have_their_units(
 
 
 def test_a_changed_view_is_noticed_while_training(prepared, teacher_path, features, monkeypatch):
-    trainer = Trainer(QUICK, "logits", prepared, teacher_path, features)
-    trainer.feed.seed += 1
+    trainer = build(QUICK, "logits", prepared, teacher_path, features)
+    trainer.feed.views.seed += 1
     with pytest.raises(UserError, match="are not the pixels the teacher saw"):
-        trainer.step(0, stopwatch.Stopwatch())
+        train_step(trainer, 0, stopwatch.Stopwatch())
 
 
 def test_the_saved_projectors_come_back_as_they_were(prepared, teacher_path, features, tmp_path):
@@ -510,8 +513,8 @@ def test_standardising_brings_the_target_to_unit_scale(make):
     trainer = make("cakd", config)
     gl = trainer.objective.parts["gl"]
     h = gl.mean + 3 * gl.std
-    torch.testing.assert_close(trainer.objective.target(h), torch.full_like(h, 3.0))
-    space = TeacherSpace.of(trainer.store.manifest)
+    torch.testing.assert_close(gl.target(h), torch.full_like(h, 3.0))
+    space = trainer.space
     assert TeacherSpace.of(space.described()).width == 32
 
 

@@ -27,7 +27,7 @@ from pipeline.core import artifacts, cli, config, machine, progress
 from pipeline.data.prepared import SPLITS, Prepared
 from pipeline.distill import distill
 from pipeline.distill.settings import Distill
-from pipeline.distill.trainer import Trainer
+from pipeline.distill.trainer import Trainer, build, train_step
 from pipeline.evaluate import accuracy as evaluate_accuracy
 from pipeline.evaluate.accuracy import Evaluate, predict
 from pipeline.models import checkpoint, teacher
@@ -196,13 +196,13 @@ def student_settings(run: Run) -> Distill:
     return run.section(Distill, batch=BATCH, workers=workers, compute=how)
 
 
-def student_rate(build: Callable[[], Trainer]) -> float:
+def student_rate(make: Callable[[], Trainer]) -> float:
     """Seconds a step of one student, the first steps not counted."""
-    trainer = build()
-    watch = stopwatch.Stopwatch(trainer.place)
+    trainer = make()
+    watch = stopwatch.Stopwatch(trainer.device)
     ends = []
     for step in range(WARM_UP + STEPS):
-        trainer.step(step, watch)  # ends when the device has done it
+        train_step(trainer, step, watch)  # ends when the device has done it
         ends.append(time.perf_counter())
     trainer.feed.close()
     return (ends[-1] - ends[WARM_UP - 1]) / STEPS
@@ -214,7 +214,7 @@ def train_students(run: Run, prepared: Prepared, path: Path, features: Path, cac
     if not run.dry:
         per_epoch = -(-len(prepared.rows("train")) // settings.batch)
         seconds = {
-            method: student_rate(partial(Trainer, settings, method, *made))
+            method: student_rate(partial(build, settings, method, *made))
             for method in settings.methods
         }
         epoch = per_epoch * sum(seconds.values())

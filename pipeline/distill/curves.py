@@ -15,10 +15,10 @@ STAGES = (
 
 
 def summarise(
-    trainer: Trainer, watch: stopwatch.Stopwatch, curves: list[resume.Figures]
+    trainer: Trainer, timer: stopwatch.Stopwatch, curves: list[resume.Figures]
 ) -> dict[str, Any]:
     """Speed and curves of one training, as train/<method>.json holds them."""
-    timed = [s for s in watch.steps if s][2:] or [s for s in watch.steps if s]
+    timed = [s for s in timer.steps if s][2:] or [s for s in timer.steps if s]
     totals = [sum(s.values()) for s in timed] or [float("nan")]
     rates = [1e3 * trainer.config.batch / t for t in totals]
     quartiles = statistics.quantiles(rates, n=4) if len(rates) > 1 else [rates[0]] * 3
@@ -31,9 +31,9 @@ def summarise(
         "stage_ms": stage_ms,
         "stall_fraction": waiting / sum(totals),
         "peak_mb": stopwatch.peak_memory_mb(),
-        "steps": trainer.batches.steps,
+        "steps": trainer.feed.steps,
         "batch": trainer.config.batch,
-        "labels_seen": trainer.batches.labels_seen,
+        "labels_seen": trainer.feed.labels_seen,
         "curves": _thinned(curves),
     }
 

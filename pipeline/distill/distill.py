@@ -16,12 +16,13 @@ from pipeline.core.atomic import atomic_dir
 from pipeline.data.prepared import Prepared
 from pipeline.distill.curves import summarise
 from pipeline.distill.methods.table import terms_of
-from pipeline.distill.methods.term import TeacherSpace
 from pipeline.distill.settings import Distill
-from pipeline.distill.trainer import Trainer
+from pipeline.distill.trainer import Trainer, build, train_step
 from pipeline.models import checkpoint
 from pipeline.store.policy import Cache
-from pipeline.training import loop, ranks, resume, stopwatch
+from pipeline.training import loop, resume
+from pipeline.training.ranks import ALONE, Ranks
+from pipeline.training.stopwatch import Stopwatch
 
 # Rooms of pipeline/ whose code makes a student: an edit there starts an unfinished training anew.
 ROOMS = ("core", "data", "distill", "models", "store", "training")
@@ -36,7 +37,7 @@ def distill(
     out: Path,
     work: Path,
     policy: Cache | None = None,
-    among: ranks.Ranks = ranks.ALONE,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train one student by one method, publish it at `out`; the figures of train/<method>.json.
 
@@ -50,39 +51,39 @@ def distill(
     inputs = {"teacher": teacher_path, "features": features / "manifest.json"}
     made_by = artifacts.provenance(recipe, **inputs) | prepared.made_of() | {"method": method}
     with resume.work_folder(
-        work, artifacts.digest([made_by, artifacts.code(ROOMS)]), among
+        work, artifacts.digest([made_by, artifacts.code(ROOMS)]), ranks
     ) as folder:
-        trainer = Trainer(config, method, prepared, teacher_path, features, policy, among)
-        watch = stopwatch.Stopwatch(trainer.place)
-        steps = trainer.batches.steps
-        tell = progress.Progress(
+        trainer = build(config, method, prepared, teacher_path, features, policy, ranks)
+        timer = Stopwatch(trainer.device)
+        steps = trainer.feed.steps
+        shown = progress.Progress(
             f"distill {method}",
             steps,
             batch=config.batch,
             epoch=steps // config.epochs,
-            quiet=among.rank > 0,
+            quiet=ranks.rank > 0,
         )
         with trainer.feed.watched(), closing(trainer.feed):
             curves = loop.run_steps(
-                tell,
+                shown,
                 config.checkpoint_every,
                 folder / "checkpoint.safetensors",
                 trainer.modules,
                 trainer.optimizers,
-                lambda step: trainer.step(step, watch),
-                among,
+                lambda step: train_step(trainer, step, timer),
+                ranks,
             )
-        figures = summarise(trainer, watch, curves)
-        if among.rank == 0:
+        figures = summarise(trainer, timer, curves)
+        if ranks.rank == 0:
             with atomic_dir(out) as finished:
-                _publish(trainer, finished, made_by)
+                _publish(trainer, prepared, finished, made_by)
     return figures
 
 
-def _publish(trainer: Trainer, folder: Path, made_by: dict[str, Any]) -> None:
-    config, prepared = trainer.config, trainer.prepared
-    projectors, space = trainer.objective.projectors(), TeacherSpace.of(trainer.store.manifest)
-    tap = trainer.tap if projectors else None
+def _publish(trainer: Trainer, prepared: Prepared, folder: Path, made_by: dict[str, Any]) -> None:
+    config = trainer.config
+    projectors = trainer.objective.projectors()
+    tap = trainer.reader.tap if projectors else None
     checkpoint.save(
         folder / "student.safetensors",
         trainer.finished,
@@ -93,13 +94,13 @@ def _publish(trainer: Trainer, folder: Path, made_by: dict[str, Any]) -> None:
             "kwargs": config.student_kwargs,
             "num_classes": len(prepared.classes),
             "classes": list(prepared.classes),
-            "preprocess": trainer.preprocess,
-            "labels_seen": trainer.batches.labels_seen,
+            "preprocess": trainer.reader.preprocess,
+            "labels_seen": trainer.feed.labels_seen,
             "labels_total": int((prepared.labels[prepared.rows("train")] >= 0).sum()),
             "seed": config.seed,
             "tap": asdict(tap) if tap else None,
             "cakd": asdict(config.cakd) if tap else None,
-            "space": space.described() if tap else None,
+            "space": trainer.space.described() if tap else None,
             "provenance": made_by,
         },
     )

@@ -7,46 +7,54 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.data import views
-from pipeline.distill.batches import Batch, Chosen
+from pipeline.distill.batches import BatchIndices
 from pipeline.models import teacher
 from pipeline.store.reading import Store
-from pipeline.training import stopwatch
+from pipeline.training.stopwatch import Stopwatch
 
 
 class Features:
-    """The teacher's tokens of a batch: from the store and its replayed block, or from the live teacher."""
+    """The teacher's side of a batch: from the store and its replayed block, or from the live teacher."""
 
-    CHECK_EVERY = 1000  # records between two whose view is held against the stored hash
+    CHECK_EVERY = 1000  # records between two whose view is compared with the stored hash
 
-    def __init__(self, opened: Store, teacher_path: Path, place: torch.device) -> None:
-        self.store, self.place = opened, place
-        self.live = None if opened.cached else teacher.load(teacher_path).to(place)
-        replays = opened.cached and opened.replayed
-        self.tail = teacher.load_tail(teacher_path).to(place) if replays else None
+    def __init__(self, store: Store, teacher_path: Path, device: torch.device) -> None:
+        self.store, self.device = store, device
+        self.live = None if store.cached else teacher.load(teacher_path).to(device)
+        replays = store.cached and store.replayed
+        self.tail = teacher.load_tail(teacher_path).to(device) if replays else None
         self._checked = False
 
-    def tokens(self, step: int, batch: Batch, watch: stopwatch.Stopwatch) -> teacher.Tokens:
-        """Tokens of the batch. Raises UserError: damaged records, or views that are not the cached ones."""
-        if self.live is not None:
-            with watch.stage("replay"):
-                return self.live(batch.views.to(self.place))  # type: ignore[no-any-return]
-        with watch.stage("read"):
-            found = self.store.read(self.store.records(batch.chosen.rows, batch.chosen.ks))
-            self._check(step, batch, found.view_hash)
-        with watch.stage("replay"):
-            return found.to(self.place).tokens(self.tail)
+    def tokens(
+        self, step: int, indices: BatchIndices, pixels: Tensor, timer: Stopwatch
+    ) -> teacher.Tokens:
+        """Tokens of these views, pixels (B, 3, S, S) uint8.
 
-    def prefetch(self, chosen: Chosen) -> None:
+        Raises UserError: damaged records, or views that are not the cached ones.
+        """
+        if self.live is not None:
+            with timer.stage("replay"):
+                return self.live(pixels.to(self.device))  # type: ignore[no-any-return]
+        with timer.stage("read"):
+            records = self.store.read(indices.records)
+            self._check(step, indices.rows, pixels, records.view_hash)
+        with timer.stage("replay"):
+            return records.to(self.device).tokens(self.tail)
+
+    def prefetch(self, indices: BatchIndices) -> None:
         """Let the store read what comes next."""
         if self.live is None:
-            self.store.prefetch(self.store.records(chosen.rows, chosen.ks))
+            self.store.prefetch(indices.records)
 
-    def _check(self, step: int, batch: Batch, hashes: NDArray[np.uint64]) -> None:
-        """Every view of the first batch, then one record in CHECK_EVERY."""
-        seen = step * len(hashes) + np.arange(len(hashes))
-        chosen = np.flatnonzero(seen % self.CHECK_EVERY == 0 if self._checked else seen >= 0)
+    def _check(
+        self, step: int, rows: NDArray[np.int64], pixels: Tensor, hashes: NDArray[np.uint64]
+    ) -> None:
+        """Compare every view of the first batch, then one in CHECK_EVERY, with its stored hash."""
+        position = step * len(hashes) + np.arange(len(hashes))
+        due = np.flatnonzero(position % self.CHECK_EVERY == 0 if self._checked else position >= 0)
         self._checked = True
-        if len(chosen):
-            views.check_hashes(batch.views[chosen], hashes[chosen], batch.chosen.rows[chosen])
+        if len(due):
+            views.check_hashes(pixels[due], hashes[due], rows[due])

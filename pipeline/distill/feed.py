@@ -1,76 +1,131 @@
-"""Batches in order, made ahead by worker processes or when they are needed."""
+"""Batches in order: views made ahead by worker processes or here, the teacher's tokens read beside them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.core.errors import UserError
 from pipeline.data import views
-from pipeline.distill.batches import Batch, Batches, Chosen
-from pipeline.training import ranks, resume
+from pipeline.distill.batches import Batches, BatchIndices
+from pipeline.distill.features import Features
+from pipeline.models.teacher import Tokens
+from pipeline.training import resume
+from pipeline.training.ranks import ALONE, Ranks
+from pipeline.training.stopwatch import Stopwatch
 
 SIGNAL_SECONDS = 1.0  # to wait for the signal that tells of a worker whose pipe has gone
 
 
-class Feed(Dataset[list[Batch]]):
-    """This rank's parts of every step, made ahead by `workers` processes, or here; the same bits either way."""
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of a step, with all that its losses need."""
+
+    indices: BatchIndices
+    views: Tensor  # (B, 3, S, S) uint8
+    labelled: float  # labelled images a micro-batch of the step has on average
+    teacher: Tokens | None = None
+
+
+class Views(Dataset[list[Batch]]):
+    """This rank's micro-batches of a step, without the teacher: a function of the step, in any process."""
 
     def __init__(
         self,
         batches: Batches,
         geometry: views.Geometry,
         seed: int,
-        workers: int,
-        parts: int = 1,
-        among: ranks.Ranks = ranks.ALONE,
+        micro_batches: int = 1,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.batches, self.geometry, self.seed, self.workers = batches, geometry, seed, workers
-        self.parts, self.among = parts, among
-        self._next = -1
-        self._coming: Iterator[list[Batch] | UserError] = iter(())
+        self.batches, self.geometry, self.seed = batches, geometry, seed
+        self.micro_batches, self.ranks = micro_batches, ranks
 
-    def chosen(self, step: int) -> list[Chosen]:
-        """What makes this rank's parts of a step."""
+    def indices(self, step: int) -> list[BatchIndices]:
+        """What makes each micro-batch of this rank."""
         whole = self.batches(step)
-        mine = range(self.among.rank, self.parts, self.among.size)
-        return [whole.part(number, self.parts) for number in mine]
+        mine = range(self.ranks.rank, self.micro_batches, self.ranks.size)
+        return [whole.part(number, self.micro_batches) for number in mine]
 
     def __getitem__(self, step: int) -> list[Batch]:
-        labelled = float((self.batches(step).labels >= 0).sum()) / self.parts
-        images = self.batches.prepared.images
-        return [
-            Batch(c, views.view_batch(images, self.geometry, self.seed, c.rows, c.ks), labelled)
-            for c in self.chosen(step)
-        ]
+        labelled = float((self.batches(step).labels >= 0).sum()) / self.micro_batches
+        return [Batch(part, self._pixels(part), labelled) for part in self.indices(step)]
 
-    def at(self, step: int) -> list[Batch]:
-        """This rank's parts of a step; cheapest when asked in turn."""
+    def _pixels(self, part: BatchIndices) -> Tensor:
+        images = self.batches.prepared.images
+        return views.view_batch(images, self.geometry, self.seed, part.rows, part.view_numbers)
+
+
+class Feed:
+    """Micro-batches with the teacher's tokens in them; `workers` processes make the views ahead, or none does."""
+
+    def __init__(self, made: Views, features: Features | None, workers: int) -> None:
+        self.views, self.features, self.workers = made, features, workers
+        self._next = -1
+        self._ahead: Iterator[list[Batch] | UserError] = iter(())
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training."""
+        return self.views.batches.steps
+
+    @property
+    def labels_seen(self) -> int:
+        """Training images whose label the student is shown."""
+        return self.views.batches.labels_seen
+
+    def batches(self, step: int, timer: Stopwatch) -> Iterator[Batch]:
+        """This rank's micro-batches of a step; cheapest when steps are asked for in turn.
+
+        Raises UserError: a worker that was killed, damaged records, views that are not the cached ones.
+        """
+        with timer.stage("view"):
+            made = self._made(step)
+        for number, batch in enumerate(made):
+            if self.features is None:
+                yield batch
+                continue
+            tokens = self.features.tokens(step, batch.indices, batch.views, timer)
+            self._prefetch(step, number)
+            yield replace(batch, teacher=tokens)
+
+    def _prefetch(self, step: int, number: int) -> None:
+        """Let the store begin to read what the next micro-batch will ask for."""
+        assert self.features is not None
+        coming = self.views.indices(step)[number + 1 :]
+        if not coming and step + 1 < self.steps:
+            coming = self.views.indices(step + 1)
+        if coming:
+            self.features.prefetch(coming[0])
+
+    def _made(self, step: int) -> list[Batch]:
         if self.workers == 0:
-            return self[step]
+            return self.views[step]
         if step != self._next:
-            self._coming = iter(self._loader(step))
+            self._ahead = iter(self._loader(step))
         self._next = step + 1
         try:
-            coming = next(self._coming)
+            made = next(self._ahead)
         except (EOFError, OSError) as error:  # its end of a pipe or of a socket has gone
             if str(error).startswith("Caught"):
                 raise
             with suppress(RuntimeError):  # torch's own word of it: taken here, not in a destructor
                 time.sleep(SIGNAL_SECONDS)
             raise self._killed(error) from None
-        if isinstance(coming, UserError):
-            raise coming
-        return coming
+        if isinstance(made, UserError):
+            raise made
+        return made
 
     def close(self) -> None:
         """Let the workers go."""
-        self._coming, self._next = iter(()), -1
+        self._ahead, self._next = iter(()), -1
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -83,17 +138,17 @@ class Feed(Dataset[list[Batch]]):
             raise self._killed(error) from None
 
     def _killed(self, error: Exception) -> UserError:
-        found = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
         return UserError(
-            f"distill.workers: one of {self.workers} was killed ({found}); free memory, or lower distill.workers "
+            f"distill.workers: one of {self.workers} was killed ({reason}); free memory, or lower distill.workers "
             "or distill.batch, then run again to go on"
         )
 
     def _loader(self, start: int) -> DataLoader[Any]:
         return DataLoader(
-            self,
+            self.views,
             batch_size=None,
-            sampler=range(start, max(start + 1, self.batches.steps)),
+            sampler=range(start, max(start + 1, self.steps)),
             num_workers=self.workers,
             collate_fn=_shared,
             worker_init_fn=resume.as_worker,
@@ -101,14 +156,14 @@ class Feed(Dataset[list[Batch]]):
         )
 
 
-def _shared(parts: list[Batch]) -> list[Batch] | UserError:
+def _shared(batches: list[Batch]) -> list[Batch] | UserError:
     """The views in shared memory, or why not. Left to the queue, a failure would be waited for without end."""
     try:
-        for part in parts:
-            part.views.share_memory_()
+        for batch in batches:
+            batch.views.share_memory_()
     except RuntimeError as error:
         return UserError(
             f"distill.workers: a worker found no shared memory ({str(error).splitlines()[0]}); enlarge /dev/shm "
             "(docker: --shm-size), or set distill.workers: 0, then run again to go on"
         )
-    return parts
+    return batches

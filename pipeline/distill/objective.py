@@ -33,10 +33,11 @@ PROJECTORS = ("pca", "gl")
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a batch gave: unweighted losses by name; h'_S (B, N, D), where a discriminator wants it."""
+class Losses:
+    """Unweighted losses of a batch by name; for a discriminator h_T and h'_S (B, N, D), `real` and `fake`."""
 
-    losses: dict[str, Tensor]
+    terms: dict[str, Tensor]
+    real: Tensor | None = None
     fake: Tensor | None = None
 
 
@@ -72,39 +73,33 @@ class Objective(nn.Module):
         seen: Seen,
         taught: Tokens | None,
         labelled: float,
-        watch: Stopwatch,
+        timer: Stopwatch,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> Found:
-        """Every loss of a batch. `labelled` is what the cross-entropy is divided by (`losses.cross_entropy`).
+    ) -> Losses:
+        """Every loss of a batch. `labelled` is what the cross-entropy is divided by (`cross_entropy`).
 
         Only the projectors, whose losses are kept in float32 by their operators, run under `autocast`: elsewhere
         differences of near embeddings would drown in its rounding.
         """
-        found = {"cross_entropy": cross_entropy(seen.logits, seen.labels, labelled)}
+        terms = {"cross_entropy": cross_entropy(seen.logits, seen.labels, labelled)}
         if taught is None:
-            return Found(found)
+            return Losses(terms)
         for name, part in self.parts.items():
             if name in PROJECTORS:
-                with watch.stage("projector"), autocast():
-                    found |= part(seen, taught)
+                with timer.stage("projector"), autocast():
+                    terms |= part(seen, taught)
             else:
-                with watch.stage("terms"):
-                    found |= part(seen, taught)
+                with timer.stage("terms"):
+                    terms |= part(seen, taught)
         if self.discriminator is None:
-            return Found(found)
+            return Losses(terms)
         gl = self.parts["gl"]
         assert isinstance(gl, Gl) and gl.fake is not None
-        with watch.stage("adversarial"):
-            found["adversarial"] = robust.adversarial(
+        with timer.stage("adversarial"):
+            terms["adversarial"] = robust.adversarial(
                 self.discriminator, gl.fake.float(), self.cakd.adversarial
             )
-        return Found(found, gl.fake.detach().float())
-
-    def target(self, h_t: Tensor) -> Tensor:
-        """What the discriminator takes for real: h_T (B, N, D) as h'_S is held against it."""
-        gl = self.parts["gl"]
-        assert isinstance(gl, Gl)
-        return gl.target(h_t)
+        return Losses(terms, gl.target(taught.h), gl.fake.detach().float())
 
     def trained(self) -> list[nn.Parameter]:
         """What is trained together with the student: everything but the discriminator."""

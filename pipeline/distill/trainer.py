@@ -1,219 +1,274 @@
-"""One student trained by one method: its construction and its step."""
+"""One student trained by one method: `build` puts it together, `train_step` is one iteration of Algorithm 1."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from pipeline.data import views
 from pipeline.data.prepared import Prepared
 from pipeline.distill import robust
-from pipeline.distill.batches import Batch, Batches
+from pipeline.distill.batches import Batches
 from pipeline.distill.features import Features
-from pipeline.distill.feed import Feed
+from pipeline.distill.feed import Batch, Feed, Views
 from pipeline.distill.kernels.philox import Key
 from pipeline.distill.methods.table import reads, refuse_unread, settings
 from pipeline.distill.methods.term import Seen, Sizes, TeacherSpace
-from pipeline.distill.objective import Found, Objective
+from pipeline.distill.objective import Losses, Objective
 from pipeline.distill.settings import Distill
 from pipeline.models import checkpoint, student
 from pipeline.models.student import Taps, find_tap
 from pipeline.store.policy import Cache
 from pipeline.store.reading import Store
-from pipeline.training import compute, loop, ranks, stopwatch
+from pipeline.training import compute, loop
+from pipeline.training.ranks import ALONE, Ranks, average_figures, average_gradients, same_start
 from pipeline.training.seeds import step_seed
+from pipeline.training.stopwatch import Stopwatch
 
 
-class Trainer:
-    """One student, one method: everything a step needs, and the step."""
+class StudentReader:
+    """A student's forward pass, and what the method's terms read on its way."""
 
     def __init__(
         self,
+        network: nn.Module,
+        preprocess: dict[str, Any],
         config: Distill,
-        method: str,
-        prepared: Prepared,
-        teacher_path: Path,
-        features: Path,
-        policy: Cache | None = None,
-        among: ranks.Ranks = ranks.ALONE,
+        sizes: Sizes | None,
+        stages: bool,
     ) -> None:
-        torch.manual_seed(config.seed)
-        self.config, self.method, self.prepared, self.among = config, method, prepared, among
-        self.place = compute.place(config.compute.device, "distill.compute.device", among)
-        self.student = checkpoint.create(
-            config.student, config.student_kwargs, len(prepared.classes), "distill"
-        )
-        self.preprocess = checkpoint.preprocessing(self.student, prepared.image_size)
-        self.store = opened = Store(features, prepared, teacher_path, policy)
-        refuse_unread(method, opened.manifest)
-        taught = bool(reads(method, "teacher"))
-        self.features = Features(opened, teacher_path, self.place) if taught else None
-        self.batches = Batches(config, prepared, taught, opened.views)
-        parts = config.compute.parts(config.batch, among)
-        self.feed = Feed(self.batches, opened.geometry, opened.seed, config.workers, parts, among)
-        sizes = self._sizes(teacher_path) if taught else None
-        torch.manual_seed(config.seed)  # again: loading a teacher may or may not have drawn numbers
-        self.objective = Objective(
-            method, settings(config.logits, config.cakd, config.terms), sizes
-        ).to(self.place)
-        self.tap = sizes.tap if sizes else None
-        layout = torch.channels_last if config.compute.channels_last else torch.preserve_format
-        self.student = self.student.to(self.place).to(memory_format=layout)
-        ranks.same_start((self.student, self.objective), among)
-        self._stages = (
-            sizes.anatomy.stages if sizes and "stages" in reads(method, "student") else []
-        )
-        self._taps = Taps(self.student, [*self._stages, *([self.tap.module] if self.tap else [])])
-        self._forward = torch.compile(self.student) if config.compute.compile else self.student
-        self.averaged = config.compute.average(self.student)
-        self.optimizers = self._make_optimizers()
+        self.preprocess, self.tap = preprocess, sizes.tap if sizes else None
+        self._stages = list(sizes.anatomy.stages) if sizes and stages else []
+        self._taps = Taps(network, [*self._stages, *([self.tap.module] if self.tap else [])])
+        self._forward = torch.compile(network) if config.compute.compile else network
+        self._channels_last = config.compute.channels_last
 
-    def _sizes(self, teacher_path: Path) -> Sizes:
-        """What the terms are built for. Raises UserError: no fit tap, nothing to read the student by."""
-        config, prepared = self.config, self.prepared
-        tap, found = None, student.anatomy(self.student, prepared.image_size)
-        if "stages" in reads(self.method, "student"):
-            student.refuse_without_maps(self.student, found)
-        if "tap" in reads(self.method, "student"):
-            grid = tuple(checkpoint.describe(teacher_path)["grid"])
-            tap = find_tap(self.student, prepared.image_size, grid, config.cakd.tap)
-        return Sizes(
-            classes=len(prepared.classes),
-            anatomy=found,
-            tap=tap,
-            space=TeacherSpace.of(self.store.manifest),
-            images=len(prepared.rows("train")),
-            views=self.store.views,
+    def logits(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) 0..255 -> (B, K)."""
+        inputs = views.normalise(pixels, self.preprocess)
+        if self._channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        logits: Tensor = self._forward(inputs)
+        return logits
+
+    def outputs(self, logits: Tensor, labels: Tensor, key: Key, progress: float) -> Seen:
+        """What the terms read of the last forward pass, in float32."""
+        features = {module: feature.float() for module, feature in self._taps.features.items()}
+        return Seen(
+            logits=logits.float(),
+            embedding=self._taps.embedding.float(),
+            feature=features[self.tap.module] if self.tap else None,
+            stages=[features[module] for module in self._stages],
+            labels=labels,
+            key=key,
+            progress=progress,
         )
 
-    def _make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        config = self.config
-        trained = [*self.student.parameters(), *self.objective.trained()]
-        made: dict[str, torch.optim.Optimizer] = {
-            "student": torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
-        }
-        if self.objective.discriminator is not None:
-            made["discriminator"] = torch.optim.Adam(
-                self.objective.discriminator.parameters(),
-                lr=config.cakd.discriminator_lr,
-                betas=(0.5, 0.999),
-            )
-        return made
+
+@dataclass(frozen=True)
+class Trainer:
+    """What one training holds; `averaged` is the moving average of the student's weights, where it is on."""
+
+    config: Distill
+    method: str
+    student: nn.Module
+    averaged: AveragedModel | None
+    reader: StudentReader
+    objective: Objective
+    feed: Feed
+    optimizers: dict[str, torch.optim.Optimizer]
+    space: TeacherSpace
+    device: torch.device
+    ranks: Ranks
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """What a checkpoint holds."""
-        found: dict[str, nn.Module] = {"student": self.student, "objective": self.objective}
-        return found | ({"averaged": self.averaged} if self.averaged is not None else {})
+        modules: dict[str, nn.Module] = {"student": self.student, "objective": self.objective}
+        return modules | ({"averaged": self.averaged} if self.averaged is not None else {})
 
     @property
     def finished(self) -> nn.Module:
         """The student that is published: its averaged weights, where there are any."""
         return self.averaged.module if self.averaged is not None else self.student
 
-    def step(self, step: int, watch: stopwatch.Stopwatch) -> dict[str, float]:
-        """One iteration of Algorithm 1; the unweighted losses."""
-        seen, real, fake = self._student_step(step, watch)
-        due = step % self.config.cakd.discriminator_every == 0
-        if due and fake is not None and real is not None:
-            with watch.stage("adversarial"):
-                seen |= self._discriminator_step(real, fake)
-        watch.next_step()
-        return ranks.average_figures(seen, self.place, self.among)
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What forward passes run under."""
+        return self.config.compute.autocast(self.device)
 
-    def _student_step(
-        self, step: int, watch: stopwatch.Stopwatch
-    ) -> tuple[dict[str, float], Tensor | None, Tensor | None]:
-        """Mean losses of this rank's parts; h_T and h'_S (B, N, D) for the discriminator, where there is one."""
-        optimizer, config = self.optimizers["student"], self.config
-        with watch.stage("view"):
-            batch = self.feed.at(step)
-        # Modules with random numbers of their own (drop-out in the student) draw from this step's seed.
-        rank = f" {self.among.rank}" if self.among.rank else ""
-        torch.manual_seed(step_seed(config.seed, step, f"student{rank}"))
-        weights = self.objective.weights(step / self.batches.steps)
-        optimizer.zero_grad(set_to_none=True)
-        seen: dict[str, float] = {}
-        real, fake = [], []
-        for number, part in enumerate(batch):
-            found, target = self._part(step, number, part, watch)
-            for name, loss in found.losses.items():
-                seen[name] = seen.get(name, 0.0) + loss.item() / len(batch)
-            total = torch.stack([weights[t] * loss for t, loss in found.losses.items()]).sum()
-            with watch.stage("backward"):
-                (total / len(batch)).backward()
-            if found.fake is not None and target is not None:
-                fake.append(found.fake)
-                real.append(target)
-        with watch.stage("optimizer"):
-            ranks.average_gradients(self._trained, self.among)
-            for group in optimizer.param_groups:
-                group["lr"] = loop.learning_rate(step, self.batches.steps, config.lr)
-            optimizer.step()
-            if self.averaged is not None:
-                self.averaged.update_parameters(self.student)
-        return seen, torch.cat(real) if real else None, torch.cat(fake) if fake else None
 
-    @property
-    def _trained(self) -> list[Tensor]:
-        return [p for group in self.optimizers["student"].param_groups for p in group["params"]]
+def build(
+    config: Distill,
+    method: str,
+    prepared: Prepared,
+    teacher_path: Path,
+    features: Path,
+    policy: Cache | None = None,
+    ranks: Ranks = ALONE,
+) -> Trainer:
+    """Student, objective, feed and optimizers of one training; `policy` None takes that of the features.
 
-    def _part(
-        self, step: int, number: int, part: Batch, watch: stopwatch.Stopwatch
-    ) -> tuple[Found, Tensor | None]:
-        """The losses of one part of a step, with their graph, and what h'_S is held against."""
-        objective, chosen = self.objective, part.chosen
-        taught = None
-        if self.features is not None:
-            taught = self.features.tokens(step, part, watch)
-            self._prefetch(step, number)
-        ids = self.store.records(chosen.rows, chosen.ks)
-        pixels = part.views.to(self.place).float()
-        if "trans" in objective.terms:
-            with watch.stage("view"):
-                seeds = [step_seed(self.config.seed, step, f"trans {i}") for i in ids]
-                pixels = self.config.cakd.trans(part.views.to(self.place), seeds)
-        with watch.stage("student"), self._autocast():
-            inputs = views.normalise(pixels, self.preprocess)
-            if self.config.compute.channels_last:
-                inputs = inputs.contiguous(memory_format=torch.channels_last)
-            logits = self._forward(inputs)
-        features = {module: feature.float() for module, feature in self._taps.features.items()}
-        seen = Seen(
-            logits=logits.float(),
-            embedding=self._taps.embedding.float(),
-            feature=features[self.tap.module] if self.tap else None,
-            stages=[features[module] for module in self._stages],
-            labels=torch.from_numpy(chosen.labels).to(self.place),
-            key=Key(self.config.seed, torch.from_numpy(ids).to(self.place), step),
-            progress=step / self.batches.steps,
+    Student and objective each begin at the run's seed, so that neither depends on what the other draws.
+    Raises UserError: an unknown or unfit student, a stale store, a method that reads what the store lacks.
+    """
+    device = compute.place(config.compute.device, "distill.compute.device", ranks)
+    torch.manual_seed(config.seed)
+    network = checkpoint.create(
+        config.student, config.student_kwargs, len(prepared.classes), "distill"
+    )
+    preprocess = checkpoint.preprocessing(network, prepared.image_size)
+    store = Store(features, prepared, teacher_path, policy)
+    refuse_unread(method, store.manifest)
+    space = TeacherSpace.of(store.manifest)
+    distilled = bool(reads(method, "teacher"))
+    sizes = _sizes(config, method, network, prepared, teacher_path, store) if distilled else None
+    torch.manual_seed(config.seed)
+    objective = Objective(method, settings(config.logits, config.cakd, config.terms), sizes)
+    objective = objective.to(device)
+    layout = torch.channels_last if config.compute.channels_last else torch.preserve_format
+    network = network.to(device).to(memory_format=layout)
+    same_start((network, objective), ranks)
+    batches = Batches(config, prepared, distilled, store.views)
+    micro_batches = config.compute.parts(config.batch, ranks)
+    made = Views(batches, store.geometry, store.seed, micro_batches, ranks)
+    return Trainer(
+        config=config,
+        method=method,
+        student=network,
+        averaged=config.compute.average(network),
+        reader=StudentReader(
+            network, preprocess, config, sizes, "stages" in reads(method, "student")
+        ),
+        objective=objective,
+        feed=Feed(
+            made, Features(store, teacher_path, device) if distilled else None, config.workers
+        ),
+        optimizers=_optimizers(config, network, objective),
+        space=space,
+        device=device,
+        ranks=ranks,
+    )
+
+
+def _sizes(
+    config: Distill,
+    method: str,
+    network: nn.Module,
+    prepared: Prepared,
+    teacher_path: Path,
+    store: Store,
+) -> Sizes:
+    """What the terms are built for. Raises UserError: no fit tap, nothing to read the student by."""
+    tap, anatomy = None, student.anatomy(network, prepared.image_size)
+    if "stages" in reads(method, "student"):
+        student.refuse_without_maps(network, anatomy)
+    if "tap" in reads(method, "student"):
+        grid = tuple(checkpoint.describe(teacher_path)["grid"])
+        tap = find_tap(network, prepared.image_size, grid, config.cakd.tap)
+    return Sizes(
+        classes=len(prepared.classes),
+        anatomy=anatomy,
+        tap=tap,
+        space=TeacherSpace.of(store.manifest),
+        images=len(prepared.rows("train")),
+        views=store.views,
+    )
+
+
+def _optimizers(
+    config: Distill, network: nn.Module, objective: Objective
+) -> dict[str, torch.optim.Optimizer]:
+    trained = [*network.parameters(), *objective.trained()]
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "student": torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+    }
+    if objective.discriminator is not None:
+        optimizers["discriminator"] = torch.optim.Adam(
+            objective.discriminator.parameters(),
+            lr=config.cakd.discriminator_lr,
+            betas=(0.5, 0.999),
         )
-        found = objective(seen, taught, part.labelled, watch, self._autocast)
-        target = objective.target(taught.h) if found.fake is not None and taught else None
-        return found, target
+    return optimizers
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return self.config.compute.autocast(self.place)
 
-    def _prefetch(self, step: int, number: int) -> None:
-        """Let the store begin to read what the next part will ask for."""
-        assert self.features is not None
-        coming = self.feed.chosen(step)[number + 1 :]
-        if not coming and step + 1 < self.batches.steps:
-            coming = self.feed.chosen(step + 1)
-        if coming:
-            self.features.prefetch(coming[0])
+def train_step(trainer: Trainer, step: int, timer: Stopwatch) -> dict[str, float]:
+    """One iteration of Algorithm 1; the unweighted losses, their mean over the ranks."""
+    losses, real, fake = student_step(trainer, step, timer)
+    due = step % trainer.config.cakd.discriminator_every == 0
+    if due and fake is not None and real is not None:
+        with timer.stage("adversarial"):
+            losses |= discriminator_step(trainer, real, fake)
+    timer.next_step()
+    return average_figures(losses, trainer.device, trainer.ranks)
 
-    def _discriminator_step(self, real: Tensor, fake: Tensor) -> dict[str, float]:
-        """Eq. 8 on detached fakes, after the student's backward (decision 11)."""
-        assert self.objective.discriminator is not None
-        loss, accuracy = robust.discriminator(self.objective.discriminator, real, fake)
-        self.optimizers["discriminator"].zero_grad(set_to_none=True)
-        loss.backward()
-        ranks.average_gradients(self.objective.discriminator.parameters(), self.among)
-        self.optimizers["discriminator"].step()
-        return {"discriminator": loss.item(), "discriminator_accuracy": accuracy.item()}
+
+def student_step(
+    trainer: Trainer, step: int, timer: Stopwatch
+) -> tuple[dict[str, float], Tensor | None, Tensor | None]:
+    """Update student and projectors. Mean losses of this rank; h_T and h'_S (B, N, D) for the discriminator."""
+    config, optimizer = trainer.config, trainer.optimizers["student"]
+    # Modules with random numbers of their own (dropout in the student) draw from this step's seed.
+    rank = f" {trainer.ranks.rank}" if trainer.ranks.rank else ""
+    torch.manual_seed(step_seed(config.seed, step, f"student{rank}"))
+    weights = trainer.objective.weights(step / trainer.feed.steps)
+    optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, float] = {}
+    real: list[Tensor] = []
+    fake: list[Tensor] = []
+    for batch in trainer.feed.batches(step, timer):
+        losses = _losses(trainer, step, batch, timer)
+        for name, loss in losses.terms.items():
+            sums[name] = sums.get(name, 0.0) + loss.item() / config.compute.accumulate
+        total = torch.stack([weights[name] * loss for name, loss in losses.terms.items()]).sum()
+        with timer.stage("backward"):
+            (total / config.compute.accumulate).backward()
+        if losses.fake is not None and losses.real is not None:
+            fake.append(losses.fake)
+            real.append(losses.real)
+    with timer.stage("optimizer"):
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        average_gradients(trained, trainer.ranks)
+        for group in optimizer.param_groups:
+            group["lr"] = loop.learning_rate(step, trainer.feed.steps, config.lr)
+        optimizer.step()
+        if trainer.averaged is not None:
+            trainer.averaged.update_parameters(trainer.student)
+    return sums, torch.cat(real) if real else None, torch.cat(fake) if fake else None
+
+
+def _losses(trainer: Trainer, step: int, batch: Batch, timer: Stopwatch) -> Losses:
+    """The losses of one micro-batch, with their graph."""
+    device, indices, reader = trainer.device, batch.indices, trainer.reader
+    pixels = batch.views.to(device).float()
+    if "trans" in trainer.objective.terms:
+        with timer.stage("view"):
+            seed = trainer.config.seed
+            seeds = [step_seed(seed, step, f"trans {record}") for record in indices.records]
+            pixels = trainer.config.cakd.trans(batch.views.to(device), seeds)
+    with timer.stage("student"), trainer.autocast():
+        logits = reader.logits(pixels)
+    key = Key(trainer.config.seed, torch.from_numpy(indices.records).to(device), step)
+    labels = torch.from_numpy(indices.labels).to(device)
+    outputs = reader.outputs(logits, labels, key, step / trainer.feed.steps)
+    losses: Losses = trainer.objective(
+        outputs, batch.teacher, batch.labelled, timer, trainer.autocast
+    )
+    return losses
+
+
+def discriminator_step(trainer: Trainer, real: Tensor, fake: Tensor) -> dict[str, float]:
+    """Eq. 8 on detached fakes, after the student's backward (decision 11); loss and accuracy."""
+    assert trainer.objective.discriminator is not None
+    loss, accuracy = robust.discriminator(trainer.objective.discriminator, real, fake)
+    optimizer = trainer.optimizers["discriminator"]
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    average_gradients(trainer.objective.discriminator.parameters(), trainer.ranks)
+    optimizer.step()
+    return {"discriminator": loss.item(), "discriminator_accuracy": accuracy.item()}

@@ -56,6 +56,13 @@ class Records:
         return replace(replayed, logits=self.logits)
 
 
+def record_numbers(
+    train: NDArray[np.int64], rows: views.Rows, view_numbers: views.Rows, n_views: int
+) -> RecordNumbers:
+    """Position among the training rows (ascending) times V, plus the view: records are sample-major."""
+    return np.searchsorted(train, rows) * n_views + view_numbers
+
+
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest with its own hash in it."""
     bare = {key: value for key, value in manifest.items() if key != SEAL}
@@ -147,7 +154,7 @@ class Store:
         self.seed = int(marks["seed"])
         geometry = {k.split(".")[1]: v for k, v in marks.items() if k.startswith("geometry.")}
         self.geometry = config.parse(views.Geometry, geometry, f"{folder}: geometry")
-        self.position = {int(row): i for i, row in enumerate(prepared.rows("train"))}
+        self._train = prepared.rows("train")
         self._reader = Reader(open_shards(folder, self.manifest))
 
     @property
@@ -162,9 +169,7 @@ class Store:
 
     def records(self, rows: views.Rows, ks: views.Rows) -> RecordNumbers:
         """Record numbers of view k of each image row."""
-        return np.array(
-            [self.position[int(r)] * self.views + int(k) for r, k in zip(rows, ks, strict=True)]
-        )
+        return record_numbers(self._train, rows, ks, self.views)
 
     def prefetch(self, records: RecordNumbers) -> None:
         """Begin to read the records that the next `read` will ask for."""
