@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import stat
 import subprocess
@@ -27,6 +28,36 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         artifacts.write_json(path, {"value": float("nan")})
     assert artifacts.read_json(path, "x")["value"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_written_json_fills_its_lines_and_keeps_every_value():
+    value = {
+        "schema": "x",
+        "small": {"p50": 0.1, "ci": [0.09, 1e-07]},
+        "rows": [{"n": i, "name": "ä" * 12, "flags": [], "none": None} for i in range(3)],
+        "long": list(range(200)),
+        "deep": {"text": "t" * 200, 7: {"empty": {}}},
+        "last": True,
+    }
+    text = artifacts.json_text(value)
+    value["deep"] = {"text": "t" * 200, "7": {"empty": {}}}
+    assert json.loads(text) == value and list(json.loads(text)) == list(value)
+    lines = text.splitlines()
+    assert (
+        lines[0] == "{"
+        and lines[1] == ' "schema": "x", "small": {"p50": 0.1, "ci": [0.09, 1e-07]},'
+    )
+    assert [len(line) for line in lines if len(line) > artifacts.WIDTH] == [213]
+    at = lines.index(' "long": [')
+    numbers = lines[at + 1 : lines.index(" ],", at)]
+    assert all(len(line) > artifacts.WIDTH - 6 for line in numbers[:-1])
+    assert artifacts.json_text({}) == "{}" and artifacts.json_text([]) == "[]"
+
+
+def test_figures_are_rounded_and_counts_are_not():
+    value = {"a": [0.123456789, 1234567], "b": {"c": True, "d": None, "e": "0.123456789"}}
+    assert artifacts.rounded(value) == {"a": [0.123457, 1234567], "b": value["b"]}
+    assert artifacts.rounded(0.00123456, 4) == 0.001235
 
 
 def test_a_folder_replaces_the_old_one_only_when_finished(tmp_path):

@@ -15,12 +15,49 @@ from pipeline.core.atomic import atomic
 from pipeline.core.errors import UserError
 
 PACKAGES = ("torch", "timm", "numpy", "pillow", "safetensors")
+WIDTH = 115  # characters of a line of JSON
+_ENCODE = json.JSONEncoder(allow_nan=False).encode
 
 
 def write_json(path: Path | str, value: dict[str, Any]) -> None:
-    """Write JSON atomically; keys keep their order, NaN is refused."""
+    """Write JSON atomically, as `json_text` lays it out. Raises ValueError: NaN or Infinity."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(value) + "\n", encoding="utf-8")
+
+
+def json_text(value: Any, depth: int = 0, before: int = 0) -> str:
+    """JSON with lines filled up to WIDTH: a list or object that fits stays on one. Keys keep their order.
+
+    depth: levels above, a space of indentation each; before: characters left of the value on its line.
+    Raises ValueError: NaN or Infinity.
+    """
+    text = _ENCODE(value)
+    if not isinstance(value, dict | list | tuple) or depth + before + len(text) < WIDTH:
+        return text
+    if isinstance(value, dict):
+        entries = [(_ENCODE({key: 0})[1:-2], item) for key, item in value.items()]
+    else:
+        entries = [("", item) for item in value]
+    lines = [""]
+    for key, item in entries:
+        entry = f"{key}{json_text(item, depth + 1, len(key))},"
+        room = WIDTH - depth - 2 - len(lines[-1])
+        if lines[-1] and ("\n" in entry or "\n" in lines[-1] or len(entry) > room):
+            lines.append(entry)
+        else:
+            lines[-1] += f" {entry}" if lines[-1] else entry
+    inside = "\n".join(f"{' ' * (depth + 1)}{line}" for line in lines)[:-1]
+    start, end = "{}" if isinstance(value, dict) else "[]"
+    return f"{start}\n{inside}\n{' ' * depth}{end}"
+
+
+def rounded(value: Any, digits: int = 6) -> Any:
+    """The same JSON-able value with so many significant digits in every float."""
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item, digits) for item in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def read_json(path: Path | str, schema: str | None = None) -> dict[str, Any]:
