@@ -68,4 +68,5 @@ size:  ## lines by package, tests apart
 	@for p in $(PACKAGES) tests; do printf '%-12s %s\n' $$p "$$(find $$p -name '*.py' -exec cat {} + | wc -l)"; done
 
 clean:  ## everything a run made, not .venv
-	rm -rf data artifacts .work .dvc/cache .dvc/tmp reports/index.html
+	rm -rf data artifacts .work .dvc/cache .dvc/tmp reports/train reports/curves reports/bench/*.npz \
+		reports/edge.json reports/edge.md reports/evidence.json reports/index.html reports/pareto.csv

@@ -13,7 +13,7 @@ import numpy as np
 
 from exporters.artifact.session import TARGETS, Target
 from exporters.bench import latency
-from exporters.bench.measure import Measured, Subject, measure
+from exporters.bench.measure import Measured, Subject, measure, save_samples
 from exporters.bench.subjects import Bench, document
 from exporters.bench.worker import read_reference
 from exporters.trt import plan
@@ -37,7 +37,7 @@ def subject(
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write `args.out`; a model that cannot be measured here is a row with its reason."""
+    """Write `args.out` and its .npz; a model that cannot be measured here is a row with its reason."""
     began = time.monotonic()
     params = config.load(Bench, args.params)
     built = args.build_dir / "build.json"
@@ -54,6 +54,7 @@ def main(args: argparse.Namespace) -> None:
     inputs = {"build": built, "reference": reference}
     used = {key: value for key, value in params.__dict__.items() if key != "enabled"}
     content = {"p50_ms": headline(rows), "pairs": pairs(found, params.seed), "rows": rows}
+    save_samples(args.out.with_suffix(".npz"), found)
     artifacts.write_json(args.out, document(args.target, used, inputs, **content))
     print(f"{args.out}: p50 {', '.join(map(_said, rows))} ({time.monotonic() - began:.0f} s)")
 
@@ -114,7 +115,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m stages.bench", description=__doc__)
     parser.add_argument("export_dir", type=Path, help="artifacts/export")
     parser.add_argument("build_dir", type=Path, help="artifacts/build/<target>")
-    parser.add_argument("out", type=Path, help="reports/bench/<target>.json")
+    parser.add_argument(
+        "out", type=Path, help="reports/bench/<target>.json; every call beside it as .npz"
+    )
     parser.add_argument("--target", choices=TARGETS, required=True)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     cli.run(main, parser)

@@ -6,13 +6,11 @@ On several cards or machines: CAKD_LAUNCH="torchrun --nproc-per-node N" (docs/sc
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
 from pipeline.core import artifacts, cli, config, machine
-from pipeline.core.atomic import atomic
 from pipeline.data import prepared
-from pipeline.distill import distill
+from pipeline.distill import curves, distill
 from pipeline.distill.settings import PERF_SCHEMA, Distill
 from pipeline.store.policy import Cache
 from pipeline.training import ranks as training_ranks
@@ -35,33 +33,23 @@ def main(args: argparse.Namespace) -> None:
         )
     if ranks.rank:
         return
+    lines = figures.pop("curves")
     artifacts.write_json(
         args.perf,
         {
             "schema": PERF_SCHEMA,
+            **artifacts.rounded(figures, 4),
+            "losses": artifacts.rounded(curves.final(lines)),
             "method": args.method,
-            **figures,
             "machine": machine.machine(),
             "provenance": artifacts.provenance(student=args.out / "student.safetensors"),
         },
     )
     if args.curves is not None:
-        write_curves(figures["curves"], args.curves)
+        curves.write_csv(lines, args.curves)
     rate = figures["img_per_s"]["median"]
     print(f"{args.out}: {args.method}, {figures['steps']} steps, {rate:.0f} img/s, "
           f"{figures['labels_seen']} labels seen")  # fmt: skip
-
-
-def write_curves(curves: dict[str, list[list[float]]], path: Path) -> None:
-    """Every loss over the steps as CSV, one column a loss, for `dvc plots`."""
-    steps: dict[float, dict[str, float]] = {}
-    for name, points in curves.items():
-        for step, value in points:
-            steps.setdefault(step, {"step": int(step)})[name] = value
-    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, ["step", *curves], lineterminator="\n")
-        table.writeheader()
-        table.writerows(steps[step] for step in sorted(steps))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,12 @@ from pipeline.evaluate import accuracy, evidence
 from pipeline.evaluate.evaluate import evaluate
 
 TRAIN_PERF_SCHEMA = "cakd.train_perf/1"
+OF_A_TRAINING = (
+    "schema",
+    "losses",
+    "machine",
+    "provenance",
+)  # keys that train_perf.json leaves there
 
 
 def main(args: argparse.Namespace) -> None:
@@ -23,7 +29,8 @@ def main(args: argparse.Namespace) -> None:
     prepared = Prepared.open(args.prepared)
     machine = core_machine.machine()
     found, shown = evaluate(settings, prepared, args.teacher, students)
-    artifacts.write_json(args.accuracy, {"schema": accuracy.SCHEMA, **found, "machine": machine})
+    judged = {"schema": accuracy.SCHEMA, **artifacts.rounded(found), "machine": machine}
+    artifacts.write_json(args.accuracy, judged)
     artifacts.write_json(args.evidence, {"schema": evidence.SCHEMA, **shown, "machine": machine})
     trained = {m: artifacts.read_json(args.train / f"{m}.json", PERF_SCHEMA) for m in methods}
     artifacts.write_json(
@@ -31,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
         {
             "schema": TRAIN_PERF_SCHEMA,
             "methods": {
-                m: {k: v for k, v in t.items() if k not in ("schema", "machine", "provenance")}
+                m: {k: v for k, v in t.items() if k not in OF_A_TRAINING}
                 for m, t in trained.items()
             },
             "machine": machine,

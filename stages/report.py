@@ -17,7 +17,7 @@ from pipeline.core import artifacts, cli, config
 from pipeline.core.atomic import atomic
 from pipeline.core.errors import GateFailed
 from pipeline.data.prepared import Prepared
-from pipeline.report import adapters, gallery, history, machines, page, pareto, wording
+from pipeline.report import adapters, gallery, history, machines, page, pareto, raw, wording
 from pipeline.report.summary import Report, Sources, summarise
 
 
@@ -25,15 +25,16 @@ def main(args: argparse.Namespace) -> None:
     """Write the files, then fail if a budget or an fp32 parity failed."""
     started = time.perf_counter()
     section = config.load(Report, args.params)
-    sources = Sources(args.accuracy, args.train_perf, args.build, args.bench, args.device)
+    folders = (args.build, args.bench)
+    sources = Sources(args.accuracy, args.train_perf, *folders, args.device, args.curves)
     targets, shipped = (
         config.value("bench.enabled", args.params),
         config.value("export.method", args.params),
     )
     summary = summarise(sources, targets, shipped, section)
     earlier = history.read(args.history)
-    artifacts.write_json(args.edge_json, summary)
-    artifacts.write_json(args.parity, parity(summary))
+    artifacts.write_json(args.edge_json, raw.without_raw(summary))
+    artifacts.write_json(args.parity, parity(summary, args.build))
     if args.pareto:
         publish(args.pareto, pareto.table(pareto.points(summary)))
     publish(args.edge_md, page.markdown([summary], earlier))
@@ -47,13 +48,14 @@ def main(args: argparse.Namespace) -> None:
     fail_if([summary])
 
 
-def parity(summary: Mapping[str, Any]) -> dict[str, Any]:
+def parity(summary: Mapping[str, Any], build: Path) -> dict[str, Any]:
     """reports/parity.json: the parity rows of the enabled targets in one file."""
+    files = {t["target"]: build / t["target"] / "parity.json" for t in summary["targets"]}
     return {
         "schema": "cakd.parity/1",
-        "rows": summary["parity"],
+        "rows": artifacts.rounded(summary["parity"]),
         "machine": summary["machine"],
-        "provenance": summary["provenance"],
+        "provenance": artifacts.provenance(**files),
     }
 
 
@@ -109,6 +111,7 @@ def run_parser() -> argparse.ArgumentParser:
     add("parity", type=Path, help="out: the parity rows of all targets")
     add("edge_md", type=Path, help="out: the report for CI")
     add("index_html", type=Path, help="out: the report for people")
+    add("--curves", type=Path, metavar="DIR", help="reports/curves, a CSV of losses a method")
     add("--pareto", type=Path, metavar="CSV", help="out: accuracy and latency, for `dvc plots`")
     add("--params", type=Path, default=Path("params.yaml"))
     _takes_history(parser)

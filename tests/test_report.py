@@ -19,7 +19,8 @@ from pipeline.data.prepared import Prepared
 from pipeline.report import gallery, wording
 from pipeline.report import page as report_page
 from pipeline.report.page import markdown
-from pipeline.report.summary import KEPT_SAMPLES, Report, Sources, summarise, thin
+from pipeline.report.raw import KEPT_SAMPLES, thin
+from pipeline.report.summary import Report, Sources, summarise
 from tests.test_gallery import evidence
 
 ROOT = Path(__file__).parents[1]
@@ -250,12 +251,12 @@ def run(tmp_path: Path, digits: Path) -> Run:
     return Run(tmp_path, digits)
 
 
-def stage(run: Run, **environment: str) -> CompletedProcess[str]:
+def stage(run: Run, *options: Any, **environment: str) -> CompletedProcess[str]:
     inputs = [run.folder / n for n in ("accuracy.json", "train_perf.json", "build", "bench")]
     outputs = [OUT / n for n in ("edge.json", "parity.json", "edge.md", "index.html")]
     seen = [run.folder / "device.json", run.prepared, run.folder / "evidence.json"]
     paths = [*inputs, *seen, *(run.folder / o for o in outputs)]
-    return command([*paths, "--params", run.folder / "params.yaml"], **environment)
+    return command([*paths, "--params", run.folder / "params.yaml", *options], **environment)
 
 
 def command(arguments: list[Any], **environment: str) -> CompletedProcess[str]:
@@ -264,11 +265,11 @@ def command(arguments: list[Any], **environment: str) -> CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, env=full, capture_output=True, text=True)
 
 
-def summary(run: Run, budgets: dict[str, float] | None = None) -> dict[str, Any]:
-    f = run.folder
-    sources = Sources(
-        f / "accuracy.json", f / "train_perf.json", f / "build", f / "bench", f / "device.json"
-    )
+def summary(
+    run: Run, budgets: dict[str, float] | None = None, curves: Path | None = None
+) -> dict[str, Any]:
+    names = ("accuracy.json", "train_perf.json", "build", "bench", "device.json")
+    sources = Sources(*(run.folder / name for name in names), curves)
     return summarise(sources, ENABLED, "cakd", Report(budgets=budgets or {}))
 
 

@@ -19,8 +19,12 @@ from referencing import Registry, Resource
 from exporters.bench import __main__ as bench_command
 from exporters.bench import compare, latency
 from exporters.bundle import make
+from pipeline.core import artifacts
 from pipeline.core.errors import GateFailed
-from stages import build, device
+from pipeline.report.raw import without_raw
+from stages import build, device, distill, evaluate
+from tests.conftest import CNN
+from tests.test_report import Run, summary
 
 ROOT = Path(__file__).parents[1]
 BASE = "https://cakd-edge.invalid/schemas/"  # a name, never fetched: `.invalid` cannot resolve
@@ -151,7 +155,8 @@ WRONG = {  # file -> (where, a value that must be refused)
     "train/cakd.json": [
         ("stall_fraction", 4.1),
         ("stage_ms.projector", None),
-        ("curves.gram", [1]),
+        ("curves", {"gram": [1]}),
+        ("losses.gram", "0.1"),
     ],
     "edge.json": [("verdict.status", "FAIL"), ("budgets.0.value", None), ("models.cakd.points", 1)],
     "build/build.json": [("models.student.artefact", None), ("models.student.status", "skipped")],
@@ -183,7 +188,11 @@ def read(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def made(
-    exported: Path, teacher_path: Path, features: Path, tmp_path_factory: pytest.TempPathFactory
+    exported: Path,
+    digits: Path,
+    teacher_path: Path,
+    features: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, dict[str, Any]]:
     """Files that the code wrote just now, by name; the committed reports beside them."""
     folder = tmp_path_factory.mktemp("made")
@@ -198,6 +207,9 @@ def made(
     edge = tmp_path_factory.mktemp("edge")
     make.make(student, edge, None, None)
     (folder / "bundle-bench.json").write_text(bench_on_device(edge))
+    train_and_evaluate(folder, digits, teacher_path, features)
+    report = summary(Run(tmp_path_factory.mktemp("run"), digits), {"top1_min": 0.8})
+    artifacts.write_json(folder / "edge.json", without_raw(report))
     committed = {path.relative_to(ROOT / "reports").as_posix(): path for path in REPORTS}
     fresh = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.json")}
     beside = {
@@ -208,6 +220,24 @@ def made(
         "student.json": exported / "student.json",
     }
     return {name: read(path) for name, path in (committed | fresh | beside).items()}
+
+
+def train_and_evaluate(folder: Path, digits: Path, teacher: Path, features: Path) -> None:
+    """train/<method>.json of two quick trainings in `folder`, and what evaluate makes of them in judged/."""
+    methods = ("plain", "cakd")
+    student = {"student": "test_resnet", "student_kwargs": CNN, "epochs": 1}
+    cache = {"dtype": "float32", "views": 2, "shard_mb": 9}  # as the fixture `features`
+    params = folder / "params-of-training.yaml"
+    settings = {"distill": {"methods": methods, **student}, "cache": cache, "evaluate": {}}
+    params.write_text(json.dumps(settings))
+    for method in methods:
+        args = {"prepared": digits, "teacher": teacher, "features": features, "method": method}
+        args |= {"out": folder / "students" / method, "work": folder / "work", "params": params}
+        args |= {"perf": folder / "train" / f"{method}.json", "curves": folder / f"{method}.csv"}
+        distill.main(Namespace(**args))
+    outs = {name: folder / "judged" / f"{name}.json" for name in ("accuracy", "evidence", "perf")}
+    inputs = {"prepared": digits, "teacher": teacher, "students": folder / "students"}
+    evaluate.main(Namespace(**inputs, train=folder / "train", **outs, params=params))
 
 
 def bench_on_device(edge: Path) -> str:

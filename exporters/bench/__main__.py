@@ -47,7 +47,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure or compare, print, write `--json` and `--samples`, then let a failed verdict end with exit 3."""
+    """Measure or compare, print, write the files, then let a failed verdict end with exit 3."""
     subjects = subjects_of(args.models, args.targets, args.threads, args.batch)
     if args.reference:
         read_reference(args.reference)
@@ -69,9 +69,10 @@ def write(
     found: Sequence[Measured],
     content: dict[str, Any],
 ) -> None:
-    """The files asked for by `--json` and `--samples`."""
-    if args.samples:
-        save_samples(args.samples, found)
+    """The files asked for by `--json` and `--samples`; without the latter the calls stand beside the JSON."""
+    samples = args.samples or (args.json and args.json.with_suffix(".npz"))
+    if samples:
+        save_samples(samples, found)
     if args.json:
         names = dict.fromkeys(s.target.name for s in subjects)
         inputs = {path.name: path for path in args.models}
@@ -109,6 +110,12 @@ def _threads(text: str) -> list[int]:
     return list(dict.fromkeys(counts))
 
 
+def _json(text: str) -> Path:
+    if (path := Path(text)).suffix == ".npz":
+        raise argparse.ArgumentTypeError(f"got {text}; .npz is the name of the samples beside it")
+    return path
+
+
 def _seconds(text: str) -> float:
     if not 0 < (value := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"got {text}; allowed: above 0")
@@ -136,8 +143,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=0, help="of the order of the blocks")
     add("--reference", type=Path, metavar="NPZ", help="run its pictures x instead of smooth ones")
-    add("--json", type=Path, metavar="F", help="write the rows, and the verdicts")
-    add("--samples", type=Path, metavar="NPZ", help="write every call's times, and the blocks")
+    add("--json", type=_json, metavar="F", help="write the rows, and the verdicts")
+    add("--samples", type=Path, metavar="NPZ", help="every call; default: F's name with .npz")
     mode = p.add_mutually_exclusive_group()
     mode.add_argument(
         "--against",

@@ -23,7 +23,6 @@ WARM_UP_SECONDS = 2.0
 WARM_UP_AGREEMENT = 0.03  # three block medians within this share of each other
 MIN_INPUTS = 4
 MIN_CPU_SHARE = 0.9  # CPU over wall time below which one thread was disturbed
-SAMPLES_KEPT = 2000
 MIN_BLOCKS = 5  # of which an interval of the median is drawn
 DRAWS = 1000  # of a bootstrap over blocks
 
@@ -165,12 +164,6 @@ def median_interval(blocks: Sequence[Sequence[float]], seed: int = 0) -> list[fl
 def significant(value: float, digits: int = 4) -> float:
     """Rounded to so many significant digits, more than any of these figures carries."""
     return float(f"{value:.{digits}g}")
-
-
-def thin(samples: Sequence[float], limit: int = SAMPLES_KEPT) -> list[float]:
-    """At most `limit` samples at even distances, in their order, to 4 significant digits."""
-    rows = np.linspace(0, len(samples) - 1, min(limit, len(samples))).round().astype(int)
-    return [significant(samples[row]) for row in rows]
 
 
 def flags(

@@ -160,20 +160,19 @@ def measured(runners: Sequence[Runner], before: dict[str, Any], after: dict[str,
         "img_per_s": latency.significant(1e3 * batch / p50) if blocks else None,
         "load_ms": median("load_ms"),
         "first_ms": median("first_ms"),
+        "rss_mb": median("rss_mb"),
         "size_mb": size and latency.significant(size / 1e6),
         "params": told[0].get("params", figures.params),
         "macs": told[0].get("macs", figures.macs),
-        "rss_mb": median("rss_mb"),
         "warm_up_seconds": median("seconds"),
         "flags": _flags(subject, latency.Block.join(blocks), told, before, after) if blocks else [],
         "conditions": after,
-        "samples_ms": latency.thin([ms for b in blocks for ms in b.wall_ms]),
     }
     return Measured(row, [r.blocks for r in runners], figures)
 
 
 def save_samples(path: Path, found: Sequence[Measured]) -> None:
-    """Every call of every row, not thinned, as one .npz; docs/latency.md names the arrays."""
+    """Write every call of every row as one .npz; docs/latency.md names the arrays. Same calls, same bytes."""
     arrays: dict[str, Any] = {}
     for i, subject in enumerate(found):
         blocks = [b for process in subject.processes for b in process]

@@ -11,7 +11,7 @@ SCHEMA = "cakd.bundle-bench/1"
 def bench(found: Mapping[str, Any]) -> dict[str, Any]:
     """The one row a bundle measured, its machine and provenance, with the keys of `exporters.bench --json`.
 
-    What the runner on the device does not look at (size, memory, single calls) is None or empty.
+    What the runner on the device does not look at (size, memory) is None; single calls are not there.
     """
     runtime = found["runtime"].split()[0]
     short = {"onnxruntime": "ort", "openvino": "ov", "tensorrt": "trt"}[runtime]
@@ -31,7 +31,6 @@ def bench(found: Mapping[str, Any]) -> dict[str, Any]:
         **dict.fromkeys(("size_mb", "rss_mb", "params", "macs", "engine_ms")),
         "warm_up_seconds": found["warm_up"]["seconds"],
         "flags": ["NOISY", *found["flags"]] if found["flags"] else [],
-        "samples_ms": [],
     }
     return {
         "rows": [row],

@@ -10,6 +10,7 @@ from pipeline.core import artifacts
 from pipeline.core.errors import UserError
 from pipeline.report import schema
 from pipeline.report.pareto import wilson
+from pipeline.report.raw import without_raw
 from pipeline.report.summary import SCHEMA
 from pipeline.report.verdict import noisy
 
@@ -51,7 +52,8 @@ def beside(
 
     Milliseconds of two machines say nothing about each other. None where no earlier run is of this machine.
     """
-    own = [(n, s) for n, s in earlier if machine(s) == machine(summary) and s != summary]
+    this = without_raw(summary)
+    own = [(n, s) for n, s in earlier if machine(s) == machine(summary) and without_raw(s) != this]
     if not own:
         return None
     runs = sorted((_run(name, s) for name, s in own), key=lambda run: run["time"] or "")

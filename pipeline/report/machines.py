@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError, nearest
-from pipeline.report import bundled, schema
+from pipeline.report import bundled, raw, schema
 from pipeline.report.summary import BENCH, SCHEMA, model_of, target
 from pipeline.report.verdict import MODELS, judge
 
@@ -24,8 +24,9 @@ def read_machine(path: Path) -> dict[str, Any]:
     if found["schema"] == SCHEMA:
         refuse_unknown_shipped(path, found)
         return {"pairs": [], "comparisons": [], **found}
-    if found["schema"] == bundled.SCHEMA:
-        found = bundled.bench(found)
+    found = (
+        bundled.bench(found) if found["schema"] == bundled.SCHEMA else raw.with_samples(found, path)
+    )
     compared = found.get("comparisons", [])
     if not compared:
         refuse_other_models(path, found["rows"])

@@ -12,7 +12,9 @@ from markupsafe import Markup
 
 from pipeline.report import history, wording
 from pipeline.report.charts import bars, canvas, classes, curves, ecdf, forest, timeline, tradeoff
+from pipeline.report.raw import sampled
 from pipeline.report.summary import BASELINES
+from pipeline.report.verdict import MODELS
 
 Summary = Mapping[str, Any]
 Earlier = Sequence[tuple[str, Summary]]
@@ -144,4 +146,7 @@ def _pictures(summary: Summary, name: str) -> dict[str, Any]:
         **{key: svg and Markup(svg) for key, svg in drawn.items()},
         "curves": [(t, Markup(svg)) for t, svg in curves.pictures(training, f"{name}-curve")],
         "lines": curves.keys(list(training)),
+        "by_percentiles": [
+            t["target"] for t in summary["targets"] if not sampled(t[m] for m in MODELS)
+        ],
     }

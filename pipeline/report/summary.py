@@ -14,13 +14,12 @@ from typing import Any
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError, nearest
 from pipeline.report.budgets import BUDGETS, MOST, OF_TARGET, judge_budget, refuse_unknown_targets
+from pipeline.report.raw import thin, with_curves, with_samples
 from pipeline.report.verdict import MODELS, judge
 
 SCHEMA = "cakd.edge/1"
 BENCH = "cakd.bench/2"
 BASELINES = ("plain", "logits")  # every method is compared with these two, in points
-
-KEPT_SAMPLES = 61  # latencies kept of each row, evenly spaced in rank, both extremes among them
 
 
 @dataclass(frozen=True)
@@ -49,19 +48,23 @@ class Report:
 
 @dataclass(frozen=True)
 class Sources:
-    """The files of one run. `build` and `bench` are folders that hold one entry a target."""
+    """The files of one run. `build` and `bench` are folders that hold one entry a target.
+
+    `curves` holds a CSV a method; without it the summary has no training curves.
+    """
 
     accuracy: Path
     train_perf: Path
     build: Path
     bench: Path
     device: Path
+    curves: Path | None = None
 
 
 def summarise(
     sources: Sources, targets: Sequence[str], shipped: str, config: Report
 ) -> dict[str, Any]:
-    """Read one run, of `targets` only, and judge it by its `shipped` method.
+    """Read one run, of `targets` only, and judge it by its `shipped` method. Samples and curves are in it.
 
     Raises UserError: a file missing or of another schema, a method or a budget's target that is not there.
     """
@@ -73,9 +76,13 @@ def summarise(
             f"{nearest(shipped, accuracy['models'])}"
         )
     parity = read_parity(sources.build, targets)
-    benches = {name: artifacts.read_json(sources.bench / f"{name}.json", BENCH) for name in targets}
+    paths = {name: sources.bench / f"{name}.json" for name in targets}
+    benches = {n: with_samples(artifacts.read_json(path, BENCH), path) for n, path in paths.items()}
+    training = artifacts.read_json(sources.train_perf, "cakd.train_perf/1")["methods"]
+    if sources.curves is not None:
+        training = with_curves(training, sources.curves)
     inputs = {name: getattr(sources, name) for name in ("accuracy", "train_perf", "device")}
-    inputs |= {f"bench/{name}": sources.bench / f"{name}.json" for name in targets}
+    inputs |= {f"bench/{name}": path for name, path in paths.items()}
     summary = {
         "schema": SCHEMA,
         "title": config.title,
@@ -91,7 +98,7 @@ def summarise(
             )
             for name in targets
         ],
-        "training": artifacts.read_json(sources.train_perf, "cakd.train_perf/1")["methods"],
+        "training": training,
         "parity": parity,
         "pairs": [pair for name in targets for pair in benches[name].get("pairs", [])],
         "comparisons": [],
@@ -181,12 +188,3 @@ def _without_samples(row: Mapping[str, Any]) -> dict[str, Any]:
 def model_of(artefact: str) -> str:
     """`student-int8.onnx` -> `student`: the files of a build begin with the model's name."""
     return artefact.split(".")[0].split("-")[0]
-
-
-def thin(samples: Sequence[float]) -> list[float]:
-    """At most KEPT_SAMPLES of the samples, sorted, evenly spaced in rank, with the fastest and the slowest."""
-    ordered = sorted(samples)
-    if len(ordered) <= KEPT_SAMPLES:
-        return ordered
-    step = (len(ordered) - 1) / (KEPT_SAMPLES - 1)
-    return [ordered[round(i * step)] for i in range(KEPT_SAMPLES)]

@@ -1,4 +1,8 @@
-"""The share of calls done within so many milliseconds: a panel a target, student and teacher in it. Torch-free."""
+"""The share of calls done within so many milliseconds: a panel a target, student and teacher in it. Torch-free.
+
+The samples of a summary are evenly spaced in rank, both extremes among them: the i-th of n stands at i / (n - 1).
+A row without samples is drawn by its percentiles.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,21 @@ from typing import Any
 
 from pipeline.report.charts import canvas
 from pipeline.report.charts.canvas import COLOUR, RULE, WIDTH
+from pipeline.report.raw import sampled
 from pipeline.report.verdict import MODELS, noisy
 
 PANEL = 58  # px
 FILLED = 0.8  # of a panel, from none of the calls to all of them
 LINE = {"student": "-", "teacher": "--"}
+SHARES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99}  # of the calls, by the keys of `wall_ms`
 
 
 def picture(summary: Mapping[str, Any], name: str = "ecdf") -> str | None:
-    """Empirical distributions of the wall times; None without samples.
-
-    The samples of a summary are evenly spaced in rank, both extremes among them: the i-th of n stands at
-    i / (n - 1).
-    """
-    shown = [t for t in summary["targets"] if any(t[m]["samples_ms"] for m in MODELS)]
+    """Empirical distributions of the wall times; None where nothing was measured."""
+    shown = [t for t in summary["targets"] if any(points(t[m]) for m in MODELS)]
     if not shown:
         return None
-    values = [v for t in shown for m in MODELS for v in t[m]["samples_ms"]]
+    values = [ms for t in shown for m in MODELS for ms, _ in points(t[m])]
     names = [t["target"] + " NOISY" * any(noisy(t[m]) for m in MODELS) for t in shown]
     with canvas.styled():
         figure, axis = canvas.axes(WIDTH, PANEL * len(shown) + 46, canvas.room_for(names))
@@ -40,9 +42,19 @@ def _panel(axis: Any, target: Mapping[str, Any], base: float) -> None:
     for share, style in ((0, "-"), (0.5, (0, (2, 3))), (1, "-")):
         axis.axhline(base + FILLED * share, color=RULE, lw=1, ls=style)
     for model in MODELS:
-        samples = target[model]["samples_ms"]
-        if samples:
-            last = max(1, len(samples) - 1)
-            ranks = [base + FILLED * i / last for i in range(len(samples))]
-            line = {"color": COLOUR[model], "ls": LINE[model], "lw": 1.6}
-            axis.plot(samples, ranks, drawstyle="steps-post", **line)
+        if found := points(target[model]):
+            times, shares = zip(*found, strict=True)
+            line: dict[str, Any] = {"color": COLOUR[model], "ls": LINE[model], "lw": 1.6}
+            line |= {"drawstyle": "steps-post"} if sampled([target[model]]) else {"marker": "."}
+            axis.plot(times, [base + FILLED * share for share in shares], **line)
+
+
+def points(row: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """(ms, share of the calls done by then) of a row, by its samples or percentiles; empty unless measured."""
+    if row["status"] != "measured":
+        return []
+    if samples := row.get("samples_ms"):
+        last = max(1, len(samples) - 1)
+        return [(ms, i / last) for i, ms in enumerate(samples)]
+    wall = row["wall_ms"]
+    return [(wall[key], share) for key, share in SHARES.items() if wall.get(key)]
