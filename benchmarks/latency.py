@@ -33,6 +33,7 @@ from exporters.artifact.session import TARGETS
 from exporters.bench import latency
 from exporters.bench.conditions import conditions
 from exporters.bench.measure import Subject, warmed
+from exporters.device import timing
 from exporters.device.ov import shared_core
 from exporters.ort import export, int8
 from exporters.ov import convert
@@ -102,7 +103,7 @@ def peers(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         raise UserError(f"{BENCHMARK_APP}: not there; `pip install openvino` brings it")
     irs = {name: fixed(network(name, 224, folder)) for name in PEERS}
     calls = {name: call_on_a_set_input(ir) for name, ir in irs.items()}
-    pictures = latency.turns([np.zeros(1, np.float32)] * latency.MIN_INPUTS)
+    pictures = timing.turns([np.zeros(1, np.float32)] * timing.MIN_INPUTS)
     subjects = [Subject(name, ir, TARGETS["ov-fp32"]) for name, ir in irs.items()]
     turns: dict[str, dict[str, list[float]]] = {n: {tool: [] for tool in TOOLS} for n in PEERS}
     with warmed(subjects, None) as runners:

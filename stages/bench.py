@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from exporters.artifact.session import TARGETS, Target
-from exporters.bench import latency
-from exporters.bench.measure import Measured, Subject, measure, save_samples
+from exporters.bench import compare
+from exporters.bench.measure import Subject, measure, save_samples
 from exporters.bench.subjects import Bench, document
 from exporters.bench.worker import read_reference
-from exporters.trt import plan
+from exporters.open import RUNTIMES
 from pipeline.core import artifacts, cli, config
 
 BUILD_SCHEMA = "cakd.build/1"
@@ -31,9 +28,9 @@ def subject(
     made = build["models"].get(model, {"status": "skipped", "reason": "not in build.json"})
     artefact = args.build_dir / (made.get("artefact") or target.artefact.format(model=model))
     skip = made.get("reason") or "not built" if made["status"] == "skipped" else None
-    if target.runtime == "trt" and skip is None:
-        skip = plan.obstacle(plan.read_sidecar(artefact), artefact)
-    return Subject(model, artefact, target, threads, skip, batch)
+    return Subject(
+        model, artefact, target, threads, skip or RUNTIMES[target.runtime].obstacle(artefact), batch
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -53,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     rows = [one.row for one in found]
     inputs = {"build": built, "reference": reference}
     used = {key: value for key, value in params.__dict__.items() if key != "enabled"}
-    content = {"p50_ms": headline(rows), "pairs": pairs(found, params.seed), "rows": rows}
+    content = {"p50_ms": headline(rows), "pairs": compare.pairs(found, params.seed), "rows": rows}
     save_samples(args.out.with_suffix(".npz"), found)
     artifacts.write_json(args.out, document(args.target, used, inputs, **content))
     print(f"{args.out}: p50 {', '.join(map(_said, rows))} ({time.monotonic() - began:.0f} s)")
@@ -67,43 +64,6 @@ def headline(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def _batch(row: dict[str, Any]) -> str:
     return f"_b{row['batch']}" if row["batch"] > 1 else ""
-
-
-def pairs(found: Sequence[Measured], seed: int) -> list[dict[str, Any]]:
-    """Student over teacher where both ran at the fewest threads, batch by batch, paired round by round.
-
-    By CPU time; on a GPU by the engine's own. One process a side: what two processes differ by is not in it.
-    """
-    fewest = min(one.row["threads"] for one in found)
-    sides = {
-        (one.row["model"], one.row["batch"]): one
-        for one in found
-        if one.measured and one.row["threads"] == fewest
-    }
-    rows = []
-    for (model, batch), student in sides.items():
-        teacher = sides.get(("teacher", batch))
-        if model != "student" or teacher is None:
-            continue
-        clock = "engine" if student.row["engine_ms"] else "cpu"
-        ratio = latency.paired(_medians(student, clock), _medians(teacher, clock), seed)
-        rows.append(
-            {
-                "target": student.row["target"],
-                "threads": fewest,
-                "batch": batch,
-                "candidate": "student",
-                "baseline": "teacher",
-                "clock": clock,
-                "ratio": vars(ratio),
-            }
-        )
-    return rows
-
-
-def _medians(one: Measured, clock: str) -> list[list[float]]:
-    """(processes, rounds): the median of each block by that clock, in ms."""
-    return [[float(np.median(getattr(b, f"{clock}_ms"))) for b in p] for p in one.processes]
 
 
 def _said(row: dict[str, Any]) -> str:

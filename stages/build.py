@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from exporters.artifact.reference import Exported
 from exporters.artifact.session import TARGETS
-from exporters.build import Build, Exported, build_model, failures
+from exporters.build import Build, build_model, failures
 from pipeline.core import artifacts, cli, config
 from pipeline.core.atomic import atomic_dir
 from pipeline.core.errors import GateFailed

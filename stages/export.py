@@ -6,14 +6,13 @@ import argparse
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from exporters.artifact import inputs, onnx_file
 from exporters.artifact.eager import EagerSession
-from exporters.artifact.session import Array
-from exporters.build import IMAGES
+from exporters.artifact.reference import IMAGES
 from exporters.ort import export as ort_export
 from exporters.ort.export import Export
 from pipeline.core import artifacts, cli, config
@@ -22,11 +21,16 @@ from pipeline.core.errors import UserError
 from pipeline.core.machine import machine, usable_cores
 from pipeline.data.prepared import Prepared, normalised, spread
 
+if TYPE_CHECKING:
+    from torch import nn
+
 SCHEMA = "cakd.export/1"
 
 
 def main(args: argparse.Namespace) -> None:
     """Write `args.out`. Raises UserError: models that disagree on size or classes; GateFailed: ONNX parity."""
+    from pipeline.models.checkpoint import load
+
     began = time.monotonic()
     params = config.load(Export, args.params)
     prepared = Prepared.open(args.prepared)
@@ -35,13 +39,16 @@ def main(args: argparse.Namespace) -> None:
     rows = spread(prepared.rows("val"), params.reference_images)
     shown = spread(prepared.rows("train"), params.calibration_images)
     with atomic_dir(args.out) as folder:
+        loaded = {name: load(path) for name, path in checkpoints.items()}
         models = {
-            name: export(name, path, folder, params.opset) for name, path in checkpoints.items()
+            name: export(path, *loaded[name], folder / f"{name}.onnx", params.opset)
+            for name, path in checkpoints.items()
         }
         held = {"labels": prepared.labels[rows]}
-        for name, path in checkpoints.items():
+        for name in checkpoints:
             x = normalised(prepared.images[rows], preprocess[name])
-            held |= {IMAGES[name]: x, name: eager(path, x)}  # type: ignore[dict-item]
+            logits = inputs.run(EagerSession(*loaded[name], usable_cores()), x)
+            held |= {IMAGES[name]: x, name: logits}  # type: ignore[dict-item]
         np.savez(folder / "reference.npz", **held)  # type: ignore[arg-type]
         calibration = normalised(prepared.images[shown], preprocess["student"])
         np.save(folder / "calibration.npy", calibration)
@@ -65,15 +72,15 @@ def main(args: argparse.Namespace) -> None:
     )
 
 
-def export(name: str, checkpoint: Path, folder: Path, opset: int) -> dict[str, Any]:
-    """One checkpoint -> NAME.onnx with a copy of the checkpoint beside it; its block of export.json."""
-    from pipeline.models.checkpoint import count, load
+def export(
+    checkpoint: Path, model: nn.Module, description: dict[str, Any], out: Path, opset: int
+) -> dict[str, Any]:
+    """One loaded checkpoint -> ONNX with a copy of its files beside it; its block of export.json."""
+    from pipeline.models.checkpoint import count
 
-    out = folder / f"{name}.onnx"
-    row = ort_export.export(checkpoint, out, opset)
+    row = ort_export.export_model(model, description, out, opset)
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(checkpoint.with_suffix(suffix), out.with_suffix(suffix))
-    model, description = load(checkpoint)
     return {
         "onnx": out.name,
         "sha256": artifacts.sha256(out),
@@ -111,11 +118,6 @@ def agreed(
             f"{prepared.folder} holds {prepared.image_size}; prepare, teach and distill at one size"
         )
     return found
-
-
-def eager(checkpoint: Path, x: Array) -> Array:
-    """Torch's own logits (n, K), the truth of every later comparison."""
-    return inputs.run(EagerSession(checkpoint, usable_cores()), x)
 
 
 if __name__ == "__main__":

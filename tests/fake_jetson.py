@@ -1,13 +1,15 @@
 """Stands in for TensorRT 10.3 and libcudart: only names that 10.3 has, work done when the stream is waited for.
 
 FAKE in the environment names the call that fails: a method, `dtype` (an fp16 border) or `driver`. An engine is its
-ONNX file, run by ONNX Runtime; device memory is host memory that only the stand-in may touch.
+ONNX file, run by ONNX Runtime; device memory is host memory that only the stand-in may touch. `Cudart` serves
+tests/fake_tensorrt.py too.
 """
 
 from __future__ import annotations
 
 import ctypes
 import enum
+import functools
 import os
 import sys
 from pathlib import Path
@@ -18,65 +20,134 @@ import numpy as np
 
 BROKEN = os.environ.get("FAKE", "")
 DYNAMIC = -1
-MEMORY: dict[int, Any] = {}  # address -> buffer
-QUEUE: list[Any] = []
 HANDLE = 0x7FFF_0000_1234  # a stream: wider than 32 bits, as on a real machine
+COPY_MS, RUN_MS = 1.0, 0.25  # what events see
 
 
-def _copy(to: int, source: int, size: int, kind: int, stream: int) -> int:
-    device = to if kind == 1 else source
-    if stream != HANDLE or device not in MEMORY or size > len(MEMORY[device]):
-        return 1
-    QUEUE.append(lambda: ctypes.memmove(to, source, size))
-    return 0
+class Cudart:
+    """libcudart, a call a method: what is queued is done when the stream is waited for, or recorded in a capture.
 
+    `asked` gets ("capture",) and ("replay",); `fails` names the call that returns an error.
+    """
 
-def _malloc(pointer: Any, size: int) -> int:
-    if BROKEN == "cudaMalloc":
-        return 2
-    buffer = ctypes.create_string_buffer(size)
-    pointer._obj.value = ctypes.addressof(buffer)
-    MEMORY[pointer._obj.value] = buffer
-    return 0
+    def __init__(self, fails: Any = (), asked: Any = None) -> None:
+        self.fails, self.asked = fails, [] if asked is None else asked
+        self.memory: dict[int, Any] = {}  # address -> buffer
+        self.queue: list[Any] = []
+        self.captured: Any = None  # what a capture has recorded so far
+        self.graphs: dict[int, Any] = {}  # graphs, and executable graphs
+        self.events: dict[int, Any] = {}  # when they happened, on a clock of ms
+        self.now = 0.0
 
+    def library(self) -> SimpleNamespace:
+        """What `ctypes.CDLL` gives."""
+        names = [name for name in dir(self) if name.startswith("cuda")]
+        return SimpleNamespace(**{name: functools.partial(getattr(self, name)) for name in names})
 
-def _set(value: int) -> Any:
-    def call(pointer: Any, *_: int) -> int:
-        pointer._obj.value = value
+    def enqueue(self, stream: int, work: Any, milliseconds: float = 0.0) -> int:
+        def timed() -> None:
+            work()
+            self.now += milliseconds
+
+        (self.queue if self.captured is None else self.captured).append(timed)
+        return int(stream != HANDLE)
+
+    def held(self, address: int, size: int) -> bool:
+        """Whether so many bytes of device memory begin there."""
+        return address in self.memory and size <= len(self.memory[address])
+
+    def cudaGetDeviceCount(self, pointer: Any) -> int:
+        pointer._obj.value = 0 if "no device" in self.fails else 1
+        return 35 if "driver" in self.fails else 0
+
+    def cudaDeviceGetAttribute(self, pointer: Any, number: int, device: int) -> int:
+        minor = int(os.environ.get("FAKE_MINOR", "7"))
+        pointer._obj.value = {16: 8, 75: 8, 76: minor}[number]
+        return device
+
+    def cudaMalloc(self, pointer: Any, size: int) -> int:
+        if "cudaMalloc" in self.fails or self.captured is not None:
+            return 2
+        buffer = ctypes.create_string_buffer(b"\7" * size, size)
+        pointer._obj.value = ctypes.addressof(buffer)
+        self.memory[pointer._obj.value] = buffer
         return 0
 
-    return call
+    def cudaFree(self, address: int) -> int:
+        return self.memory.pop(address) and 0
+
+    def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> int:
+        device, host = (to, source) if kind == 1 else (source, to)
+        if kind not in (1, 2) or not self.held(device, size) or host in self.memory:
+            return 1
+        return self.enqueue(stream, lambda: ctypes.memmove(to, source, size), COPY_MS)
+
+    def cudaStreamCreate(self, pointer: Any) -> int:
+        pointer._obj.value = HANDLE
+        return 0
+
+    def cudaStreamSynchronize(self, stream: int) -> int:
+        if self.captured is not None:
+            return 900
+        for work in self.queue:
+            work()
+        self.queue.clear()
+        return int(stream != HANDLE)
+
+    def cudaStreamBeginCapture(self, stream: int, mode: int) -> int:
+        if self.captured is not None or self.queue or mode != 1:
+            return 900
+        self.asked.append(("capture",))
+        self.captured = []
+        return int(stream != HANDLE)
+
+    def cudaStreamEndCapture(self, stream: int, pointer: Any) -> int:
+        graph, self.captured = self.captured, None
+        if "capture" in self.fails or stream != HANDLE:
+            return 901
+        pointer._obj.value = self._new(self.graphs, graph)
+        return 0
+
+    def cudaGraphInstantiateWithFlags(self, pointer: Any, graph: Any, flags: int) -> int:
+        pointer._obj.value = self._new(self.graphs, list(self.graphs[graph.value]))
+        return flags
+
+    def cudaGraphDestroy(self, graph: Any) -> int:
+        self.graphs.pop(graph.value).clear()
+        return 0
+
+    def cudaGraphLaunch(self, graph: int, stream: int) -> int:
+        self.asked.append(("replay",))
+        works = self.graphs[graph]
+        return self.enqueue(stream, lambda: [work() for work in works])
+
+    def cudaEventCreate(self, pointer: Any) -> int:
+        pointer._obj.value = self._new(self.events, None)
+        return 0
+
+    def cudaEventRecord(self, event: int, stream: int) -> int:
+        self.events[event] = None
+        return self.enqueue(stream, lambda: self.events.update({event: self.now}))
+
+    def cudaEventElapsedTime(self, pointer: Any, began: int, ended: int) -> int:
+        if self.events[began] is None or self.events[ended] is None:
+            return 600  # not ready
+        pointer._obj.value = self.events[ended] - self.events[began]
+        return 0
+
+    def cudaGetErrorString(self, status: int) -> bytes:
+        return f"words of {status}".encode()
+
+    def _new(self, table: dict[int, Any], value: Any) -> int:
+        """A handle of its own for the value."""
+        handle = 0x7FFF_1000_0000 + len(self.graphs) + len(self.events) * 256
+        while handle in self.graphs or handle in self.events:
+            handle += 1
+        table[handle] = value
+        return handle
 
 
-def _attribute(pointer: Any, number: int, device: int) -> int:
-    pointer._obj.value = {16: 8, 75: 8, 76: int(os.environ.get("FAKE_MINOR", "7"))}[number]
-    return device
-
-
-def _wait(stream: int) -> int:
-    for work in QUEUE:
-        work()
-    QUEUE.clear()
-    return stream != HANDLE
-
-
-def _count(pointer: Any) -> int:
-    pointer._obj.value = 0 if BROKEN == "no device" else 1
-    return 35 if BROKEN == "driver" else 0
-
-
-def cudart() -> SimpleNamespace:
-    """What `ctypes.CDLL` gives for libcudart."""
-    return SimpleNamespace(
-        cudaGetDeviceCount=_count,
-        cudaDeviceGetAttribute=_attribute,
-        cudaMalloc=_malloc,
-        cudaFree=lambda address: MEMORY.pop(address) and 0,
-        cudaMemcpyAsync=_copy,
-        cudaStreamCreate=_set(HANDLE),
-        cudaStreamSynchronize=_wait,
-        cudaGetErrorString=lambda status: f"words of {status}".encode(),
-    )
+CUDA = Cudart((BROKEN,))
 
 
 class Severity(enum.IntEnum):
@@ -180,7 +251,7 @@ class Engine:
         return "input" if name == self.io[0].name else "output"
 
     def get_tensor_dtype(self, name: str) -> str:
-        return "float16" if BROKEN == "dtype" else "float32"
+        return "half" if BROKEN == "dtype" else "float"
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         entry = next(e for e in self.io if e.name == name)
@@ -205,21 +276,22 @@ class Context:
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
-        return not self.log.fails("set_tensor_address") and address in MEMORY
+        return not self.log.fails("set_tensor_address") and address in CUDA.memory
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream == HANDLE and len(self.addresses) == self.engine.num_io_tensors
-        name, shape = self.engine.io[0].name, self.shape
+        assert len(self.addresses) == self.engine.num_io_tensors
+        name, shape, addresses = self.engine.io[0].name, self.shape, dict(self.addresses)
 
         def work() -> None:
-            data = ctypes.string_at(self.addresses[name], 4 * int(np.prod(shape)))
+            data = ctypes.string_at(addresses[name], 4 * int(np.prod(shape)))
             x = np.frombuffer(data, np.float32).reshape(shape)
             for entry, made in zip(
                 self.engine.io[1:], self.engine.session.run(None, {name: x}), strict=True
             ):
-                ctypes.memmove(self.addresses[entry.name], made.tobytes(), made.nbytes)
+                assert CUDA.held(addresses[entry.name], made.nbytes)
+                ctypes.memmove(addresses[entry.name], made.tobytes(), made.nbytes)
 
-        QUEUE.append(work)
+        assert CUDA.enqueue(stream, work, RUN_MS) == 0
         return not self.log.fails("execute_async_v3")
 
 
@@ -236,7 +308,6 @@ def tensorrt() -> ModuleType:
     module = ModuleType("tensorrt")
     module.__dict__.update(
         __version__=os.environ.get("FAKE_VERSION", "10.3.0"),
-        float32="float32",
         ILogger=ILogger,
         Builder=Builder,
         OnnxParser=OnnxParser,
@@ -244,6 +315,9 @@ def tensorrt() -> ModuleType:
         NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
         MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
         BuilderFlag=SimpleNamespace(TF32="tf32"),
+        DataType=SimpleNamespace(
+            FLOAT="float", HALF="half", INT32="int32", INT64="int64", BOOL="bool"
+        ),
         TensorIOMode=SimpleNamespace(INPUT="input", OUTPUT="output"),
     )
     return module
@@ -255,6 +329,6 @@ def install() -> None:
     real = ctypes.CDLL
 
     def load(name: Any, *args: Any, **kwargs: Any) -> Any:
-        return cudart() if "cudart" in str(name) else real(name, *args, **kwargs)
+        return CUDA.library() if "cudart" in str(name) else real(name, *args, **kwargs)
 
     ctypes.CDLL = load  # type: ignore[assignment, misc]

@@ -1,4 +1,4 @@
-"""A `tensorrt` and a `torch` of a machine with a GPU: they record what is asked and can be told to fail.
+"""A `tensorrt` and a libcudart of a machine with a GPU: they record what is asked and can be told to fail.
 
 `Fake(fails={"build"})` makes that call give None, False or -1, as TensorRT does; what it logs is `fails`' name.
 Engines are real files of four bytes; running one gives the image's mean plus the number of each of 4 classes.
@@ -6,15 +6,18 @@ Engines are real files of four bytes; running one gives the image's mean plus th
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import enum
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 
+from exporters.device import cudart
 from exporters.trt import driver
+from tests.fake_jetson import RUN_MS, Cudart
 
 GPU = driver.Device("A GPU", "90", "13.0")
 PLAN = b"FAKE"
@@ -39,12 +42,12 @@ Kind = enum.Enum("Kind", ["FLOAT", "HALF", "INT32", "INT64", "BOOL"])
 
 
 class Fake:
-    """Both modules, and `asked`: every call that matters, in order."""
+    """Both, and `asked`: every call that matters, in order."""
 
     def __init__(self, version: str = "11.4.0.106", fails: frozenset[str] = frozenset()) -> None:
         self.asked: list[tuple[Any, ...]] = []
         self.fails = set(fails)
-        self.arrays: dict[int, np.ndarray[Any, Any]] = {}
+        self.cuda = Cudart(self.fails, self.asked)
         self.tensorrt = SimpleNamespace(
             __version__=version,
             ILogger=ILogger,
@@ -55,10 +58,15 @@ class Fake:
             NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
             MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
             Builder=lambda log: Builder(self, log),
-            OnnxParser=lambda network, log: Parser(self, log),
+            OnnxParser=lambda network, log: Parser(self, log, network),
             Runtime=lambda log: Runtime(self, log),
         )
-        self.torch = FakeTorch(self)
+
+    def install(self, monkeypatch: Any, gpu: driver.Device = GPU) -> None:
+        """From here on the packages and the GPU of that machine."""
+        monkeypatch.setitem(sys.modules, "tensorrt", self.tensorrt)
+        monkeypatch.setattr(cudart, "_load", self.cuda.library)
+        monkeypatch.setattr(driver, "device", lambda: gpu)
 
     def gives(self, call: str, log: Any, value: Any, instead: Any = None) -> Any:
         """`value`, or `instead` and a logged error where that call is to fail."""
@@ -136,9 +144,10 @@ class Config(Part):
 class Parser(Part):
     """Knows SUPPORTED and finds every other node."""
 
-    def __init__(self, fake: Fake, log: Any) -> None:
+    def __init__(self, fake: Fake, log: Any, network: Any) -> None:
         super().__init__(fake, log)
         self.errors: list[Any] = []
+        self.network = network
 
     def _odd(self, model: onnx.ModelProto) -> list[Any]:
         odd = [n for n in enumerate(model.graph.node) if n[1].op_type not in SUPPORTED]
@@ -153,7 +162,11 @@ class Parser(Part):
         ]
 
     def parse_from_file(self, path: str) -> bool:
-        self.errors = self._odd(onnx.load(path))
+        model = onnx.load(path)
+        self.errors = self._odd(model)
+        entry = model.graph.input[0]
+        dims = [d.dim_value or -1 for d in entry.type.tensor_type.shape.dim]
+        self.network.get_input = lambda _: SimpleNamespace(name=entry.name, shape=dims)
         if "model" in self.fake.fails:
             whole = SimpleNamespace(node=lambda: -1, desc=lambda: "the model went wrong")
             self.errors = [*self.errors, whole]
@@ -190,6 +203,9 @@ class Engine(Part):
     def get_tensor_dtype(self, name: str) -> Any:
         return Kind.INT64 if name == "index" else Kind.FLOAT
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return {"image": (-1, 3, 8, 8), "logits": (-1, 4), "index": (-1,)}[name]
+
     def create_execution_context(self) -> Any:
         return self.fake.gives("context", self._log, Context(self.fake, self._log))
 
@@ -206,100 +222,27 @@ class Context(Part):
         return bool(self.fake.gives("input_shape", self._log, shape[0] <= LARGEST, False))
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (self.shape[0], 4) if name == "logits" else (self.shape[0],)
+        return {"image": self.shape, "logits": (self.shape[0], 4), "index": (self.shape[0],)}[name]
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.bound[name] = address
         return bool(self.fake.gives("address", self._log, True, False))
 
     def execute_async_v3(self, stream: int) -> bool:
+        """Queues the work over the shape and the addresses of now, as a captured graph keeps them."""
         if not self.fake.gives("execute", self._log, True, False):
             return False
-        self.fake.torch.cuda.enqueued(self.compute)
-        return True
+        shape, bound, cuda = self.shape, dict(self.bound), self.fake.cuda
+        sizes = {"image": 4 * int(np.prod(shape)), "logits": 16 * shape[0], "index": 8 * shape[0]}
+        assert all(cuda.held(bound[name], size) for name, size in sizes.items())
 
-    def compute(self) -> None:
-        assert self.bound.keys() == {"image", "logits", "index"}
-        taken = self.fake.arrays[self.bound["image"]]
-        made = taken.mean(axis=(1, 2, 3))[:, None] + np.arange(4)
-        self.fake.arrays[self.bound["logits"]][...] = made
+        def compute() -> None:
+            taken = np.frombuffer(ctypes.string_at(bound["image"], sizes["image"]), np.float32)
+            means = taken.reshape(shape).mean(axis=(1, 2, 3))
+            for name, made in (
+                ("logits", (means[:, None] + np.arange(4)).astype(np.float32)),
+                ("index", np.full(shape[0], -1, np.int64)),
+            ):
+                ctypes.memmove(bound[name], made.tobytes(), made.nbytes)
 
-
-class Tensor:
-    """A torch tensor by its numpy array; the array is found again by its address."""
-
-    def __init__(self, array: np.ndarray[Any, Any]) -> None:
-        self.array = array
-
-    def data_ptr(self) -> int:
-        return int(self.array.ctypes.data)
-
-    def zero_(self) -> None:
-        self.array[...] = 0
-
-    def copy_(self, other: Tensor, non_blocking: bool) -> None:
-        self.array[...] = other.array
-
-    def float(self) -> Tensor:
-        return Tensor(self.array.astype(np.float32))
-
-    def cpu(self) -> Tensor:
-        return self
-
-    def numpy(self) -> np.ndarray[Any, Any]:
-        return self.array
-
-
-class FakeTorch:
-    float32, float16, int32, int64, bool = np.float32, np.float16, np.int32, np.int64, np.bool_
-
-    def __init__(self, fake: Fake) -> None:
-        self.fake = fake
-        self.cuda = FakeCuda(fake)
-
-    def empty(self, shape: tuple[int, ...], dtype: Any, device: str) -> Tensor:
-        assert device == "cuda"
-        tensor = Tensor(np.full(shape, 7, dtype))
-        self.fake.arrays[tensor.data_ptr()] = tensor.array
-        return tensor
-
-    def from_numpy(self, array: np.ndarray[Any, Any]) -> Tensor:
-        return Tensor(array)
-
-
-class FakeCuda:
-    """Work runs at once, but inside a capture it is kept for `replay`."""
-
-    def __init__(self, fake: Fake) -> None:
-        self.fake = fake
-        self.capturing: list[Any] | None = None
-
-    def Stream(self) -> Any:  # noqa: N802
-        return SimpleNamespace(cuda_stream=1, synchronize=lambda: None)
-
-    @contextlib.contextmanager
-    def stream(self, stream: Any) -> Any:
-        yield
-
-    def CUDAGraph(self) -> Any:  # noqa: N802
-        graph = SimpleNamespace(work=[])
-        graph.replay = lambda: (
-            self.fake.asked.append(("replay",)),
-            [work() for work in graph.work],
-        )
-        return graph
-
-    @contextlib.contextmanager
-    def graph(self, graph: Any, stream: Any) -> Any:
-        if "capture" in self.fake.fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        self.fake.asked.append(("capture",))
-        self.capturing = graph.work
-        yield
-        self.capturing = None
-
-    def enqueued(self, work: Any) -> None:
-        if self.capturing is None:
-            work()
-        else:
-            self.capturing.append(work)
+        return cuda.enqueue(stream, compute, RUN_MS) == 0

@@ -19,9 +19,9 @@ from exporters.bench import __main__ as bench_command
 from exporters.bench import compare, gates, latency, measure, worker
 from exporters.bench.measure import Subject
 from exporters.bench.subjects import Bench, subjects_of
+from exporters.device import timing
 from pipeline.core.errors import GateFailed, UserError
 from pipeline.report import raw
-from stages import bench
 
 ROOT = Path(__file__).parents[1]
 PLAYER = '''
@@ -30,7 +30,7 @@ import ctypes, functools, os, signal, sys, time
 import numpy as np
 import exporters.bench.worker
 from exporters.artifact.session import Unavailable
-from exporters.bench import latency
+from exporters.device import timing
 from pipeline.core.errors import UserError
 
 class Session:
@@ -73,7 +73,7 @@ class Session:
         return x.mean(axis=(2, 3))
 
 exporters.bench.worker.open_session = Session
-latency.warm_up = functools.partial(latency.warm_up, limit=0.3)
+timing.warm_up = functools.partial(timing.warm_up, limit=0.3)
 exporters.bench.worker.main()
 '''
 
@@ -84,7 +84,7 @@ def player(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "player.py"
     script.write_text(PLAYER)
     monkeypatch.setattr(worker, "COMMAND", (sys.executable, str(script)))
-    monkeypatch.setattr(latency, "BLOCK_SECONDS", 0.06)
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 0.06)
 
 
 def artefact(folder: Path, play: str, name: str = "model.onnx") -> Path:
@@ -287,7 +287,7 @@ def test_an_undecided_verdict_runs_as_long_again_once(
         return latency.Ratio(1.0, 0.9, 1.2, 0.1)
 
     monkeypatch.setattr(latency, "compare", undecided)
-    monkeypatch.setattr(latency, "BLOCK_SECONDS", 0.01)
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 0.01)
     monkeypatch.setattr(compare, "PROCESSES", 1)
     same = subject(tmp_path, "")
     told, found = compare.compare(same, same, 0, None)
@@ -581,7 +581,7 @@ def test_pairs_of_a_gpu_are_of_the_engines_own_time() -> None:
         row = {"model": model, "batch": 1, "threads": 1, "target": "trt-fp16", "status": "measured"}
         return measure.Measured({**row, "engine_ms": {"p50": ms}}, [blocks], counts.Figures())
 
-    (pair,) = bench.pairs([made("student", 1.0), made("teacher", 4.0)], 0)
+    (pair,) = compare.pairs([made("student", 1.0), made("teacher", 4.0)], 0)
     assert pair["clock"] == "engine" and pair["ratio"]["median"] == 0.25
 
 

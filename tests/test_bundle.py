@@ -28,10 +28,11 @@ from exporters.bench import latency
 from exporters.bundle import __main__ as bundle_command
 from exporters.bundle import make
 from exporters.device import actions, contents, cudart, gates, ort, picture, run, session, timing
+from exporters.device.builder import Builder
 from exporters.device.contents import Bundle
 from exporters.device.errors import UserError as Refused
 from exporters.device.errors import one_line
-from exporters.device.trt import TrtSession, build, logger
+from exporters.device.trt import TrtSession
 from exporters.ort import quantize
 from exporters.ort.session import OrtSession
 from pipeline.core import artifacts, errors
@@ -391,7 +392,7 @@ def test_the_fusion_that_two_versions_of_onnx_runtime_get_wrong_is_off_there(
     )
     found = ort.OrtSession(module, made / "model-fp32.onnx", 1)
     x, logits = Bundle.open(made).parity()
-    assert gates.judge(logits, found.run(x), "fp32")[0] == "PASS" and asked == [off]
+    assert gates.verify(logits, found.run(x), "fp32")[0] == "PASS" and asked == [off]
 
 
 def test_the_bench_in_words(made: Path, runner: Runner) -> None:
@@ -644,13 +645,13 @@ def test_an_engine_of_another_version_gpu_or_file_is_built_again(
 def test_batches_of_any_size_share_the_engines_buffers_and_lose_none(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cudart, "_load", fake_jetson.cudart)
-    monkeypatch.setattr(fake_jetson, "MEMORY", {})
+    monkeypatch.setattr(fake_jetson, "CUDA", fake_jetson.Cudart())
+    monkeypatch.setattr(cudart, "_load", fake_jetson.CUDA.library)
     engine = TrtSession(fake_jetson.tensorrt(), made / "model-fp32.onnx", "fp32", tmp_path)
     x, logits = Bundle.open(made).parity()
     for size in (1, 3, 2, 8, 16, 1):
         assert np.abs(engine.run(x[:size]) - logits[:size]).max() < 1e-5
-        assert len(fake_jetson.MEMORY) == 2
+        assert len(fake_jetson.CUDA.memory) == 2
 
 
 @pytest.mark.parametrize("name", ["ort", "ov"])
@@ -785,6 +786,20 @@ int cudaMemcpyAsync(void *to, const void *from, size_t n, int kind, void *s) {
 }
 int cudaStreamCreate(void **s) { *s = (void *)0x7fff00001234; return 0; }
 int cudaStreamSynchronize(void *s) { return s != (void *)0x7fff00001234; }
+static void *graph = (void *)0x7fff00005678, *ready = (void *)0x7fff00009abc;
+int cudaStreamBeginCapture(void *s, int mode) { return mode != 1 || s != (void *)0x7fff00001234; }
+int cudaStreamEndCapture(void *s, void **g) { *g = graph; return s != (void *)0x7fff00001234; }
+int cudaGraphInstantiateWithFlags(void **e, void *g, unsigned long long flags) {
+  *e = ready;
+  return g != graph || flags;
+}
+int cudaGraphDestroy(void *g) { return g != graph; }
+int cudaGraphLaunch(void *e, void *s) { return e != ready || s != (void *)0x7fff00001234; }
+int cudaEventCreate(void **e) { static char *made = (char *)0x7fff0000def0; *e = made += 16; return 0; }
+int cudaEventRecord(void *e, void *s) {
+  return (size_t)e < 0x7fff0000def0 || s != (void *)0x7fff00001234;
+}
+int cudaEventElapsedTime(float *ms, void *a, void *b) { *ms = ((char *)b - (char *)a) / 64.0f; return 0; }
 const char *cudaGetErrorString(int e) { return "words"; }
 """
 
@@ -801,6 +816,9 @@ def test_the_calls_of_libcudart_have_the_types_of_c(tmp_path: Path) -> None:
         "there = cuda.allocate(x.nbytes); back = np.zeros_like(x)\n"
         "cuda.upload(there, x, stream); cuda.download(back, there, stream); cuda.wait(stream)\n"
         "cuda.free(there); assert (x == back).all() and cuda.device()['multiprocessors'] == 8\n"
+        "ran = []; graph = cuda.capture(stream, lambda: ran.append(1)); cuda.launch(graph, stream)\n"
+        "began, ended = cuda.event(), cuda.event(); cuda.record(began, stream)\n"
+        "cuda.record(ended, stream); assert cuda.elapsed_ms(began, ended) == 0.25 and ran == [1]\n"
     )
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
     line = [sys.executable, "-c", code]
@@ -818,10 +836,10 @@ def test_a_real_builder_takes_every_file_meant_for_tensorrt(made: Path) -> None:
     opened = Bundle.open(made)
     for precision in contents.PRECISIONS:
         model = made / opened.model("trt", precision).file
-        assert build(tensorrt_rtx, logger(tensorrt_rtx), model)
+        assert Builder(tensorrt_rtx, model).build()
     unsigned = made / opened.model("ort", "int8").file
     with pytest.raises(Refused, match=r"model-int8-cpu\.onnx: TensorRT cannot"):
-        build(tensorrt_rtx, logger(tensorrt_rtx), unsigned)
+        Builder(tensorrt_rtx, unsigned).build()
 
 
 def test_the_runner_is_python_3_8_with_the_standard_library_and_numpy(made: Path) -> None:
@@ -852,26 +870,23 @@ def test_the_gates_on_the_device_are_those_of_the_maker(precision: str) -> None:
     for a, b in [(reference, b) for b in answers] + [(constant, constant), (constant, reference)]:
         found = agreement.figures(a, b)
         verdict, _ = agreement.judge(found, float(np.abs(a).max()), precision, agreement.Gates())
-        assert gates.judge(a, b, precision)[0] == verdict
+        assert gates.verify(a, b, precision)[0] == verdict
         seen.add(verdict)
     assert seen == {"PASS", "FAIL", "UNDECIDED"}
 
 
-def test_the_clock_on_the_device_is_that_of_the_maker() -> None:
+@pytest.mark.parametrize("n", [1, 99, 100, 999, 1000])
+def test_a_percentile_on_the_device_needs_as_many_calls_as_the_makers(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = np.random.default_rng(0)
-    for n in (1, 99, 100, 999, 1000):
-        wall, cpu = (generator.random(n).tolist() for _ in range(2))
-        theirs = latency.summarise([latency.Block(wall, cpu)])
-        found = timing.summarise(wall, cpu)
-        assert theirs["wall_ms"].pop("p50_ci") is None  # of one block
-        assert [found[k] for k in ("wall_ms", "cpu_ms")] == [
-            theirs[k] for k in ("wall_ms", "cpu_ms")
-        ]
-    assert timing.AGREEMENT == latency.WARM_UP_AGREEMENT
-    assert timing.WARM_UP_SECONDS == latency.WARM_UP_SECONDS
-    assert timing.BLOCK_SECONDS == latency.BLOCK_SECONDS
-    assert timing.MIN_CPU_SHARE == latency.MIN_CPU_SHARE
-    assert timing.MIN_INPUTS == latency.MIN_INPUTS
+    wall, cpu = (generator.random(n).tolist() for _ in range(2))
+    monkeypatch.setattr(timing, "block", lambda *_: (wall, cpu, []))
+    theirs = latency.summarise([latency.Block(wall, cpu)])
+    found = timing.measure(lambda x: x, [np.zeros(1, np.float32)] * 4, 1)
+    assert theirs["wall_ms"].pop("p50_ci") is None  # of one block
+    assert [found[k] for k in ("wall_ms", "cpu_ms")] == [theirs[k] for k in ("wall_ms", "cpu_ms")]
+    assert found["wall_ms"]["n"] == n and (found["wall_ms"]["p99"] is None) == (n < 1000)
 
 
 def test_the_warm_up_ends_when_it_is_stable_and_else_the_row_is_noisy(
@@ -883,7 +898,7 @@ def test_the_warm_up_ends_when_it_is_stable_and_else_the_row_is_noisy(
         monkeypatch.setattr(timing, "WARM_UP_SECONDS", 60 if stable else 0)
         calls: list[float] = []
         monkeypatch.setattr(
-            timing, "_block", lambda *_, c=calls, t=turns: (c.append(1), ([next(t)], [1.0]))[1]
+            timing, "block", lambda *_, c=calls, t=turns: (c.append(1), ([next(t)], [1.0], []))[1]
         )
         found = timing.measure(lambda x: x, x, 1)
         assert found["warm_up"]["stable"] is stable and len(calls) == blocks + 1

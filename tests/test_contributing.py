@@ -84,7 +84,9 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from exporters.artifact import onnx_file
+from exporters.artifact.runtime import Runtime
 from exporters.artifact.session import Array, checked_shape
+from exporters.ort.runtime import make
 
 
 class ReferenceSession:
@@ -103,14 +105,16 @@ class ReferenceSession:
         """x (B, 3, S, S) -> logits (B, K)."""
         made: Array = self._evaluator.run(None, {"image": x})[0]
         return made
+
+
+REFERENCE = Runtime(
+    "reference",
+    ".onnx",
+    make,
+    lambda artefact, *_: ReferenceSession(artefact),
+    packages=("onnx",),
+)
 '''
-OPENER = """def _reference(_: Target, artefact: Path, __: int) -> Session:
-    from exporters.reference import ReferenceSession
-
-    return ReferenceSession(artefact)
-
-
-"""
 HOUSE = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_house.py")
 
 
@@ -212,23 +216,26 @@ def test_a_data_source_is_a_file_and_a_row(tmp_path: Path) -> None:
     python(copied, *HOUSE, "-k", "dependencies or docstring")
 
 
-def test_a_target_is_a_session_and_two_rows(tmp_path: Path, exported: Path) -> None:
+def test_a_target_is_a_file_and_two_rows(tmp_path: Path, exported: Path) -> None:
     copied = tmp_path / "copy"
     copied.mkdir()
     tiny.copy(copied, "tests", bench={"enabled": ["ort-fp32", "reference-fp32"]})
-    (copied / "exporters" / "reference.py").write_text(REFERENCE)
+    (copied / "exporters" / "ort" / "reference.py").write_text(REFERENCE)
     edit(
         copied / "exporters" / "artifact" / "session.py",
         (
             '        Target("ov-fp32"',
-            '        Target("reference-fp32", "reference", "fp32", "{model}.onnx", ("onnx",)),\n'
+            '        Target("reference-fp32", "reference", "fp32", "{model}.onnx"),\n'
             '        Target("ov-fp32"',
         ),
     )
     edit(
         copied / "exporters" / "open.py",
-        ("def _trt(", OPENER + "def _trt("),
-        ('    "ov": _ov,\n', '    "ov": _ov,\n    "reference": _reference,\n'),
+        (
+            "from exporters.ort.runtime",
+            "from exporters.ort.reference import REFERENCE\nfrom exporters.ort.runtime",
+        ),
+        ("OV, RTX, TRT)", "OV, RTX, TRT, REFERENCE)"),
     )
     built, told = tmp_path / "built", tmp_path / "bench.json"
     target = ("--target", "reference-fp32")

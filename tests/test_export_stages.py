@@ -15,8 +15,9 @@ import pytest
 
 from exporters import build
 from exporters.artifact import inputs
+from exporters.artifact.reference import IMAGES, Exported
 from exporters.artifact.session import TARGETS
-from exporters.build import Build, Exported
+from exporters.build import Build
 from exporters.open import open_session
 from exporters.trt import driver
 from pipeline.data.prepared import Prepared, normalised
@@ -54,7 +55,7 @@ def test_the_reference_is_the_val_split_with_torchs_own_logits(
     assert all((val == image).all(axis=(1, 2, 3)).any() for image in held["x"])
     for model in ("student", "teacher"):
         session = open_session(TARGETS["torch-eager"], exported / f"{model}.safetensors", 1)
-        assert np.abs(inputs.run(session, held[build.IMAGES[model]]) - held[model]).max() < 1e-5
+        assert np.abs(inputs.run(session, held[IMAGES[model]]) - held[model]).max() < 1e-5
     assert len(set(held["labels"])) == 10
 
 

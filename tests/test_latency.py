@@ -19,9 +19,9 @@ from exporters.bench.latency import (
     run_block,
     schedule,
     summarise,
-    turns,
-    warm_up,
 )
+from exporters.device import timing
+from exporters.device.timing import turns, warm_up
 
 ROOT = Path(__file__).parents[1]
 PICTURES = [np.full((1, 3, 2, 2), i, dtype=np.float32) for i in range(4)]
@@ -44,9 +44,9 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
     def start(costs: Iterator[float], share: float = 1.0) -> Clock:
         made = Clock(costs, share)
-        monkeypatch.setattr(latency.time, "perf_counter", lambda: made.wall / 1e3)
-        monkeypatch.setattr(latency.time, "perf_counter_ns", lambda: round(made.wall * 1e6))
-        monkeypatch.setattr(latency.time, "process_time_ns", lambda: round(made.cpu * 1e6))
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: made.wall / 1e3)
+        monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: round(made.wall * 1e6))
+        monkeypatch.setattr(timing.time, "process_time_ns", lambda: round(made.cpu * 1e6))
         return made
 
     return start
@@ -107,7 +107,7 @@ def test_warm_up_gives_up_after_its_limit_and_says_so(clock: Callable[..., Clock
 
 
 def test_a_call_longer_than_the_limit_still_gets_three_blocks(clock: Callable[..., Clock]) -> None:
-    assert warm_up(clock(steady(3000.0)).run, turns(PICTURES)) == latency.WarmUp(9.0, True)
+    assert warm_up(clock(steady(3000.0)).run, turns(PICTURES)) == timing.WarmUp(9.0, True)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from exporters.artifact.eager import EagerSession
 from exporters.ort import export, quantize
 from exporters.ort.session import OrtSession
 from pipeline.core.errors import GateFailed, UserError
+from pipeline.models.checkpoint import load
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -40,7 +41,7 @@ def test_the_onnx_names_no_path_of_the_machine_that_exported(exported: Path) -> 
 @pytest.mark.parametrize("batch", [1, 2, 7])
 def test_any_batch_gives_torchs_logits(exported: Path, batch: int) -> None:
     x = inputs.smooth(batch, 32, 32, seed=batch)
-    torch_says = EagerSession(exported / "student.safetensors", 1).run(x)
+    torch_says = EagerSession(*load(exported / "student.safetensors"), 1).run(x)
     assert np.abs(OrtSession(exported / "student.onnx", 1).run(x) - torch_says).max() < 1e-5
 
 

@@ -99,7 +99,7 @@ def test_a_lost_bin_and_a_damaged_xml_are_told(ir: Path, tmp_path: Path) -> None
         OvSession(tmp_path / "student.xml", 1, "fp32")
     (tmp_path / "student.bin").write_bytes(b"")
     (tmp_path / "student.xml").write_text("<net>")
-    with pytest.raises(UserError, match="OpenVINO refuses it"):
+    with pytest.raises(UserError, match="OpenVINO .* refuses it"):
         OvSession(tmp_path / "student.xml", 1, "fp32")
 
 

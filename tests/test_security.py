@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from exporters.build import Exported
+from exporters.artifact.reference import Exported
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError
 from pipeline.data import images

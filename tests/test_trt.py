@@ -18,7 +18,7 @@ from exporters.artifact import agreement, inputs, onnx_file
 from exporters.artifact.session import Unavailable
 from exporters.ort.session import OrtSession
 from exporters.trt import build, convert, driver
-from exporters.trt.build import Entry, Options
+from exporters.trt.build import Options
 from exporters.trt.plan import MODULES, backend, obstacle, read_sidecar, sidecar_of, system
 from exporters.trt.session import TrtSession
 from pipeline.core.errors import UserError
@@ -122,14 +122,14 @@ def test_what_rtx_lacks_is_refused_by_name(
     assert not list(tmp_path.iterdir())
 
 
-ENTRY = Entry("image", (None, 3, 32, 32))
+IMAGE = (3, 32, 32)
 
 
 @rtx
 def test_a_profile_out_of_order_comes_with_tensorrts_own_words(exported: Path) -> None:
     _, module = backend("rtx")
-    with pytest.raises(UserError, match=r"--shapes: TensorRT refuses \[8, 1, 1\].*\w"):
-        build.build(module, exported / "student.onnx", ENTRY, Options((8, 1, 1)))
+    with pytest.raises(UserError, match=r"TensorRT refuses the batches \[8, 1, 1\]: \w"):
+        build.build(module, exported / "student.onnx", IMAGE, Options((8, 1, 1)))
 
 
 @rtx
@@ -163,7 +163,7 @@ def test_onnx_runtimes_cpu_int8_is_refused_by_name_not_by_a_crash(
     )
     onnx.save(proto, tmp_path / "cpu.onnx")
     with pytest.raises(UserError, match=r"cpu\.onnx: TensorRT cannot"):
-        build.build(backend("rtx")[1], tmp_path / "cpu.onnx", ENTRY, Options())
+        build.build(backend("rtx")[1], tmp_path / "cpu.onnx", IMAGE, Options())
 
 
 def test_full_tensorrt_that_is_missing_old_or_without_gpu_is_told(

@@ -17,6 +17,7 @@ from benchmarks import record
 from benchmarks.gpu_parts import cifar
 from benchmarks.gpu_parts.part import COMMAND, Part, Row, parser
 from exporters.bench import latency
+from exporters.device import timing
 from pipeline.core import artifacts, cli
 from pipeline.core.errors import UserError
 from pipeline.models.checkpoint import describe, preprocessing, save
@@ -72,15 +73,15 @@ def built(source: Path, precision: str) -> dict[str, Any]:
 def timed(plan: Path) -> dict[str, Any]:
     """Batch -> wall_ms and engine_ms of a call, copies in and out included in the first."""
     from exporters.artifact.inputs import smooth
-    from exporters.trt.clock import ClockedSession
+    from exporters.trt.session import TrtSession
 
-    session = ClockedSession(plan)
+    session = TrtSession(plan)
     _, _, height, width = session.input_shape
     found = {}
     for batch in BATCHES:
         x = smooth(4 * batch, height, width).reshape(4, batch, 3, height, width)
-        turns = latency.turns([np.ascontiguousarray(part) for part in x])
-        latency.warm_up(session.run, turns, engine=session.engine_ms)
+        turns = timing.turns([np.ascontiguousarray(part) for part in x])
+        timing.warm_up(session.run, turns, engine=session.engine_ms)
         blocks = [
             latency.run_block(session.run, turns, engine=session.engine_ms) for _ in range(BLOCKS)
         ]

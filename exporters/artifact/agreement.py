@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,87 +11,32 @@ from numpy.typing import NDArray
 
 from exporters.artifact import inputs, metadata
 from exporters.artifact.session import Array, Session
+from exporters.device import gates
 from pipeline.core.errors import GateFailed, UserError
 
-BIT_EQUAL_DB = 200.0  # the SQNR of no difference at all: beyond float32, and still a number in JSON
-REACTS = 1e-6  # between-image std over the largest output below this: rounding, not an answer to the image
+Gates = gates.Gates  # the bounds
+BIT_EQUAL_DB = gates.BIT_EQUAL_DB
 ROUNDING = 1e-9  # of a difference of two accuracies
 IMAGES = 64
 
 
-@dataclass(frozen=True)
-class Gates:
-    """The bounds: fp32 by largest difference over the between-image std, the others by centred SQNR in dB."""
-
-    fp32_rel: float = 1e-3
-    fp16_db: float = 35.0
-    bf16_db: float = 25.0
-    int8_db: float = 15.0
-
-
 def figures(reference: Array, other: Array) -> dict[str, float | None]:
-    """Both (N, K), N >= 2 -> max_abs, rel_between_std, sqnr_centered_db, top1_agreement.
-
-    The reference's mean over the images is subtracted class by class first, so that a constant offset earns
-    nothing. None where the figure does not exist: outputs that are not finite, or a reference that gives
-    every image the same answer. Raises UserError: shapes that differ, fewer than two images.
-    """
+    """`exporters.device.gates.figures`. Raises UserError: shapes that differ, fewer than two images."""
     if reference.shape != other.shape:
         raise UserError(
             f"outputs are {reference.shape} and {other.shape}: these are two different networks"
         )
     if len(reference) < 2:
         raise UserError(f"parity: got {len(reference)} image; at least 2 are needed")
-    a, b = reference.astype(np.float64), other.astype(np.float64)
-    row: dict[str, float | None] = dict.fromkeys(
-        ("max_abs", "rel_between_std", "sqnr_centered_db", "top1_agreement")
-    )
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return row
-    largest = row["max_abs"] = float(np.abs(a - b).max())
-    if not reacts(reference):
-        return row
-    centred = a - a.mean(axis=0)
-    noise = float(((a - b) ** 2).sum())
-    signal = float((centred**2).sum())
-    row["rel_between_std"] = largest / math.sqrt(signal / a.size)
-    row["sqnr_centered_db"] = 10 * math.log10(signal / noise) if noise else BIT_EQUAL_DB
-    row["top1_agreement"] = float((a.argmax(axis=1) == b.argmax(axis=1)).mean())
-    return row
-
-
-def reacts(reference: Array) -> bool:
-    """Whether different images get different answers, beyond rounding."""
-    a = reference.astype(np.float64)
-    return float(a.std(axis=0).max()) > REACTS * float(np.abs(a).max())
+    return gates.figures(reference, other)
 
 
 def judge(
-    row: dict[str, float | None], largest: float, precision: str, gates: Gates
+    row: dict[str, float | None], largest: float, precision: str, bounds: Gates
 ) -> tuple[str, str | None]:
-    """(PASS | FAIL | UNDECIDED, reason). `largest` is the reference's largest absolute output.
-
-    A reference that does not react can refute parity, never prove it.
-    """
-    if row["max_abs"] is None:
-        return "FAIL", "outputs hold NaN or infinity"
-    rel, sqnr = row["rel_between_std"], row["sqnr_centered_db"]
-    if rel is None or sqnr is None:
-        if row["max_abs"] > gates.fp32_rel * largest and precision == "fp32":
-            return (
-                "FAIL",
-                f"max abs {row['max_abs']:.3g} on outputs of {largest:.3g} that do not vary",
-            )
-        return (
-            "UNDECIDED",
-            "the reference does not react to its input: it answers every image alike",
-        )
-    if precision == "fp32":
-        kept, text = rel <= gates.fp32_rel, f"max abs / std {rel:.2e}, gate {gates.fp32_rel:g}"
-    else:
-        floor = {"fp16": gates.fp16_db, "bf16": gates.bf16_db, "int8": gates.int8_db}[precision]
-        kept, text = sqnr >= floor, f"{sqnr:.1f} dB, {precision} gate {floor:g} dB"
-    return ("PASS", None) if kept else ("FAIL", text)
+    """`exporters.device.gates.judge`; a PASS needs no reason."""
+    verdict, reason = gates.judge(row, largest, precision, bounds)
+    return verdict, None if verdict == "PASS" else reason
 
 
 def coarsest(*sessions: Session) -> str:
@@ -103,11 +47,11 @@ def coarsest(*sessions: Session) -> str:
 
 
 def row(
-    artefact: Path, session: Session, reference: Array, other: Array, gates: Gates
+    artefact: Path, session: Session, reference: Array, other: Array, bounds: Gates
 ) -> dict[str, Any]:
     """One row of parity.json: the session's outputs against a float32 reference's."""
     found = figures(reference, other)
-    verdict, reason = judge(found, float(np.abs(reference).max()), coarsest(session), gates)
+    verdict, reason = judge(found, float(np.abs(reference).max()), coarsest(session), bounds)
     told = session.metadata.get("int8")
     return {
         "artifact": artefact.name,

@@ -1,31 +1,35 @@
-"""A checkpoint run by PyTorch, eager or compiled, a yardstick of the other runtimes. Imports torch when opened."""
+"""PyTorch, eager or compiled: a yardstick of the other runtimes. Imports torch when a checkpoint is opened."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from exporters.artifact import metadata
+from exporters.artifact.reference import Exported
+from exporters.artifact.runtime import Build, Runtime
 from exporters.artifact.session import Array, Unavailable
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class EagerSession:
-    """`pipeline.models.checkpoint.load` behind the session interface; `compiled` compiles it in the first call."""
+    """A loaded checkpoint behind the session interface; `compiled` compiles it in the first call."""
 
     precision_effective = "fp32"
 
-    def __init__(self, artefact: Path, threads: int, compiled: bool = False) -> None:
-        try:
-            import torch
+    def __init__(
+        self, model: nn.Module, description: dict[str, Any], threads: int, compiled: bool = False
+    ) -> None:
+        import torch
 
-            from pipeline.models import checkpoint
-        except ImportError as error:
-            raise Unavailable(f"torch targets need torch and timm: {error}") from None
         torch.set_num_threads(threads)
-        self._torch, self._models = torch, checkpoint
-        self._model, description = checkpoint.load(artefact)
-        self._call = torch.compile(self._model) if compiled else self._model
+        self._torch, self._model = torch, model
+        self._call = torch.compile(model) if compiled else model
         self._size = int(description["preprocess"]["image_size"])
         self.runtime = f"torch {torch.__version__} {'compile' if compiled else 'eager'}"
         self.input_shape: tuple[int | None, int, int, int] = (None, 3, self._size, self._size)
@@ -40,4 +44,28 @@ class EagerSession:
     @cached_property
     def counted(self) -> dict[str, int]:
         """`params` and `macs` of one image, as `pipeline.models.checkpoint.count` counts them."""
-        return self._models.count(self._model, self._size)
+        from pipeline.models import checkpoint
+
+        return checkpoint.count(self._model, self._size)
+
+
+def make(_: str, model: str, exported: Exported, out: Path, __: Build) -> Path:
+    """A copy of MODEL.safetensors and MODEL.json in the folder `out`."""
+    for suffix in (".json", ".safetensors"):
+        shutil.copy(exported.folder / f"{model}{suffix}", out)
+    return out / f"{model}.safetensors"
+
+
+def _runtime(name: str, compiled: bool) -> Runtime:
+    def open_checkpoint(artefact: Path, threads: int, _: str) -> EagerSession:
+        try:
+            from pipeline.models import checkpoint
+        except ImportError as error:
+            raise Unavailable(f"torch targets need torch and timm: {error}") from None
+        return EagerSession(*checkpoint.load(artefact), threads, compiled)
+
+    packages = ("pipeline.models.checkpoint",)
+    return Runtime(name, ".safetensors", make, open_checkpoint, packages)
+
+
+EAGER, COMPILED = _runtime("torch-eager", False), _runtime("torch-compile", True)

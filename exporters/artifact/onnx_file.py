@@ -55,8 +55,8 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def classifier(proto: onnx.ModelProto, path: Path) -> tuple[str, tuple[int | None, int, int, int]]:
-    """The one input that is no weight: its name and (B or None, 3, H, W), as `session.checked_shape`.
+def classifier(proto: onnx.ModelProto, path: Path) -> tuple[int | None, int, int, int]:
+    """The shape of the one input that is no weight, (B or None, 3, H, W), as `session.checked_shape`.
 
     Raises UserError: none or several, another type than float32, another shape, a first output that is no logits.
     """
@@ -68,7 +68,7 @@ def classifier(proto: onnx.ModelProto, path: Path) -> tuple[str, tuple[int | Non
     shape = checked_shape(_dims(taken[0]), notes(proto), path)
     made = proto.graph.output[0]
     checked_output(_kind(made), _dims(made), shape, path)
-    return taken[0].name, shape
+    return shape
 
 
 def _kind(value: onnx.ValueInfoProto) -> str:

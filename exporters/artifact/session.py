@@ -55,11 +55,20 @@ class Target:
     runtime: str  # of exporters.open.RUNTIMES
     precision: str  # "fp32" | "fp16" | "bf16" | "int8" | "default"
     artefact: str  # the file in its build folder
-    packages: tuple[str, ...]  # imported before a load is timed
 
     def reads(self, artefact: Path) -> bool:
         """Whether its runtime takes this kind of file."""
         return artefact.suffix == Path(self.artefact).suffix
+
+
+class OurErrors:
+    """In front of a class of exporters.device among the bases: what it raises is the pipeline's own UserError."""
+
+    name: str
+
+    def error(self, what: str) -> Exception:
+        """The exception to raise."""
+        return UserError(f"{self.name}: {what}")
 
 
 class Unavailable(UserError):
@@ -69,23 +78,19 @@ class Unavailable(UserError):
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
-        Target(
-            "torch-eager", "torch", "fp32", "{model}.safetensors", ("pipeline.models.checkpoint",)
-        ),
-        Target(
-            "torch-compile", "torch", "fp32", "{model}.safetensors", ("pipeline.models.checkpoint",)
-        ),
-        Target("ort-fp32", "ort", "fp32", "{model}.onnx", ("onnxruntime",)),
-        Target("ort-int8", "ort", "int8", "{model}-int8.onnx", ("onnxruntime",)),
-        Target("ov-fp32", "ov", "fp32", "{model}.xml", ("openvino",)),
-        Target("ov-bf16", "ov", "bf16", "{model}.xml", ("openvino",)),
-        Target("ov-default", "ov", "default", "{model}.xml", ("openvino",)),
-        Target("ov-int8", "ov", "int8", "{model}-int8.xml", ("openvino",)),
-        Target("rtx-fp32", "trt", "fp32", "{model}.plan", ("torch", "tensorrt_rtx")),
-        Target("rtx-fp16", "trt", "fp16", "{model}.plan", ("torch", "tensorrt_rtx")),
-        Target("trt-fp32", "trt", "fp32", "{model}.plan", ("torch", "tensorrt")),
-        Target("trt-fp16", "trt", "fp16", "{model}.plan", ("torch", "tensorrt")),
-        Target("trt-int8", "trt", "int8", "{model}.plan", ("torch", "tensorrt")),
+        Target("torch-eager", "torch-eager", "fp32", "{model}.safetensors"),
+        Target("torch-compile", "torch-compile", "fp32", "{model}.safetensors"),
+        Target("ort-fp32", "ort", "fp32", "{model}.onnx"),
+        Target("ort-int8", "ort", "int8", "{model}-int8.onnx"),
+        Target("ov-fp32", "ov", "fp32", "{model}.xml"),
+        Target("ov-bf16", "ov", "bf16", "{model}.xml"),
+        Target("ov-default", "ov", "default", "{model}.xml"),
+        Target("ov-int8", "ov", "int8", "{model}-int8.xml"),
+        Target("rtx-fp32", "rtx", "fp32", "{model}.plan"),
+        Target("rtx-fp16", "rtx", "fp16", "{model}.plan"),
+        Target("trt-fp32", "trt", "fp32", "{model}.plan"),
+        Target("trt-fp16", "trt", "fp16", "{model}.plan"),
+        Target("trt-int8", "trt", "int8", "{model}.plan"),
     )
 }
 

@@ -14,6 +14,7 @@ import numpy as np
 from exporters.bench import gates, latency
 from exporters.bench.conditions import conditions
 from exporters.bench.measure import Measured, Runner, Subject, measured, run_rounds, warmed
+from exporters.device import timing
 
 PROCESSES = 3  # a side
 ROUNDS = 8  # and as many again where they do not decide
@@ -64,7 +65,7 @@ def _timed(runners: Sequence[Runner], seed: int) -> tuple[latency.Ratio | None, 
     sides: Sides = [[], []]
     rounds = 0
     for attempt in (seed, seed + 1):
-        run_rounds(runners, ROUNDS, latency.BLOCK_SECONDS, attempt)
+        run_rounds(runners, ROUNDS, timing.BLOCK_SECONDS, attempt)
         if any(runner.reason for runner in runners):
             return None, [[], []], rounds
         rounds += ROUNDS
@@ -118,3 +119,40 @@ def _spread(side: Sequence[Sequence[float]]) -> float | None:
         return None
     medians = np.median(np.array(side), axis=1)
     return round(float(medians.max() / medians.min() - 1), 4)
+
+
+def pairs(found: Sequence[Measured], seed: int) -> list[dict[str, Any]]:
+    """Student over teacher where both ran at the fewest threads, batch by batch, paired round by round.
+
+    By CPU time; on a GPU by the engine's own. One process a side: what two processes differ by is not in it.
+    """
+    fewest = min(one.row["threads"] for one in found)
+    sides = {
+        (one.row["model"], one.row["batch"]): one
+        for one in found
+        if one.measured and one.row["threads"] == fewest
+    }
+    rows = []
+    for (model, batch), student in sides.items():
+        teacher = sides.get(("teacher", batch))
+        if model != "student" or teacher is None:
+            continue
+        clock = "engine" if student.row["engine_ms"] else "cpu"
+        ratio = latency.paired(_medians(student, clock), _medians(teacher, clock), seed)
+        rows.append(
+            {
+                "target": student.row["target"],
+                "threads": fewest,
+                "batch": batch,
+                "candidate": "student",
+                "baseline": "teacher",
+                "clock": clock,
+                "ratio": vars(ratio),
+            }
+        )
+    return rows
+
+
+def _medians(one: Measured, clock: str) -> list[list[float]]:
+    """(processes, rounds): the median of each block by that clock, in ms."""
+    return [[float(np.median(getattr(b, f"{clock}_ms"))) for b in p] for p in one.processes]

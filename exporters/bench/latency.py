@@ -6,8 +6,6 @@ times, taken between blocks that ran next to each other, stays within a few (doc
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,14 +13,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from exporters.device.timing import BLOCK_SECONDS, MIN_CPU_SHARE, block, percentiles, significant
+
 Array = NDArray[np.float32]
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
-BLOCK_SECONDS = 0.15
-WARM_UP_SECONDS = 2.0
-WARM_UP_AGREEMENT = 0.03  # three block medians within this share of each other
-MIN_INPUTS = 4
-MIN_CPU_SHARE = 0.9  # CPU over wall time below which one thread was disturbed
 MIN_BLOCKS = 5  # of which an interval of the median is drawn
 DRAWS = 1000  # of a bootstrap over blocks
 
@@ -45,67 +40,14 @@ class Block:
         )
 
 
-@dataclass(frozen=True)
-class WarmUp:
-    """How long the warm-up took, and whether it ended because the medians agreed."""
-
-    seconds: float
-    stable: bool
-
-
-def turns(inputs: Sequence[Array]) -> Iterator[Array]:
-    """The inputs round and round, so that no cache serves the same picture twice running.
-
-    Raises ValueError: fewer than MIN_INPUTS.
-    """
-    if len(inputs) < MIN_INPUTS:
-        raise ValueError(f"{len(inputs)} input buffers; at least {MIN_INPUTS} are needed")
-    return itertools.cycle(inputs)
-
-
 def run_block(
     run: Callable[[Array], object],
     inputs: Iterator[Array],
     seconds: float = BLOCK_SECONDS,
     engine: Callable[[], float] | None = None,
 ) -> Block:
-    """Time `run(x)` over and over for `seconds`, once at least. What `run` copies in and out is included.
-
-    engine: gives the ms that the device took since it was last asked, by its own clock.
-    """
-    block = Block([], [])
-    if engine is not None:
-        engine()  # what ran before is not of this block
-    end = time.perf_counter() + seconds
-    while not block.wall_ms or time.perf_counter() < end:
-        x = next(inputs)
-        cpu, wall = time.process_time_ns(), time.perf_counter_ns()
-        run(x)
-        wall, cpu = time.perf_counter_ns() - wall, time.process_time_ns() - cpu
-        block.wall_ms.append(wall / 1e6)
-        block.cpu_ms.append(cpu / 1e6)
-        if engine is not None:
-            block.engine_ms.append(engine())
-    return block
-
-
-def warm_up(
-    run: Callable[[Array], object],
-    inputs: Iterator[Array],
-    limit: float = WARM_UP_SECONDS,
-    engine: Callable[[], float] | None = None,
-) -> WarmUp:
-    """Run blocks until three wall medians in a row agree within 3 %, or `limit` seconds have passed."""
-    began = time.perf_counter()
-    medians: list[float] = []
-    while True:
-        medians.append(float(np.median(run_block(run, inputs, engine=engine).wall_ms)))
-        seconds = time.perf_counter() - began
-        last = medians[-3:]
-        if len(last) == 3 and max(last) <= (1 + WARM_UP_AGREEMENT) * min(last):
-            return WarmUp(seconds, True)
-        if len(last) == 3 and seconds >= limit:
-            return WarmUp(seconds, False)
+    """One `exporters.device.timing.block`."""
+    return Block(*block(run, inputs, seconds, engine))
 
 
 def summarise(blocks: Sequence[Block], seed: int = 0) -> dict[str, Any]:
@@ -116,26 +58,11 @@ def summarise(blocks: Sequence[Block], seed: int = 0) -> dict[str, Any]:
     calls = Block.join(blocks)
     return {
         "wall_ms": {
-            **_percentiles(calls.wall_ms),
+            **percentiles(calls.wall_ms),
             "p50_ci": median_interval([block.wall_ms for block in blocks], seed),
         },
         "cpu_ms": {"p50": significant(np.median(calls.cpu_ms))},
-        "engine_ms": _percentiles(calls.engine_ms) if calls.engine_ms else None,
-    }
-
-
-def _percentiles(milliseconds: Sequence[float]) -> dict[str, Any]:
-    values = np.array(milliseconds)
-
-    def percentile(q: int, least: int) -> float | None:
-        return significant(np.percentile(values, q)) if len(values) >= least else None
-
-    return {
-        "p50": percentile(50, 1),
-        "p90": percentile(90, 100),
-        "p99": percentile(99, 1000),
-        "min": significant(values.min()),
-        "n": len(values),
+        "engine_ms": percentiles(calls.engine_ms) if calls.engine_ms else None,
     }
 
 
@@ -159,11 +86,6 @@ def median_interval(blocks: Sequence[Sequence[float]], seed: int = 0) -> list[fl
         reached = np.cumsum(drawn[of_block])
         medians.append(values[np.searchsorted(reached, reached[-1] / 2)])
     return [significant(bound) for bound in np.percentile(medians, [2.5, 97.5])]
-
-
-def significant(value: float, digits: int = 4) -> float:
-    """Rounded to so many significant digits, more than any of these figures carries."""
-    return float(f"{value:.{digits}g}")
 
 
 def flags(

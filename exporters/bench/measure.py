@@ -20,6 +20,8 @@ from exporters.artifact.session import Target
 from exporters.bench import latency
 from exporters.bench.conditions import conditions
 from exporters.bench.worker import Worker, WorkerFailed, started
+from exporters.device.timing import significant
+from exporters.open import RUNTIMES
 from pipeline.core.atomic import atomic
 from pipeline.core.machine import usable_cores
 
@@ -139,7 +141,7 @@ def measured(runners: Sequence[Runner], before: dict[str, Any], after: dict[str,
     blocks = [b for r in runners for b in r.blocks] if reason is None else []
 
     def median(name: str) -> float | None:
-        return latency.significant(np.median([t[name] for t in told])) if blocks else None
+        return significant(np.median([t[name] for t in told])) if blocks else None
 
     summary = latency.summarise(blocks) if blocks else NO_FIGURES
     p50 = summary["wall_ms"]["p50"]
@@ -157,11 +159,11 @@ def measured(runners: Sequence[Runner], before: dict[str, Any], after: dict[str,
         "precision_requested": subject.target.precision,
         "precision_effective": told[0].get("precision_effective"),
         **summary,
-        "img_per_s": latency.significant(1e3 * batch / p50) if blocks else None,
+        "img_per_s": significant(1e3 * batch / p50) if blocks else None,
         "load_ms": median("load_ms"),
         "first_ms": median("first_ms"),
         "rss_mb": median("rss_mb"),
-        "size_mb": size and latency.significant(size / 1e6),
+        "size_mb": size and significant(size / 1e6),
         "params": told[0].get("params", figures.params),
         "macs": told[0].get("macs", figures.macs),
         "warm_up_seconds": median("seconds"),
@@ -197,7 +199,7 @@ def _flags(
     return latency.flags(
         calls,
         stable=all(t["stable"] for t in told),
-        threads=None if subject.target.runtime == "trt" else subject.threads,
+        threads=None if RUNTIMES[subject.target.runtime].needs_gpu else subject.threads,
         load=max((c["load_1m"] for c in (before, after) if c["load_1m"] is not None), default=None),
         cores=os.cpu_count() or 1,
         throttled=(after["throttled"] or 0) - (before["throttled"] or 0),

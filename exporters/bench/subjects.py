@@ -10,6 +10,7 @@ from typing import Any
 
 from exporters.artifact.session import TARGETS, Target
 from exporters.bench.measure import Subject
+from exporters.open import RUNTIMES
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError, nearest
 from pipeline.core.machine import machine
@@ -76,10 +77,10 @@ def _target(name: str) -> Target:
 def default_target(artefact: Path) -> str:
     """The target of a file that came without one. Raises UserError: a kind of file that does not tell."""
     precision = "int8" if artefact.stem.endswith("-int8") else "fp32"
-    names = {".onnx": f"ort-{precision}", ".xml": f"ov-{precision}", ".safetensors": "torch-eager"}
-    if artefact.suffix not in names:
+    found = [t for t in TARGETS.values() if t.reads(artefact) and not RUNTIMES[t.runtime].needs_gpu]
+    if not found:
         raise UserError(f"{artefact}: its kind does not name one target; {_readers(artefact)}")
-    return names[artefact.suffix]
+    return min(found, key=lambda target: target.precision != precision).name
 
 
 def _readers(artefact: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from exporters.bench import compare, latency
 from exporters.bench.measure import Measured, Subject
 from exporters.bench.subjects import default_target, subjects_of
+from exporters.open import RUNTIMES
 from pipeline.core.errors import UserError
 
 
@@ -18,7 +19,7 @@ def pairs(args: argparse.Namespace, subjects: Sequence[Subject]) -> list[tuple[S
     Raises UserError: work that is not on the CPU, a baseline that is missing or that its target does not read.
     """
     for subject in subjects:
-        if subject.target.runtime == "trt":
+        if RUNTIMES[subject.target.runtime].needs_gpu:
             raise UserError(
                 f"{subject.target.name} runs on a GPU: the verdict is on CPU time; compare the rows instead"
             )

@@ -30,7 +30,8 @@ import numpy as np
 from exporters.artifact import inputs
 from exporters.artifact.session import TARGETS, Array, Session, Target
 from exporters.bench import latency
-from exporters.open import open_session
+from exporters.device import timing
+from exporters.open import RUNTIMES, open_session
 from pipeline.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -143,20 +144,17 @@ class Subject:
         self.engine_ms: Callable[[], float] | None = None
 
     def open(self) -> dict[str, Any]:
-        """Load, then run once: ms of each (the runtime's import in neither), and the batch it takes.
-
-        A missing library is for the session to tell; OpenVINO's is imported without its telemetry.
-        """
+        """Load, then run once: ms of each (the runtime's import in neither), and the batch it takes."""
         target = TARGETS[self.args.target]
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-        for name in target.packages:
-            with suppress(ImportError):
+        for name in RUNTIMES[target.runtime].packages:
+            with suppress(ImportError):  # a missing one is for the session to tell
                 importlib.import_module(name)
         began = time.perf_counter()
-        self.session = self._opened(target)
+        self.session = open_session(target, self.args.artefact, self.args.threads)
         loaded = time.perf_counter()
+        self.engine_ms = getattr(self.session, "engine_ms", None)
         self.pictures = batches(self.session, self.args.reference, self.args.batch)
-        self.turns = latency.turns(self.pictures)
+        self.turns = timing.turns(self.pictures)
         ready = time.perf_counter()
         self.session.run(next(self.turns))
         return {
@@ -165,19 +163,9 @@ class Subject:
             "batch": len(self.pictures[0]),
         }
 
-    def _opened(self, target: Target) -> Session:
-        """The session; one on a GPU tells the engine's own time."""
-        if target.runtime != "trt":
-            return open_session(target, self.args.artefact, self.args.threads)
-        from exporters.trt.clock import ClockedSession
-
-        session = ClockedSession(self.args.artefact)
-        self.engine_ms = session.engine_ms
-        return session
-
     def warm_up(self) -> dict[str, Any]:
         """Warm up by the protocol; the memory of the process after it."""
-        warm = latency.warm_up(self.session.run, self.turns, engine=self.engine_ms)
+        warm = timing.warm_up(self.session.run, self.turns, engine=self.engine_ms)
         return {**vars(warm), "rss_mb": resident_mb()}
 
     def block(self, seconds: float) -> dict[str, Any]:
@@ -210,14 +198,14 @@ def batches(session: Session, reference: Path | None, wanted: int | None = None)
     if batch not in (None, size):
         raise UserError(f"batch {size} asked for, the artefact is fixed at {batch}")
     if reference is None:
-        x = inputs.smooth(size * max(latency.MIN_INPUTS, PICTURES // size), height, width)
+        x = inputs.smooth(size * max(timing.MIN_INPUTS, PICTURES // size), height, width)
     else:
         x = read_reference(reference)[: size * PICTURES]
         if x.shape[1:] != (3, height, width):
             raise UserError(
                 f"{reference}: x is {x.shape}, the artefact takes (N, 3, {height}, {width}); export again"
             )
-    rows = np.arange(size * max(latency.MIN_INPUTS, len(x) // size)) % len(x)
+    rows = np.arange(size * max(timing.MIN_INPUTS, len(x) // size)) % len(x)
     return [np.ascontiguousarray(x[r]) for r in rows.reshape(-1, size)]
 
 

@@ -44,13 +44,14 @@ class Variant:
     file: str
     precision: str
     runtimes: tuple[str, ...]
+    symmetric: bool = False  # int8 as GPUs take it
 
 
 VARIANTS = (
     Variant("model-fp32.onnx", "fp32", contents.RUNTIMES),
     Variant("model-fp16.onnx", "fp16", contents.RUNTIMES),
     Variant("model-int8-cpu.onnx", "int8", ("ort", "ov")),
-    Variant("model-int8-trt.onnx", "int8", ("trt",)),
+    Variant("model-int8-trt.onnx", "int8", ("trt",), symmetric=True),
 )
 
 
@@ -187,7 +188,7 @@ def convert(
         return proto
     if ranges is None:
         raise UserError(NO_CALIB)
-    if variant.runtimes == ("trt",):
+    if variant.symmetric:
         return quantize.to_int8(proto, ranges.shown, symmetric=True)
     return int8.quantized(source, ranges, int8.Settings(), agreement.Gates())
 

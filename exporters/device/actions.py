@@ -109,7 +109,7 @@ def _verify(bundle: Bundle, name: str, library: Any, args: argparse.Namespace) -
         opened = Opened(bundle, name, library, precision, args)
         step = bundle.input_shape[0] or BATCH
         parts = [opened.session.run(x[i : i + step]) for i in range(0, len(x), step)]
-        verdict, reason = gates.judge(reference, np.concatenate(parts), precision)
+        verdict, reason = gates.verify(reference, np.concatenate(parts), precision)
         computed = opened.session.computes_in()
         rows.append({**opened.facts, "computes_in": computed, "verdict": verdict, "reason": reason})
         lines.append(

@@ -1,16 +1,16 @@
-"""As much of the CUDA runtime as one inference needs, through ctypes: memory, copies, a stream, the device."""
+"""The CUDA runtime as far as inference needs it, through ctypes: memory, copies, a stream, graphs, events."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from .errors import UserError
+from .errors import Named, UserError
 
 NAMES = (
     "libcudart.so.12",
@@ -20,29 +20,45 @@ NAMES = (
 )
 TO_DEVICE, TO_HOST = 1, 2  # cudaMemcpyKind
 MULTIPROCESSORS, MAJOR, MINOR = 16, 75, 76  # cudaDeviceAttr
+THREAD_LOCAL = 1  # cudaStreamCaptureMode: other threads may go on
+INT, SIZE, POINTER = (
+    ctypes.c_int,
+    ctypes.c_size_t,
+    ctypes.c_void_p,
+)  # also of streams, events, graphs
+TO_INT, TO_POINTER = ctypes.POINTER(INT), ctypes.POINTER(POINTER)
 SIGNATURES = {
-    "cudaGetDeviceCount": (ctypes.POINTER(ctypes.c_int),),
-    "cudaDeviceGetAttribute": (ctypes.POINTER(ctypes.c_int), ctypes.c_int, ctypes.c_int),
-    "cudaMalloc": (ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t),
-    "cudaFree": (ctypes.c_void_p,),
-    "cudaMemcpyAsync": (
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_void_p,
-    ),
-    "cudaStreamCreate": (ctypes.POINTER(ctypes.c_void_p),),
-    "cudaStreamSynchronize": (ctypes.c_void_p,),
+    "cudaGetDeviceCount": (TO_INT,),
+    "cudaDeviceGetAttribute": (TO_INT, INT, INT),
+    "cudaMalloc": (TO_POINTER, SIZE),
+    "cudaFree": (POINTER,),
+    "cudaMemcpyAsync": (POINTER, POINTER, SIZE, INT, POINTER),
+    "cudaStreamCreate": (TO_POINTER,),
+    "cudaStreamSynchronize": (POINTER,),
+    "cudaStreamBeginCapture": (POINTER, INT),
+    "cudaStreamEndCapture": (POINTER, TO_POINTER),
+    # the arguments of cudaGraphInstantiate changed with CUDA 12, those of this one never did
+    "cudaGraphInstantiateWithFlags": (TO_POINTER, POINTER, ctypes.c_ulonglong),
+    "cudaGraphDestroy": (POINTER,),
+    "cudaGraphLaunch": (POINTER, POINTER),
+    "cudaEventCreate": (TO_POINTER,),
+    "cudaEventRecord": (POINTER, POINTER),
+    "cudaEventElapsedTime": (ctypes.POINTER(ctypes.c_float), POINTER, POINTER),
 }
 
 
-class Cuda:
+class Cuda(Named):
     """The runtime library, loaded, with at least one device behind it; device 0 is used."""
+
+    name = "--runtime trt"
 
     def __init__(self) -> None:
         """Raises UserError: no library, no driver, no device."""
         self._library = _load()
+        if self._library is None:
+            raise self.error(
+                f"no CUDA runtime library ({', '.join(NAMES)}); set LD_LIBRARY_PATH to its folder"
+            )
         for name, arguments in SIGNATURES.items():
             function = getattr(self._library, name)
             function.argtypes, function.restype = arguments, ctypes.c_int
@@ -51,16 +67,26 @@ class Cuda:
         count = ctypes.c_int()
         self._call("cudaGetDeviceCount", ctypes.byref(count))
         if not count.value:
-            raise UserError(f"--runtime trt: CUDA counts {count.value} devices; use ort or ov")
+            raise self.error(f"CUDA counts {count.value} devices; check the driver")
+
+    def error(self, what: str) -> Exception:
+        """The exception to raise."""
+        return UserError(f"{self.name}: {what}, or use --runtime ort")
 
     def _call(self, name: str, *arguments: Any) -> None:
         status = getattr(self._library, name)(*arguments)
         if status:
             words = self._library.cudaGetErrorString(status) or b"unknown"
-            raise UserError(
-                f"--runtime trt: {name} failed with {status}, {words.decode(errors='replace')}; "
-                "check the driver and free memory, or use --runtime ort"
+            raise self.error(
+                f"{name} failed with {status}, {words.decode(errors='replace')}; "
+                "check the driver and free memory"
             )
+
+    def _handle(self, name: str, *arguments: Any) -> int:
+        """What a call writes through its first argument."""
+        handle = ctypes.c_void_p()
+        self._call(name, ctypes.byref(handle), *arguments)
+        return handle.value or 0
 
     def device(self) -> dict[str, int]:
         """What an engine is bound to: `sm` (87 for 8.7) and the number of `multiprocessors`."""
@@ -74,25 +100,21 @@ class Cuda:
 
     def stream(self) -> int:
         """A new stream's handle."""
-        handle = ctypes.c_void_p()
-        self._call("cudaStreamCreate", ctypes.byref(handle))
-        return handle.value or 0
+        return self._handle("cudaStreamCreate")
 
     def allocate(self, size: int) -> int:
         """The address of `size` bytes on the device."""
-        address = ctypes.c_void_p()
-        self._call("cudaMalloc", ctypes.byref(address), size)
-        return address.value or 0
+        return self._handle("cudaMalloc", size)
 
     def free(self, address: int) -> None:
         """Give memory back."""
         self._call("cudaFree", address)
 
-    def upload(self, address: int, array: NDArray[np.float32], stream: int) -> None:
+    def upload(self, address: int, array: NDArray[Any], stream: int) -> None:
         """Queue the copy of a contiguous array to the device; it must live until `wait`."""
         self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, TO_DEVICE, stream)
 
-    def download(self, array: NDArray[np.float32], address: int, stream: int) -> None:
+    def download(self, array: NDArray[Any], address: int, stream: int) -> None:
         """Queue the copy from the device into a contiguous array; it is filled after `wait`."""
         self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, TO_HOST, stream)
 
@@ -100,9 +122,41 @@ class Cuda:
         """Until everything queued on the stream is done."""
         self._call("cudaStreamSynchronize", stream)
 
+    def capture(self, stream: int, work: Callable[[], None]) -> int:
+        """A graph of what `work` queues on the stream, which does not run now; the handle for `launch`."""
+        self._call("cudaStreamBeginCapture", stream, THREAD_LOCAL)
+        graph = ctypes.c_void_p()
+        try:
+            work()
+        except BaseException:  # what was captured until then is of no use
+            self._library.cudaStreamEndCapture(stream, ctypes.byref(graph))
+            raise
+        self._call("cudaStreamEndCapture", stream, ctypes.byref(graph))
+        made = self._handle("cudaGraphInstantiateWithFlags", graph, 0)
+        self._call("cudaGraphDestroy", graph)
+        return made
+
+    def launch(self, graph: int, stream: int) -> None:
+        """Queue the work of a captured graph."""
+        self._call("cudaGraphLaunch", graph, stream)
+
+    def event(self) -> int:
+        """A new event's handle."""
+        return self._handle("cudaEventCreate")
+
+    def record(self, event: int, stream: int) -> None:
+        """Queue the event: it happens once the work queued before it is done."""
+        self._call("cudaEventRecord", event, stream)
+
+    def elapsed_ms(self, began: int, ended: int) -> float:
+        """ms on the device between two events that have happened."""
+        milliseconds = ctypes.c_float()
+        self._call("cudaEventElapsedTime", ctypes.byref(milliseconds), began, ended)
+        return milliseconds.value
+
 
 def _load() -> Any:
-    """libcudart from where the loader finds it, or from the wheels that carry it."""
+    """libcudart from where the loader finds it, or from the wheels that carry it; None where it is nowhere."""
     wheels = [
         str(p) for folder in sys.path for p in Path(folder).glob("nvidia/*/lib/libcudart.so.*")
     ]
@@ -111,6 +165,4 @@ def _load() -> Any:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise UserError(
-        f"--runtime trt: no CUDA runtime library ({', '.join(NAMES)}); set LD_LIBRARY_PATH to its folder"
-    )
+    return None

@@ -1,45 +1,88 @@
-"""Do two sets of logits agree? The figures and the bounds by which the bundle was made, again on the device."""
+"""How far two sets of logits agree: the figures, and the bounds by which a bundle is made and verified."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-FP32_REL = 1e-3  # largest difference over the standard deviation between images
-FLOOR_DB = {"fp16": 35.0, "int8": 15.0}  # centred signal to quantization noise
-BIT_EQUAL_DB = 200.0  # the figure of no difference at all
-REACTS = 1e-6  # a spread between images below this share of the largest output is rounding
+BIT_EQUAL_DB = 200.0  # the SQNR of no difference at all: beyond float32, and still a number in JSON
+REACTS = 1e-6  # between-image std over the largest output below this: rounding, not an answer to the image
+FIGURES = ("max_abs", "rel_between_std", "sqnr_centered_db", "top1_agreement")
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The bounds: fp32 by largest difference over the between-image std, the others by centred SQNR in dB."""
+
+    fp32_rel: float = 1e-3
+    fp16_db: float = 35.0
+    bf16_db: float = 25.0
+    int8_db: float = 15.0
+
+
+def reacts(reference: NDArray[np.float32]) -> bool:
+    """Whether different images get different answers, beyond rounding."""
+    a = reference.astype(np.float64)
+    return float(a.std(axis=0).max()) > REACTS * float(np.abs(a).max())
+
+
+def figures(reference: NDArray[np.float32], other: NDArray[np.float32]) -> dict[str, float | None]:
+    """Both (N, K), N >= 2 -> max_abs, rel_between_std, sqnr_centered_db, top1_agreement.
+
+    The reference's mean over the images is subtracted class by class first, so that a constant offset earns
+    nothing. None where the figure does not exist: outputs that are not finite, or a reference that gives
+    every image the same answer.
+    """
+    a, b = reference.astype(np.float64), other.astype(np.float64)
+    row: dict[str, float | None] = dict.fromkeys(FIGURES)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return row
+    largest = row["max_abs"] = float(np.abs(a - b).max())
+    if not reacts(reference):
+        return row
+    centred = a - a.mean(axis=0)
+    noise = float(((a - b) ** 2).sum())
+    signal = float((centred**2).sum())
+    row["rel_between_std"] = largest / math.sqrt(signal / a.size)
+    row["sqnr_centered_db"] = 10 * math.log10(signal / noise) if noise else BIT_EQUAL_DB
+    row["top1_agreement"] = float((a.argmax(axis=1) == b.argmax(axis=1)).mean())
+    return row
 
 
 def judge(
+    row: dict[str, float | None], largest: float, precision: str, gates: Gates
+) -> tuple[str, str]:
+    """(PASS | FAIL | UNDECIDED, the figure beside its bound). `largest`: the reference's largest absolute output.
+
+    A reference that does not react can refute parity, never prove it.
+    """
+    if row["max_abs"] is None:
+        return "FAIL", "outputs hold NaN or infinity"
+    rel, sqnr = row["rel_between_std"], row["sqnr_centered_db"]
+    if rel is None or sqnr is None:
+        if precision == "fp32" and row["max_abs"] > gates.fp32_rel * largest:
+            words = f"max abs {row['max_abs']:.3g} on outputs of {largest:.3g} that do not vary"
+            return "FAIL", words
+        return (
+            "UNDECIDED",
+            "the reference does not react to its input: it answers every image alike",
+        )
+    if precision == "fp32":
+        passed, text = rel <= gates.fp32_rel, f"max abs / std {rel:.2e}, gate {gates.fp32_rel:g}"
+    else:
+        floor = {"fp16": gates.fp16_db, "bf16": gates.bf16_db, "int8": gates.int8_db}[precision]
+        passed, text = sqnr >= floor, f"{sqnr:.1f} dB, {precision} gate {floor:g} dB"
+    return "PASS" if passed else "FAIL", text
+
+
+def verify(
     reference: NDArray[np.float32], got: NDArray[np.float32], precision: str
 ) -> tuple[str, str]:
-    """Both (N, K) -> (PASS | FAIL | UNDECIDED, the figure beside its bound).
-
-    The reference's mean over the images is taken off class by class, so that an offset common to all images
-    earns nothing. A reference that answers every image alike can refute, never prove.
-    """
+    """Both (N, K) -> (PASS | FAIL | UNDECIDED, the figure beside its bound)."""
     if reference.shape != got.shape:
         return "FAIL", f"outputs are {got.shape}, expected {reference.shape}"
-    a, b = reference.astype(np.float64), got.astype(np.float64)
-    if not np.isfinite(b).all():
-        return "FAIL", "outputs hold NaN or infinity"
-    largest, peak = float(np.abs(a - b).max()), float(np.abs(a).max())
-    if not float(a.std(axis=0).max()) > REACTS * peak:
-        if precision == "fp32" and largest > FP32_REL * peak:
-            return "FAIL", f"max abs {largest:.3g} on outputs of {peak:.3g} that do not vary"
-        return "UNDECIDED", "the model answers every image alike: nothing to compare"
-    signal = float(((a - a.mean(axis=0)) ** 2).sum())
-    if precision == "fp32":
-        rel = largest / math.sqrt(signal / a.size)
-        return _verdict(rel <= FP32_REL), f"max abs / std {rel:.2e}, gate {FP32_REL:g}"
-    noise = float(((a - b) ** 2).sum())
-    db = 10 * math.log10(signal / noise) if noise else BIT_EQUAL_DB
-    floor = FLOOR_DB[precision]
-    return _verdict(db >= floor), f"{db:.1f} dB, {precision} gate {floor:g} dB"
-
-
-def _verdict(kept: bool) -> str:
-    return "PASS" if kept else "FAIL"
+    largest = float(np.abs(reference).max())
+    return judge(figures(reference, got), largest, precision, Gates())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import UserError, one_line
+from .errors import Named, one_line
 
 KINDS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "int8", "int8": "int8"}
 PRODUCTS = ("Conv", "Gemm", "MatMul", "Attention")
@@ -21,13 +22,13 @@ PAD_FUSION_WRONG = (
 )  # they fuse Pad into an AveragePool that leaves padding out: other answers
 
 
-class OrtSession:
+class OrtSession(Named):
     """One model, on as many threads as asked for, the CPU provider only."""
 
     build_seconds: float | None = None
 
     def __init__(self, module: Any, model: Path, threads: int) -> None:
-        self._module, self._model = module, model
+        self._module, self._model, self.name = module, model, str(model)
         self._session = self._open(threads)
         self._input = self._session.get_inputs()[0]
         self._output = self._session.get_outputs()[0].name
@@ -37,7 +38,7 @@ class OrtSession:
         options = self._module.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # an error is raised too
         if profile:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
@@ -50,9 +51,9 @@ class OrtSession:
                 disabled_optimizers=["Pad_Fusion"] if wrong else None,
             )
         except Exception as error:  # one exception class per status code
-            raise UserError(
-                f"{self._model}: ONNX Runtime {self._module.__version__} refuses it: "
-                f"{one_line(error)}; a newer onnxruntime may take it"
+            raise self.error(
+                f"ONNX Runtime {self._module.__version__} refuses it: {one_line(error)}; "
+                "a newer onnxruntime may take it"
             ) from None
 
     def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -60,9 +61,12 @@ class OrtSession:
         logits: NDArray[np.float32] = self._session.run([self._output], {self._input.name: x})[0]
         return logits
 
-    def computes_in(self) -> str:
-        """What most convolutions and matrix products take in, from a profile of one run in a second session."""
-        shape = [d if isinstance(d, int) else 1 for d in self._input.shape]
+    def computes_in(self, shape: Sequence[int] | None = None) -> str:
+        """What most convolutions and matrix products take in, from a profile of one run in a second session.
+
+        shape: of its input; None takes 1 for what the model leaves free.
+        """
+        shape = shape or [d if isinstance(d, int) else 1 for d in self._input.shape]
         with tempfile.TemporaryDirectory() as folder:
             session = self._open(1, Path(folder) / "profile")
             session.run([self._output], {self._input.name: np.zeros(shape, np.float32)})

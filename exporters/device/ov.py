@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import kept
-from .errors import UserError, one_line
+from .errors import Named, one_line
 
 KINDS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "u8": "int8", "i8": "int8"}
 PRODUCTS = ("Convolution", "FullyConnected", "MatMul", "GroupConvolution", "MHA")
@@ -71,27 +73,38 @@ def computes_in(compiled: Any) -> str:
     return KINDS.get(most, most)
 
 
-class OvSession:
-    """One model read from its ONNX or IR, one stream."""
+class OvSession(Named):
+    """One model read from its ONNX or IR, one stream; `hint` None leaves the precision to OpenVINO."""
 
     build_seconds: float | None = None
 
-    def __init__(self, module: Any, model: Path, threads: int, cache: Path | None) -> None:
-        options = {
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "f32",
-        }
-        try:
+    def __init__(
+        self,
+        module: Any,
+        model: Path,
+        threads: int,
+        cache: Path | None,
+        hint: str | None = "f32",
+    ) -> None:
+        self.name, self._version = str(model), module.__version__
+        self.runtime = f"openvino {self._version.split('-')[0]}"
+        options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+        if hint is not None:
+            options["INFERENCE_PRECISION_HINT"] = hint
+        with self.refusals():
             core = shared_core(module)
-            self._compiled = compiled(core, module.__version__, model, options, cache)
+            self._compiled = compiled(core, self._version, model, options, cache)
             self._request = self._compiled.create_infer_request()
+
+    @contextlib.contextmanager
+    def refusals(self) -> Iterator[None]:
+        """What OpenVINO raises inside the block, in one line. Raises `error`."""
+        try:
+            yield
         except Exception as error:  # openvino raises bare RuntimeErrors
-            raise UserError(
-                f"{model}: OpenVINO {module.__version__} refuses it: {one_line(error)}; "
-                "a newer openvino may take it"
+            raise self.error(
+                f"OpenVINO {self._version} refuses it: {one_line(error)}; a newer openvino may take it"
             ) from None
-        self.runtime = f"openvino {module.__version__.split('-')[0]}"
 
     def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """x (B, 3, H, W) -> the first output, (B, K), copied out of the runtime."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,77 @@ from numpy.typing import NDArray
 
 BLOCK_SECONDS = 0.15
 WARM_UP_SECONDS = 2.0
-AGREEMENT = 0.03  # three block medians within this share of each other end the warm-up
+WARM_UP_AGREEMENT = 0.03  # three block medians within this share of each other
 P90_FROM, P99_FROM = 100, 1000  # calls below which the tail is not known
 MIN_INPUTS = 4
 MIN_CPU_SHARE = 0.9  # CPU over wall time below which one thread was disturbed
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """How long the warm-up took, and whether it ended because the medians agreed."""
+
+    seconds: float
+    stable: bool
+
+
+def turns(inputs: Sequence[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+    """The inputs round and round, so that no cache serves the same picture twice running.
+
+    Raises ValueError: fewer than MIN_INPUTS.
+    """
+    if len(inputs) < MIN_INPUTS:
+        raise ValueError(f"{len(inputs)} input buffers; at least {MIN_INPUTS} are needed")
+    return itertools.cycle(inputs)
+
+
+def block(
+    run: Callable[[NDArray[np.float32]], object],
+    inputs: Iterator[NDArray[np.float32]],
+    seconds: float,
+    engine: Callable[[], float] | None = None,
+) -> tuple[list[float], list[float], list[float]]:
+    """Time `run(x)` over and over for `seconds`, once at least: ms of wall, of process CPU, of the engine's clock.
+
+    What `run` copies in and out is included. engine: gives the ms that the device took since it was last
+    asked, by its own clock; without it the third list is empty.
+    """
+    wall_ms: list[float] = []
+    cpu_ms: list[float] = []
+    engine_ms: list[float] = []
+    if engine is not None:
+        engine()  # what ran before is not of this block
+    end = time.perf_counter() + seconds
+    while not wall_ms or time.perf_counter() < end:
+        x = next(inputs)
+        cpu, wall = time.process_time_ns(), time.perf_counter_ns()
+        run(x)
+        wall, cpu = time.perf_counter_ns() - wall, time.process_time_ns() - cpu
+        wall_ms.append(wall / 1e6)
+        cpu_ms.append(cpu / 1e6)
+        if engine is not None:
+            engine_ms.append(engine())
+    return wall_ms, cpu_ms, engine_ms
+
+
+def warm_up(
+    run: Callable[[NDArray[np.float32]], object],
+    inputs: Iterator[NDArray[np.float32]],
+    limit: float | None = None,
+    engine: Callable[[], float] | None = None,
+) -> WarmUp:
+    """Run blocks until three wall medians in a row agree within 3 %, or `limit` seconds (2 s) have passed."""
+    limit = WARM_UP_SECONDS if limit is None else limit
+    began = time.perf_counter()
+    medians: list[float] = []
+    while True:
+        medians.append(float(np.median(block(run, inputs, BLOCK_SECONDS, engine)[0])))
+        seconds = time.perf_counter() - began
+        last = medians[-3:]
+        if len(last) == 3 and max(last) <= (1 + WARM_UP_AGREEMENT) * min(last):
+            return WarmUp(seconds, True)
+        if len(last) == 3 and seconds >= limit:
+            return WarmUp(seconds, False)
 
 
 def measure(
@@ -25,58 +93,32 @@ def measure(
 ) -> dict[str, Any]:
     """Warm up, then time calls for `seconds`: `wall_ms`, `cpu_ms`, `cpu_share` of wall time, `warm_up`.
 
-    The copies in and out that `run` makes are part of a call. Raises ValueError: fewer than four inputs.
+    Raises ValueError: fewer than four inputs.
     """
-    if len(inputs) < MIN_INPUTS:
-        raise ValueError(f"{len(inputs)} input buffers; at least {MIN_INPUTS} are needed")
-    turns = itertools.cycle(inputs)
-    began = time.perf_counter()
-    medians: list[float] = []
-    stable = False
-    while not stable and (len(medians) < 3 or time.perf_counter() - began < WARM_UP_SECONDS):
-        medians.append(float(np.median(_block(run, turns, BLOCK_SECONDS)[0])))
-        last = medians[-3:]
-        stable = len(last) == 3 and max(last) <= (1 + AGREEMENT) * min(last)
-    warm = time.perf_counter() - began
-    wall, cpu = _block(run, turns, seconds)
-    return {**summarise(wall, cpu), "warm_up": {"seconds": round(warm, 3), "stable": stable}}
-
-
-def _block(
-    run: Callable[[NDArray[np.float32]], object],
-    turns: Iterator[NDArray[np.float32]],
-    seconds: float,
-) -> tuple[list[float], list[float]]:
-    """Calls for `seconds`, one at least: ms of wall and of process-CPU time of each."""
-    wall_ms: list[float] = []
-    cpu_ms: list[float] = []
-    end = time.perf_counter() + seconds
-    while not wall_ms or time.perf_counter() < end:
-        x = next(turns)
-        cpu, wall = time.process_time_ns(), time.perf_counter_ns()
-        run(x)
-        wall, cpu = time.perf_counter_ns() - wall, time.process_time_ns() - cpu
-        wall_ms.append(wall / 1e6)
-        cpu_ms.append(cpu / 1e6)
-    return wall_ms, cpu_ms
-
-
-def summarise(wall: Sequence[float], cpu: Sequence[float]) -> dict[str, Any]:
-    """ms of each call -> percentiles; p90 from 100 calls on, p99 from 1,000, else None."""
-
-    def percentile(q: int, least: int) -> float | None:
-        return significant(float(np.percentile(wall, q))) if len(wall) >= least else None
-
+    cycle = turns(inputs)
+    warm = warm_up(run, cycle)
+    wall, cpu, _ = block(run, cycle, seconds)
     return {
-        "wall_ms": {
-            "p50": percentile(50, 1),
-            "p90": percentile(90, P90_FROM),
-            "p99": percentile(99, P99_FROM),
-            "min": significant(min(wall)),
-            "n": len(wall),
-        },
+        "wall_ms": percentiles(wall),
         "cpu_ms": {"p50": significant(float(np.median(cpu)))},
         "cpu_share": significant(sum(cpu) / sum(wall)),
+        "warm_up": {"seconds": round(warm.seconds, 3), "stable": warm.stable},
+    }
+
+
+def percentiles(milliseconds: Sequence[float]) -> dict[str, Any]:
+    """ms of each call -> p50, p90 from 100 calls on, p99 from 1,000, else None; min, n."""
+    values = np.array(milliseconds)
+
+    def percentile(q: int, least: int) -> float | None:
+        return significant(float(np.percentile(values, q))) if len(values) >= least else None
+
+    return {
+        "p50": percentile(50, 1),
+        "p90": percentile(90, P90_FROM),
+        "p99": percentile(99, P99_FROM),
+        "min": significant(float(values.min())),
+        "n": len(values),
     }
 
 

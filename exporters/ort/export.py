@@ -10,9 +10,10 @@ import numpy as np
 
 from exporters.artifact import agreement, inputs, metadata, onnx_file
 from exporters.artifact.quiet import quiet
-from exporters.artifact.session import Array, Unavailable
+from exporters.artifact.session import Unavailable
+from exporters.device import ort
 from exporters.ort import embed, int8, quantize
-from exporters.ort.session import OrtSession, open_file
+from exporters.ort.session import OrtSession, library
 from pipeline.core.atomic import atomic
 from pipeline.core.errors import GateFailed, UserError
 from pipeline.data.prepared import normalised
@@ -52,7 +53,13 @@ def export(checkpoint: Path, out: Path, opset: int = OPSET) -> dict[str, Any]:
         raise Unavailable(
             f"{checkpoint}: reading a checkpoint needs torch and timm: {error}"
         ) from None
-    model, description = load(checkpoint)
+    return export_model(*load(checkpoint), out, opset)
+
+
+def export_model(
+    model: nn.Module, description: dict[str, Any], out: Path, opset: int
+) -> dict[str, Any]:
+    """A loaded checkpoint -> ONNX; as `export`. The model stays as it is."""
     size = description["preprocess"]["image_size"]
     proto = onnx_file.annotate(_trace(model, size, opset), metadata.flatten(description))
     with atomic(out) as temporary:
@@ -142,10 +149,10 @@ def write_embedded(source: Path, out: Path) -> dict[str, Any]:
         )
     reference = OrtSession(source, 1)
     smooth = inputs.shown(reference).transpose(0, 2, 3, 1)
-    pixels = np.clip(smooth * 48 + 128, 0, 255).astype(np.uint8)
+    pixels: Any = np.clip(smooth * 48 + 128, 0, 255).astype(np.uint8)
     with atomic(out) as temporary:
         onnx_file.save(embed.embedded(proto, notes["mean"], notes["std"]), temporary)
-        got: Array = open_file(temporary, 1).run(None, {embed.PIXELS: pixels})[0]
+        got = ort.OrtSession(library(), temporary, 1).run(pixels)
         expected = inputs.run(reference, normalised(pixels, notes))
         row = agreement.row(out, reference, expected, got, agreement.Gates())
         if row["verdict"] == "FAIL":

@@ -7,12 +7,13 @@ import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exporters.artifact import agreement, inputs, onnx_file
+from exporters.artifact.runtime import Calibration
 from exporters.artifact.session import Array
 from exporters.ort import quantize, sensitive
 from exporters.ort.session import OrtSession
@@ -33,9 +34,6 @@ class Pictures:
     shown: Array
     held: Array
     labels: NDArray[np.int64]
-
-
-Calibration = Literal["minmax", "percentile", "entropy"]
 
 
 @dataclass(frozen=True)

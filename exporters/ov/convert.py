@@ -10,10 +10,11 @@ from typing import Any
 from exporters.artifact import agreement, inputs, onnx_file
 from exporters.artifact.quiet import quiet
 from exporters.artifact.session import Unavailable
+from exporters.device.errors import one_line
 from exporters.device.ov import shared_core
 from exporters.ort import int8
 from exporters.ort.session import OrtSession
-from exporters.ov.session import NOTES, OvSession, one_line, openvino_library
+from exporters.ov.session import NOTES, OvSession, openvino_library
 from pipeline.core.atomic import make_parent
 from pipeline.core.errors import UserError
 

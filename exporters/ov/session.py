@@ -8,16 +8,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from exporters.artifact.session import Array, Unavailable, checked_output, checked_shape
-from exporters.device.ov import compiled, computes_in, shared_core
+from exporters.artifact.session import OurErrors, Unavailable, checked_output, checked_shape
+from exporters.device import ov
 from pipeline.core.errors import UserError
 
+HINTS = {"bf16": "bf16", "default": None}  # of a precision; f32 of every other
+# no telemetry, whoever imports openvino: it falls back to its own stub when the sender is absent
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 NOTES = "cakd"  # the branch of rt_info that holds the notes
 
 
 def openvino_library() -> Any:
-    """openvino, with its telemetry off: the package falls back to its own stub when the sender is absent."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    """openvino. Raises Unavailable: not installed."""
     try:
         import openvino
     except ImportError as error:
@@ -27,47 +29,34 @@ def openvino_library() -> Any:
     return openvino
 
 
-class OvSession:
+class OvSession(OurErrors, ov.OvSession):
     """OpenVINO on the CPU, one stream. `precision`: "fp32" and "int8" hint f32, "bf16" that, "default" nothing.
 
     With a folder `cache` it opens what was compiled there for this IR, CPU, OpenVINO and these options.
     """
 
     def __init__(self, path: Path, threads: int, precision: str, cache: Path | None = None) -> None:
-        ov = openvino_library()
+        openvino = openvino_library()
         if not path.is_file() or not path.with_suffix(".bin").is_file():
             raise UserError(f"{path}: an IR is two files, .xml and .bin; one of them is missing")
         with path.open("rb") as f:
             if b"<net" not in f.read(4096):  # OpenVINO would try every other format it knows on it
                 raise UserError(f"{path}: no <net>; expected the .xml of an OpenVINO IR")
-        options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-        if precision != "default":
-            options["INFERENCE_PRECISION_HINT"] = "bf16" if precision == "bf16" else "f32"
-        try:
-            core = shared_core(ov)
-            model = core.read_model(path)
-            self._compiled = compiled(core, ov.__version__, path, options, cache)
-        except Exception as error:
-            raise UserError(f"{path}: OpenVINO refuses it: {one_line(error)}") from None
+        super().__init__(openvino, path, threads, cache, HINTS.get(precision, "f32"))
+        with self.refusals():
+            model = ov.shared_core(openvino).read_model(path)
         if len(model.inputs) != 1:
             raise UserError(f"{path}: has {len(model.inputs)} inputs; allowed: one image input")
-        self._request = self._compiled.create_infer_request()
-        self.runtime = f"openvino {ov.__version__.split('-')[0]}"
         self.metadata: Mapping[str, str] = _notes(model)
         self.input_shape = checked_shape(_dims(model.inputs[0], path), self.metadata, path)
         made = model.outputs[0]
         kind = made.element_type.to_string()
         checked_output(kind, _dims(made, path), self.input_shape, path)
 
-    def run(self, x: Array) -> Array:
-        """x (B, 3, S, S) float32 -> the first output, (B, K) float32, copied out of the runtime."""
-        logits: Array = self._request.infer([x], share_inputs=False, share_outputs=False)[0]
-        return logits
-
     @cached_property
     def precision_effective(self) -> str:
         """What most convolutions and matrix products of the compiled graph run in."""
-        return computes_in(self._compiled)
+        return self.computes_in()
 
 
 def _dims(port: Any, path: Path) -> list[int | None]:
@@ -82,9 +71,3 @@ def _notes(model: Any) -> dict[str, str]:
     """The notes of `exporters.artifact.metadata` in rt_info; empty in an IR made by another tool."""
     held = model.get_rt_info([NOTES]).value if model.has_rt_info([NOTES]) else {}
     return {key: str(value) for key, value in held.items()} if isinstance(held, dict) else {}
-
-
-def one_line(error: Exception) -> str:
-    """The last line that says something: OpenVINO wraps its reason in C++ source positions."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]

@@ -1,26 +1,23 @@
-"""ONNX file -> serialized engine: one strongly typed path for TensorRT 10.12+, 11 and TensorRT-RTX.
-
-The precision is in the graph. TensorRT logs its failures and returns None, False or -1: all are checked.
-"""
+"""ONNX file -> serialized engine: one strongly typed path for TensorRT 10.12+, 11 and TensorRT-RTX."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters.artifact.session import Unavailable
-from exporters.device.trt import logger
+from exporters.artifact.session import OurErrors, Unavailable
+from exporters.device.builder import BATCHES, Builder
 from exporters.trt import driver
 from exporters.trt.plan import AMPERE, sidecar_of
 from pipeline.core import artifacts
 from pipeline.core.atomic import atomic, make_parent
 from pipeline.core.errors import UserError
 
-SHAPES = (1, 1, 8)  # smallest, usual and largest batch
-WORKSPACE = 1 << 30  # bytes
+SHAPES = BATCHES  # smallest, usual and largest batch
 LEVELS = range(6)  # builder_optimization_level; TensorRT's own default is 3
 CACHE_SCHEMA = "cakd.timing/1"
 # TensorRT-RTX documentation, inference-library: timing-cache-migration, engine-compatibility; its build with
@@ -44,14 +41,6 @@ class Options:
     timing_cache: Path | None = None
 
 
-@dataclass(frozen=True)
-class Entry:
-    """The image input: its name and (B, C, H, W), B None where the batch is free."""
-
-    name: str
-    shape: tuple[int | None, int, int, int]
-
-
 def check(name: str, options: Options) -> None:
     """Refuse what the backend lacks, before anything is built.
 
@@ -72,74 +61,57 @@ def check(name: str, options: Options) -> None:
         )
 
 
-def build(trt: Any, source: Path, entry: Entry, options: Options) -> bytes:
+def build(trt: Any, source: Path, image: Sequence[int], options: Options) -> bytes:
     """ONNX file -> serialized engine; with `options.timing_cache` that file is read and written back.
 
+    image: (C, H, W) of the profile where the batch is free.
     Raises UserError with the parser's and the logger's own errors; Unavailable: TensorRT cannot start.
     """
-    log = logger(trt)
-    try:
-        builder = trt.Builder(log)
-    except TypeError as error:  # "factory function returned nullptr": no driver, or one too old
-        raise Unavailable(f"TensorRT cannot start: {log.told() or error}") from None
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    if network is None:
-        raise UserError(f"{source.name}: TensorRT makes no network: {log.told()}")
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(source)):
-        raise UserError(f"{source.name}: TensorRT cannot parse {_refused(parser, log)}")
-    config = _configured(trt, builder, options, source, log)
-    if entry.shape[0] is None:
-        _add_profile(builder, config, entry, options.shapes, log)
-    if options.timing_cache:
-        _load_timing(trt, config, options.timing_cache, log)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise UserError(f"{source.name}: TensorRT cannot build it: {log.told()}")
-    if options.timing_cache:
-        _save_timing(trt, config, options.timing_cache, log)
-    return bytes(plan)
+    return _Builder(trt, source, image, options).build()
 
 
-def _refused(parser: Any, log: Any) -> str:
-    """Every node that is not supported, by operator and name, with the reason.
+class _Builder(OurErrors, Builder):
+    """The build of `exporters.device` with the options of TensorRT 10.12 and later."""
 
-    The parser checks all nodes before it gives up (onnx-tensorrt, `parseGraph`). `supports_model_v2`, which tells
-    the same, crashes in TensorRT-RTX 1.7 on networks like these, and its subgraphs hold sound nodes too.
-    """
-    found = [parser.get_error(i) for i in range(parser.num_errors)]
-    of_nodes = {
-        e.node(): f"{e.node_operator()} {e.node_name() or f'#{e.node()}'} ({e.desc()})"
-        for e in found
-        if e.node() >= 0
-    }
-    if of_nodes:
+    def __init__(self, trt: Any, source: Path, image: Sequence[int], options: Options) -> None:
+        super().__init__(trt, source, options.shapes, image)
+        self._options = options
+
+    def not_started(self, what: str) -> Exception:
+        """The exception to raise where TensorRT itself does not start."""
+        return Unavailable(what)
+
+    def unparsed(self, parser: Any) -> str:
+        """Every node that is not supported, by operator and name, with the reason.
+
+        The parser checks all nodes before it gives up (onnx-tensorrt, `parseGraph`). `supports_model_v2`, which
+        tells the same, crashes in TensorRT-RTX 1.7 on networks like these, and its subgraphs hold sound nodes too.
+        """
+        of_nodes = {
+            e.node(): f"{e.node_operator()} {e.node_name() or f'#{e.node()}'} ({e.desc()})"
+            for e in map(parser.get_error, range(parser.num_errors))
+            if e.node() >= 0
+        }
+        if not of_nodes:
+            return super().unparsed(parser)
         return f"{len(of_nodes)} of its nodes: {'; '.join(of_nodes.values())}"
-    return f"it: {'; '.join(e.desc() for e in found) or log.told()}"
 
-
-def _configured(trt: Any, builder: Any, options: Options, source: Path, log: Any) -> Any:
-    config = builder.create_builder_config()
-    if config is None:
-        raise UserError(f"{source.name}: TensorRT makes no configuration: {log.told()}")
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE)
-    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
-    if options.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if options.hardware_compatible:
-        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    if options.optimization_level is not None:
-        config.builder_optimization_level = options.optimization_level
-    return config
-
-
-def _add_profile(builder: Any, config: Any, entry: Entry, shapes: Sequence[int], log: Any) -> None:
-    profile = builder.create_optimization_profile()
-    if profile is None:
-        raise UserError(f"--shapes: TensorRT makes no profile for {list(shapes)}: {log.told()}")
-    profile.set_shape(entry.name, *[(batch, *entry.shape[1:]) for batch in shapes])
-    if config.add_optimization_profile(profile) < 0:
-        raise UserError(f"--shapes: TensorRT refuses {list(shapes)} for {entry.name}: {log.told()}")
+    @contextmanager
+    def configured(self, config: Any) -> Iterator[None]:
+        """The settings of the build that runs inside the block; its timings are kept after it."""
+        trt, options = self._trt, self._options
+        if options.version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        if options.hardware_compatible:
+            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        if options.optimization_level is not None:
+            config.builder_optimization_level = options.optimization_level
+        if options.timing_cache:
+            _load_timing(trt, config, options.timing_cache, self._log)
+        with super().configured(config):
+            yield
+        if options.timing_cache:
+            _save_timing(trt, config, options.timing_cache, self._log)
 
 
 def _load_timing(trt: Any, config: Any, path: Path, log: Any) -> None:
@@ -159,7 +131,7 @@ def _load_timing(trt: Any, config: Any, path: Path, log: Any) -> None:
             )
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
     if cache is None or not config.set_timing_cache(cache, False):
-        reason = log.told() or "measured by another version or device"
+        reason = log.told() if log.errors else "measured by another version or device"
         raise UserError(f"--timing-cache {path}: TensorRT refuses it: {reason}; name another file")
 
 

@@ -38,14 +38,14 @@ def make(
     build.check(name, options)
     start = time.perf_counter()
     proto = onnx_file.read(source)
-    entry = build.Entry(*onnx_file.classifier(proto, source))
+    shape = onnx_file.classifier(proto, source)
     plan = plan or _named(source, trt_plan.label(name, trt, options.hardware_compatible), precision)
     make_parent(plan)
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / source.name
         onnx_file.save(_at(proto, precision, calibration), graph)
-        built = build.build(trt, graph, entry, options)
-    batch, cache = entry.shape[0], options.timing_cache
+        built = build.build(trt, graph, shape[1:], options)
+    batch, cache = shape[0], options.timing_cache
     sidecar = {
         "schema": SCHEMA,
         "backend": name,
@@ -55,7 +55,7 @@ def make(
         "precision": precision,
         "tf32": False,
         "shapes": [batch] * 3 if batch else list(options.shapes),
-        "input_shape": list(entry.shape),
+        "input_shape": list(shape),
         "version_compatible": options.version_compatible,
         "hardware_compatible": options.hardware_compatible,
         "optimization_level": options.optimization_level,

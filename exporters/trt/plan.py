@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from exporters.artifact.session import Unavailable
+from exporters.device import kept
 from exporters.trt import driver
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError, nearest
@@ -28,6 +29,7 @@ OLDEST = (
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 EXTRAS = {"tensorrt": "trt", "rtx": "trt-rtx"}
 AMPERE = 80  # SM
+sidecar_of = kept.sidecar
 KEYS: dict[str, type | tuple[type, ...]] = {  # of a sidecar, what is read of it
     **dict.fromkeys(("backend", "version", "platform", "precision", "plan_sha256"), str),
     **dict.fromkeys(("tf32", "version_compatible", "hardware_compatible"), bool),
@@ -86,11 +88,6 @@ def label(name: str, trt: Any, hardware_compatible: bool = False) -> str:
     if name == "rtx" or gpu is None:
         return f"rtx{version}"
     return f"trt{version}-sm{f'{AMPERE}plus' if hardware_compatible else gpu.sm}"
-
-
-def sidecar_of(plan: Path) -> Path:
-    """student.plan -> student.plan.json."""
-    return plan.with_name(f"{plan.name}.json")
 
 
 def read_sidecar(plan: Path) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""One object over every runtime: what it reads, and how its artefacts are made and opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from exporters.artifact import agreement
+from exporters.artifact.reference import Exported
+from exporters.artifact.session import Session
+
+Calibration = Literal["minmax", "percentile", "entropy"]
+
+
+@dataclass(frozen=True)
+class Build(agreement.Gates):
+    """`build:` the parity gates, what int8 may cost, and the batches of an engine."""
+
+    int8_drop: float = 0.01  # top-1 on the reference images, as a fraction
+    int8_calibration: Calibration = "minmax"
+    int8_search_s: float = 60.0  # to look for nodes to leave in float, where int8 fails its gates
+    trt_shapes: tuple[int, int, int] = (1, 1, 8)  # smallest, usual and largest batch
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A row of `exporters.open.RUNTIMES`; its library is imported when it is called, so a missing one hurts no other.
+
+    make(precision, model, exported, out, settings) writes `student` or `teacher` into the folder `out` and returns
+    the artefact's path. open(artefact, threads, precision) is a session on that many intra-op threads.
+    obstacle(artefact) is why it cannot run here, where that is known without loading it.
+    Raises Unavailable: the library or its device is missing; UserError: the network or the artefact is refused.
+    """
+
+    name: str  # as the rows of `exporters.artifact.session.TARGETS` have it
+    suffix: str  # of the files it reads
+    make: Callable[[str, str, Exported, Path, Build], Path]
+    open: Callable[[Path, int, str], Session]
+    packages: tuple[str, ...] = ()  # imported before a load is timed
+    needs_gpu: bool = False
+    obstacle: Callable[[Path], str | None] = lambda _: None
