@@ -111,7 +111,7 @@ def peers(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for runner in runners:
                 name = runner.subject.model
                 told = runner.ask("block", seconds=args.seconds)
-                bare = latency.run_block(calls[name], pictures, args.seconds)
+                bare = timing.run_block(calls[name], pictures, args.seconds)
                 theirs = benchmark_app(irs[name], args.seconds, folder)
                 medians = (statistics.median(told["wall_ms"]), statistics.median(bare.wall_ms))
                 for tool, ms in zip(TOOLS, (*medians, theirs), strict=True):

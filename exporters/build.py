@@ -79,15 +79,9 @@ def _left_out(
     target: Target, model: str, reason: str, rows: list[dict[str, Any]] | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The entry and the row of a model that is not built for this target."""
-    entry: dict[str, Any] = {
-        "status": "skipped",
-        "reason": reason,
-        "artefact": None,
-        "precision_requested": target.precision,
-        "precision_effective": None,
-        "size_mb": None,
-        "seconds": None,
-    }
+    keys = ("artefact", "precision_requested", "precision_effective", "size_mb", "seconds")
+    entry: dict[str, Any] = {"status": "skipped", "reason": reason, **dict.fromkeys(keys)}
+    entry["precision_requested"] = target.precision
     artefact = target.artefact.format(model=model)
     return entry, rows or [agreement.skipped(artefact, target.precision, reason)]
 

@@ -881,7 +881,7 @@ def test_a_percentile_on_the_device_needs_as_many_calls_as_the_makers(
 ) -> None:
     generator = np.random.default_rng(0)
     wall, cpu = (generator.random(n).tolist() for _ in range(2))
-    monkeypatch.setattr(timing, "block", lambda *_: (wall, cpu, []))
+    monkeypatch.setattr(timing, "run_block", lambda *_, **__: timing.Block(wall, cpu))
     theirs = latency.summarise([latency.Block(wall, cpu)])
     found = timing.measure(lambda x: x, [np.zeros(1, np.float32)] * 4, 1)
     assert theirs["wall_ms"].pop("p50_ci") is None  # of one block
@@ -898,7 +898,9 @@ def test_the_warm_up_ends_when_it_is_stable_and_else_the_row_is_noisy(
         monkeypatch.setattr(timing, "WARM_UP_SECONDS", 60 if stable else 0)
         calls: list[float] = []
         monkeypatch.setattr(
-            timing, "block", lambda *_, c=calls, t=turns: (c.append(1), ([next(t)], [1.0], []))[1]
+            timing,
+            "run_block",
+            lambda *_, c=calls, t=turns, **__: (c.append(1), timing.Block([next(t)], [1.0]))[1],
         )
         found = timing.measure(lambda x: x, x, 1)
         assert found["warm_up"]["stable"] is stable and len(calls) == blocks + 1

@@ -216,11 +216,14 @@ def test_a_data_source_is_a_file_and_a_row(tmp_path: Path) -> None:
     python(copied, *HOUSE, "-k", "dependencies or docstring")
 
 
-def test_a_target_is_a_file_and_two_rows(tmp_path: Path, exported: Path) -> None:
+def test_a_target_is_a_folder_and_a_row_in_two_tables(tmp_path: Path, exported: Path) -> None:
     copied = tmp_path / "copy"
     copied.mkdir()
     tiny.copy(copied, "tests", bench={"enabled": ["ort-fp32", "reference-fp32"]})
-    (copied / "exporters" / "ort" / "reference.py").write_text(REFERENCE)
+    folder = copied / "exporters" / "reference"
+    folder.mkdir()
+    (folder / "__init__.py").write_text('"""ONNX\'s reference implementation."""\n')
+    (folder / "runtime.py").write_text(REFERENCE)
     edit(
         copied / "exporters" / "artifact" / "session.py",
         (
@@ -232,8 +235,8 @@ def test_a_target_is_a_file_and_two_rows(tmp_path: Path, exported: Path) -> None
     edit(
         copied / "exporters" / "open.py",
         (
-            "from exporters.ort.runtime",
-            "from exporters.ort.reference import REFERENCE\nfrom exporters.ort.runtime",
+            "from exporters.trt.runtime",
+            "from exporters.reference.runtime import REFERENCE\nfrom exporters.trt.runtime",
         ),
         ("OV, RTX, TRT)", "OV, RTX, TRT, REFERENCE)"),
     )

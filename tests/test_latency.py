@@ -16,12 +16,11 @@ from exporters.bench.latency import (
     Block,
     compare,
     flags,
-    run_block,
     schedule,
     summarise,
 )
 from exporters.device import timing
-from exporters.device.timing import turns, warm_up
+from exporters.device.timing import run_block, turns, warm_up
 
 ROOT = Path(__file__).parents[1]
 PICTURES = [np.full((1, 3, 2, 2), i, dtype=np.float32) for i in range(4)]

@@ -128,8 +128,8 @@ IMAGE = (3, 32, 32)
 @rtx
 def test_a_profile_out_of_order_comes_with_tensorrts_own_words(exported: Path) -> None:
     _, module = backend("rtx")
-    with pytest.raises(UserError, match=r"TensorRT refuses the batches \[8, 1, 1\]: \w"):
-        build.build(module, exported / "student.onnx", IMAGE, Options((8, 1, 1)))
+    with pytest.raises(UserError, match=r"TensorRT refuses the batches \[8, 1, 1\]: .*\w"):
+        build.EngineBuilder(module, exported / "student.onnx", IMAGE, Options((8, 1, 1))).build()
 
 
 @rtx
@@ -163,7 +163,7 @@ def test_onnx_runtimes_cpu_int8_is_refused_by_name_not_by_a_crash(
     )
     onnx.save(proto, tmp_path / "cpu.onnx")
     with pytest.raises(UserError, match=r"cpu\.onnx: TensorRT cannot"):
-        build.build(backend("rtx")[1], tmp_path / "cpu.onnx", IMAGE, Options())
+        build.EngineBuilder(backend("rtx")[1], tmp_path / "cpu.onnx", IMAGE, Options()).build()
 
 
 def test_full_tensorrt_that_is_missing_old_or_without_gpu_is_told(

@@ -20,13 +20,14 @@ HELD = {  # the names our code gives to TensorRT's objects
     "runtime": "Runtime",
     "_engine": "ICudaEngine",
     "context": "IExecutionContext",
+    "config": "IBuilderConfig",
+    "own": "IRuntimeConfig",
 }
-RUNTIME_CONFIG = "IRuntimeConfig"  # what trt/session.py calls `config`; elsewhere an IBuilderConfig
 MODULES = ("trt/plan", "trt/build", "trt/session", "device/builder", "device/engine", "device/trt")
 RTX_ONLY = {  # where `per_shape` is and `captured` is not
     "CudaGraphStrategy",
     "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
-    f"{RUNTIME_CONFIG}.cuda_graph_strategy",
+    "IRuntimeConfig.cuda_graph_strategy",
 }
 RECORDED = json.loads(FILE.read_text())
 
@@ -35,7 +36,6 @@ def used() -> set[str]:
     """`Class.name` of every TensorRT name in the exporters that talk to it."""
     found = set()
     for module in MODULES:
-        held = {**HELD, "config": RUNTIME_CONFIG if module == "trt/session" else "IBuilderConfig"}
         for node in ast.walk(ast.parse((ROOT / "exporters" / f"{module}.py").read_text())):
             if not isinstance(node, ast.Attribute):
                 continue
@@ -43,8 +43,8 @@ def used() -> set[str]:
             start = next((i for i, w in enumerate(words) if w in ("trt", "_trt")), None)
             if start is not None and words[start + 1 :]:
                 found.add(".".join(words[start + 1 :][:3]))
-            elif words[-2] in held and module != "trt/plan":
-                found.add(f"{held[words[-2]]}.{words[-1]}")
+            elif words[-2] in HELD and module != "trt/plan":
+                found.add(f"{HELD[words[-2]]}.{words[-1]}")
     return {name for name in found if "__" not in name}
 
 

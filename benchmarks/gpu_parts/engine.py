@@ -83,7 +83,7 @@ def timed(plan: Path) -> dict[str, Any]:
         turns = timing.turns([np.ascontiguousarray(part) for part in x])
         timing.warm_up(session.run, turns, engine=session.engine_ms)
         blocks = [
-            latency.run_block(session.run, turns, engine=session.engine_ms) for _ in range(BLOCKS)
+            timing.run_block(session.run, turns, engine=session.engine_ms) for _ in range(BLOCKS)
         ]
         found[str(batch)] = latency.summarise(blocks)
     return found

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.artifact import inputs, metadata
+from exporters.artifact import counts, inputs, metadata
 from exporters.artifact.session import Array, Session
 from exporters.device import gates
 from pipeline.core.errors import GateFailed, UserError
@@ -162,3 +164,12 @@ def describe(found: dict[str, Any]) -> str:
         ]
     reason = f" ({found['reason']})" if found["reason"] else ""
     return f"{', '.join(parts)}: {found['verdict']}{reason}"
+
+
+def tell(out: Path, make: Callable[[], dict[str, Any]]) -> None:
+    """Make `out`, and print its size, the seconds it took and what its row says."""
+    start = time.perf_counter()
+    found = make()
+    seconds, size = time.perf_counter() - start, (counts.size_bytes(out) or 0) / 1e6
+    told = [found["precision_effective"], *filter(None, [found.get("int8")]), describe(found)]
+    print(f"{out}: {size:.2f} MB in {seconds:.1f} s, computes in {', '.join(told)}")

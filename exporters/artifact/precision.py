@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from pipeline.core.errors import UserError, nearest
+from pipeline.core.errors import GateFailed, UserError, nearest
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -23,3 +24,15 @@ def parse_precisions(text: str, allowed: tuple[str, ...] = PRECISIONS) -> list[s
     if not wanted:
         raise UserError(f"--precision: got {text!r}; allowed: {', '.join(allowed)}")
     return wanted
+
+
+def run_all(steps: Iterable[Callable[[], None]]) -> None:
+    """Run every step, one that fails its gate too. Raises GateFailed with all of their reasons at the end."""
+    failed = []
+    for step in steps:
+        try:
+            step()
+        except GateFailed as error:
+            failed.append(str(error))
+    if failed:
+        raise GateFailed("; ".join(failed))

@@ -26,7 +26,7 @@ class Build(agreement.Gates):
 
 @dataclass(frozen=True)
 class Runtime:
-    """A row of `exporters.open.RUNTIMES`; its library is imported when it is called, so a missing one hurts no other.
+    """A row of `exporters.open.RUNTIMES`; its library is imported by its calls, so a missing one hurts no other.
 
     make(precision, model, exported, out, settings) writes `student` or `teacher` into the folder `out` and returns
     the artefact's path. open(artefact, threads, precision) is a session on that many intra-op threads.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +74,14 @@ class OurErrors:
 
 class Unavailable(UserError):
     """This target cannot run here (package missing, no device); the text is the reason shown in its row."""
+
+
+def imported(package: str, name: str, remedy: str) -> Any:
+    """A runtime's package. Raises Unavailable: not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise Unavailable(f"{name} is missing ({error}); {remedy}") from None
 
 
 TARGETS: dict[str, Target] = {

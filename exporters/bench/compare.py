@@ -69,10 +69,7 @@ def _timed(runners: Sequence[Runner], seed: int) -> tuple[latency.Ratio | None, 
         if any(runner.reason for runner in runners):
             return None, [[], []], rounds
         rounds += ROUNDS
-        sides = [
-            [[float(np.median(b.cpu_ms)) for b in r.blocks] for r in runners[side::2]]
-            for side in (0, 1)
-        ]
+        sides = [_medians([r.blocks for r in runners[side::2]], "cpu") for side in (0, 1)]
         ratio = latency.compare(sides[0], sides[1], seed)
         if ratio.verdict != "INCONCLUSIVE":
             break
@@ -138,7 +135,8 @@ def pairs(found: Sequence[Measured], seed: int) -> list[dict[str, Any]]:
         if model != "student" or teacher is None:
             continue
         clock = "engine" if student.row["engine_ms"] else "cpu"
-        ratio = latency.paired(_medians(student, clock), _medians(teacher, clock), seed)
+        a, b = (_medians(one.processes, clock) for one in (student, teacher))
+        ratio = latency.paired(a, b, seed)
         rows.append(
             {
                 "target": student.row["target"],
@@ -153,6 +151,6 @@ def pairs(found: Sequence[Measured], seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _medians(one: Measured, clock: str) -> list[list[float]]:
+def _medians(processes: Sequence[Sequence[latency.Block]], clock: str) -> list[list[float]]:
     """(processes, rounds): the median of each block by that clock, in ms."""
-    return [[float(np.median(getattr(b, f"{clock}_ms"))) for b in p] for p in one.processes]
+    return [[float(np.median(getattr(b, f"{clock}_ms"))) for b in p] for p in processes]

@@ -6,48 +6,22 @@ times, taken between blocks that ran next to each other, stays within a few (doc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.device.timing import BLOCK_SECONDS, MIN_CPU_SHARE, block, percentiles, significant
+from exporters.device import timing
+from exporters.device.timing import MIN_CPU_SHARE, percentiles, significant
 
 Array = NDArray[np.float32]
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
+Block = timing.Block
 MIN_BLOCKS = 5  # of which an interval of the median is drawn
 DRAWS = 1000  # of a bootstrap over blocks
-
-
-@dataclass(frozen=True)
-class Block:
-    """Calls timed one by one: wall and process-CPU time of each, and the engine's own on a GPU, in ms."""
-
-    wall_ms: list[float]
-    cpu_ms: list[float]
-    engine_ms: list[float] = field(default_factory=list)  # empty off the GPU
-
-    @classmethod
-    def join(cls, blocks: Sequence[Block]) -> Block:
-        """All calls of several blocks, in their order."""
-        return cls(
-            [ms for block in blocks for ms in block.wall_ms],
-            [ms for block in blocks for ms in block.cpu_ms],
-            [ms for block in blocks for ms in block.engine_ms],
-        )
-
-
-def run_block(
-    run: Callable[[Array], object],
-    inputs: Iterator[Array],
-    seconds: float = BLOCK_SECONDS,
-    engine: Callable[[], float] | None = None,
-) -> Block:
-    """One `exporters.device.timing.block`."""
-    return Block(*block(run, inputs, seconds, engine))
 
 
 def summarise(blocks: Sequence[Block], seed: int = 0) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,6 @@ import numpy as np
 
 from exporters.artifact import inputs
 from exporters.artifact.session import TARGETS, Array, Session, Target
-from exporters.bench import latency
 from exporters.device import timing
 from exporters.open import RUNTIMES, open_session
 from pipeline.core.errors import UserError
@@ -58,14 +57,7 @@ def started(
     reference: an .npz whose `x` holds the pictures to run; without it, seeded smooth ones.
     batch: images a call; without it, one, or as many as the artefact fixes.
     """
-    command = [
-        *COMMAND,
-        str(artefact),
-        "--target",
-        target.name,
-        "--threads",
-        str(threads),
-    ]
+    command = [*COMMAND, str(artefact), "--target", target.name, "--threads", str(threads)]
     command += ["--reference", str(reference)] if reference else []
     command += ["--batch", str(batch)] if batch else []
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -141,7 +133,6 @@ class Subject:
         """Keep the command line's wishes; nothing is loaded before `open`."""
         self.args = args
         self.session: Session
-        self.engine_ms: Callable[[], float] | None = None
 
     def open(self) -> dict[str, Any]:
         """Load, then run once: ms of each (the runtime's import in neither), and the batch it takes."""
@@ -170,7 +161,7 @@ class Subject:
 
     def block(self, seconds: float) -> dict[str, Any]:
         """One timed block."""
-        return vars(latency.run_block(self.session.run, self.turns, seconds, self.engine_ms))
+        return vars(timing.run_block(self.session.run, self.turns, seconds, self.engine_ms))
 
     def logits(self) -> dict[str, Any]:
         """What the first pictures are answered, for parity."""
@@ -205,8 +196,7 @@ def batches(session: Session, reference: Path | None, wanted: int | None = None)
             raise UserError(
                 f"{reference}: x is {x.shape}, the artefact takes (N, 3, {height}, {width}); export again"
             )
-    rows = np.arange(size * max(timing.MIN_INPUTS, len(x) // size)) % len(x)
-    return [np.ascontiguousarray(x[r]) for r in rows.reshape(-1, size)]
+    return timing.batched(x, size)
 
 
 def read_reference(path: Path) -> Array:
@@ -245,13 +235,9 @@ def serve(subject: Subject, requests: TextIO, answers: TextIO) -> None:
         failed = False
         try:
             answer = getattr(subject, do)(**request)
-        except (
-            Exception
-        ) as error:  # whatever a runtime raises is this row's reason, not the bench's end
-            text = (
-                str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            )
-            answer, failed = {"error": " ".join(text.split())[:500]}, True
+        except Exception as error:  # a runtime's error is this row's reason, not the bench's end
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            answer, failed = {"error": " ".join(f"{kind}{error}".split())[:500]}, True
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
         if failed:

@@ -19,10 +19,8 @@ from pipeline.core.atomic import atomic, atomic_dir
 from pipeline.core.errors import UserError
 
 ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
-MADE_ON_DEVICE = (
-    "cache",
-    "__pycache__",
-)  # the only folders a new bundle may take away with the old
+# the only folders a new bundle may take away with the old
+MADE_ON_DEVICE = ("cache", "__pycache__")
 
 
 def check_out(out: Path) -> None:
@@ -86,12 +84,11 @@ def main(args: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="exporters.bundle", description=__doc__)
-    p.add_argument("onnx", type=Path, help="an fp32 .onnx file, ours or anyone's")
-    p.add_argument("out", type=Path, help="a folder, or a name ending in .tar")
-    p.add_argument(
-        "--calib", type=Path, help="images to calibrate int8 on: a folder or a prepared one"
-    )
-    p.add_argument("--images", type=Path, help="images for the parity inputs, none of --calib")
+    add = p.add_argument
+    add("onnx", type=Path, help="an fp32 .onnx file, ours or anyone's")
+    add("out", type=Path, help="a folder, or a name ending in .tar")
+    add("--calib", type=Path, help="images to calibrate int8 on: a folder or a prepared one")
+    add("--images", type=Path, help="images for the parity inputs, none of --calib")
     return p
 
 

@@ -182,14 +182,12 @@ def convert(
     variant: Variant, source: Path, proto: onnx.ModelProto, ranges: int8.Pictures | None
 ) -> onnx.ModelProto:
     """The fp32 network as that variant. Raises UserError: int8 without images to calibrate on."""
-    if variant.precision == "fp16":
-        return quantize.to_fp16(proto)
-    if variant.precision == "fp32":
-        return proto
+    if variant.precision != "int8":
+        return quantize.at_precision(proto, variant.precision, None)
     if ranges is None:
         raise UserError(NO_CALIB)
     if variant.symmetric:
-        return quantize.to_int8(proto, ranges.shown, symmetric=True)
+        return quantize.at_precision(proto, "int8", ranges.shown)
     return int8.quantized(source, ranges, int8.Settings(), agreement.Gates())
 
 

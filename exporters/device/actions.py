@@ -129,8 +129,7 @@ def _bench(bundle: Bundle, opened: Opened, args: argparse.Namespace) -> Result:
     """Latency of the smallest batch the model takes, the parity inputs in turn."""
     x, _ = bundle.parity()
     size = bundle.input_shape[0] or 1
-    rows = np.arange(size * max(timing.MIN_INPUTS, len(x) // size)) % len(x)
-    inputs = [np.ascontiguousarray(x[r]) for r in rows.reshape(-1, size)]
+    inputs = timing.batched(x, size)
     began = time.perf_counter()
     opened.session.run(inputs[0])
     first_ms = timing.significant(1e3 * (time.perf_counter() - began))

@@ -21,18 +21,14 @@ NAMES = (
 TO_DEVICE, TO_HOST = 1, 2  # cudaMemcpyKind
 MULTIPROCESSORS, MAJOR, MINOR = 16, 75, 76  # cudaDeviceAttr
 THREAD_LOCAL = 1  # cudaStreamCaptureMode: other threads may go on
-INT, SIZE, POINTER = (
-    ctypes.c_int,
-    ctypes.c_size_t,
-    ctypes.c_void_p,
-)  # also of streams, events, graphs
+INT, POINTER = ctypes.c_int, ctypes.c_void_p  # streams, events and graphs are pointers too
 TO_INT, TO_POINTER = ctypes.POINTER(INT), ctypes.POINTER(POINTER)
 SIGNATURES = {
     "cudaGetDeviceCount": (TO_INT,),
     "cudaDeviceGetAttribute": (TO_INT, INT, INT),
-    "cudaMalloc": (TO_POINTER, SIZE),
+    "cudaMalloc": (TO_POINTER, ctypes.c_size_t),
     "cudaFree": (POINTER,),
-    "cudaMemcpyAsync": (POINTER, POINTER, SIZE, INT, POINTER),
+    "cudaMemcpyAsync": (POINTER, POINTER, ctypes.c_size_t, INT, POINTER),
     "cudaStreamCreate": (TO_POINTER,),
     "cudaStreamSynchronize": (POINTER,),
     "cudaStreamBeginCapture": (POINTER, INT),

@@ -128,8 +128,8 @@ class Engine(Named):
     def _capture(self, bound: BoundContext) -> None:
         bound.graph = self._cuda.capture(self._stream, lambda: self._enqueue(bound))
 
-    def _new_context(self) -> Any:
-        context = self._engine.create_execution_context()
+    def _new_context(self, *config: Any) -> Any:
+        context = self._engine.create_execution_context(*config)
         if context is None:
             raise self.refused("no execution context", "free device memory, run again")
         return context

@@ -16,10 +16,8 @@ from .errors import Named, one_line
 
 KINDS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "int8", "int8": "int8"}
 PRODUCTS = ("Conv", "Gemm", "MatMul", "Attention")
-PAD_FUSION_WRONG = (
-    "1.19",
-    "1.20",
-)  # they fuse Pad into an AveragePool that leaves padding out: other answers
+# they fuse Pad into an AveragePool that leaves padding out: other answers
+PAD_FUSION_WRONG = ("1.19", "1.20")
 
 
 class OrtSession(Named):

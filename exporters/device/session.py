@@ -57,9 +57,7 @@ def choose(asked: str) -> tuple[str, Any]:
 
 def library(name: str) -> Any:
     """The runtime's module. Raises UserError: missing, too old, no CUDA device for TensorRT."""
-    if (
-        name == "ov"
-    ):  # its telemetry stays off; the package has a stub for when the sender is absent
+    if name == "ov":  # without its telemetry: it has a stub for when the sender is absent
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         module = importlib.import_module(MODULES[name])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,24 @@ WARM_UP_AGREEMENT = 0.03  # three block medians within this share of each other
 P90_FROM, P99_FROM = 100, 1000  # calls below which the tail is not known
 MIN_INPUTS = 4
 MIN_CPU_SHARE = 0.9  # CPU over wall time below which one thread was disturbed
+
+
+@dataclass(frozen=True)
+class Block:
+    """Calls timed one by one: wall and process-CPU time of each, and the engine's own on a GPU, in ms."""
+
+    wall_ms: list[float]
+    cpu_ms: list[float]
+    engine_ms: list[float] = field(default_factory=list)  # empty off the GPU
+
+    @classmethod
+    def join(cls, blocks: Sequence[Block]) -> Block:
+        """All calls of several blocks, in their order."""
+        return cls(
+            [ms for block in blocks for ms in block.wall_ms],
+            [ms for block in blocks for ms in block.cpu_ms],
+            [ms for block in blocks for ms in block.engine_ms],
+        )
 
 
 @dataclass(frozen=True)
@@ -37,33 +55,36 @@ def turns(inputs: Sequence[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]
     return itertools.cycle(inputs)
 
 
-def block(
+def batched(x: NDArray[np.float32], size: int) -> list[NDArray[np.float32]]:
+    """The images round and round in batches of `size`, MIN_INPUTS of them at least."""
+    rows = np.arange(size * max(MIN_INPUTS, len(x) // size)) % len(x)
+    return [np.ascontiguousarray(x[r]) for r in rows.reshape(-1, size)]
+
+
+def run_block(
     run: Callable[[NDArray[np.float32]], object],
     inputs: Iterator[NDArray[np.float32]],
-    seconds: float,
+    seconds: float = BLOCK_SECONDS,
     engine: Callable[[], float] | None = None,
-) -> tuple[list[float], list[float], list[float]]:
-    """Time `run(x)` over and over for `seconds`, once at least: ms of wall, of process CPU, of the engine's clock.
+) -> Block:
+    """Time `run(x)` over and over for `seconds`, once at least. What `run` copies in and out is included.
 
-    What `run` copies in and out is included. engine: gives the ms that the device took since it was last
-    asked, by its own clock; without it the third list is empty.
+    engine: gives the ms that the device took since it was last asked, by its own clock.
     """
-    wall_ms: list[float] = []
-    cpu_ms: list[float] = []
-    engine_ms: list[float] = []
+    block = Block([], [])
     if engine is not None:
         engine()  # what ran before is not of this block
     end = time.perf_counter() + seconds
-    while not wall_ms or time.perf_counter() < end:
+    while not block.wall_ms or time.perf_counter() < end:
         x = next(inputs)
         cpu, wall = time.process_time_ns(), time.perf_counter_ns()
         run(x)
         wall, cpu = time.perf_counter_ns() - wall, time.process_time_ns() - cpu
-        wall_ms.append(wall / 1e6)
-        cpu_ms.append(cpu / 1e6)
+        block.wall_ms.append(wall / 1e6)
+        block.cpu_ms.append(cpu / 1e6)
         if engine is not None:
-            engine_ms.append(engine())
-    return wall_ms, cpu_ms, engine_ms
+            block.engine_ms.append(engine())
+    return block
 
 
 def warm_up(
@@ -77,7 +98,7 @@ def warm_up(
     began = time.perf_counter()
     medians: list[float] = []
     while True:
-        medians.append(float(np.median(block(run, inputs, BLOCK_SECONDS, engine)[0])))
+        medians.append(float(np.median(run_block(run, inputs, engine=engine).wall_ms)))
         seconds = time.perf_counter() - began
         last = medians[-3:]
         if len(last) == 3 and max(last) <= (1 + WARM_UP_AGREEMENT) * min(last):
@@ -97,11 +118,11 @@ def measure(
     """
     cycle = turns(inputs)
     warm = warm_up(run, cycle)
-    wall, cpu, _ = block(run, cycle, seconds)
+    block = run_block(run, cycle, seconds)
     return {
-        "wall_ms": percentiles(wall),
-        "cpu_ms": {"p50": significant(float(np.median(cpu)))},
-        "cpu_share": significant(sum(cpu) / sum(wall)),
+        "wall_ms": percentiles(block.wall_ms),
+        "cpu_ms": {"p50": significant(float(np.median(block.cpu_ms)))},
+        "cpu_share": significant(sum(block.cpu_ms) / sum(block.wall_ms)),
         "warm_up": {"seconds": round(warm.seconds, 3), "stable": warm.stable},
     }
 

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from exporters.artifact import agreement
-from exporters.artifact.precision import beside, parse_precisions
+from exporters.artifact.precision import beside, parse_precisions, run_all
 from exporters.ort import int8
 from exporters.ort.export import OPSET, convert, export, write_embedded
 from pipeline.core import cli
-from pipeline.core.errors import GateFailed, UserError
+from pipeline.core.errors import UserError
 
 
 def main(args: argparse.Namespace) -> None:
@@ -34,50 +31,39 @@ def main(args: argparse.Namespace) -> None:
     if "int8" in wanted and args.calib is None:
         raise UserError(int8.NO_CALIBRATION)
     how = int8.Settings(args.calibration, args.search_seconds)
-    failed = []
     with tempfile.TemporaryDirectory() as folder:
         source = args.checkpoint
         if not foreign:
             source = args.out if "fp32" in wanted else Path(folder) / args.out.name
-            line = _timed(source, partial(export, args.checkpoint, source, args.opset or OPSET))
+            make = partial(export, args.checkpoint, source, args.opset or OPSET)
             if "fp32" in wanted:
-                print(line)
+                agreement.tell(source, make)
                 wanted.remove("fp32")
+            else:
+                make()
         pictures = int8.calibration_images(source, args.calib) if "int8" in wanted else None
-        for precision in wanted:
+
+        def write(precision: str) -> None:
             out = beside(args.out, precision)
-            try:
-                print(_timed(out, partial(convert, source, out, precision, pictures, how)))
-            except GateFailed as error:
-                failed.append(str(error))
+            agreement.tell(out, partial(convert, source, out, precision, pictures, how))
+
+        steps = [partial(write, precision) for precision in wanted]
         if args.embed_preprocessing:
             out = args.out.with_stem(f"{args.out.stem}-uint8")
-            print(_timed(out, partial(write_embedded, source, out)))
-    if failed:
-        raise GateFailed("; ".join(failed))
-
-
-def _timed(out: Path, make: Callable[[], dict[str, Any]]) -> str:
-    """The line that tells `make()`'s row."""
-    start = time.perf_counter()
-    row = make()
-    seconds = time.perf_counter() - start
-    line = f"{out}: {out.stat().st_size / 1e6:.2f} MB in {seconds:.1f} s, computes in "
-    made = f"{row['int8']}, " if "int8" in row else ""
-    return f"{line}{row['precision_effective']}, {made}{agreement.describe(row)}"
+            steps.append(partial(agreement.tell, out, partial(write_embedded, source, out)))
+        run_all(steps)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="exporters.ort", description=__doc__)
-    p.add_argument("checkpoint", type=Path, help="a .safetensors checkpoint, or an .onnx file")
-    p.add_argument(
-        "out", type=Path, help="the .onnx to write; others get -fp16, -int8 in front of it"
-    )
-    p.add_argument("--opset", type=int, help=f"of a checkpoint's ONNX, {OPSET} if not given")
-    p.add_argument("--precision", default="fp32", help="of fp32,fp16,int8")
+    add = p.add_argument
+    add("checkpoint", type=Path, help="a .safetensors checkpoint, or an .onnx file")
+    add("out", type=Path, help="the .onnx to write; others get -fp16, -int8 in front of it")
+    add("--opset", type=int, help=f"of a checkpoint's ONNX, {OPSET} if not given")
+    add("--precision", default="fp32", help="of fp32,fp16,int8")
     int8.add_options(p)
-    p.add_argument(
+    add(
         "--embed-preprocessing",
         action="store_true",
         help="also write OUT-uint8.onnx: takes (B, S, S, 3) uint8 pixels and normalises them inside",

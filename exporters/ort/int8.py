@@ -93,13 +93,10 @@ def quantized(
 
 def add_options(p: argparse.ArgumentParser) -> None:
     """The options that int8 is made by."""
-    p.add_argument(
-        "--calib", type=Path, help="images to calibrate int8 on: a folder or a prepared one"
-    )
-    p.add_argument(
-        "--calibration", choices=tuple(quantize.METHODS), default="minmax", help="of the ranges"
-    )
-    p.add_argument(
+    add = p.add_argument
+    add("--calib", type=Path, help="images to calibrate int8 on: a folder or a prepared one")
+    add("--calibration", choices=tuple(quantize.METHODS), default="minmax", help="of the ranges")
+    add(
         "--search-seconds",
         type=float,
         default=Settings.search_s,

@@ -45,6 +45,13 @@ def to_int8(
         return calibrated.quantized()
 
 
+def at_precision(model: onnx.ModelProto, precision: str, x: Array | None) -> onnx.ModelProto:
+    """The network at a precision; int8 as TensorRT takes it, with ranges from x (N, 3, S, S)."""
+    if precision == "fp16":
+        return to_fp16(model)
+    return model if x is None or precision != "int8" else to_int8(model, x, symmetric=True)
+
+
 class Calibrated:
     """A network with the ranges its activations took, quantized as often as asked without running it again."""
 
@@ -77,9 +84,8 @@ class Calibrated:
         left += _by_constants(self.folded) if self.symmetric else []
         path = Path(self._folder.name) / "int8.onnx"
         given = type(self.folded)()
-        given.CopyFrom(
-            self.folded
-        )  # the quantizer moves its weights into files that are gone afterwards
+        # the quantizer moves its weights into files that are gone afterwards
+        given.CopyFrom(self.folded)
         with quiet():
             q.quantize_static(
                 given,

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from exporters.artifact.session import OurErrors, Unavailable, checked_output, checked_shape
+from exporters.artifact.session import OurErrors, checked_output, checked_shape, imported
 from exporters.device import ort
 from pipeline.core.errors import UserError
 
@@ -37,11 +37,7 @@ class OrtSession(OurErrors, ort.OrtSession):
 
 def library() -> Any:
     """onnxruntime. Raises Unavailable: not installed."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise Unavailable(f"ONNX Runtime is missing ({error}); `pip install onnxruntime`") from None
-    return onnxruntime
+    return imported("onnxruntime", "ONNX Runtime", "`pip install onnxruntime`")
 
 
 def _notes(session: Any, path: Path) -> Mapping[str, str]:

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from exporters.artifact import agreement, counts
-from exporters.artifact.precision import beside, parse_precisions
+from exporters.artifact import agreement
+from exporters.artifact.precision import beside, parse_precisions, run_all
 from exporters.ort import int8
-from exporters.ov.convert import make
+from exporters.ov import convert
 from exporters.ov.session import OvSession
 from pipeline.core import cli
-from pipeline.core.errors import GateFailed, UserError
+from pipeline.core.errors import UserError
 
 OPENINGS = 5  # pairs, to tell what a cache of compiled models gains
 
@@ -30,31 +31,18 @@ def main(args: argparse.Namespace) -> None:
     wanted = parse_precisions(args.precision)
     if args.onnx.suffix != ".onnx":
         raise UserError(f"{args.onnx}: suffix is {args.onnx.suffix!r}; the input is an .onnx file")
-    if "int8" in wanted and args.calib is None:
-        raise UserError(int8.NO_CALIBRATION)
     out = (args.out or args.onnx.parent) / f"{args.onnx.stem}.xml"
     how = int8.Settings(args.calibration, args.search_seconds)
     pictures = int8.calibration_images(args.onnx, args.calib) if "int8" in wanted else None
-    failed = []
-    for precision in wanted:
+
+    def write(precision: str) -> None:
         target = beside(out, precision)
-        start = time.perf_counter()
-        try:
-            row = make(args.onnx, target, precision, pictures, how, args.int8_by, args.batch)
-        except GateFailed as error:
-            failed.append(str(error))
-            continue
-        size = sum(p.stat().st_size for p in counts.parts(target)) / 1e6
-        seconds = time.perf_counter() - start
-        made = f"{row['int8']}, " if "int8" in row else ""
-        print(
-            f"{target}: {size:.2f} MB in {seconds:.1f} s, computes in "
-            f"{row['precision_effective']}, {made}{agreement.describe(row)}"
-        )
+        make = partial(convert.make, args.onnx, target, precision, pictures, how)
+        agreement.tell(target, partial(make, args.int8_by, args.batch))
         if args.cache:
             print(_kept(target, args.cache))
-    if failed:
-        raise GateFailed("; ".join(failed))
+
+    run_all(partial(write, precision) for precision in wanted)
 
 
 def _kept(ir: Path, cache: Path) -> str:
@@ -73,22 +61,19 @@ def _kept(ir: Path, cache: Path) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="exporters.ov", description=__doc__)
-    p.add_argument("onnx", type=Path, help="an fp32 .onnx file, ours or anyone's")
-    p.add_argument("-o", "--out", type=Path, help="folder of the IR; beside the ONNX if not given")
-    p.add_argument("--precision", default="fp32", help="of fp32,fp16,int8")
+    add = p.add_argument
+    add("onnx", type=Path, help="an fp32 .onnx file, ours or anyone's")
+    add("-o", "--out", type=Path, help="folder of the IR; beside the ONNX if not given")
+    add("--precision", default="fp32", help="of fp32,fp16,int8")
     int8.add_options(p)
-    p.add_argument(
-        "--int8-by", choices=("qdq", "nncf"), default="qdq", help="our QDQ graph, or NNCF"
-    )
-    p.add_argument(
+    add("--int8-by", choices=("qdq", "nncf"), default="qdq", help="our QDQ graph, or NNCF")
+    add(
         "--batch",
         type=cli.count,
         metavar="N",
         help="fix a free batch: faster where a call is short",
     )
-    p.add_argument(
-        "--cache", type=Path, help="also compile each IR for one thread of this CPU, kept in here"
-    )
+    add("--cache", type=Path, help="also compile each IR for one thread of this CPU, kept in here")
     return p
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from exporters.artifact.session import OurErrors, Unavailable, checked_output, checked_shape
+from exporters.artifact.session import OurErrors, checked_output, checked_shape, imported
 from exporters.device import ov
 from pipeline.core.errors import UserError
 
@@ -20,13 +20,8 @@ NOTES = "cakd"  # the branch of rt_info that holds the notes
 
 def openvino_library() -> Any:
     """openvino. Raises Unavailable: not installed."""
-    try:
-        import openvino
-    except ImportError as error:
-        raise Unavailable(
-            f"OpenVINO is missing ({error}); `pip install '.[openvino]'`, without it ov-* targets are skipped"
-        ) from None
-    return openvino
+    remedy = "`pip install '.[openvino]'`, without it ov-* targets are skipped"
+    return imported("openvino", "OpenVINO", remedy)
 
 
 class OvSession(OurErrors, ov.OvSession):

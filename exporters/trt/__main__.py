@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from exporters.artifact import agreement, inputs
-from exporters.artifact.precision import parse_precisions
+from exporters.artifact.precision import parse_precisions, run_all
 from exporters.artifact.session import Unavailable
 from exporters.ort import int8
 from exporters.ort.session import OrtSession
@@ -43,20 +44,20 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{args.onnx}: suffix is {args.onnx.suffix!r}; the input is an .onnx file")
     if args.out and len(wanted) > 1:
         raise UserError(f"-o {args.out}: one name for {len(wanted)} precisions; leave it out")
-    calibration = None
-    if "int8" in wanted:
-        calibration = int8.calibration_images(args.onnx, args.calib).shown
-    failed = []
-    for precision in wanted:
+    int8_wanted = "int8" in wanted
+    calibration = int8.calibration_images(args.onnx, args.calib).shown if int8_wanted else None
+
+    def write(precision: str) -> None:
         plan, sidecar = make(args.onnx, args.out, precision, name, options, calibration)
         told, verdict = ran(args.onnx, plan, False if args.no_cuda_graph else None)
         print(
             f"{plan}: {sidecar['size_mb']:.2f} MB in {sidecar['seconds']:.1f} s, {sidecar['backend']} "
             f"{sidecar['version']}, {', '.join(_traits(sidecar))}, {told}"
         )
-        failed += [f"{plan}: {told}"] if verdict == "FAIL" else []
-    if failed:
-        raise GateFailed("; ".join(failed))
+        if verdict == "FAIL":
+            raise GateFailed(f"{plan}: {told}")
+
+    run_all(partial(write, precision) for precision in wanted)
 
 
 def _traits(sidecar: dict[str, Any]) -> list[str]:
@@ -106,27 +107,18 @@ def show(args: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line that builds."""
     p = argparse.ArgumentParser(prog="exporters.trt", description=__doc__)
-    p.add_argument("onnx", type=Path, help="an fp32 .onnx file, ours or anyone's; or `info PLAN`")
-    p.add_argument("-o", "--out", type=Path, help="the plan; a name that tells it if not given")
-    p.add_argument("--precision", default="fp32", help="of fp32,fp16,int8")
-    p.add_argument(
-        "--calib", type=Path, help="images to calibrate int8 on: a folder or a prepared one"
-    )
-    p.add_argument("--shapes", default="1,1,8", help="smallest, usual and largest batch")
-    p.add_argument("--backend", default="auto", help="auto, tensorrt or rtx")
-    p.add_argument(
-        "--timing-cache", type=Path, metavar="FILE", help="read if it is there, written back"
-    )
-    p.add_argument(
-        "--version-compatible", action="store_true", help="runs under later TensorRT versions too"
-    )
-    p.add_argument(
-        "--hardware-compatible", action="store_true", help="runs on Ampere and every newer GPU"
-    )
-    p.add_argument(
-        "--optimization-level", type=int, metavar="N", help="0 to 5; TensorRT's own is 3"
-    )
-    p.add_argument("--no-cuda-graph", action="store_true", help="check the engine without graphs")
+    add = p.add_argument
+    add("onnx", type=Path, help="an fp32 .onnx file, ours or anyone's; or `info PLAN`")
+    add("-o", "--out", type=Path, help="the plan; a name that tells it if not given")
+    add("--precision", default="fp32", help="of fp32,fp16,int8")
+    add("--calib", type=Path, help="images to calibrate int8 on: a folder or a prepared one")
+    add("--shapes", default="1,1,8", help="smallest, usual and largest batch")
+    add("--backend", default="auto", help="auto, tensorrt or rtx")
+    add("--timing-cache", type=Path, metavar="FILE", help="read if it is there, written back")
+    add("--version-compatible", action="store_true", help="runs under later TensorRT versions too")
+    add("--hardware-compatible", action="store_true", help="runs on Ampere and every newer GPU")
+    add("--optimization-level", type=int, metavar="N", help="0 to 5; TensorRT's own is 3")
+    add("--no-cuda-graph", action="store_true", help="check the engine without graphs")
     return p
 
 

@@ -61,17 +61,11 @@ def check(name: str, options: Options) -> None:
         )
 
 
-def build(trt: Any, source: Path, image: Sequence[int], options: Options) -> bytes:
-    """ONNX file -> serialized engine; with `options.timing_cache` that file is read and written back.
+class EngineBuilder(OurErrors, Builder):
+    """The build of `exporters.device` with the options of TensorRT 10.12 and later, a timing cache kept after it.
 
-    image: (C, H, W) of the profile where the batch is free.
-    Raises UserError with the parser's and the logger's own errors; Unavailable: TensorRT cannot start.
+    image: (C, H, W) of the profile where the batch is free. Raises Unavailable: TensorRT cannot start.
     """
-    return _Builder(trt, source, image, options).build()
-
-
-class _Builder(OurErrors, Builder):
-    """The build of `exporters.device` with the options of TensorRT 10.12 and later."""
 
     def __init__(self, trt: Any, source: Path, image: Sequence[int], options: Options) -> None:
         super().__init__(trt, source, options.shapes, image)
@@ -98,7 +92,7 @@ class _Builder(OurErrors, Builder):
 
     @contextmanager
     def configured(self, config: Any) -> Iterator[None]:
-        """The settings of the build that runs inside the block; its timings are kept after it."""
+        """The settings of the build that runs inside the block."""
         trt, options = self._trt, self._options
         if options.version_compatible:
             config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)

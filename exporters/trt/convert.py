@@ -36,15 +36,18 @@ def make(
     options = options or Options()
     name, trt = backend(name)
     build.check(name, options)
+    if precision == "int8" and calibration is None:
+        raise UserError(int8.NO_CALIBRATION)
     start = time.perf_counter()
     proto = onnx_file.read(source)
     shape = onnx_file.classifier(proto, source)
-    plan = plan or _named(source, trt_plan.label(name, trt, options.hardware_compatible), precision)
+    label = trt_plan.label(name, trt, options.hardware_compatible)
+    plan = plan or source.with_name(f"{source.stem}.{label}-{precision}.plan")
     make_parent(plan)
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / source.name
-        onnx_file.save(_at(proto, precision, calibration), graph)
-        built = build.build(trt, graph, shape[1:], options)
+        onnx_file.save(quantize.at_precision(proto, precision, calibration), graph)
+        built = build.EngineBuilder(trt, graph, shape[1:], options).build()
     batch, cache = shape[0], options.timing_cache
     sidecar = {
         "schema": SCHEMA,
@@ -77,18 +80,3 @@ def make(
         temporary.write_bytes(built)
         artifacts.write_json(sidecar_of(plan), sidecar)
     return plan, sidecar
-
-
-def _named(source: Path, label: str, precision: str) -> Path:
-    return source.with_name(f"{source.stem}.{label}-{precision}.plan")
-
-
-def _at(proto: Any, precision: str, calibration: Array | None) -> Any:
-    """The graph at that precision: TensorRT takes it from there."""
-    if precision == "fp16":
-        return quantize.to_fp16(proto)
-    if precision == "int8":
-        if calibration is None:
-            raise UserError(int8.NO_CALIBRATION)
-        return quantize.to_int8(proto, calibration, symmetric=True)
-    return proto

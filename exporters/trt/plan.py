@@ -22,10 +22,8 @@ from pipeline.core import artifacts
 from pipeline.core.errors import UserError, nearest
 
 SCHEMA = "cakd.plan/2"
-OLDEST = (
-    10,
-    12,
-)  # of full TensorRT: the first with everything used here in its strongly typed form
+# of full TensorRT: the first with everything used here in its strongly typed form
+OLDEST = (10, 12)
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 EXTRAS = {"tensorrt": "trt", "rtx": "trt-rtx"}
 AMPERE = 80  # SM

@@ -87,14 +87,11 @@ class TrtSession(OurErrors, Engine):
             reason = str(error).removeprefix(f"{self.name}: ")
             raise self.error(f"no CUDA graph of it: {reason}; run it with {SWITCH}=0") from None
 
-    def _new_context(self) -> Any:
-        if not self.per_shape or self.captured:
-            return super()._new_context()
-        config = self._engine.create_runtime_config()
-        if config is None:
-            raise self.refused("no runtime configuration")
-        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        context = self._engine.create_execution_context(config)
-        if context is None:
-            raise self.refused("no execution context")
-        return context
+    def _new_context(self, *config: Any) -> Any:
+        if self.per_shape and not self.captured:
+            own = self._engine.create_runtime_config()
+            if own is None:
+                raise self.refused("no runtime configuration")
+            own.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            config = (own,)
+        return super()._new_context(*config)
