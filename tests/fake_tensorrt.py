@@ -48,12 +48,14 @@ class Fake:
         self.asked: list[tuple[Any, ...]] = []
         self.fails = set(fails)
         self.cuda = Cudart(self.fails, self.asked)
+        self.logits = np.dtype(np.float32)  # the type of the first output
         self.tensorrt = SimpleNamespace(
             __version__=version,
             ILogger=ILogger,
             BuilderFlag=Flags,
             HardwareCompatibilityLevel=Level,
             TensorIOMode=Mode,
+            CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph"),
             DataType=Kind,
             NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
             MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
@@ -64,7 +66,8 @@ class Fake:
 
     def install(self, monkeypatch: Any, gpu: driver.Device = GPU) -> None:
         """From here on the packages and the GPU of that machine."""
-        monkeypatch.setitem(sys.modules, "tensorrt", self.tensorrt)
+        for name in ("tensorrt", "tensorrt_rtx"):
+            monkeypatch.setitem(sys.modules, name, self.tensorrt)
         monkeypatch.setattr(cudart, "_load", self.cuda.library)
         monkeypatch.setattr(driver, "device", lambda: gpu)
 
@@ -201,12 +204,17 @@ class Engine(Part):
         return Mode.INPUT if name == "image" else Mode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> Any:
-        return Kind.INT64 if name == "index" else Kind.FLOAT
+        half = name == "logits" and self.fake.logits == np.float16
+        return Kind.INT64 if name == "index" else Kind.HALF if half else Kind.FLOAT
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return {"image": (-1, 3, 8, 8), "logits": (-1, 4), "index": (-1,)}[name]
 
-    def create_execution_context(self) -> Any:
+    def create_runtime_config(self) -> Any:
+        return self.fake.gives("runtime_config", self._log, SimpleNamespace())
+
+    def create_execution_context(self, config: Any = None) -> Any:
+        self.fake.asked.append(("strategy", getattr(config, "cuda_graph_strategy", None)))
         return self.fake.gives("context", self._log, Context(self.fake, self._log))
 
 
@@ -230,17 +238,21 @@ class Context(Part):
 
     def execute_async_v3(self, stream: int) -> bool:
         """Queues the work over the shape and the addresses of now, as a captured graph keeps them."""
-        if not self.fake.gives("execute", self._log, True, False):
+        cuda = self.fake.cuda
+        doomed = cuda.captured is not None and "captured" in self.fake.fails
+        if not self.fake.gives("captured" if doomed else "execute", self._log, True, False):
             return False
-        shape, bound, cuda = self.shape, dict(self.bound), self.fake.cuda
-        sizes = {"image": 4 * int(np.prod(shape)), "logits": 16 * shape[0], "index": 8 * shape[0]}
+        shape, bound = self.shape, dict(self.bound)
+        kind = self.fake.logits
+        sizes = {"image": 4 * int(np.prod(shape)), "logits": 4 * shape[0] * kind.itemsize}
+        sizes["index"] = 8 * shape[0]
         assert all(cuda.held(bound[name], size) for name, size in sizes.items())
 
         def compute() -> None:
             taken = np.frombuffer(ctypes.string_at(bound["image"], sizes["image"]), np.float32)
             means = taken.reshape(shape).mean(axis=(1, 2, 3))
             for name, made in (
-                ("logits", (means[:, None] + np.arange(4)).astype(np.float32)),
+                ("logits", (means[:, None] + np.arange(4)).astype(kind)),
                 ("index", np.full(shape[0], -1, np.int64)),
             ):
                 ctypes.memmove(bound[name], made.tobytes(), made.nbytes)

@@ -804,6 +804,12 @@ const char *cudaGetErrorString(int e) { return "words"; }
 """
 
 
+@pytest.mark.skipif(cudart._load() is None, reason="no libcudart")
+def test_the_installed_libcudart_has_every_call() -> None:
+    library = cudart._load()
+    assert all(hasattr(library, name) for name in cudart.SIGNATURES)
+
+
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 def test_the_calls_of_libcudart_have_the_types_of_c(tmp_path: Path) -> None:
     """Over a compiled library: an address or a handle cut to 32 bits would crash or fail here."""

@@ -339,6 +339,47 @@ def test_a_graph_is_captured_once_a_batch_size_after_a_warm_up_run_and_replayed(
     steps = [e[0] for e in fake.asked if e[0] in ("context", "execute", "capture", "replay")]
     bound = ["context", "execute", "capture", "execute", "replay"]
     assert steps == [*bound, "replay", *bound, "replay", "replay"]
+    assert len(fake.cuda.graphs) == 2  # what they were made executable from is gone
+
+
+def test_rtx_captures_by_itself_in_a_context_a_batch_size(
+    machine: Callable[..., Fake], source: Path
+) -> None:
+    fake = machine()
+    plan, _ = convert.make(source, source.with_suffix(".plan"), "fp32", "rtx")
+    session = TrtSession(plan)
+    assert session.runtime == "tensorrt_rtx 11.4.0.106, CUDA graph"
+    for call, batch in enumerate((2, 3, 2)):
+        x = images(batch) + 100 * call
+        np.testing.assert_array_equal(session.run(x), expected(x))
+    strategies = [e[1] for e in fake.asked if e[0] == "strategy"]
+    assert strategies == ["whole graph"] * 2
+    assert fake.count("capture") == fake.count("replay") == 0 and fake.count("execute") == 3
+    TrtSession(plan, cuda_graph=False).run(images(1))
+    assert [e[1] for e in fake.asked if e[0] == "strategy"][2:] == [None]
+
+
+def test_a_capture_in_which_the_engine_fails_is_ended_and_told(
+    machine: Callable[..., Fake], source: Path
+) -> None:
+    fake = machine("captured")
+    made(source)
+    session = TrtSession(source.with_suffix(".plan"))
+    said = r"net\.plan: no CUDA graph of it: batch 2: .*captured went wrong; run it with CAKD_CUDA_GRAPH=0"
+    with pytest.raises(UserError, match=said):
+        session.run(images(2))
+    assert fake.cuda.captured is None
+
+
+def test_a_half_precision_output_is_given_as_float32(
+    machine: Callable[..., Fake], source: Path
+) -> None:
+    machine().logits = np.dtype(np.float16)
+    made(source)
+    session = TrtSession(source.with_suffix(".plan"))
+    logits = session.run(images(3) / 100)
+    assert logits.dtype == np.float32
+    np.testing.assert_array_equal(logits, expected(images(3) / 100).astype(np.float16))
 
 
 def test_a_session_that_goes_gives_its_device_memory_back(
@@ -426,7 +467,7 @@ def test_a_switch_that_is_neither_0_nor_1_is_refused(
     ("fails", "said"),
     [
         ("deserialize", "does not load: deserialize went wrong; build it again: `python -m"),
-        ("context", "no execution context: context went wrong"),
+        ("context", "no execution context: context went wrong; free device memory"),
         (
             "input_shape",
             r"batch 2: TensorRT refuses \(2, 3, 8, 8\), .* 1 to 8: input_shape went wrong",
