@@ -17,8 +17,9 @@ from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
 from exporters.bench import __main__ as bench_command
-from exporters.bench import compare, latency
+from exporters.bench import compare
 from exporters.bundle import make
+from exporters.device import timing
 from pipeline.core import artifacts
 from pipeline.core.errors import GateFailed
 from pipeline.report.raw import without_raw
@@ -251,7 +252,7 @@ def run_bench(*argv: object) -> None:
     with pytest.MonkeyPatch.context() as patch, suppress(GateFailed):
         patch.setattr(compare, "PROCESSES", 1)
         patch.setattr(compare, "ROUNDS", 2)
-        patch.setattr(latency, "BLOCK_SECONDS", 0.02)
+        patch.setattr(timing, "BLOCK_SECONDS", 0.02)
         quick = ("--rounds", "2", "--seconds", "0.1")
         bench_command.main(bench_command.parser().parse_args([str(a) for a in (*argv, *quick)]))
 
