@@ -57,9 +57,7 @@ def check(
 ) -> dict[str, Any]:
     """The artefact's parity row against torch's logits; for int8 the loss of top-1 too.
 
-    precision: the one it was made in.
-
-    An engine that cannot run here is a skipped row: it was built, nothing more is known.
+    precision: the one it was made in. An engine that cannot run here is a skipped row: nothing more is known.
     """
     try:
         session = open_session(target, artefact, 1)
