@@ -1,16 +1,20 @@
-"""Shared fixtures: prepared digits, a small quickly trained teacher, its feature store, made once a session."""
+"""Shared fixtures: prepared digits, a small quickly trained teacher, its feature store, made once a run."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from pipeline.data.prepared import Prepared
 from pipeline.prepare.prepare import Prepare, prepare
+from tests import command_line
 
 ROOT = Path(__file__).parents[1]
 VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -23,12 +27,54 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Once]:
+    """`once("digits", make)`: the folder that `make` filled, made by the first worker that asks.
+
+    What a dead worker left unfinished is made anew. Tests only read it: in the end its files are looked at.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+    root.mkdir(exist_ok=True)
+    used = []
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        whole, finished = root / name, root / f"{name}.json"
+        with FileLock(root / f"{name}.lock"):
+            if not finished.exists():
+                shutil.rmtree(whole, ignore_errors=True)
+                whole.mkdir()
+                make(whole)
+                finished.write_text(json.dumps(files(whole)))
+        used.append(whole)
+        return whole
+
+    yield folder
+    for whole in used:
+        assert files(whole) == json.loads(whole.with_name(f"{whole.name}.json").read_text()), (
+            f"a test wrote into {whole}, which others read; let it take a copy"
+        )
+
+
+def files(folder: Path) -> dict[str, list[int]]:
+    """Size and time of last change of every file below a folder."""
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    stats = {p.relative_to(folder).as_posix(): p.stat() for p in paths}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+@pytest.fixture(scope="session")
+def digits(once: Once) -> Path:
     """data/prepared of the digits: 1,297 train, 100 val, 400 test, 32 px, 5 student labels a class."""
-    folder = tmp_path_factory.mktemp("digits") / "prepared"
-    prepare(Prepare("digits", image_size=32, student_labels=5, val=100, test=400), folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        config = Prepare("digits", image_size=32, student_labels=5, val=100, test=400)
+        prepare(config, folder / "prepared")
+
+    return once("digits", make) / "prepared"
 
 
 @pytest.fixture(scope="session")
@@ -38,44 +84,45 @@ def prepared(digits: Path) -> Prepared:
 
 
 @pytest.fixture(scope="session")
-def teacher_path(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher_path(prepared: Prepared, once: Once) -> Path:
     """A ViT of width 32 after two epochs on the digits: its features react to its input."""
-    from pipeline import teach
 
-    config = teach.Teach("vit_tiny_patch16_224", kwargs=VIT, epochs=2)
-    folder = tmp_path_factory.mktemp("teacher")
-    teach.teach(config, prepared, folder / "teacher", folder / "work")
-    return folder / "teacher" / "teacher.safetensors"
+    def make(folder: Path) -> None:
+        from pipeline import teach
+
+        config = teach.Teach("vit_tiny_patch16_224", kwargs=VIT, epochs=2)
+        teach.teach(config, prepared, folder / "teacher", folder / "work")
+
+    return once("teacher", make) / "teacher" / "teacher.safetensors"
 
 
 @pytest.fixture(scope="session")
-def features(
-    prepared: Prepared, teacher_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def features(prepared: Prepared, teacher_path: Path, once: Once) -> Path:
     """The teacher's store: 2 float32 views an image, three shards."""
-    from pipeline.models import teacher
-    from pipeline.store import policy, writing
 
-    folder = tmp_path_factory.mktemp("features")
-    cache = policy.Cache(dtype="float32", views=2, shard_mb=9)
-    writing.write(
-        cache,
-        prepared,
-        teacher.load(teacher_path),
-        folder / "store",
-        folder / "work",
-        lambda _: None,
-    )
-    return folder / "store"
+    def make(folder: Path) -> None:
+        from pipeline.models import teacher
+        from pipeline.store import policy, writing
+
+        cache = policy.Cache(dtype="float32", views=2, shard_mb=9)
+        live = teacher.load(teacher_path)
+        out, work = folder / "store", folder / "work"
+        writing.write(cache, prepared, live, out, work, lambda _: None)
+
+    return once("features", make) / "store"
 
 
 @pytest.fixture(scope="session")
-def exported(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(digits: Path, once: Once) -> Path:
     """artifacts/export of an untrained student and teacher that react to their input, 10 classes at 32 px."""
+    return once("exported", lambda folder: export(digits, folder)) / "out"
+
+
+def export(digits: Path, folder: Path) -> None:
+    """Checkpoints of both networks, params.yaml, and what `stages.export` makes of them."""
     from benchmarks.exporters import reactive
     from pipeline.models import checkpoint
 
-    folder = tmp_path_factory.mktemp("exported")
     for role, name, kwargs in (
         ("student", "test_resnet", {"channels": [8, 12, 16, 24], "output_stride": 8}),
         ("teacher", "test_vit", {"img_size": 32, "patch_size": 4}),
@@ -96,27 +143,24 @@ def exported(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = folder / "params.yaml"
     params.write_text("export:\n  method: cakd\n  reference_images: 64\n  calibration_images: 96\n")
     paths = [folder / "student.safetensors", folder / "teacher.safetensors", digits, folder / "out"]
-    command = [sys.executable, "-m", "stages.export", *map(str, paths), "--params", str(params)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = command_line.process("stages.export", *paths, "--params", params)
     assert done.returncode == 0, done.stderr
     (folder / "told.txt").write_text(done.stdout + done.stderr)
-    return folder / "out"
-
-
-WITHOUT_TORCH = (
-    "import runpy, sys; sys.modules['torch'] = None; "
-    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
-)
 
 
 @pytest.fixture(scope="session")
 def command() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`command("exporters.ort", ...)`: a module of ours as a process; `torch=False` blocks torch in it."""
+    """`command("exporters.ort", ...)`: a module of ours as a command line, in this process.
 
-    def run(*argv: object, torch: bool = True) -> subprocess.CompletedProcess[str]:
-        start = ["-m"] if torch else ["-c", WITHOUT_TORCH]
-        line = [sys.executable, *start, *map(str, argv)]
-        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    `real=True` runs it as a process of its own, `torch=False` as one in which torch is blocked.
+    """
+
+    def run(
+        *argv: object, torch: bool = True, real: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        if real or not torch:
+            return command_line.process(*argv, torch=torch)
+        return command_line.here(*argv)
 
     return run
 
@@ -130,17 +174,19 @@ def light() -> Path:
 
 
 @pytest.fixture(scope="session")
-def damaged(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def damaged(exported: Path, once: Once) -> Path:
     """student.onnx with half a standard deviation of noise on the weights of its last layer."""
-    import numpy as np
-    import onnx
 
-    proto = onnx.load(exported / "student.onnx")
-    weight = next(w for w in proto.graph.initializer if len(w.dims) == 2)
-    values = onnx.numpy_helper.to_array(weight)
-    noise = np.random.default_rng(0).standard_normal(values.shape) * values.std() / 2
-    wrong = (values + noise).astype(np.float32)
-    weight.CopyFrom(onnx.numpy_helper.from_array(wrong, weight.name))
-    path = tmp_path_factory.mktemp("damaged") / "damaged.onnx"
-    onnx.save(proto, path)
-    return path
+    def make(folder: Path) -> None:
+        import numpy as np
+        import onnx
+
+        proto = onnx.load(exported / "student.onnx")
+        weight = next(w for w in proto.graph.initializer if len(w.dims) == 2)
+        values = onnx.numpy_helper.to_array(weight)
+        noise = np.random.default_rng(0).standard_normal(values.shape) * values.std() / 2
+        wrong = (values + noise).astype(np.float32)
+        weight.CopyFrom(onnx.numpy_helper.from_array(wrong, weight.name))
+        onnx.save(proto, folder / "damaged.onnx")
+
+    return once("damaged", make) / "damaged.onnx"
