@@ -7,7 +7,9 @@ export PYTHONUNBUFFERED := 1
 # Waiting threads sleep: a fifth less CPU on small models, the same bits.
 export OMP_WAIT_POLICY ?= PASSIVE
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder
-FAST := -m "not slow and not chaos and not gpu"
+FAST := -m "not slow and not chaos and not gpu and not ci"
+CI := -m "ci and not slow and not chaos and not gpu"
+CPU := -m "not slow and not chaos and not gpu"
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -X faulthandler -m pytest $(SHARED) --max-worker-restart 0
 ROUNDS ?= 100
 MINUTES ?= 8
@@ -15,7 +17,7 @@ OUT ?= .work/gpu
 PACKAGES := pipeline exporters stages benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help venv repro test test-all gpu coverage chaos check format size clean
+.PHONY: help venv repro test test-ci test-all gpu coverage chaos check format size clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -34,19 +36,22 @@ repro: $(VENV)/.installed  ## the whole chain on params.yaml, or on RECIPE=name 
 	@$(BIN)/dvc repro
 	@echo "report: $(CURDIR)/reports/index.html (for CI: reports/edge.md)"
 
-test: $(VENV)/.installed  ## the CPU suite, about 15 minutes on 2 cores
+test: $(VENV)/.installed  ## every module's guarantee, 4 minutes on 2 cores
 	$(PYTEST) $(FAST)
 
-test-all: $(VENV)/.installed  ## with the slow and the GPU tests
+test-ci: $(VENV)/.installed  ## the rest of the CPU suite: whole chains, kills, several processes, large matrices
+	$(PYTEST) $(CI)
+
+test-all: $(VENV)/.installed  ## both, and the slow and the GPU tests
 	$(PYTEST) -m "not chaos"
 
 gpu:  ## all that only a CUDA device can tell, MINUTES=8 [DATA=cifar100] [OUT=DIR]; needs no .venv (docs/gpu.md)
 	@python="$$(command -v $(BIN)/python || echo $(PYTHON))"; \
 	"$$python" -m benchmarks.gpu --minutes $(MINUTES) --out '$(OUT)' $(if $(DATA),--data '$(DATA)')
 
-coverage: $(VENV)/.installed  ## lines of pipeline/, stages/, exporters/ that the CPU suite runs
+coverage: $(VENV)/.installed  ## lines of pipeline/, stages/, exporters/ that test and test-ci run
 	$(BIN)/coverage erase
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest $(SHARED) $(FAST)
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest $(SHARED) $(CPU)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --sort=cover
 

@@ -16,6 +16,7 @@ from tests.chain import Stage
 from tests.house import ROOT
 
 
+@pytest.mark.ci
 def test_a_few_accidents_leave_the_chain_as_it_was():
     """Rounds begin for 36 seconds; `make chaos` has 100."""
     seed = random.SystemRandom().randrange(1000)

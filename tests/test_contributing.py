@@ -12,7 +12,8 @@ import pytest
 
 from tests import tiny
 
-pytestmark = pytest.mark.timeout(900)  # each runs commands of its own, one after the other
+# Each runs commands of its own, one after the other.
+pytestmark = [pytest.mark.ci, pytest.mark.timeout(900)]
 
 COSINE = '''"""Cosine of logits."""
 

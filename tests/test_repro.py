@@ -15,7 +15,8 @@ from tests.house import ROOT
 from tests.test_schemas import problems
 from tests.tiny import dvc
 
-pytestmark = pytest.mark.timeout(900)  # `dvc repro` of all stages is in the first test's time
+# `dvc repro` of all stages is in the first test's time.
+pytestmark = [pytest.mark.ci, pytest.mark.timeout(900)]
 
 
 def stages_run(done: subprocess.CompletedProcess[str]) -> list[str]:

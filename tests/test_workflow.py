@@ -139,6 +139,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     return Host(root, repository, base)
 
 
+@pytest.mark.ci
 @pytest.mark.timeout(900)
 def test_every_line_of_the_workflow_runs(host: Host) -> None:
     ran = {name: host.job(name) for name in WORKFLOW["jobs"]}
@@ -153,6 +154,7 @@ def test_every_line_of_the_workflow_runs(host: Host) -> None:
     assert "Against the baseline" in commented
 
 
+@pytest.mark.ci
 def test_a_lock_of_other_code_is_refused(host: Host, tmp_path: Path) -> None:
     clone = tmp_path / "edge"
     subprocess.run(["git", "clone", "-q", str(host.repository), str(clone)], check=True)
