@@ -32,22 +32,27 @@ WITHOUT_TORCH = (
 UNSEEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 
 
-def process(module: str, *argv: object, torch: bool = True) -> CompletedProcess[str]:
+def process(
+    module: str, *argv: object, torch: bool = True, **environment: str
+) -> CompletedProcess[str]:
     """A module of ours as a process; `torch=False` blocks torch in it."""
     start = ["-m"] if torch else ["-c", WITHOUT_TORCH]
     line = [sys.executable, *start, module, *map(str, argv)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    full = {**os.environ, **environment}
+    return subprocess.run(line, cwd=ROOT, env=full, capture_output=True, text=True)
 
 
-def here(module: str, *argv: object, **environment: str) -> CompletedProcess[str]:
-    """The same in this process: exit code, stdout and stderr, of libraries below Python too.
+def here(
+    module: str, *argv: object, folder: Path = ROOT, **environment: str
+) -> CompletedProcess[str]:
+    """The same in this process, in `folder`: exit code, stdout and stderr, of libraries below Python too.
 
     What a process takes with it when it ends is put back: argv, environment, folder, signals, warnings, torch.
     """
     line = [module, *map(str, argv)]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, restored():
         os.environ.update(environment)
-        os.chdir(ROOT)
+        os.chdir(folder)
         sys.argv = line
         with redirected(out, err):
             code = ended(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True))

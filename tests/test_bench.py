@@ -22,6 +22,7 @@ from exporters.bench.subjects import Bench, subjects_of
 from exporters.device import timing
 from pipeline.core.errors import GateFailed, UserError
 from pipeline.report import raw
+from tests import command_line
 
 ROOT = Path(__file__).parents[1]
 PLAYER = '''
@@ -532,7 +533,7 @@ def exported(net: Path, tmp_path: Path) -> Path:
 def run_stage(folder: Path, target: str = "ort-fp32") -> subprocess.CompletedProcess[str]:
     paths = [folder / name for name in ("export", "build", "bench.json")]
     params = folder / "params.yaml"
-    return run_python("-m", "stages.bench", *paths, "--target", target, "--params", params)
+    return command_line.here("stages.bench", *paths, "--target", target, "--params", params)
 
 
 def test_stage_writes_student_and_teacher_the_skipped_one_with_its_reason(exported: Path) -> None:

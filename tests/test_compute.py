@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import traceback
 from dataclasses import replace
 
 import pytest
@@ -21,6 +23,7 @@ from pipeline.training import compute, stopwatch
 from pipeline.training import ranks as training_ranks
 from pipeline.training.compute import Compute
 from pipeline.training.ranks import ALONE, Ranks, average_gradients
+from tests import command_line
 from tests.conftest import ROOT
 from tests.test_training import QUICK, run
 
@@ -37,14 +40,14 @@ def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.student.parameters()])
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_a_batch_in_parts_is_the_batch(parts, prepared, teacher_path, features, monkeypatch):
+@pytest.mark.parametrize(("parts", "count"), [(2, 4), pytest.param(4, 10, marks=pytest.mark.ci)])
+def test_a_batch_in_parts_is_the_batch(parts, count, prepared, teacher_path, features, monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", lambda g, lr, weight_decay: torch.optim.SGD(g, lr))
     trained = []
     for accumulate in (1, parts):
         config = replace(UNNORMED, compute=Compute(accumulate=accumulate))
         trainer = build(config, "cakd+logits", prepared, teacher_path, features)
-        trained.append((steps(trainer, 10), weights(trainer)))
+        trained.append((steps(trainer, count), weights(trainer)))
     (whole, ours), (split, theirs) = trained
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     for a, b in zip(whole, split, strict=True):
@@ -73,6 +76,57 @@ with ranks() as joined:
 """
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork: test-ci")
+def test_two_forked_ranks_are_one_process_with_the_whole_batch(
+    prepared, teacher_path, features, tmp_path, monkeypatch
+):
+    """A few steps; with torchrun, and fifty of them, below."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda g, lr, weight_decay: torch.optim.SGD(g, lr))
+
+    def trained(among):
+        trainer = Trainer(UNNORMED, "cakd+logits", prepared, teacher_path, features, among=among)
+        return steps(trainer, 3), weights(trainer)
+
+    figures, one = trained(ALONE)
+    (theirs, first), (_, second) = forked(2, trained, tmp_path)
+    assert torch.equal(first, second)
+    assert ((first - one).norm() / one.norm()).item() <= 1e-5
+    for a, b in zip(figures, theirs, strict=True):
+        for name in ("cross_entropy", "logits", "attention", "tokens"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
+def forked(count, work, folder):
+    """`work(ranks)` in forked processes, joined as torchrun would join them; what each returned."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [fork(rank, count, port, work, folder) for rank in range(count)]
+    ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert ends == [0] * count
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+
+def fork(rank, count, port, work, folder):
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        torch.set_num_threads(1)  # OpenMP's other threads are not here
+        names = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        with training_ranks.ranks() as among:
+            torch.save(work(among), folder / f"{rank}.pt")
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+@pytest.mark.ci
 def test_two_ranks_are_one_process_with_the_whole_batch(digits, teacher_path, features, tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
@@ -161,6 +215,22 @@ def test_impossible_ways_to_compute_are_refused_with_the_value(field, value):
         Compute(**{field: value})
 
 
+def test_a_launched_stage_becomes_its_launcher_and_an_unknown_one_is_told(monkeypatch):
+    """What the next test shows with real processes."""
+    became = []
+    monkeypatch.setattr(
+        os, "execvp", lambda *given: became.append((given, os.environ[cli.LAUNCHED]))
+    )
+    argv = ("stages.distill", "a", "b", "c", "d", "e", "--method", "plain")
+    command_line.here(*argv, **{cli.LAUNCH: "torchrun --nodes 2"})
+    line = ["torchrun", "--nodes", "2", "-m", *argv]
+    assert became == [(("torchrun", line), "1")]
+    monkeypatch.undo()
+    done = command_line.here(*argv, **{cli.LAUNCH: "no-such-launcher"})
+    assert done.returncode == 2 and "no such launcher 'no-such-launcher'" in done.stderr
+
+
+@pytest.mark.ci
 def test_the_launcher_of_the_environment_gets_the_same_command_line(tmp_path):
     spy = tmp_path / "launcher"
     spy.write_text(
@@ -234,6 +304,7 @@ cli.run(main, argparse.ArgumentParser(), [])
 """
 
 
+@pytest.mark.ci
 def test_a_signal_to_one_rank_makes_all_of_them_save_and_leave_after_the_same_step(tmp_path):
     script, checkpoint = tmp_path / "stopped.py", tmp_path / "c.safetensors"
     script.write_text(STOPPED)

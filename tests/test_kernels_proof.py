@@ -50,7 +50,10 @@ def of(cases, name):
     return [one for one in cases if one["case"][0] == name]
 
 
-@pytest.mark.parametrize("kind", BOUNDS)
+@pytest.mark.parametrize(
+    "kind",
+    ["float32", *(pytest.param(k, marks=pytest.mark.ci) for k in BOUNDS if k != "float32")],
+)
 @pytest.mark.parametrize("scope", ["quick", pytest.param("all", marks=pytest.mark.slow)])
 def test_in_the_interpreter_every_kernel_is_the_reference(scope, kind):
     cases = interpreted("--scope", scope, "--dtype", kind)
@@ -73,13 +76,17 @@ def test_a_planted_fault_is_found(mutant):
     assert wrong(interpreted("--mutant", mutant))
 
 
-BOTH = [90, 80]
+QUICK = 90
 
 
 @pytest.mark.parametrize("kernel", TABLE)
 @pytest.mark.parametrize(
     "architecture",
-    [*BOTH, *(pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES if a not in BOTH)],
+    [
+        QUICK,
+        pytest.param(80, marks=pytest.mark.ci),
+        *(pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES if a not in (QUICK, 80)),
+    ],
 )
 def test_compiled_ahead_a_kernel_spills_nothing_and_keeps_its_budget(kernel, architecture):
     from benchmarks import kernel_budget

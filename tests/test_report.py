@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pipeline.report import page as report_page
 from pipeline.report.page import markdown
 from pipeline.report.raw import KEPT_SAMPLES, thin
 from pipeline.report.summary import Report, Sources, summarise
+from tests import command_line
 from tests.test_gallery import evidence
 
 ROOT = Path(__file__).parents[1]
@@ -260,9 +260,8 @@ def stage(run: Run, *options: Any, **environment: str) -> CompletedProcess[str]:
 
 
 def command(arguments: list[Any], **environment: str) -> CompletedProcess[str]:
-    line = [sys.executable, "-m", "stages.report", *map(str, arguments)]
-    full = {**os.environ, **environment}
-    return subprocess.run(line, cwd=ROOT, env=full, capture_output=True, text=True)
+    run = command_line.process if environment else command_line.here
+    return run("stages.report", *arguments, **environment)
 
 
 def summary(

@@ -59,6 +59,7 @@ def undisturbed(digits, tmp_path_factory):
     return found["hashes"][0]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kills", [8, pytest.param(40, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_student_is_the_same(kills, undisturbed, digits, tmp_path):
     found = chains(tmp_path, digits, kills, seed=kills)
@@ -86,7 +87,9 @@ def wait_for(found, seconds=60.0):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.ci)]
+)
 def test_a_signal_saves_and_leaves_and_the_next_run_goes_on(number, digits, tmp_path):
     shutil.copytree(digits, tmp_path / "prepared")
     long = {**PARAMS["teach"], "epochs": 40, "checkpoint_every": 100_000}
@@ -102,6 +105,7 @@ def test_a_signal_saves_and_leaves_and_the_next_run_goes_on(number, digits, tmp_
     assert checkpoint.stat().st_size > 10_000 and not (tmp_path / "teacher").exists()
 
 
+@pytest.mark.ci
 def test_a_stage_of_dvc_leaves_with_its_dvc(digits, tmp_path):
     """The parent of the stage is killed; the stage saves and goes, and nothing is left to write a second time."""
     shutil.copytree(digits, tmp_path / "prepared")

@@ -18,6 +18,8 @@ from tests.conftest import ROOT
 from tests.killed import command, contents, each, refuse_difference
 from tests.test_resume import PARAMS
 
+pytestmark = pytest.mark.ci
+
 # Small batches and shards: many places to be killed at.
 CACHE = {"views": 8, "batch": 16, "shard_mb": 1, "dtype": "int8"}
 DISTILL = {**PARAMS["distill"], "workers": 1}

@@ -540,6 +540,7 @@ def long_training(workers, digits, teacher_path, features, folder, **options):
     )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_signal_to_the_whole_group_saves_leaves_and_the_next_run_goes_on(
     workers, digits, teacher_path, features, tmp_path
@@ -564,6 +565,7 @@ def test_a_killed_worker_is_one_line(digits, teacher_path, features, tmp_path):
     assert "distill.workers: one of 1 was killed" in errors and "run again to go on" in errors
 
 
+@pytest.mark.ci
 def test_without_shared_memory_for_a_worker_the_training_ends_with_one_line(
     digits, teacher_path, features, tmp_path
 ):
