@@ -242,8 +242,9 @@ def test_a_file_twice_as_slow_fails_the_verdict_with_exit_3_after_writing(
 
 
 def test_every_target_gets_its_verdict_and_the_worst_is_that_of_the_command(
-    player: None, tmp_path: Path
+    player: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(compare, "PROCESSES", 1)
     base, head, out = tmp_path / "base", tmp_path / "head", tmp_path / "o.json"
     for folder, plays in ((base, ("", "", "segfault-on-load")), (head, ("", "segfault", ""))):
         folder.mkdir()
@@ -267,8 +268,12 @@ def test_every_target_gets_its_verdict_and_the_worst_is_that_of_the_command(
 
 
 def test_a_gate_fails_the_verdict_whatever_the_time_unless_it_is_allowed(
-    player: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    player: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(compare, "PROCESSES", 1)
     plain = artefact(tmp_path, "")
     fat = tmp_path / "fat.onnx"
     fat.write_text(" " * 2 * gates.NOTES_BYTES)
@@ -530,15 +535,18 @@ def exported(net: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_stage(folder: Path, target: str = "ort-fp32") -> subprocess.CompletedProcess[str]:
+def run_stage(
+    folder: Path, target: str = "ort-fp32", real: bool = False
+) -> subprocess.CompletedProcess[str]:
     paths = [folder / name for name in ("export", "build", "bench.json")]
     params = folder / "params.yaml"
-    return command_line.here("stages.bench", *paths, "--target", target, "--params", params)
+    run = command_line.process if real else command_line.here
+    return run("stages.bench", *paths, "--target", target, "--params", params)
 
 
 def test_stage_writes_student_and_teacher_the_skipped_one_with_its_reason(exported: Path) -> None:
     pytest.importorskip("onnxruntime")
-    done = run_stage(exported)
+    done = run_stage(exported, real=True)
     assert done.returncode == 0, done.stderr
     written = json.loads((exported / "bench.json").read_text())
     assert (written["schema"], written["target"]) == ("cakd.bench/2", "ort-fp32")

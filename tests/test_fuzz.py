@@ -1,7 +1,7 @@
 """Any input is done or refused in one line with exit code 2, and never leaves a half-written output.
 
-Each test takes a few inputs in `make test` and hundreds in `make test-all`; how many ran, and how they ended, is
-printed: `pytest -rP -m slow tests/test_fuzz.py`.
+Each test takes a few inputs in `make test`, more in `make test-ci` and hundreds in `make test-all`; how many ran, and
+how they ended, is printed: `pytest -rP -m slow tests/test_fuzz.py`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 
 
 def sizes(few, full):
+    """A third of the few in `make test`, the few in `make test-ci`, all in `make test-all`."""
     return pytest.mark.parametrize(
-        "examples", [few, pytest.param(full, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+        "examples",
+        [
+            max(4, few // 3),
+            pytest.param(few, marks=pytest.mark.ci),
+            pytest.param(full, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+        ],
     )
 
 
@@ -870,7 +876,7 @@ def test_any_notes_and_any_bytes_of_an_onnx_file_are_read_or_refused(examples, t
     tell("ONNX files", fuzz.many(examples, cases, attempt))
 
 
-@sizes(4, 40)
+@sizes(5, 40)
 def test_a_disk_that_is_full_at_any_byte_is_told_and_leaves_nothing(examples, world, tmp_path):
     """The limit is that of the process: no file grows beyond it."""
     prepare_line(tmp_path, path=str(world / "images"), val=4, test=4)
@@ -908,11 +914,16 @@ REAL = {  # what only a process of its own shows: the bytes on stderr, the exit 
 }
 
 
-@pytest.mark.parametrize("name", REAL)
+FIRST = ("no UTF-8", "half a character")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.ci) for n in REAL]
+)
 def test_a_real_process_ends_as_one_in_this_process_does(name, tmp_path, command):
     file, out = tmp_path / "params.yaml", tmp_path / "out"
     file.write_bytes(REAL[name])
     assert fuzz.run("stages.prepare", out, "--params", file) == fuzz.REFUSED
-    done = command("stages.prepare", out, "--params", file)
+    done = command("stages.prepare", out, "--params", file, real=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not out.exists(), done.stderr
     assert done.stderr.startswith("stages.prepare: error: ") and not done.stdout

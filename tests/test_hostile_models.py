@@ -21,6 +21,7 @@ from exporters.ov import convert, session
 from exporters.parity import __main__ as parity_command
 from exporters.trt import __main__ as trt_command
 from pipeline.core import cli
+from pipeline.core.errors import UserError
 from tests import hostile
 
 Outcome = tuple[int, str, str]
@@ -130,8 +131,32 @@ def held_to_the_rule(outcome: Outcome, path: Path, out: Path) -> None:
         assert err == "" and not [n for n in everything(out) if n.startswith(".")]
 
 
-@pytest.mark.parametrize("tool", TOOLS)
-@pytest.mark.parametrize("case", [c for c in hostile.CASES if c != "nan weights"])
+def matrix(cases: list[Any]) -> list[Any]:
+    """Every case with every tool; in `make test` with one of them, in turn."""
+    tools = list(TOOLS)
+    return [
+        pytest.param(case, tool, marks=() if tools[i % len(tools)] == tool else pytest.mark.ci)
+        for i, case in enumerate(cases)
+        for tool in tools
+    ]
+
+
+@pytest.mark.parametrize("case", hostile.CASES)
+def test_a_file_is_read_or_refused_in_one_line_that_names_it(case: str, tmp_path: Path) -> None:
+    path = hostile.CASES[case](tmp_path)
+    try:
+        OrtSession(path, 1)
+    except UserError as error:
+        assert case in REFUSED or case in {c for c, _ in UNLIKE}, error
+        joined = " ".join(str(error).split())  # as the command line does
+        words = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in joined)
+        assert path.name in words
+        assert re.search(REFUSED.get(case, "refuses it|holds no node"), words), words
+    else:
+        assert case not in REFUSED or case == "no suffix"  # a reader takes any name
+
+
+@pytest.mark.parametrize(("case", "tool"), matrix([c for c in hostile.CASES if c != "nan weights"]))
 def test_a_file_is_converted_or_refused_in_one_line_that_names_it(
     case: str, tool: str, attempt: Attempt, tmp_path: Path
 ) -> None:
@@ -146,8 +171,7 @@ def test_a_file_is_converted_or_refused_in_one_line_that_names_it(
     assert everything(home) == before
 
 
-@pytest.mark.parametrize("tool", TOOLS)
-@pytest.mark.parametrize("part", range(1, 16))
+@pytest.mark.parametrize(("part", "tool"), matrix(list(range(1, 16))))
 def test_a_truncated_file_is_refused(
     part: int, tool: str, attempt: Attempt, tmp_path: Path
 ) -> None:
@@ -270,7 +294,16 @@ def test_notes_are_carried_as_they_are(case: str, attempt: Attempt, tmp_path: Pa
     assert onnx_file.notes(onnx.load(made)) == {**kept, "precision": "fp16"}
 
 
-@pytest.mark.parametrize("case", ["plain", "fp16 input", "external data above", "image_size text"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("plain", "fp16 input"),
+        *(
+            pytest.param(c, marks=pytest.mark.ci)
+            for c in ("external data above", "image_size text")
+        ),
+    ],
+)
 def test_the_bench_measures_it_or_says_why_not(
     case: str, tmp_path: Path, command: Callable[..., Any]
 ) -> None:

@@ -99,9 +99,7 @@ def test_dkds_part_of_the_others_does_not_see_the_target():
 def test_a_hint_is_zero_where_the_regressor_meets_the_teacher():
     term = fitnet.Fitnet(fitnet.FitnetConfig(), sizes()).double()
     h = term.regressor(seen().feature).flatten(2).mT
-    assert (
-        term(seen(), taught(h=h))["fitnet"] < 1e-30
-    )  # float64, squared: see test_kernels.ROUNDING
+    assert term(seen(), taught(h=h))["fitnet"] < 1e-30  # a square's rounding
     assert term(seen(), taught(h=h + 2))["fitnet"].item() == pytest.approx(4)
 
 

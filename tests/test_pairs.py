@@ -54,6 +54,7 @@ SAMPLE = [  # about ten pairs that differ in what they need
     ("swin", "convnext_atto"),
     ("pvt_v2", "dla46_c"),
 ]
+QUICK = (("vit", "resnet18"), ("eva02", "regnetx_002"), ("pvt_v2", "dla46_c"))
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,11 @@ def test_a_teacher_that_does_not_fit_is_refused_before_it_is_taught(name, made, 
         made(name)
 
 
-@pytest.mark.parametrize("pair", SAMPLE, ids=" to ".join)
+@pytest.mark.parametrize(
+    "pair",
+    [p if p in QUICK else pytest.param(p, marks=pytest.mark.ci) for p in SAMPLE],
+    ids=" to ".join,
+)
 def test_a_pair_trains_and_every_term_reaches_the_students_backbone(pair, made):
     name, student = pair
     cell = pairs.judged(made(name), student)

@@ -41,6 +41,7 @@ TAPS = {
     "imagenet": "layer3 14x14 for 14x14 tokens",
     "imagenette": "layer4 4x4 for 8x8 tokens",
 }
+QUICK = ("digits", "cifar10-mini")
 LARGE = ("cifar100-ofa", "imagenet")  # 224 px
 
 
@@ -195,7 +196,9 @@ def check_beginning(found, steps):
         assert all(math.isfinite(v) for step in seen for v in step.values()), method
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.ci) for n in NAMES]
+)
 def test_the_training_of_a_recipe_begins(name, tmp_path):
     steps = 3 if name in LARGE else 20
     check_beginning(begin(name, tmp_path, steps), steps)

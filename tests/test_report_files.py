@@ -117,7 +117,12 @@ def shown(path: Path, earlier: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    "edits", [20, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+    "edits",
+    [
+        2,
+        pytest.param(20, marks=pytest.mark.ci),
+        pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
 )
 def test_any_report_file_is_shown_or_refused(
     edits: int, documents: dict[str, dict[str, Any]], tmp_path: Path

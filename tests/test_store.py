@@ -182,6 +182,30 @@ def test_a_batch_read_ahead_is_the_batch_read_now(features, prepared, teacher_pa
     assert torch.equal(kept.features["x"], ahead.read(other).features["x"])  # not the buffer itself
 
 
+def test_a_writing_stopped_anywhere_goes_on_to_the_same_bytes(
+    features, prepared, teacher_path, tmp_path
+):
+    class Stopped(Exception):
+        pass
+
+    for stop in (100, 1300, 2300):
+
+        def leave(done: int, stop=stop) -> None:
+            if done > stop:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            write(prepared, teacher_path, tmp_path, leave, dtype="float32", shard_mb=9)
+        assert not (tmp_path / "store").exists()
+    begun = []
+    write(prepared, teacher_path, tmp_path, begun.append, dtype="float32", shard_mb=9)
+    assert begun[0] > 1000, "the shards of the stopped runs were made again"
+    names = {p.name for p in features.iterdir()}
+    assert {p.name for p in (tmp_path / "store").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "store" / name).read_bytes() == (features / name).read_bytes(), name
+
+
 def test_shards_of_another_size_are_not_gone_on_with(features, prepared, teacher_path, tmp_path):
     class Killed(Exception):
         pass

@@ -15,13 +15,13 @@ def store(command, features, digits, teacher_path, tmp_path):
     (tmp_path / "params.yaml").write_text("cache:\n  dtype: int8\n  views: 2\n")
     paths = ["--prepared", digits, "--teacher", teacher_path]
 
-    def run(name, *more, at=folder):
+    def run(name, *more, at=folder, real=False):
         given = {
             "info": [],
             "verify": paths,
             "plan": [*paths, "--params", tmp_path / "params.yaml"],
         }
-        return command("pipeline.store", name, at, *given[name], *more)
+        return command("pipeline.store", name, at, *given[name], *more, real=real)
 
     run.folder = folder
     return run
@@ -101,6 +101,6 @@ def test_plan_measures_the_disk_and_the_teacher_and_says_when_it_pays(store, tmp
 
 
 def test_a_store_that_is_not_there_is_one_line(store):
-    done = store("info", at="nowhere")
+    done = store("info", at="nowhere", real=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "nowhere/manifest.json: no such file" in done.stderr

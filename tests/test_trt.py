@@ -217,7 +217,7 @@ def test_a_users_mistake_is_one_line_and_exit_2(
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
-QUICK = ("resnet50", "squeezenet")
+QUICK = "squeezenet"
 OTHERS = (
     "bvlc_alexnet",
     "densenet121",
@@ -231,7 +231,12 @@ OTHERS = (
 
 @rtx
 @pytest.mark.parametrize(
-    "network", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)]
+    "network",
+    [
+        QUICK,
+        pytest.param("resnet50", marks=pytest.mark.ci),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS),
+    ],
 )
 def test_a_foreign_network_becomes_an_engine_without_torch(
     network: str, light: Path, tmp_path: Path, command: Command
@@ -249,7 +254,7 @@ def test_a_foreign_network_becomes_an_engine_without_torch(
 
 def test_every_light_network_of_the_wheel_is_tried(light: Path) -> None:
     found = {p.stem.removeprefix("light_") for p in light.parent.glob("light_*.onnx")}
-    assert found == {*QUICK, *OTHERS}
+    assert found == {QUICK, "resnet50", *OTHERS}
 
 
 @pytest.mark.gpu
