@@ -19,12 +19,17 @@ from tests import command_line
 ROOT = Path(__file__).parents[1]
 VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CNN = {"channels": [8, 12, 16, 24], "output_stride": 8}
-LONG = ("test_workflow", "test_repro", "test_contributing", "test_chaos", "test_compute")
+LONG = (  # the longest first: of `make test-ci`, then of `make test`
+    *("test_workflow", "test_contributing", "test_repro", "test_store_accidents", "test_chaos"),
+    *("test_bundle", "test_training", "test_bench", "test_methods", "test_compute", "test_recipes"),
+    *("test_kernels_ops", "test_stages", "test_ort", "test_kernels_proof"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files whose few tests take minutes first, so that at the end no worker waits for another."""
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    """The long files first, so that at the end no worker waits for another."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 Once = Callable[[str, Callable[[Path], object]], Path]

@@ -19,6 +19,8 @@ import textwrap
 from collections.abc import Callable
 from functools import partial
 
+os.environ["TRITON_INTERPRET"] = "1"
+
 import numpy as np
 import torch
 import triton.language as tl
@@ -40,8 +42,6 @@ from pipeline.distill.kernels.configs import MOST_TOKENS
 from pipeline.distill.kernels.philox import Key
 from pipeline.distill.projectors import token_groups
 from tests.mutants import MUTANTS
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 SHAPES = (
     (2, 20, 2, 16),

@@ -1,7 +1,7 @@
 """Any input is done or refused in one line with exit code 2, and never leaves a half-written output.
 
-Each test takes a few inputs in `make test`, more in `make test-ci` and hundreds in `make test-all`; how many ran, and
-how they ended, is printed: `pytest -rP -m slow tests/test_fuzz.py`.
+Each test takes a few inputs in `make test`, more in `make test-ci` and hundreds in `make test-all`; how many ran,
+and how they ended, is printed: `pytest -rP -m slow tests/test_fuzz.py`.
 """
 
 from __future__ import annotations
