@@ -84,7 +84,7 @@ def test_two_forked_ranks_are_one_process_with_the_whole_batch(
     monkeypatch.setattr(torch.optim, "AdamW", lambda g, lr, weight_decay: torch.optim.SGD(g, lr))
 
     def trained(among):
-        trainer = Trainer(UNNORMED, "cakd+logits", prepared, teacher_path, features, among=among)
+        trainer = build(UNNORMED, "cakd+logits", prepared, teacher_path, features, ranks=among)
         return steps(trainer, 3), weights(trainer)
 
     figures, one = trained(ALONE)
