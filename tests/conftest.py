@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from pipeline.data.prepared import Prepared
 from pipeline.prepare.prepare import Prepare, prepare
 from tests import command_line
+from tests.shared import Shared
 
 ROOT = Path(__file__).parents[1]
 VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -37,38 +35,11 @@ Once = Callable[[str, Callable[[Path], object]], Path]
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Once]:
-    """`once("digits", make)`: the folder that `make` filled, made by the first worker that asks.
-
-    What a dead worker left unfinished is made anew. Tests only read it: in the end its files are looked at.
-    """
+    """`once("digits", make)`: the folder that `make` filled, for all workers; tests only read it."""
     base = tmp_path_factory.getbasetemp()
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
-    root.mkdir(exist_ok=True)
-    used = []
-
-    def folder(name: str, make: Callable[[Path], object]) -> Path:
-        whole, finished = root / name, root / f"{name}.json"
-        with FileLock(root / f"{name}.lock"):
-            if not finished.exists():
-                shutil.rmtree(whole, ignore_errors=True)
-                whole.mkdir()
-                make(whole)
-                finished.write_text(json.dumps(files(whole)))
-        used.append(whole)
-        return whole
-
-    yield folder
-    for whole in used:
-        assert files(whole) == json.loads(whole.with_name(f"{whole.name}.json").read_text()), (
-            f"a test wrote into {whole}, which others read; let it take a copy"
-        )
-
-
-def files(folder: Path) -> dict[str, list[int]]:
-    """Size and time of last change of every file below a folder."""
-    paths = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    stats = {p.relative_to(folder).as_posix(): p.stat() for p in paths}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    shared = Shared((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once")
+    yield shared.folder
+    shared.refuse_changes()
 
 
 @pytest.fixture(scope="session")

@@ -25,9 +25,10 @@ def test_the_onnx_says_its_opset_batch_axis_and_notes(exported: Path) -> None:
     proto = onnx_file.read(exported / "student.onnx")
     assert onnx_file.opset(proto) == export.OPSET
     assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
-    notes = OrtSession(exported / "student.onnx", 1).metadata
-    description = json.loads((exported / "student.json").read_text())
-    assert metadata.preprocessing(notes) == description["preprocess"]
+    for model in ("teacher", "student"):  # of another normalisation each
+        notes = OrtSession(exported / f"{model}.onnx", 1).metadata
+        description = json.loads((exported / f"{model}.json").read_text())
+        assert metadata.preprocessing(notes) == description["preprocess"]
     assert metadata.classes(notes) == [f"digit {i}, drawn" for i in range(10)]
     assert notes["precision"] == "fp32" and notes["method"] == "cakd" and notes["torch"]
 

@@ -37,6 +37,13 @@ def test_each_group_is_one_contiguous_4x4_neighbourhood():
         assert max(rows) // 4 == min(rows) // 4 and max(columns) // 4 == min(columns) // 4
 
 
+def test_groups_and_their_tokens_run_along_the_rows():
+    """The order in which a checkpoint holds the layers; a grid of 4 x 6 has a row of six tokens."""
+    first, second = token_groups(4, 6)
+    assert first[:5] == (0, 1, 2, 3, 6) and second == (4, 5, 10, 11, 16, 17, 22, 23)
+    assert token_groups(8, 8)[1][0] == 4 and token_groups(8, 8)[2][0] == 32
+
+
 def test_pca_projector_packs_q_k_v_per_head_and_token():
     projector = PartiallyCrossAttention(5, 3, 12, (4, 6))
     feature = torch.randn(2, 5, 4, 6)

@@ -78,7 +78,7 @@ def test_a_second_repro_runs_nothing_but_the_look_at_the_device(house):
         (
             "exporters/bench/latency.py",
             {"bench@ort-fp32"},
-            {"distill@plain", "evaluate", "export", "build@ort-fp32"},
+            {"teach", "distill@plain", "evaluate"},
         ),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline.distill import robust
 from pipeline.distill.robust import Discriminator, Trans
 
 
@@ -56,6 +57,13 @@ def test_trans_moves_no_pixel():
 def test_trans_refuses_a_share_above_1():
     with pytest.raises(ValueError, match=r"trans.patch is 1.5; allowed: 0 to 1"):
         Trans(patch=1.5)
+
+
+def test_the_discriminators_loss_sends_nothing_back_to_what_it_judges():
+    real, fake = (torch.randn(2, 5, 12, generator=generator(s)).requires_grad_() for s in (0, 1))
+    loss, _ = robust.discriminator(Discriminator(12), real, fake)
+    loss.backward()
+    assert real.grad is None and fake.grad is None
 
 
 def test_discriminator_is_token_wise_with_three_layers():

@@ -158,7 +158,7 @@ def test_every_line_of_the_workflow_runs(host: Host) -> None:
 def test_a_lock_of_other_code_is_refused(host: Host, tmp_path: Path) -> None:
     clone = tmp_path / "edge"
     subprocess.run(["git", "clone", "-q", str(host.repository), str(clone)], check=True)
-    path = clone / "pipeline" / "losses.py"
+    path = clone / "pipeline" / "distill" / "objective.py"
     path.write_text(path.read_text() + "\n# edited\n")
     steps = WORKFLOW["jobs"]["gate"]["steps"]
     (script,) = [step["run"] for step in steps if "--dry" in step.get("run", "")]
