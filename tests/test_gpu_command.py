@@ -15,6 +15,7 @@ from benchmarks import gpu, kernels, training
 from benchmarks.gpu_parts import cifar, kernel_tests, part, processes
 from pipeline.core.errors import GateFailed, UserError
 from pipeline.data import views
+from pipeline.distill import batches, feed, settings
 from tests.conftest import ROOT
 
 BARE = ("dvc", "openvino", "nncf", "hypothesis", "psutil", "xdist", "pytest_timeout", "matplotlib")
@@ -32,6 +33,7 @@ def test_without_a_device_it_says_so_and_exits_2(tmp_path):
     assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.ci
 def test_a_dry_run_goes_through_every_part_without_what_a_bare_machine_lacks(tmp_path):
     blocked = "\n".join(f"sys.modules[{name!r}] = None" for name in BARE)
     (tmp_path / "sitecustomize.py").write_text(f"import sys\n{blocked}\n")
@@ -200,15 +202,15 @@ def test_the_shapes_can_be_cut_to_some_numbers_of_tokens():
 
 
 def test_resident_batches_repeat_and_are_what_the_feed_says_it_has_chosen(prepared):
-    config = training.training.Distill(methods=("plain",), student="test_resnet", batch=8)
-    batches = training.training.Batches(config, prepared, False, 1)
-    feed = training.training.Feed(batches, views.Geometry(), 3, 0)
-    resident = training.ResidentFeed(feed, torch.device("cpu"))
+    config = settings.Distill(methods=("plain",), student="test_resnet", batch=8)
+    made = feed.Views(batches.Batches(config, prepared, False, 1), views.Geometry(), 3)
+    resident = training.ResidentViews(made, torch.device("cpu"))
     for step in (0, 5, 2 * training.RESIDENT):
-        (batch,), (chosen,) = resident.at(step), resident.chosen(step)
-        (expected,) = feed[step % training.RESIDENT]
+        (batch,), (chosen,) = resident[step], resident.indices(step)
+        (expected,) = made[step % training.RESIDENT]
         assert torch.equal(batch.views, expected.views)
-        assert (batch.chosen.rows == chosen.rows).all() and (chosen.ks == expected.chosen.ks).all()
+        assert (batch.indices.rows == chosen.rows).all()
+        assert (chosen.view_numbers == expected.indices.view_numbers).all()
 
 
 def test_epochs_are_what_fits_and_one_at_least():
