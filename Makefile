@@ -39,7 +39,7 @@ repro: $(VENV)/.installed  ## the whole chain on params.yaml, or on RECIPE=name 
 test: $(VENV)/.installed  ## every module's guarantee, 4 minutes on 2 cores
 	$(PYTEST) $(FAST)
 
-test-ci: $(VENV)/.installed  ## the rest of the CPU suite: whole chains, kills, several processes, large matrices
+test-ci: $(VENV)/.installed  ## the rest of the CPU suite, 6 minutes: whole chains, kills, several processes, large matrices
 	$(PYTEST) $(CI)
 
 test-all: $(VENV)/.installed  ## both, and the slow and the GPU tests

@@ -303,15 +303,22 @@ def test_an_undecided_verdict_runs_as_long_again_once(
 
 
 def test_the_self_test_passes_a_file_against_itself(
-    player: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    player: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(compare, "PROCESSES", 1)
     run_main(artefact(tmp_path, ""), "--self-test")
     shown = capsys.readouterr().out
     assert ": CPU p50" in shown and "FAIL" not in shown
     assert "noise floor here and now: a change of CPU time below " in shown.splitlines()[-1]
 
 
-def test_a_comparison_with_what_cannot_run_is_refused(player: None, tmp_path: Path) -> None:
+def test_a_comparison_with_what_cannot_run_is_refused(
+    player: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "PROCESSES", 1)
     plain, gone = artefact(tmp_path, ""), artefact(tmp_path, "unavailable")
     with pytest.raises(UserError, match="not comparable: baseline .*: no such device here"):
         run_main(plain, "--against", gone)
