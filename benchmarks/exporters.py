@@ -105,20 +105,22 @@ def through(name: str, folder: Path, args: argparse.Namespace) -> dict[str, dict
     return found
 
 
-def engine(source: Path, plan: Path, precision: str, pictures: int8.Pictures) -> dict[str, Any]:
+def engine(
+    source: Path, plan: Path, precision: str, pictures: int8.CalibrationImages
+) -> dict[str, Any]:
     """A TensorRT-RTX engine: built, and run where there is a GPU."""
     trt_convert.make(source, plan, precision, "rtx", calibration=pictures.shown)
     told, verdict = trt_command.ran(source, plan)
     return {"verdict": "built" if verdict == "skipped" else verdict, "reason": told}
 
 
-def chosen(source: Path, args: argparse.Namespace) -> int8.Pictures:
+def chosen(source: Path, args: argparse.Namespace) -> int8.CalibrationImages:
     """Images to calibrate on and to judge by, without labels: the weights are random."""
     if args.calib:
         found = int8.calibration_images(source, args.calib)
-        return int8.Pictures(found.shown, found.held, np.full(len(found.held), -1))
+        return int8.CalibrationImages(found.shown, found.held, np.full(len(found.held), -1))
     x = inputs.smooth(128, args.size, args.size, seed=9)
-    return int8.Pictures(x[::2], x[1::2], np.full(64, -1))
+    return int8.CalibrationImages(x[::2], x[1::2], np.full(64, -1))
 
 
 def cell(row: dict[str, Any]) -> str:

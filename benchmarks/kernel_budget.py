@@ -65,7 +65,7 @@ WITHOUT_PRODUCT = {"swap_mix", "dropout"}
 
 
 @dataclass(frozen=True)
-class Build:
+class CompiledKernel:
     """What one kernel takes on one architecture."""
 
     registers: int
@@ -74,7 +74,7 @@ class Build:
     products: int  # tensor-core instructions
 
 
-def build(kernel: str, architecture: int, chosen: Config | None = None) -> Build:
+def build(kernel: str, architecture: int, chosen: Config | None = None) -> CompiledKernel:
     """Compile a kernel in bfloat16 with the table's configuration, or with `chosen`."""
     chosen = chosen or config(kernel, architecture)
     function = KERNELS[kernel]
@@ -99,7 +99,7 @@ def build(kernel: str, architecture: int, chosen: Config | None = None) -> Build
     )
     registers, spilled, instructions = _assembled(compiled.asm["cubin"])
     wanted = PRODUCT[architecture // 10]
-    return Build(
+    return CompiledKernel(
         registers,
         spilled,
         int(compiled.metadata.shared),
@@ -129,7 +129,7 @@ def _told(*command: object) -> str:
 
 
 def faults(
-    kernel: str, architecture: int, found: Build, budget: dict[str, int] | None
+    kernel: str, architecture: int, found: CompiledKernel, budget: dict[str, int] | None
 ) -> list[str]:
     """What is wrong with a build: spills, no tensor-core product, too much shared memory, more than its budget."""
     where = f"{kernel} on sm_{architecture}"

@@ -20,10 +20,10 @@ from pipeline.distill.kernels.philox import Key
 from pipeline.distill.methods.cakd import CakdConfig
 from pipeline.distill.methods.logits import LogitsConfig
 from pipeline.distill.methods.table import Terms, settings
-from pipeline.distill.methods.term import Seen, Sizes, TeacherSpace
+from pipeline.distill.methods.term import Sizes, StudentOutputs, TeacherSpace
 from pipeline.distill.objective import Objective
-from pipeline.models.student import Taps, anatomy, find_tap
-from pipeline.models.teacher import Tokens
+from pipeline.models.student import Taps, find_tap, probe_student
+from pipeline.models.teacher import TeacherOutputs
 from pipeline.training import stopwatch
 
 BACKENDS = {
@@ -193,12 +193,12 @@ def step_work(
     tap = find_tap(net, size, shape.grid)
     width = shape.n_heads * shape.width
     space = TeacherSpace(shape.n_heads, width, torch.zeros(width), torch.ones(width))
-    sizes = Sizes(100, anatomy(net, size), tap, space, images=batch, views=1)
+    sizes = Sizes(100, probe_student(net, size), tap, space, images=batch, views=1)
     images = torch.randn(batch, 3, size, size, device=where)
     labels = torch.randint(100, (batch,), device=where)
     make = partial(torch.randn, device=where, dtype=kind)
     qkv = make(batch, n, 3, shape.n_heads, shape.width)
-    taught = Tokens(qkv, make(batch, n, width), make(batch, 100))
+    taught = TeacherOutputs(qkv, make(batch, n, width), make(batch, 100))
     key = Key(1, torch.arange(batch, device=where), 3)
     net = net.to(where).to(memory_format=torch.channels_last)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -209,7 +209,7 @@ def step_work(
         with half:
             logits = net(images)
             feature = taps.features[tap.module]
-            seen = Seen(logits, taps.embedding, feature, [], labels, key, 1.0)
+            seen = StudentOutputs(logits, taps.embedding, feature, [], labels, key, 1.0)
             found = objective(seen, taught, float(batch), stopwatch.Stopwatch())
         sum(weights[t] * v for t, v in found.losses.items()).backward()
         net.zero_grad()

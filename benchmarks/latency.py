@@ -241,7 +241,7 @@ def whole(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     name, size = GATE
     source = network(name, size, folder)
     x = inputs.smooth(64, size, size, seed=9)
-    pictures = int8.Pictures(x[::2], x[1::2], np.full(32, -1))
+    pictures = int8.CalibrationImages(x[::2], x[1::2], np.full(32, -1))
     how = int8.Settings(search_s=0.0)
     export.convert(source, precision.beside(source, "int8"), "int8", pictures, how)
     ir = source.with_suffix(".xml")

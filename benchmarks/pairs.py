@@ -135,7 +135,7 @@ class Taught:
     path: Path
     features: Path
     manifest: dict[str, Any]
-    anatomy: probe.Anatomy
+    spec: probe.TeacherSpec
 
 
 @dataclass
@@ -178,7 +178,7 @@ def taught(family: Family, prepared: Prepared, folder: Path) -> Taught:
     cache = Cache(layout=family.layout, dtype="float32", views=1, batch=BATCH)
     features = folder / "features"
     manifest = writing.write(cache, prepared, live, features, folder / "work", lambda _: None)
-    return Taught(prepared, path, features, manifest, live.anatomy)
+    return Taught(prepared, path, features, manifest, live.spec)
 
 
 def trainer(made: Taught, student: str, method: str) -> Trainer:
@@ -218,9 +218,7 @@ def tried(made: Taught, student: str, method: str) -> dict[str, Any]:
 
 def judged(made: Taught, student: str) -> dict[str, Any]:
     """A cell of the matrix: `verdict` works, broken or refused, with the reason or with what each step left."""
-    alone, with_logits = (
-        ("gl", "gl+logits") if made.anatomy.no_attention else ("cakd", "cakd+logits")
-    )
+    alone, with_logits = ("gl", "gl+logits") if made.spec.no_attention else ("cakd", "cakd+logits")
     try:
         found = tried(made, student, alone)
         losses = train_step(trainer(made, student, with_logits), 0, stopwatch.Stopwatch())
@@ -250,15 +248,15 @@ def row(family: Family, students: list[str], folder: Path) -> dict[str, Any]:
         except UserError as error:
             return told | {"refused": str(error)}
         refused = None
-        if made.anatomy.no_attention:
+        if made.spec.no_attention:
             try:
                 trainer(made, students[0], "cakd")
             except UserError as error:
                 refused = str(error)
         return told | {
-            "prefix": made.anatomy.prefix,
-            "grid": made.anatomy.grid,
-            "n_heads": made.anatomy.n_heads,
+            "prefix": made.spec.prefix,
+            "grid": made.spec.grid,
+            "n_heads": made.spec.n_heads,
             "store_error": max(made.manifest["error"].values()),
             "cakd_refused": refused,
             "students": {student: judged(made, student) for student in students},

@@ -62,7 +62,7 @@ def random_teacher(name: str, prepared: Prepared, path: Path, **kwargs: Any) -> 
         "num_classes": CLASSES,
         "classes": list(prepared.classes),
         "preprocess": checkpoint.preprocessing(vit, prepared.image_size),
-        "grid": probe.anatomy(vit, prepared.image_size).grid,
+        "grid": probe.probe_teacher(vit, prepared.image_size).grid,
     }
     checkpoint.save(path, vit, description)
     return path
@@ -98,18 +98,18 @@ def trainers(args: argparse.Namespace) -> Iterator[dict[str, Trainer]]:
 def step(args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of each part of a step, cached and online in turns; how far their first losses are apart."""
     with trainers(args) as made:
-        watches = {mode: stopwatch.Stopwatch() for mode in made}
+        timers = {mode: stopwatch.Stopwatch() for mode in made}
         losses: dict[str, dict[str, float]] = {}
         for turn in range(WARM_UP + args.turns):
             for mode, trainer in made.items():
-                seen = train_step(trainer, turn, watches[mode])
+                seen = train_step(trainer, turn, timers[mode])
                 losses.setdefault(mode, seen)
         features = made["cached"].feed.features
         assert features is not None
         manifest = features.store.manifest
         error = max(manifest["error"].values())
         bytes_per_view = manifest["bytes_per_view"]
-    steps = {mode: [s for s in watch.steps if s][WARM_UP:] for mode, watch in watches.items()}
+    steps = {mode: [s for s in timer.steps if s][WARM_UP:] for mode, timer in timers.items()}
     totals = {mode: [sum(s.values()) for s in rows] for mode, rows in steps.items()}
     ratios = [b / a for a, b in zip(totals["cached"], totals["online"], strict=True)]
     waiting = sum(s.get("read", 0.0) + s.get("view", 0.0) for s in steps["cached"])

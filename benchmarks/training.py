@@ -108,16 +108,16 @@ def take_turns(
     trainers: dict[str, Trainer], args: argparse.Namespace, turns: range
 ) -> dict[str, Any]:
     """A step of every method in each turn, the first turn not counted; the figures of each method."""
-    watches = {m: stopwatch.Stopwatch(trainer.device) for m, trainer in trainers.items()}
+    timers = {m: stopwatch.Stopwatch(trainer.device) for m, trainer in trainers.items()}
     walls: dict[str, list[float]] = {method: [] for method in trainers}
     for turn in turns:
         for method, trainer in trainers.items():
             start = time.perf_counter()
-            train_step(trainer, turn, watches[method])  # ends when the device has done it
+            train_step(trainer, turn, timers[method])  # ends when the device has done it
             walls[method].append(1e3 * (time.perf_counter() - start))
     for trainer in trainers.values():
         trainer.feed.close()
-    steps = {m: [s for s in watch.steps if s][1:] for m, watch in watches.items()}
+    steps = {m: [s for s in timer.steps if s][1:] for m, timer in timers.items()}
     totals = {m: [sum(s.values()) for s in rows] for m, rows in steps.items()}
     result = {}
     for method, rows in steps.items():

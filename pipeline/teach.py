@@ -16,7 +16,7 @@ from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.data.prepared import Prepared
 from pipeline.models.checkpoint import create, load_weights, preprocessing, save
-from pipeline.models.probe import Anatomy, anatomy
+from pipeline.models.probe import TeacherSpec, probe_teacher
 from pipeline.training import compute, loop, ranks, resume, seeds
 from pipeline.training.compute import Compute, Device
 
@@ -107,12 +107,15 @@ def _build(config: Teach, prepared: Prepared) -> tuple[nn.Module, dict[str, Any]
     }
 
 
-def check_fits(vit: Any, config: Teach, image_size: int) -> Anatomy:
-    """Its anatomy. Raises UserError: not fit to teach by its tokens, or it takes images of another size."""
+def check_fits(vit: Any, config: Teach, image_size: int) -> TeacherSpec:
+    """What its last block computes.
+
+    Raises UserError: not fit to teach by its tokens, or it takes images of another size.
+    """
     embedding = getattr(vit, "patch_embed", None)
     if getattr(embedding, "img_size", None) is not None:  # a pyramid may be built for any size
-        _check_size(embedding, config, image_size)  # first: `anatomy` shows the ViT an image
-    return anatomy(vit, image_size)
+        _check_size(embedding, config, image_size)  # first: `probe_teacher` shows the ViT an image
+    return probe_teacher(vit, image_size)
 
 
 def _check_size(embedding: Any, config: Teach, image_size: int) -> None:
@@ -148,11 +151,11 @@ def _train(
     per_epoch = -(-len(rows) // config.batch)
     steps = config.epochs * per_epoch
     how = Compute(precision=config.precision)
-    place = compute.place(config.device, "teach.device", ranks.ALONE)
+    place = compute.pick_device(config.device, "teach.device", ranks.SINGLE_PROCESS)
     vit.to(place)
     optimizer = torch.optim.AdamW(vit.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
-    def step(number: int) -> resume.Figures:
+    def step(number: int) -> resume.StepFigures:
         epoch, position = divmod(number, per_epoch)
         order = seeds.permutation(len(rows), config.seed, "teach", epoch)
         chosen = rows[order[position * config.batch : (position + 1) * config.batch]]
@@ -173,6 +176,6 @@ def _train(
 
     checkpoint = folder / "checkpoint.safetensors"
     every = config.checkpoint_every
-    tell = progress.Progress("teach", steps, batch=config.batch, epoch=steps // config.epochs)
-    loop.run_steps(tell, every, checkpoint, {"vit": vit}, {"adamw": optimizer}, step)
+    bar = progress.Progress("teach", steps, batch=config.batch, epoch=steps // config.epochs)
+    loop.run_steps(bar, every, checkpoint, {"vit": vit}, {"adamw": optimizer}, step)
     vit.cpu()

@@ -17,15 +17,15 @@ from pipeline.core import cli, config
 from pipeline.core.atomic import atomic
 from pipeline.core.errors import UserError, nearest
 from pipeline.distill import settings
-from pipeline.distill.methods.table import reads, refuse_without_attention
+from pipeline.distill.methods.table import check_attention, reads
 from pipeline.evaluate.accuracy import Evaluate
 from pipeline.models import checkpoint
-from pipeline.models.student import anatomy, find_tap, refuse_without_maps
+from pipeline.models.student import check_feature_maps, find_tap, probe_student
 from pipeline.prepare.prepare import Prepare
 from pipeline.project import recipes
-from pipeline.report.budgets import refuse_unknown_targets
+from pipeline.report.budgets import check_targets
 from pipeline.report.summary import Report
-from pipeline.store.policy import Cache, refuse_layout
+from pipeline.store.policy import Cache, check_layout
 from pipeline.teach import Teach, check_fits
 
 SECTIONS: dict[str, type[Any]] = {
@@ -72,7 +72,7 @@ def checked(params: Path) -> str:
             f"export.method: got {export.method!r}, which distill.methods does not train; "
             f"{nearest(export.method, distill.methods)}"
         )
-    refuse_unknown_targets(report.budgets, bench.enabled)
+    check_targets(report.budgets, bench.enabled)
     tap = pair(prepare, teach, cache, distill)
     return f"{teach.model} teaches {distill.student} at {prepare.image_size} px, {tap}"
 
@@ -86,15 +86,15 @@ def pair(prepare: Prepare, teach: Teach, cache: Cache, distill: settings.Distill
     vit = checkpoint.create(teach.model, teach.kwargs, CLASSES, "teach")
     found = check_fits(vit, teach, prepare.image_size)
     for method in distill.methods:
-        refuse_without_attention(method, found.no_attention)
-    refuse_layout(cache, found)
+        check_attention(method, found.no_attention)
+    check_layout(cache, found)
     student = checkpoint.create(distill.student, distill.student_kwargs, CLASSES, "distill")
     if not any(reads(method, "teacher") for method in distill.methods):
         return "no method reads a teacher"
-    shown = anatomy(student, prepare.image_size)
+    shown = probe_student(student, prepare.image_size)
     wanted = frozenset().union(*(reads(method, "student") for method in distill.methods))
     if "stages" in wanted:
-        refuse_without_maps(student, shown)
+        check_feature_maps(student, shown)
     if "tap" not in wanted:
         return "no method reads a tap"
     tap = find_tap(student, prepare.image_size, found.grid, distill.cakd.tap)

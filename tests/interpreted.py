@@ -38,7 +38,7 @@ from pipeline.distill.kernels import (
     swap_mix,
     tiles,
 )
-from pipeline.distill.kernels.configs import MOST_TOKENS
+from pipeline.distill.kernels.configs import MAX_TOKENS
 from pipeline.distill.kernels.philox import Key
 from pipeline.distill.projectors import token_groups
 from tests.mutants import MUTANTS
@@ -164,7 +164,7 @@ def attention_case(
         found["gram"] = relative(loss_and_gradient[0], vv)
         found["gram gradient"] = relative(loss_and_gradient[1].double() / count, d_gram[:, :, 2])
     kernels: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"flash": flash.flash}
-    if n <= MOST_TOKENS:
+    if n <= MAX_TOKENS:
         kernels["small"] = small.small
     for name, kernel in kernels.items():
         loss, gradient = kernel(s, t, *told)

@@ -374,7 +374,7 @@ def test_the_calls_stand_beside_the_json_and_the_report_reads_them(
 
 def test_the_same_calls_make_the_same_bytes(tmp_path: Path) -> None:
     block = latency.Block([0.1, 0.2, 0.3], [0.1, 0.1, 0.2])
-    found = [measure.Measured({}, [[block, block]], counts.Figures())]
+    found = [measure.Measured({}, [[block, block]], counts.ModelCounts())]
     for name in ("a", "b"):
         measure.save_samples(tmp_path / name, found)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -595,7 +595,7 @@ def test_pairs_of_a_gpu_are_of_the_engines_own_time() -> None:
     def made(model: str, ms: float) -> measure.Measured:
         blocks = [latency.Block([9.0], [9.0], [ms * drift]) for drift in (1.0, 1.5, 2.0)]
         row = {"model": model, "batch": 1, "threads": 1, "target": "trt-fp16", "status": "measured"}
-        return measure.Measured({**row, "engine_ms": {"p50": ms}}, [blocks], counts.Figures())
+        return measure.Measured({**row, "engine_ms": {"p50": ms}}, [blocks], counts.ModelCounts())
 
     (pair,) = compare.pairs([made("student", 1.0), made("teacher", 4.0)], 0)
     assert pair["clock"] == "engine" and pair["ratio"]["median"] == 0.25

@@ -875,7 +875,9 @@ def test_the_gates_on_the_device_are_those_of_the_maker(precision: str) -> None:
     seen = set()
     for a, b in [(reference, b) for b in answers] + [(constant, constant), (constant, reference)]:
         found = agreement.figures(a, b)
-        verdict, _ = agreement.judge(found, float(np.abs(a).max()), precision, agreement.Gates())
+        verdict, _ = agreement.judge(
+            found, float(np.abs(a).max()), precision, agreement.Thresholds()
+        )
         assert gates.verify(a, b, precision)[0] == verdict
         seen.add(verdict)
     assert seen == {"PASS", "FAIL", "UNDECIDED"}

@@ -22,7 +22,7 @@ from pipeline.models.checkpoint import load
 from pipeline.training import compute, stopwatch
 from pipeline.training import ranks as training_ranks
 from pipeline.training.compute import Compute
-from pipeline.training.ranks import ALONE, Ranks, average_gradients
+from pipeline.training.ranks import SINGLE_PROCESS, Ranks, average_gradients
 from tests import command_line
 from tests.conftest import ROOT
 from tests.test_training import QUICK, run
@@ -32,8 +32,8 @@ UNNORMED = replace(QUICK, student="test_convnext", student_kwargs={"output_strid
 
 
 def steps(trainer, count):
-    watch = stopwatch.Stopwatch()
-    return [train_step(trainer, step, watch) for step in range(count)]
+    timer = stopwatch.Stopwatch()
+    return [train_step(trainer, step, timer) for step in range(count)]
 
 
 def weights(trainer):
@@ -87,7 +87,7 @@ def test_two_forked_ranks_are_one_process_with_the_whole_batch(
         trainer = build(UNNORMED, "cakd+logits", prepared, teacher_path, features, ranks=among)
         return steps(trainer, 3), weights(trainer)
 
-    figures, one = trained(ALONE)
+    figures, one = trained(SINGLE_PROCESS)
     (theirs, first), (_, second) = forked(2, trained, tmp_path)
     assert torch.equal(first, second)
     assert ((first - one).norm() / one.norm()).item() <= 1e-5
@@ -204,8 +204,8 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(prepared, teac
 def test_cuda_where_there_is_none_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="got 'cuda', but PyTorch sees no CUDA device; use auto"):
-        compute.place("cuda", "cache.device", ALONE)
-    assert compute.place("auto", "cache.device", ALONE).type == "cpu"
+        compute.pick_device("cuda", "cache.device", SINGLE_PROCESS)
+    assert compute.pick_device("auto", "cache.device", SINGLE_PROCESS).type == "cpu"
     assert Compute(device="cuda").backend() == "gloo"
 
 
@@ -327,5 +327,5 @@ def test_a_signal_to_one_rank_makes_all_of_them_save_and_leave_after_the_same_st
 def test_gradients_of_one_rank_stay_as_they_are():
     leaf = torch.ones(3, requires_grad=True)
     leaf.sum().backward()
-    average_gradients([leaf], ALONE)
+    average_gradients([leaf], SINGLE_PROCESS)
     assert leaf.grad.tolist() == [1, 1, 1]

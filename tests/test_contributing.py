@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.distill.methods.term import Seen, Term
-from pipeline.models.teacher import Tokens
+from pipeline.distill.methods.term import StudentOutputs, Term
+from pipeline.models.teacher import TeacherOutputs
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Cosine(Term):
         super().__init__()
         self.config = config
 
-    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
         """1 - cos, the mean over the batch."""
         return {"cosine": 1 - F.cosine_similarity(seen.logits, taught.logits).mean()}
 '''
@@ -58,19 +58,19 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from pipeline.prepare.sources.sample import Found, Sample, existing, refuse_label_column
+from pipeline.prepare.sources.sample import SourceImages, Sample, existing, check_label_column
 
 
-def read(path: str | None, label_column: str | None) -> Found:
+def read(path: str | None, label_column: str | None) -> SourceImages:
     """Every picture of the file, in one split."""
-    refuse_label_column("arrays", label_column)
+    check_label_column("arrays", label_column)
     with np.load(existing("arrays", path, "an .npz with x and y"), allow_pickle=False) as held:
         x, y = held["x"], held["y"]
     samples = [
         Sample(f"row {i}", partial(Image.fromarray, a), int(k), None)
         for i, (a, k) in enumerate(zip(x, y))
     ]
-    return Found([f"class {k}" for k in range(int(y.max()) + 1)], samples)
+    return SourceImages([f"class {k}" for k in range(int(y.max()) + 1)], samples)
 '''
 
 

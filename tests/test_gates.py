@@ -14,7 +14,7 @@ from exporters.artifact import counts
 from exporters.bench import gates
 from exporters.bench.gates import Side
 
-FIGURES = counts.Figures(
+FIGURES = counts.ModelCounts(
     opset=18, operators={"Conv": 10, "Relu": 9, "QuantizeLinear": 4, "DequantizeLinear": 8}
 )
 LOGITS = np.random.default_rng(0).standard_normal((16, 10)).astype(np.float32)
@@ -39,7 +39,7 @@ def verdicts(candidate: Side, baseline: Side, *allowed: str) -> dict[str, str]:
     return {r["name"]: r["verdict"] for r in gates.judge(candidate, baseline, allowed)}
 
 
-def operators(**changes: int) -> counts.Figures:
+def operators(**changes: int) -> counts.ModelCounts:
     assert FIGURES.operators
     return replace(FIGURES, operators={**FIGURES.operators, **changes})
 
@@ -94,7 +94,9 @@ def test_bytes_may_grow_by_one_percent_and_the_notes(side: Side, size: int, verd
 
 
 def test_what_one_side_does_not_tell_is_unknown_and_never_fails(side: Side) -> None:
-    blank = Side(side.artefact.with_name("gone.plan"), None, None, None, counts.Figures(), {}, None)
+    blank = Side(
+        side.artefact.with_name("gone.plan"), None, None, None, counts.ModelCounts(), {}, None
+    )
     for pair in ((blank, side), (side, blank), (blank, blank)):
         assert set(verdicts(*pair).values()) == {"UNKNOWN"}
 

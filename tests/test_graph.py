@@ -85,9 +85,9 @@ def test_int8_adds_nodes_but_neither_parameters_nor_products(
 ) -> None:
     source = exported / "student.onnx"
     x = np.load(exported / "calibration.npy")
-    pictures = int8.Pictures(x[::2], x[1::2], np.full(len(x[1::2]), -1))
+    pictures = int8.CalibrationImages(x[::2], x[1::2], np.full(len(x[1::2]), -1))
     how = int8.Settings(search_s=0.0, drop=1.0)
-    gates = int8.agreement.Gates(int8_db=-200.0)
+    gates = int8.agreement.Thresholds(int8_db=-200.0)
     proto = int8.quantized(source, pictures, how, gates)
     onnx.save(proto, tmp_path / "int8.onnx")
     fp32, found = counts.figures(source), counts.figures(tmp_path / "int8.onnx")
@@ -100,7 +100,7 @@ def test_what_cannot_be_read_is_unknown_and_no_error(tmp_path: Path) -> None:
     for name in ("a.onnx", "a.xml", "a.plan"):
         (tmp_path / name).write_bytes(b"no network")
     for name in ("a.onnx", "a.xml", "a.plan", "gone.onnx"):
-        assert counts.figures(tmp_path / name) == counts.Figures()
+        assert counts.figures(tmp_path / name) == counts.ModelCounts()
 
 
 def test_an_operator_of_unknown_shape_leaves_the_products_unknown(tmp_path: Path) -> None:

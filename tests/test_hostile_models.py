@@ -265,7 +265,7 @@ def test_a_network_beyond_two_gigabytes_is_refused_and_nothing_is_left(
     tool: str, attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, out = places(tmp_path)
-    monkeypatch.setattr(onnx_file, "LARGEST", 100)
+    monkeypatch.setattr(onnx_file, "MAX_PROTO_BYTES", 100)
     code, _, err = attempt(tool, hostile.CASES["plain"](home), out)
     assert code == 2 and "larger than the 2 GB" in err and err.count("\n") == 1
     assert everything(out) == []

@@ -292,8 +292,8 @@ def test_twenty_steps_of_training_are_the_same_by_either_implementation(
     for impl in ("auto", "sdpa"):
         config = replace(QUICK, cakd=replace(QUICK.cakd, impl=impl))
         trainer = build(config, "cakd", prepared, teacher_path, features)
-        watch = stopwatch.Stopwatch()
-        curves[impl] = [train_step(trainer, i, watch) for i in range(20)]
+        timer = stopwatch.Stopwatch()
+        curves[impl] = [train_step(trainer, i, timer) for i in range(20)]
     for a, b in zip(*curves.values(), strict=True):
         for term in ("attention", "gram", "tokens"):
             assert a[term] == pytest.approx(b[term], rel=1e-5), term

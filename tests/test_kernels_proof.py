@@ -110,7 +110,9 @@ def test_a_configuration_that_spills_is_a_fault():
 def test_more_memory_no_product_and_no_budget_are_faults():
     from benchmarks import kernel_budget
 
-    found = kernel_budget.Build(registers=200, spilled_bytes=0, shared_bytes=120 * 1024, products=0)
+    found = kernel_budget.CompiledKernel(
+        registers=200, spilled_bytes=0, shared_bytes=120 * 1024, products=0
+    )
     told = kernel_budget.faults("flash_keys", 86, found, {"registers": 100, "shared_bytes": 90_000})
     assert [f.split(": ")[1][:9] for f in told] == ["no HMMA i", "122880 by", "200 regis"]
     assert "not in kernel-budget.json" in kernel_budget.faults("small", 86, found, None)[-1]

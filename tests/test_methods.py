@@ -23,10 +23,10 @@ from pipeline.distill.methods.table import (
     settings,
     terms_of,
 )
-from pipeline.distill.methods.term import Seen, Sizes, TeacherSpace
+from pipeline.distill.methods.term import Sizes, StudentOutputs, TeacherSpace
 from pipeline.distill.trainer import build, train_step
-from pipeline.models.student import Anatomy, Tap
-from pipeline.models.teacher import Tokens, load
+from pipeline.models.student import StudentSpec, Tap
+from pipeline.models.teacher import TeacherOutputs, load
 from pipeline.store import policy, writing
 from pipeline.training import stopwatch
 from tests.conftest import VIT
@@ -43,12 +43,12 @@ def draw(*shape, seed=0):
 def sizes():
     space = TeacherSpace(H, D, torch.zeros(D), torch.ones(D))
     tap = Tap("layer", C, (SIDE, SIDE), (SIDE, SIDE))
-    anatomy = Anatomy(E, {"layer": (C, (SIDE, SIDE))})
-    return Sizes(K, anatomy, tap, space, images=40, views=2)
+    spec = StudentSpec(E, {"layer": (C, (SIDE, SIDE))})
+    return Sizes(K, spec, tap, space, images=40, views=2)
 
 
 def seen(**changes):
-    found = Seen(
+    found = StudentOutputs(
         logits=draw(B, K, seed=1),
         embedding=draw(B, E, seed=2),
         feature=draw(B, C, SIDE, SIDE, seed=3),
@@ -61,7 +61,7 @@ def seen(**changes):
 
 
 def taught(**changes):
-    found = Tokens(
+    found = TeacherOutputs(
         draw(B, N, 3, H, D // H, seed=5),
         draw(B, N, D, seed=6),
         draw(B, K, seed=7),
@@ -272,11 +272,11 @@ def test_a_method_that_is_none_is_refused_with_the_reason(method, message):
 
 
 def test_a_store_without_the_embedding_is_refused_by_the_methods_that_read_it():
-    table.refuse_unread("logits", {"mode": "on", "layout": "qkvh"})
-    table.refuse_unread("rsd", {"mode": "on", "layout": "block_input"})
-    table.refuse_unread("rsd", {"mode": "off", "layout": "qkvh"})
+    table.check_stored("logits", {"mode": "on", "layout": "qkvh"})
+    table.check_stored("rsd", {"mode": "on", "layout": "block_input"})
+    table.check_stored("rsd", {"mode": "off", "layout": "qkvh"})
     with pytest.raises(UserError, match="'rsd' reads the teacher's pooled embedding"):
-        table.refuse_unread("rsd", {"mode": "on", "layout": "qkvh"})
+        table.check_stored("rsd", {"mode": "on", "layout": "qkvh"})
 
 
 SUMS = [*(m for m in METHODS if m != "robust"), "gl+pca", "gl+pca+robust", "cakd+logits"]
@@ -287,8 +287,8 @@ def test_every_method_reaches_the_students_backbone_and_its_losses_fall(
     method, prepared, teacher_path, features
 ):
     trainer = build(QUICK, method, prepared, teacher_path, features)
-    watch = stopwatch.Stopwatch()
-    rows = [train_step(trainer, step, watch) for step in range(20)]
+    timer = stopwatch.Stopwatch()
+    rows = [train_step(trainer, step, timer) for step in range(20)]
     assert all(math.isfinite(v) for row in rows for v in row.values())
     terms = loss_terms(trainer, 20)
     for name, loss in terms.items():
@@ -319,8 +319,8 @@ def knowing(prepared, tmp_path_factory):
 def test_two_hundred_steps_on_digits_bring_every_loss_down(method, prepared, knowing):
     config = replace(QUICK, epochs=10)
     trainer = build(config, method, prepared, *knowing)
-    watch = stopwatch.Stopwatch()
-    rows = [train_step(trainer, step, watch) for step in range(200)]
+    timer = stopwatch.Stopwatch()
+    rows = [train_step(trainer, step, timer) for step in range(200)]
     for name in rows[0]:
         if name.startswith("discriminator") or name == "adversarial":
             continue  # two players: neither has to fall

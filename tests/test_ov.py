@@ -63,7 +63,7 @@ def test_the_effective_precision_is_the_kernels_not_the_files(ir: Path) -> None:
 def test_without_a_hint_the_row_names_what_the_cpu_took(ir: Path) -> None:
     x = inputs.smooth(16, 32, 32)
     exact, free = (OvSession(ir / "student.xml", 1, p) for p in ("fp32", "default"))
-    row = agreement.row(ir / "student.xml", free, exact.run(x), free.run(x), agreement.Gates())
+    row = agreement.row(ir / "student.xml", free, exact.run(x), free.run(x), agreement.Thresholds())
     rounded = row["rel_between_std"] > 1e-4
     assert row["precision_effective"] in (("bf16", "fp16") if rounded else ("fp32",))
 

@@ -103,12 +103,12 @@ def test_attention_and_logits_recomputed_from_the_store_are_the_models_own(name,
     found, pixels, vit = seen(taught)
     own, logits = into_projection(vit, pixels)
     tail = teacher.load_tail(taught.path)
-    with probe.Witness(tail.vit.blocks[-1]) as witness, torch.no_grad():
-        tail.vit.blocks[-1](found.features["x"], **tail.anatomy.extra)
+    with probe.AttentionRecorder(tail.vit.blocks[-1]) as witness, torch.no_grad():
+        tail.vit.blocks[-1](found.features["x"], **tail.spec.extra)
     everything = attention(*heads(witness.qkv(prefix=0)))  # eq. 2 before the prefix is cut off
     torch.testing.assert_close(everything.transpose(1, 2).flatten(2), own, rtol=1e-4, atol=1e-5)
-    tokens, cut = found.tokens(tail), witness.qkv(taught.anatomy.prefix)
-    assert torch.equal(tokens.qkv, cut) and cut.shape[1] == pairs_of(taught.anatomy.grid)
+    tokens, cut = found.tokens(tail), witness.qkv(taught.spec.prefix)
+    assert torch.equal(tokens.qkv, cut) and cut.shape[1] == pairs_of(taught.spec.grid)
     torch.testing.assert_close(tokens.logits, logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(tail(found.features["x"]).logits, logits, rtol=1e-4, atol=1e-5)
 
@@ -121,19 +121,19 @@ def test_the_stored_q_k_v_of_a_block_that_is_not_replayed_are_the_models_own(mad
     taught = made("vit, rope mixed")
     found, pixels, vit = seen(taught)
     own, logits = into_projection(vit, pixels)
-    with probe.Witness(vit.blocks[-1]) as witness, torch.no_grad():
+    with probe.AttentionRecorder(vit.blocks[-1]) as witness, torch.no_grad():
         vit(pixels)
     everything = attention(*heads(witness.qkv(prefix=0)))
     torch.testing.assert_close(everything.transpose(1, 2).flatten(2), own, rtol=1e-4, atol=1e-5)
     tokens = found.tokens(None)
-    torch.testing.assert_close(tokens.qkv, witness.qkv(taught.anatomy.prefix), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tokens.qkv, witness.qkv(taught.spec.prefix), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(tokens.logits, logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", WITHOUT)
 def test_a_teacher_without_q_k_v_gives_the_tokens_and_logits_that_timm_gives(name, made):
     taught = made(name)
-    assert WITHOUT[name] in taught.anatomy.no_attention and taught.anatomy.n_heads == 0
+    assert WITHOUT[name] in taught.spec.no_attention and taught.spec.n_heads == 0
     assert WITHOUT[name] in taught.manifest["no_attention"]
     found, pixels, vit = seen(taught)
     tokens = found.tokens(teacher.load_tail(taught.path))
@@ -143,7 +143,7 @@ def test_a_teacher_without_q_k_v_gives_the_tokens_and_logits_that_timm_gives(nam
         if isinstance(getattr(vit, "norm", None), torch.nn.Identity):
             rows = vit.fc_norm(rows)
         logits = vit(pixels)
-    assert tokens.qkv is None and taught.anatomy.grid == tuple(last.shape[2:])
+    assert tokens.qkv is None and taught.spec.grid == tuple(last.shape[2:])
     torch.testing.assert_close(tokens.h, rows, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(tokens.logits, logits, rtol=1e-4, atol=1e-5)
     replayed = teacher.load_tail(taught.path)(found.features["x"])
@@ -225,7 +225,7 @@ def test_attention_is_seen_where_timm_is_told_not_to_fuse_it():
     finally:
         set_fused_attn(True)
     assert not vit.blocks[-1].attn.fused_attn
-    assert probe.anatomy(vit).no_attention is None
+    assert probe.probe_teacher(vit).no_attention is None
 
 
 def test_a_map_with_its_channels_last_is_read_channels_first():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from exporters.artifact import agreement, onnx_file
-from exporters.artifact.agreement import Gates, figures, judge
+from exporters.artifact.agreement import Thresholds, figures, judge
 from exporters.ort import quantize
 from exporters.parity import layers
 from pipeline.core.errors import UserError
@@ -22,7 +22,7 @@ LOGITS = RNG.standard_normal((32, 10)).astype(np.float32)
 
 
 def verdict(a: np.ndarray, b: np.ndarray, precision: str = "fp32") -> str:
-    return judge(figures(a, b), float(np.abs(a).max()), precision, Gates())[0]
+    return judge(figures(a, b), float(np.abs(a).max()), precision, Thresholds())[0]
 
 
 def test_equal_outputs_pass_with_a_number_json_can_hold() -> None:

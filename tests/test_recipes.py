@@ -129,7 +129,7 @@ def test_at_a_recipes_size_the_tap_leaves_no_more_than_a_fifth_of_the_backbone_o
     """Decision 4: a term at the tap reaches at least 80 % of the parameters behind the head."""
     size, wanted = section(Prepare, name).image_size, section(settings.Distill, name)
     teach = section(Teach, name)
-    grid = probe.anatomy(checkpoint.create(teach.model, {**teach.kwargs, "depth": 1}, 4)).grid
+    grid = probe.probe_teacher(checkpoint.create(teach.model, {**teach.kwargs, "depth": 1}, 4)).grid
     student = checkpoint.create(wanted.student, wanted.student_kwargs, 4)
     tap = find_tap(student, size, grid, wanted.cakd.tap)
     with Taps(student, [tap.module]) as taps:
@@ -182,8 +182,8 @@ def begin(name, folder, steps):
     for method in ("plain", "cakd+logits"):
         trainer = build(distill, method, prepared, weights, store, policy)
         before = [p.detach().clone() for p in trainer.student.parameters()]
-        watch = stopwatch.Stopwatch()
-        found[method] = [train_step(trainer, step, watch) for step in range(steps)]
+        timer = stopwatch.Stopwatch()
+        found[method] = [train_step(trainer, step, timer) for step in range(steps)]
         after = trainer.student.parameters()
         assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), method
     return found

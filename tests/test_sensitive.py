@@ -115,8 +115,8 @@ def test_a_network_with_one_bad_node_is_shipped_with_that_node_in_float(
     with quantize.Calibrated(onnx_file.read(harmed), x[::2]) as net:
         whole, freed = decibel(net.quantized()), decibel(net.quantized([bad]))
     assert freed > whole + 0.5
-    gates = agreement.Gates(int8_db=(whole + freed) / 2)
-    pictures = int8.Pictures(x[::2], held, np.full(len(held), -1))
+    gates = agreement.Thresholds(int8_db=(whole + freed) / 2)
+    pictures = int8.CalibrationImages(x[::2], held, np.full(len(held), -1))
     proto = int8.quantized(harmed, pictures, int8.Settings(), gates)
     assert onnx_file.notes(proto)["int8"].startswith("1 group of nodes left in float after")
     assert decibel(proto) == freed

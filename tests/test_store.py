@@ -111,7 +111,7 @@ def test_a_teacher_that_cannot_be_replayed_is_refused_block_input_and_served_by_
 )
 def test_a_view_of_vit_base_takes_no_more_than_promised(dtype, layout, most):
     """197 tokens of 768 and the logits of ImageNet."""
-    found = probe.Anatomy(1, (14, 14), 12, 768, {}, None)
+    found = probe.TeacherSpec(1, (14, 14), 12, 768, {}, None)
     assert shards.record_bytes(shards.layout_fields(layout, dtype, found, 1000)) <= most
 
 

@@ -82,7 +82,7 @@ def test_replaying_the_last_block_gives_timms_own_logits_tokens_and_attention_bi
         assert torch.equal(tokens.logits, vit(x))
         h = vit.fc_norm(final) if isinstance(vit.norm, torch.nn.Identity) else final
         assert torch.equal(tokens.h, h[:, prefix:])
-    assert live.anatomy.prefix == prefix and live.anatomy.grid == (8, 8)
+    assert live.spec.prefix == prefix and live.spec.grid == (8, 8)
     assert x_l.shape == (8, 64 + prefix, 32) and tokens.qkv.shape == (8, 64, 3, 2, 16)
     for tail in (live.tail, teacher.load_tail(path)):
         replayed = tail(x_l)
@@ -93,7 +93,7 @@ def test_replaying_the_last_block_gives_timms_own_logits_tokens_and_attention_bi
 def test_a_block_with_a_rotary_embedding_of_its_own_cannot_be_replayed_and_says_so(tmp_path):
     path = tmp_path / "teacher.safetensors"
     saved(path, "vit_small_patch16_rope_mixed_224", SMALL)
-    assert "rotary embedding of its own depth" in teacher.load(path).anatomy.not_replayable
+    assert "rotary embedding of its own depth" in teacher.load(path).spec.not_replayable
     with pytest.raises(UserError, match="its own depth.*set cache.layout: qkvh"):
         teacher.load_tail(path)
 
@@ -103,14 +103,14 @@ def test_a_teacher_whose_tokens_are_in_no_known_order_is_refused_by_name_and_rea
     with torch.device("meta"):
         vit = timm.create_model(name, num_classes=10)
     with pytest.raises(UserError, match=REFUSED[name]):
-        probe.anatomy(vit)
+        probe.probe_teacher(vit)
 
 
 @pytest.mark.parametrize("name", WITHOUT_ATTENTION)
 def test_a_teacher_without_one_global_attention_says_why_and_keeps_its_tokens(name):
     with torch.device("meta"):
         vit = timm.create_model(name, num_classes=10)
-    found = probe.anatomy(vit)
+    found = probe.probe_teacher(vit)
     assert WITHOUT_ATTENTION[name] in found.no_attention and found.n_heads == 0
     assert found.width == vit.num_features and min(found.grid) >= 7
 
@@ -121,7 +121,7 @@ def test_a_teacher_that_ends_in_other_tokens_than_its_grid_is_refused():
     with pytest.raises(
         UserError, match="ends in 196 tokens, not 1 and 14x14; correct teach.kwargs"
     ):
-        probe.anatomy(vit)
+        probe.probe_teacher(vit)
 
 
 def test_q_k_v_are_the_ones_timm_feeds_its_attention(tmp_path, prepared, monkeypatch):
@@ -211,6 +211,6 @@ def test_a_checkpoint_that_was_swapped_for_another_is_refused(tmp_path):
 
 def test_a_rotary_teachers_tail_moves_to_another_device_as_a_whole():
     vit = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=2).eval()
-    tail = teacher.TeacherTail(vit, probe.anatomy(vit)).to("meta")
+    tail = teacher.TeacherTail(vit, probe.probe_teacher(vit)).to("meta")
     found = tail(torch.empty(2, 5, 192, device="meta"))
     assert found.qkv.device.type == "meta" and found.qkv.shape == (2, 4, 3, 3, 64)

@@ -148,9 +148,9 @@ def test_a_step_computes_every_term_from_its_own_rows_views_masks_and_trans(
 
 def test_the_step_follows_warm_up_and_schedule(make):
     trainer = make("cakd")
-    watch = stopwatch.Stopwatch()
+    timer = stopwatch.Stopwatch()
     for step, moved in ((0, False), (5, True)):
-        student_step(trainer, step, watch)
+        student_step(trainer, step, timer)
         gradient = trainer.objective.parts["pca"].project.q.weight.grad
         assert (gradient.abs().sum() > 0) == moved
         rate = trainer.optimizers["student"].param_groups[0]["lr"]
@@ -193,10 +193,10 @@ def test_unfinished_work_of_other_labels_is_not_gone_on_with(
 
     exact = train_step
 
-    def step(trainer, number, watch):
+    def step(trainer, number, timer):
         if number == 12:
             raise Killed
-        return exact(trainer, number, watch)
+        return exact(trainer, number, timer)
 
     monkeypatch.setattr(distillation, "train_step", step)
     with pytest.raises(Killed):
@@ -254,8 +254,8 @@ def test_the_students_step_leaves_the_discriminator_alone_and_its_own_step_moves
 
 def test_the_discriminator_steps_every_fifth_iteration(make):
     trainer = make("cakd")
-    watch = stopwatch.Stopwatch()
-    stepped = ["discriminator" in train_step(trainer, step, watch) for step in range(11)]
+    timer = stopwatch.Stopwatch()
+    stepped = ["discriminator" in train_step(trainer, step, timer) for step in range(11)]
     assert [i for i, s in enumerate(stepped) if s] == [0, 5, 10]
 
 
@@ -330,9 +330,9 @@ def test_batches_made_by_workers_train_to_the_same_bits(prepared, teacher_path, 
 def test_one_record_in_a_thousand_is_held_against_its_view(make, monkeypatch):
     trainer, checked = make("logits"), []
     monkeypatch.setattr(views, "check_hashes", lambda v, h, rows: checked.append(len(rows)))
-    watch = stopwatch.Stopwatch()
+    timer = stopwatch.Stopwatch()
     for step in range(20):
-        next(trainer.feed.batches(step, watch))
+        next(trainer.feed.batches(step, timer))
     assert checked == [64, 1]  # the first batch, then record 1,000 of the 1,280
 
 
@@ -424,19 +424,19 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_bits(
     exact = train_step
     for kill_at in (3, 7, 12, 20):
 
-        def step(trainer, number, watch, kill_at=kill_at):
+        def step(trainer, number, timer, kill_at=kill_at):
             if number == kill_at:
                 raise Killed
-            return exact(trainer, number, watch)
+            return exact(trainer, number, timer)
 
         monkeypatch.setattr(distillation, "train_step", step)
         with pytest.raises(Killed):
             run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "killed")
     resumed = []
 
-    def watch_step(trainer, number, watch):
+    def watch_step(trainer, number, timer):
         resumed.append(number)
-        return exact(trainer, number, watch)
+        return exact(trainer, number, timer)
 
     monkeypatch.setattr(distillation, "train_step", watch_step)
     figures = run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "killed")

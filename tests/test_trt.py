@@ -272,4 +272,4 @@ def test_an_engine_agrees_with_its_onnx(
     a = inputs.run(OrtSession(source, 1), x)
     for batch in (1, 3, 8, 3):  # each captured once, the last replayed
         b = np.concatenate([session.run(part) for part in np.split(x, range(batch, len(x), batch))])
-        assert agreement.row(plan, session, a, b, agreement.Gates())["verdict"] == "PASS"
+        assert agreement.row(plan, session, a, b, agreement.Thresholds())["verdict"] == "PASS"

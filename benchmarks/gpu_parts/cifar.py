@@ -199,10 +199,10 @@ def student_settings(run: Run) -> Distill:
 def student_rate(make: Callable[[], Trainer]) -> float:
     """Seconds a step of one student, the first steps not counted."""
     trainer = make()
-    watch = stopwatch.Stopwatch(trainer.device)
+    timer = stopwatch.Stopwatch(trainer.device)
     ends = []
     for step in range(WARM_UP + STEPS):
-        train_step(trainer, step, watch)  # ends when the device has done it
+        train_step(trainer, step, timer)  # ends when the device has done it
         ends.append(time.perf_counter())
     trainer.feed.close()
     return (ends[-1] - ends[WARM_UP - 1]) / STEPS

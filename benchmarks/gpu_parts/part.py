@@ -22,7 +22,7 @@ class Part:
     """One part: its module, its share of the time, its results, and the rows it has in the summary."""
 
     module: str  # run with `python -m`
-    weight: float  # of the time left, among this part and those after it
+    weight: float  # share of the time left, against the parts after it
     results: Sequence[str]  # JSON files below --out, without suffix
     rows: Callable[[dict[str, Any]], list[Row]]  # of one of the results
     obstacle: Callable[[argparse.Namespace], str | None] = no_obstacle  # why it cannot run here

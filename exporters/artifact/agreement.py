@@ -16,7 +16,7 @@ from exporters.artifact.session import Array, Session
 from exporters.device import gates
 from pipeline.core.errors import GateFailed, UserError
 
-Gates = gates.Gates  # the bounds
+Thresholds = gates.Thresholds  # the bounds
 BIT_EQUAL_DB = gates.BIT_EQUAL_DB
 ROUNDING = 1e-9  # of a difference of two accuracies
 IMAGES = 64
@@ -34,7 +34,7 @@ def figures(reference: Array, other: Array) -> dict[str, float | None]:
 
 
 def judge(
-    row: dict[str, float | None], largest: float, precision: str, bounds: Gates
+    row: dict[str, float | None], largest: float, precision: str, bounds: Thresholds
 ) -> tuple[str, str | None]:
     """`exporters.device.gates.judge`; a PASS needs no reason."""
     verdict, reason = gates.judge(row, largest, precision, bounds)
@@ -49,7 +49,7 @@ def coarsest(*sessions: Session) -> str:
 
 
 def row(
-    artefact: Path, session: Session, reference: Array, other: Array, bounds: Gates
+    artefact: Path, session: Session, reference: Array, other: Array, bounds: Thresholds
 ) -> dict[str, Any]:
     """One row of parity.json: the session's outputs against a float32 reference's."""
     found = figures(reference, other)
@@ -113,7 +113,7 @@ def passed(
     step = math.lcm(*(session.input_shape[0] or 1 for session in sessions))
     whole = slice(len(x) // step * step)
     reference, made = (inputs.run(session, x[whole]) for session in sessions)
-    found = row(out, sessions[1], reference, made, Gates())
+    found = row(out, sessions[1], reference, made, Thresholds())
     if labels is not None:
         found = with_accuracy(found, reference, made, labels[whole], bound)
     if found["verdict"] == "FAIL":

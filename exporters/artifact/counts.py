@@ -28,7 +28,7 @@ Shape = Sequence[int | None]
 
 
 @dataclass(frozen=True)
-class Figures:
+class ModelCounts:
     """One artefact; None where its kind of file does not tell."""
 
     opset: int | None = None  # of an IR its version
@@ -37,15 +37,15 @@ class Figures:
     macs: int | None = None  # multiply-accumulates of one image
 
 
-def figures(artefact: Path) -> Figures:
+def figures(artefact: Path) -> ModelCounts:
     """Of an .onnx or .xml file; nothing but None of another kind, a damaged file, or without onnx installed."""
     readers = {".onnx": _of_onnx, ".xml": _of_ir}
     if artefact.suffix not in readers or not artefact.is_file():
-        return Figures()
+        return ModelCounts()
     try:
         return readers[artefact.suffix](artefact)
     except (UserError, ImportError, ElementTree.ParseError):
-        return Figures()
+        return ModelCounts()
 
 
 def parts(artefact: Path) -> list[Path]:
@@ -60,12 +60,12 @@ def size_bytes(artefact: Path) -> int | None:
     return sum(path.stat().st_size for path in found) if found else None
 
 
-def _of_onnx(path: Path) -> Figures:
+def _of_onnx(path: Path) -> ModelCounts:
     from exporters.artifact import onnx_file
 
     model = onnx_file.read(path)
     scales = {n for node in model.graph.node if node.op_type in QDQ for n in node.input[1:]}
-    return Figures(
+    return ModelCounts(
         opset=onnx_file.opset(model),
         operators=onnx_file.histogram(model),
         params=sum(
@@ -132,7 +132,7 @@ def _total(products: Iterator[int | None]) -> int | None:
     return sum(known) if len(known) == len(found) else None
 
 
-def _of_ir(path: Path) -> Figures:
+def _of_ir(path: Path) -> ModelCounts:
     root = ElementTree.parse(path).getroot()
     layers = {layer.get("id"): layer for layer in root.iter("layer")}
     kinds = Counter(layer.get("type", "") for layer in layers.values())
@@ -146,7 +146,7 @@ def _of_ir(path: Path) -> Figures:
         for name, layer in layers.items()
         if layer.get("type") == "Const" and name not in scales
     ]
-    return Figures(
+    return ModelCounts(
         opset=int(root.get("version", 0)) or None,
         operators={k: n for k, n in kinds.most_common() if k not in UNCOUNTED},
         params=sum(

@@ -49,7 +49,7 @@ def from_folder(folder: Path, session: Session, limit: int) -> Array:
 def labelled(folder: Path, session: Session, limit: int) -> tuple[Array, NDArray[np.int64]]:
     """Up to `limit` images of a folder, prepared as the artefact's own notes say, and their labels, -1 unknown.
 
-    An image's label is the place of its folder's name among the classes of the notes. An artefact without notes
+    An image's label is the index of its folder's name in the classes of the notes. An artefact without notes
     gets ImageNet's mean and std, and stdout says so.
     Raises UserError: no such folder, no image, an input that is not square.
     """

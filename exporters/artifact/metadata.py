@@ -16,7 +16,7 @@ from pipeline.core import artifacts
 from pipeline.core.errors import UserError, nearest
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")  # from fine to coarse
-LARGEST = 4096  # pixels a side
+MAX_SIDE = 4096  # pixels a side
 TEXT = 1000  # characters of a note that are read as numbers
 
 
@@ -53,9 +53,9 @@ def image_size(notes: Mapping[str, str]) -> int | None:
     if "image_size" not in notes:
         return None
     text = notes["image_size"]
-    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not 1 <= int(text) <= LARGEST:
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not 1 <= int(text) <= MAX_SIDE:
         raise UserError(
-            f"metadata image_size: got {text[:40]!r}; allowed: 1 to {LARGEST}; export it again"
+            f"metadata image_size: got {text[:40]!r}; allowed: 1 to {MAX_SIDE}; export it again"
         )
     return int(text)
 

@@ -13,7 +13,7 @@ from pipeline.core.errors import UserError
 if TYPE_CHECKING:
     import onnx
 
-LARGEST = 2**31  # bytes of one protobuf message
+MAX_PROTO_BYTES = 2**31  # bytes of one protobuf message
 
 
 def read(path: Path) -> onnx.ModelProto:
@@ -46,7 +46,7 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
     """
     import onnx
 
-    if proto.ByteSize() >= LARGEST:
+    if proto.ByteSize() >= MAX_PROTO_BYTES:
         raise UserError(f"{path}: the network is larger than the 2 GB one ONNX file may hold")
     try:
         onnx.checker.check_model(proto, full_check=True)

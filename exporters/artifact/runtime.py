@@ -15,7 +15,7 @@ Calibration = Literal["minmax", "percentile", "entropy"]
 
 
 @dataclass(frozen=True)
-class Build(agreement.Gates):
+class Build(agreement.Thresholds):
     """`build:` the parity gates, what int8 may cost, and the batches of an engine."""
 
     int8_drop: float = 0.01  # top-1 on the reference images, as a fraction

@@ -17,7 +17,7 @@ from pipeline.core.errors import UserError
 
 Array = NDArray[np.float32]
 CHANNELS = 3
-LARGEST = 1 << 27  # values of one batch: 0.5 GB
+MAX_INPUT_VALUES = 1 << 27  # values of one batch: 0.5 GB
 
 
 class Session(Protocol):
@@ -63,7 +63,7 @@ class Target:
 
 
 class OurErrors:
-    """In front of a class of exporters.device among the bases: what it raises is the pipeline's own UserError."""
+    """Mixin in front of a class of exporters.device: it raises the pipeline's own UserError."""
 
     name: str
 
@@ -134,9 +134,9 @@ def checked_shape(
         )
     if min(1 if dims[0] is None else dims[0], height, width) < 1:
         raise UserError(f"{path}: input shape {list(dims)}; allowed: 1 or more of each")
-    if (values := (dims[0] or 1) * channels * height * width) > LARGEST:
+    if (values := (dims[0] or 1) * channels * height * width) > MAX_INPUT_VALUES:
         raise UserError(
-            f"{path}: input shape {list(dims)} holds {values:,} values; allowed: {LARGEST:,} at most"
+            f"{path}: input shape {list(dims)} holds {values:,} values; allowed: {MAX_INPUT_VALUES:,} at most"
         )
     if size and (height, width) != (size, size):
         raise UserError(

@@ -30,7 +30,7 @@ GATES = (
 
 
 @dataclass(frozen=True)
-class Gate:
+class CompareCheck:
     """One row: what the baseline has, what the candidate has, what it may have."""
 
     name: str
@@ -48,7 +48,7 @@ class Side:
     precision: str | None
     params: int | None
     macs: int | None
-    figures: counts.Figures
+    figures: counts.ModelCounts
     notes: Mapping[str, str]
     logits: Array | None
 
@@ -87,25 +87,25 @@ def _verdict(kept: bool, *values: Value) -> Verdict:
     return "PASS" if kept else "FAIL"
 
 
-def _same(name: str, candidate: Value, baseline: Value) -> Gate:
+def _same(name: str, candidate: Value, baseline: Value) -> CompareCheck:
     kept = _verdict(candidate == baseline, candidate, baseline)
-    return Gate(name, baseline, candidate, UNCHANGED, kept)
+    return CompareCheck(name, baseline, candidate, UNCHANGED, kept)
 
 
 def _at_most(
     name: str, candidate: int | None, baseline: int | None, slack: float = 0.0, more: int = 0
-) -> Gate:
+) -> CompareCheck:
     limit = None if baseline is None else int(baseline * (1 + slack)) + more
     kept = candidate is not None and limit is not None and candidate <= limit
-    return Gate(name, baseline, candidate, limit, _verdict(kept, candidate, baseline))
+    return CompareCheck(name, baseline, candidate, limit, _verdict(kept, candidate, baseline))
 
 
-def _operators(candidate: dict[str, int] | None, baseline: dict[str, int] | None) -> Gate:
+def _operators(candidate: dict[str, int] | None, baseline: dict[str, int] | None) -> CompareCheck:
     had, has = (None if side is None else f"{len(side)} types" for side in (baseline, candidate))
     new = [f"{kind} {n}" for kind, n in (candidate or {}).items() if kind not in (baseline or {})]
     if has and new:
         has = f"{has}, new: {', '.join(new)}"
-    return Gate("operators", had, has, NONE_NEW, _verdict(not new, had, has))
+    return CompareCheck("operators", had, has, NONE_NEW, _verdict(not new, had, has))
 
 
 def _count(operators: dict[str, int] | None, of: Collection[str] | None = None) -> int | None:
@@ -114,13 +114,13 @@ def _count(operators: dict[str, int] | None, of: Collection[str] | None = None) 
     return sum(n for kind, n in operators.items() if of is None or kind in of)
 
 
-def parity(candidate: Side, baseline: Side) -> Gate:
+def parity(candidate: Side, baseline: Side) -> CompareCheck:
     """Same weights must give the same answers; of other weights the parity row of their build is asked."""
     weights = [side.notes.get("weights_sha256") for side in (candidate, baseline)]
     if weights[0] and weights[0] == weights[1]:
-        return Gate("parity", "the same weights", *_answers(candidate, baseline))
+        return CompareCheck("parity", "the same weights", *_answers(candidate, baseline))
     had, has = _built(baseline.artefact), _built(candidate.artefact)
-    return Gate("parity", had, has, "PASS", _verdict(has == "PASS", has))
+    return CompareCheck("parity", had, has, "PASS", _verdict(has == "PASS", has))
 
 
 def _answers(candidate: Side, baseline: Side) -> tuple[str | None, str, Verdict]:
@@ -133,7 +133,9 @@ def _answers(candidate: Side, baseline: Side) -> tuple[str | None, str, Verdict]
     if a is None or b is None or a.shape != b.shape:
         return None, limit, "UNKNOWN"
     row = agreement.figures(b, a)
-    verdict, reason = agreement.judge(row, float(np.abs(b).max()), precision, agreement.Gates())
+    verdict, reason = agreement.judge(
+        row, float(np.abs(b).max()), precision, agreement.Thresholds()
+    )
     judged: Verdict = "FAIL" if verdict == "FAIL" else "PASS" if verdict == "PASS" else "UNKNOWN"
     return reason or verdict, limit, judged
 

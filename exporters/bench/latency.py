@@ -124,7 +124,7 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def tolerance(baseline_ms: float) -> float:
-    """5 % from 5 ms on, 10 % below: the processes of a small net differ by several percent among themselves."""
+    """5 % from 5 ms on, 10 % below: the processes of a small net differ by several percent."""
     return 0.05 if baseline_ms >= 5 else 0.10
 
 

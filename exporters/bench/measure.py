@@ -110,7 +110,7 @@ class Measured:
 
     row: dict[str, Any]
     processes: list[list[latency.Block]]
-    figures: counts.Figures
+    figures: counts.ModelCounts
 
     @property
     def measured(self) -> bool:

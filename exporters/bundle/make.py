@@ -56,17 +56,17 @@ VARIANTS = (
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ParityImages:
     """x (N, 3, H, W): the parity inputs; ranges: what int8 is made by, none of x calibrated on, or None."""
 
     x: Array
     source: str
-    ranges: int8.Pictures | None
+    ranges: int8.CalibrationImages | None
 
 
 def pictures(
     source: Path, session: OrtSession, calib: Path | None, images: Path | None
-) -> Pictures:
+) -> ParityImages:
     """The parity inputs: of --images, else of the images of --calib held out from calibration, else smooth ones.
 
     16, rounded up to the network's own batch, evenly spaced over the folder; fewer where it holds fewer.
@@ -88,7 +88,7 @@ def pictures(
             f"{images or calib}: gives {len(pool)} images for parity; at least {max(2, batch)} are needed"
         )
     rows = spread(np.arange(usable), count)
-    return Pictures(np.ascontiguousarray(pool[rows]), told, ranges)
+    return ParityImages(np.ascontiguousarray(pool[rows]), told, ranges)
 
 
 def checked(source: Path, session: OrtSession) -> None:
@@ -160,7 +160,7 @@ def add(
     source: Path,
     proto: onnx.ModelProto,
     folder: Path,
-    shown: Pictures,
+    shown: ParityImages,
     logits: Array,
 ) -> dict[str, Any]:
     """Write one variant and judge it on the parity inputs; returns its row. What fails is not left in `folder`."""
@@ -169,7 +169,7 @@ def add(
         onnx_file.save(convert(variant, source, proto, shown.ranges), path)
         session = OrtSession(path, 1)
         got = inputs.run(session, shown.x)
-        row = agreement.row(path, session, logits, got, agreement.Gates())
+        row = agreement.row(path, session, logits, got, agreement.Thresholds())
     except UserError as error:
         reason = str(error).replace(str(path), variant.file)
         row = agreement.skipped(variant.file, variant.precision, reason) | {"verdict": "FAIL"}
@@ -179,7 +179,7 @@ def add(
 
 
 def convert(
-    variant: Variant, source: Path, proto: onnx.ModelProto, ranges: int8.Pictures | None
+    variant: Variant, source: Path, proto: onnx.ModelProto, ranges: int8.CalibrationImages | None
 ) -> onnx.ModelProto:
     """The fp32 network as that variant. Raises UserError: int8 without images to calibrate on."""
     if variant.precision != "int8":
@@ -188,7 +188,7 @@ def convert(
         raise UserError(NO_CALIB)
     if variant.symmetric:
         return quantize.at_precision(proto, "int8", ranges.shown)
-    return int8.quantized(source, ranges, int8.Settings(), agreement.Gates())
+    return int8.quantized(source, ranges, int8.Settings(), agreement.Thresholds())
 
 
 def _write_notes(folder: Path, names: list[str], notes: dict[str, Any] | None) -> None:
@@ -220,7 +220,7 @@ def listed(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def provenance(source: Path, proto: onnx.ModelProto, shown: Pictures) -> dict[str, Any]:
+def provenance(source: Path, proto: onnx.ModelProto, shown: ParityImages) -> dict[str, Any]:
     """Inputs by hash, versions, what the network says of itself; no clock time, no path."""
     notes = onnx_file.notes(proto)
     kept = ("model", "role", "method", "weights_sha256", "torch", "timm")

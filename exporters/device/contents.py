@@ -19,7 +19,7 @@ INPUTS, LOGITS = "parity-inputs.npy", "parity-logits.npy"
 LABELS, PREPROCESSING = "labels.txt", "preprocessing.json"
 PRECISIONS = ("fp32", "fp16", "int8")
 RUNTIMES = ("ort", "ov", "trt")
-AGAIN = "copy the bundle again"
+REMEDY = "copy the bundle again"
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,17 @@ class Bundle:
                 f"{path}: {error.strerror}; run in the folder that holds {MANIFEST}"
             ) from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: damaged, not JSON ({one_line(error)}); {AGAIN}") from None
+            raise UserError(f"{path}: damaged, not JSON ({one_line(error)}); {REMEDY}") from None
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         if schema != SCHEMA:
             raise UserError(
-                f"{path}: schema is {schema!r}, this runner reads {SCHEMA!r}; {AGAIN}, runner and all"
+                f"{path}: schema is {schema!r}, this runner reads {SCHEMA!r}; {REMEDY}, runner and all"
             )
         try:
             bundle = _parse(root, manifest, hashlib.sha256(data).hexdigest())
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {one_line(error)}"
-            raise UserError(f"{path}: damaged, not a manifest ({reason}); {AGAIN}") from None
+            raise UserError(f"{path}: damaged, not a manifest ({reason}); {REMEDY}") from None
         for name in bundle.files:
             bundle.check(name)
         return bundle
@@ -92,13 +92,13 @@ class Bundle:
                     digest.update(block)
                     got += len(block)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}, the manifest lists it; {AGAIN}") from None
+            raise UserError(f"{path}: {error.strerror}, the manifest lists it; {REMEDY}") from None
         if got != size:
-            raise UserError(f"{path}: damaged, {got} bytes where the manifest has {size}; {AGAIN}")
+            raise UserError(f"{path}: damaged, {got} bytes where the manifest has {size}; {REMEDY}")
         if digest.hexdigest() != expected:
             raise UserError(
                 f"{path}: damaged, its SHA-256 begins {digest.hexdigest()[:12]}, "
-                f"the manifest has {expected[:12]}; {AGAIN}"
+                f"the manifest has {expected[:12]}; {REMEDY}"
             )
 
     def precisions(self, runtime: str) -> list[str]:
@@ -130,7 +130,7 @@ class Bundle:
         if x.ndim != 4 or x.shape[1:] != self.input_shape[1:] or logits.shape[:1] != x.shape[:1]:
             raise UserError(
                 f"{self.root / INPUTS}: {x.shape} beside logits {logits.shape} for an input of "
-                f"{self.input_shape}; {AGAIN}"
+                f"{self.input_shape}; {REMEDY}"
             )
         return x, logits
 
@@ -139,7 +139,7 @@ class Bundle:
         try:
             array: NDArray[np.float32] = np.load(path, allow_pickle=False).astype(np.float32)
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: not an array ({one_line(error)}); {AGAIN}") from None
+            raise UserError(f"{path}: not an array ({one_line(error)}); {REMEDY}") from None
         return array
 
     def labels(self) -> list[str]:

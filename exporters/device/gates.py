@@ -14,7 +14,7 @@ FIGURES = ("max_abs", "rel_between_std", "sqnr_centered_db", "top1_agreement")
 
 
 @dataclass(frozen=True)
-class Gates:
+class Thresholds:
     """The bounds: fp32 by largest difference over the between-image std, the others by centred SQNR in dB."""
 
     fp32_rel: float = 1e-3
@@ -53,7 +53,7 @@ def figures(reference: NDArray[np.float32], other: NDArray[np.float32]) -> dict[
 
 
 def judge(
-    row: dict[str, float | None], largest: float, precision: str, gates: Gates
+    row: dict[str, float | None], largest: float, precision: str, gates: Thresholds
 ) -> tuple[str, str]:
     """(PASS | FAIL | UNDECIDED, the figure beside its bound). `largest`: the reference's largest absolute output.
 
@@ -85,4 +85,4 @@ def verify(
     if reference.shape != got.shape:
         return "FAIL", f"outputs are {got.shape}, expected {reference.shape}"
     largest = float(np.abs(reference).max())
-    return judge(figures(reference, got), largest, precision, Gates())
+    return judge(figures(reference, got), largest, precision, Thresholds())

@@ -108,14 +108,18 @@ def _check(model: nn.Module, written: Path, out: Path, size: int) -> dict[str, A
     with torch.inference_mode():
         reference = model(torch.from_numpy(np.concatenate(x))).numpy()
     got = np.concatenate([session.run(part) for part in x])
-    found = agreement.row(out, session, reference, got, agreement.Gates())
+    found = agreement.row(out, session, reference, got, agreement.Thresholds())
     if found["verdict"] == "FAIL":
         raise GateFailed(f"{out}: not the checkpoint: {found['reason']}; nothing was written")
     return found
 
 
 def convert(
-    source: Path, out: Path, precision: str, pictures: int8.Pictures | None, how: int8.Settings
+    source: Path,
+    out: Path,
+    precision: str,
+    pictures: int8.CalibrationImages | None,
+    how: int8.Settings,
 ) -> dict[str, Any]:
     """fp32 ONNX `source` -> `out` at fp32 (a checked copy), fp16 or, by `pictures`, int8; returns its parity row.
 
@@ -128,7 +132,7 @@ def convert(
         proto = quantize.to_fp16(proto)
     elif precision == "int8":
         assert pictures is not None
-        proto = int8.quantized(source, pictures, how, agreement.Gates())
+        proto = int8.quantized(source, pictures, how, agreement.Thresholds())
         x, labels = pictures.held, pictures.labels
     with atomic(out) as temporary:
         onnx_file.save(proto, temporary)
@@ -154,7 +158,7 @@ def write_embedded(source: Path, out: Path) -> dict[str, Any]:
         onnx_file.save(embed.embedded(proto, notes["mean"], notes["std"]), temporary)
         got = ort.OrtSession(library(), temporary, 1).run(pixels)
         expected = inputs.run(reference, normalised(pixels, notes))
-        row = agreement.row(out, reference, expected, got, agreement.Gates())
+        row = agreement.row(out, reference, expected, got, agreement.Thresholds())
         if row["verdict"] == "FAIL":
             raise GateFailed(
                 f"{out}: not the network it was made from: {row['reason']}; not written"

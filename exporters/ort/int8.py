@@ -28,7 +28,7 @@ NO_CALIBRATION = "--precision int8: no --calib; give a folder of images like tho
 
 
 @dataclass(frozen=True)
-class Pictures:
+class CalibrationImages:
     """Images (M, 3, S, S) to calibrate on; images (N, 3, S, S) to judge by with their labels (N,), -1 unknown."""
 
     shown: Array
@@ -45,7 +45,7 @@ class Settings:
     drop: float = 0.01  # top-1 that may be lost on the images to judge by, as a fraction
 
 
-def calibration_images(source: Path, folder: Path | None) -> Pictures:
+def calibration_images(source: Path, folder: Path | None) -> CalibrationImages:
     """Every other image of a folder to calibrate on, the others to judge by, as the ONNX's notes prepare them.
 
     Raises UserError: no folder given, fewer than 8 images, a network that answers NaN: its ranges have no scale.
@@ -63,11 +63,11 @@ def calibration_images(source: Path, folder: Path | None) -> Pictures:
             f"{source}: answers {folder} with NaN or infinity: int8 has no range for that"
         )
     held = slice(1, len(x) // 2 // batch * batch * 2, 2)
-    return Pictures(x[::2], x[held], labels[held])
+    return CalibrationImages(x[::2], x[held], labels[held])
 
 
 def quantized(
-    source: Path, pictures: Pictures, how: Settings, gates: agreement.Gates
+    source: Path, pictures: CalibrationImages, how: Settings, gates: agreement.Thresholds
 ) -> onnx.ModelProto:
     """fp32 ONNX -> int8 for CPUs; what had to stay in float to meet the gates is told by the note `int8`."""
     reference = OrtSession(source, 1)

@@ -15,7 +15,7 @@ def make(precision: str, model: str, exported: Exported, out: Path, settings: Bu
     """MODEL.onnx as it was exported, or at int8 MODEL-int8.onnx for CPUs, in the folder `out`."""
     source = exported.folder / f"{model}.onnx"
     if precision == "int8":
-        pictures = int8.Pictures(exported.calibration, exported.x[model], exported.labels)
+        pictures = int8.CalibrationImages(exported.calibration, exported.x[model], exported.labels)
         how = int8.Settings(settings.int8_calibration, settings.int8_search_s, settings.int8_drop)
         proto = int8.quantized(source, pictures, how, settings)
         path = out / f"{model}-int8.onnx"

@@ -15,7 +15,7 @@ from exporters.ort.quantize import Calibrated
 if TYPE_CHECKING:
     import onnx
 
-MOST_FLOATING = 0.5  # of the groups: beyond, int8 has lost its point
+MAX_FLOATING = 0.5  # of the groups: beyond, int8 has lost its point
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The best network found, the groups it leaves in float, how many were tried, and why the search ended."""
 
     network: onnx.ModelProto
@@ -49,7 +49,7 @@ class Found:
 
 def search(
     calibrated: Calibrated, judge: Callable[[onnx.ModelProto], Judged], seconds: float
-) -> Found:
+) -> SearchResult:
     """Quantize everything; where that fails its gates, free the groups that harm most, in at most `seconds`.
 
     First every group is freed alone, to rank them by the SQNR it gives back; then they are freed together, the
@@ -57,7 +57,7 @@ def search(
     """
     began = time.monotonic()
     network = calibrated.quantized()
-    best = Found(network, judge(network), (), 1, "met")
+    best = SearchResult(network, judge(network), (), 1, "met")
     if best.judged.kept:
         return best
     gains: dict[str, float] = {}
@@ -68,7 +68,7 @@ def search(
         gains[group] = judge(calibrated.quantized([group])).decibel
         tried += 1
     ranked = sorted(gains, key=lambda name: gains[name], reverse=True)
-    most = int(MOST_FLOATING * len(calibrated.groups))
+    most = int(MAX_FLOATING * len(calibrated.groups))
     ended: Literal["met", "time", "groups"] = "groups"
     for count in range(1, min(len(ranked), most) + 1):
         if time.monotonic() - began > seconds:
@@ -78,8 +78,8 @@ def search(
         network = calibrated.quantized(floating)
         judged, tried = judge(network), tried + 1
         if judged.kept or judged.decibel > best.judged.decibel:
-            best = Found(network, judged, floating, tried, ended)
+            best = SearchResult(network, judged, floating, tried, ended)
         if judged.kept:
             ended = "met"
             break
-    return Found(best.network, best.judged, best.floating, tried, ended)
+    return SearchResult(best.network, best.judged, best.floating, tried, ended)

@@ -64,7 +64,7 @@ def make(
     source: Path,
     out: Path,
     precision: str,
-    pictures: int8.Pictures | None,
+    pictures: int8.CalibrationImages | None,
     how: int8.Settings,
     by: str = "qdq",
     batch: int | None = None,
@@ -95,15 +95,15 @@ def make(
 
 
 def _by_qdq(
-    source: Path, pictures: int8.Pictures, how: int8.Settings, out: Path, batch: int | None
+    source: Path, pictures: int8.CalibrationImages, how: int8.Settings, out: Path, batch: int | None
 ) -> None:
     quantized = out.with_suffix(".onnx")
-    onnx_file.save(int8.quantized(source, pictures, how, agreement.Gates()), quantized)
+    onnx_file.save(int8.quantized(source, pictures, how, agreement.Thresholds()), quantized)
     convert(quantized, out, batch=batch)
 
 
 def _by_nncf(
-    source: Path, pictures: int8.Pictures, _: int8.Settings, out: Path, batch: int | None
+    source: Path, pictures: int8.CalibrationImages, _: int8.Settings, out: Path, batch: int | None
 ) -> None:
     """NNCF's post-training quantization, MIXED: symmetric weights, asymmetric activations.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from exporters.artifact import inputs
-from exporters.artifact.agreement import Gates, coarsest, describe, figures, judge, pictures
+from exporters.artifact.agreement import Thresholds, coarsest, describe, figures, judge, pictures
 from exporters.open import open_artefact
 from exporters.parity import layers
 from pipeline.core import cli
@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> None:
     reference, other = inputs.run(a, x), inputs.run(b, x)
     found = figures(reference, other)
     precision = coarsest(a, b)
-    verdict, reason = judge(found, float(np.abs(reference).max()), precision, Gates())
+    verdict, reason = judge(found, float(np.abs(reference).max()), precision, Thresholds())
     for path, session in ((args.a, a), (args.b, b)):
         print(f"{path}: {session.runtime}, computes in {session.precision_effective}")
     source = args.images or "seeded smooth images"

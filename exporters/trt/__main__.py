@@ -83,7 +83,7 @@ def ran(source: Path, plan: Path, cuda_graph: bool | None = None) -> tuple[str, 
     reference = OrtSession(source, 1)
     x = inputs.shown(reference)
     a, b = inputs.run(reference, x), inputs.run(session, x)
-    row = agreement.row(plan, session, a, b, agreement.Gates())
+    row = agreement.row(plan, session, a, b, agreement.Thresholds())
     return agreement.describe(row), row["verdict"]
 
 

@@ -12,7 +12,7 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 
 @dataclass(frozen=True)
-class Device:
+class CudaDevice:
     """name; sm as in file names (`90`); driver as the CUDA version it supports (`13.0`)."""
 
     name: str
@@ -21,7 +21,7 @@ class Device:
 
 
 @cache
-def device() -> Device | None:
+def device() -> CudaDevice | None:
     """Device 0, or None without a driver or a GPU."""
     try:
         cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
@@ -41,4 +41,4 @@ def device() -> Device | None:
     if any(call() != 0 for call in calls):
         return None
     driver = f"{version.value // 1000}.{version.value % 1000 // 10}"
-    return Device(name.value.decode(), f"{major.value}{minor.value}", driver)
+    return CudaDevice(name.value.decode(), f"{major.value}{minor.value}", driver)

@@ -115,7 +115,7 @@ def publish(folder: Path, path: Path) -> None:
     Raises UserError: a file stands there, or a folder that holds nothing of what `folder` does.
     """
     make_parent(path)
-    _refuse_foreign(folder, path)
+    _check_foreign(folder, path)
     sweep(path)
     if folder.stat().st_dev != path.parent.stat().st_dev:
         with atomic_dir(path) as near:
@@ -142,7 +142,7 @@ def _took_the_place(folder: Path, path: Path) -> bool:
     return True
 
 
-def _refuse_foreign(folder: Path, path: Path) -> None:
+def _check_foreign(folder: Path, path: Path) -> None:
     """Raise UserError where `path` is somebody's own: an output takes the place of an older one only."""
     there: set[str] = set()
     try:

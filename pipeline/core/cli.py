@@ -15,7 +15,7 @@ from typing import NoReturn
 from pipeline.core.errors import GateFailed, UserError
 
 DONE, BUG, USER_MISTAKE, GATE = 0, 1, 2, 3
-PLACE = {
+DISK_ERRNOS = {
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
@@ -24,8 +24,13 @@ PLACE = {
     errno.EPERM,
     errno.EFBIG,
 }  # no fault of the program
-NAME = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}  # a path that cannot be meant
-LONGEST = 1500  # characters of a message
+NAME_ERRNOS = {
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}  # a path that cannot be meant
+MAX_MESSAGE_CHARS = 1500  # characters of a message
 PR_SET_PDEATHSIG = 1
 
 
@@ -53,9 +58,13 @@ def run(
         _say(parser, error)
         sys.exit(GATE)
     except OSError as error:
-        if error.errno not in PLACE | NAME:
+        if error.errno not in DISK_ERRNOS | NAME_ERRNOS:
             raise
-        remedy = "free space or choose a writable place" if error.errno in PLACE else "give another"
+        remedy = (
+            "free space or choose a writable place"
+            if error.errno in DISK_ERRNOS
+            else "give another"
+        )
         _say(parser, f"{error.filename or 'writing'}: {error.strerror}; {remedy}, run again")
         sys.exit(USER_MISTAKE)
     except KeyboardInterrupt:
@@ -94,8 +103,8 @@ def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
 
 def _say(parser: argparse.ArgumentParser, error: Exception | str) -> None:
     words = " ".join(str(error).split())
-    if len(words) > LONGEST:  # what went wrong stands in front, what to do at the end
-        words = f"{words[: LONGEST // 2]} ... {words[-LONGEST // 2 :]}"
+    if len(words) > MAX_MESSAGE_CHARS:  # what went wrong stands in front, what to do at the end
+        words = f"{words[: MAX_MESSAGE_CHARS // 2]} ... {words[-MAX_MESSAGE_CHARS // 2 :]}"
     line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)
     print(f"{parser.prog}: error: {line}", file=sys.stderr)
 

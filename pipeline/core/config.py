@@ -27,7 +27,7 @@ SECTIONS = (
     "bench",
     "report",
 )
-LARGEST = 100_000  # values and characters that the aliases of a file may unfold to
+MAX_VALUES = 100_000  # values and characters that the aliases of a file may unfold to
 INT64, SEEDS = 2**63, 2**32
 
 
@@ -69,20 +69,20 @@ def read(path: Path | str) -> dict[str, Any]:
         raise UserError(f"{path}: not YAML: {type(error).__name__}: {error}") from None
     if not isinstance(params, dict):
         raise UserError(f"{path}: expected sections at the top level, got {type(params).__name__}")
-    _refuse_endless(params, path)
+    _check_aliases(params, path)
     return params
 
 
-def _refuse_endless(params: dict[str, Any], path: Path | str) -> None:
+def _check_aliases(params: dict[str, Any], path: Path | str) -> None:
     """Raise UserError where aliases make a small file a large value, or one that holds itself."""
     todo: list[Any] = [params]
     size = 0
     while todo:
         found = todo.pop()
         size += 1 + (len(found) if isinstance(found, str | bytes) else 0)
-        if size > LARGEST:
+        if size > MAX_VALUES:
             raise UserError(
-                f"{path}: holds more than {LARGEST} values and characters, or an alias of itself; write it out"
+                f"{path}: holds more than {MAX_VALUES} values and characters, or an alias of itself; write it out"
             )
         if isinstance(found, dict):
             todo += [*found, *found.values()]

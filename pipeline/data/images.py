@@ -16,7 +16,7 @@ from pipeline.core.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF")  # no others: EPS runs Ghostscript
-LARGEST = 2**27  # pixels of a picture that is decoded: 0.5 GB in memory
+MAX_PIXELS = 2**27  # pixels of a picture that is decoded: 0.5 GB in memory
 
 
 class BrokenImage(UserError):
@@ -39,9 +39,9 @@ def decode(source: Path | BinaryIO) -> Image.Image:
         warnings.simplefilter("ignore")
         image = Image.open(source, formats=FORMATS)
         try:
-            if image.width * image.height > LARGEST:
+            if image.width * image.height > MAX_PIXELS:
                 raise ValueError(
-                    f"{image.width} x {image.height} pixels; allowed: {LARGEST} in all"
+                    f"{image.width} x {image.height} pixels; allowed: {MAX_PIXELS} in all"
                 )
             image.load()
         except BaseException:

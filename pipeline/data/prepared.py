@@ -21,9 +21,9 @@ SCHEMA = "cakd.prepared/2"
 SOURCE_SCHEMA = "cakd.source/1"
 SPLITS = ("train", "val", "test")
 UNLABELLED = -1
-LARGEST_SIDE = 4096  # pixels of a prepared image
+MAX_SIDE = 4096  # pixels of a prepared image
 
-AGAIN = "run prepare again (`dvc repro prepare`)"
+REMEDY = "run prepare again (`dvc repro prepare`)"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Prepared:
         """
         folder = Path(folder)
         index = artifacts.read_json(folder / "index.json", SCHEMA)
-        refuse_damaged(index, folder / "index.json")
+        validate_index(index, folder / "index.json")
         records = index["records"]
         return cls(
             folder=folder,
@@ -68,7 +68,7 @@ class Prepared:
         """Hash all pixels. Raises UserError: they are not those that prepare wrote."""
         path = self.folder / "images.npy"
         if artifacts.sha256(path) != self.images_sha256:
-            raise UserError(f"{path}: damaged, not the pixels of index.json; {AGAIN}")
+            raise UserError(f"{path}: damaged, not the pixels of index.json; {REMEDY}")
 
     def made_of(self) -> dict[str, str]:
         """The hashes that tell this data set from any other: for provenance and fingerprints."""
@@ -84,25 +84,25 @@ class Prepared:
         return np.flatnonzero(self.splits == split)
 
 
-def refuse_damaged(index: dict[str, Any], path: Path) -> None:
+def validate_index(index: dict[str, Any], path: Path) -> None:
     """Raise UserError where an index.json does not hold what the rest of the pipeline takes from it."""
     artifacts.expect(
-        index, path, AGAIN, classes=list, image_size=int, images_sha256=str, records=list
+        index, path, REMEDY, classes=list, image_size=int, images_sha256=str, records=list
     )
     for record in index["records"]:
-        artifacts.expect(record, path, AGAIN, sha256=str, label=int, split=str, student_label=bool)
+        artifacts.expect(record, path, REMEDY, sha256=str, label=int, split=str, student_label=bool)
     records, classes = index["records"], index["classes"]
     counts = {split: sum(r["split"] == split for r in records) for split in SPLITS}
     if not all(isinstance(name, str) for name in classes) or len(classes) < 2:
-        raise UserError(f"{path}: damaged, classes are {reprlib.repr(classes)}; {AGAIN}")
+        raise UserError(f"{path}: damaged, classes are {reprlib.repr(classes)}; {REMEDY}")
     if sum(counts.values()) != len(records) or not all(counts.values()):
-        raise UserError(f"{path}: damaged, {len(records)} records with splits {counts}; {AGAIN}")
+        raise UserError(f"{path}: damaged, {len(records)} records with splits {counts}; {REMEDY}")
     for record in records:
         hidden = record["label"] == UNLABELLED
         if not UNLABELLED <= record["label"] < len(classes) or (
             hidden and (record["student_label"] or record["split"] != "train")
         ):
-            raise UserError(f"{path}: damaged, a record is {reprlib.repr(record)}; {AGAIN}")
+            raise UserError(f"{path}: damaged, a record is {reprlib.repr(record)}; {REMEDY}")
 
 
 def _pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -112,10 +112,10 @@ def _pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     except (
         Exception
     ) as error:  # NumPy parses the header as Python text, and raises what that raises
-        raise UserError(f"{path}: damaged, no array ({error}); {AGAIN}") from None
+        raise UserError(f"{path}: damaged, no array ({error}); {REMEDY}") from None
     if not isinstance(images, np.ndarray) or images.shape != shape or images.dtype != np.uint8:
         got = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else "an archive"
-        raise UserError(f"{path}: damaged, it is {got} for {shape} bytes; {AGAIN}")
+        raise UserError(f"{path}: damaged, it is {got} for {shape} bytes; {REMEDY}")
     return images
 
 

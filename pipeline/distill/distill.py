@@ -21,7 +21,7 @@ from pipeline.distill.trainer import Trainer, build, train_step
 from pipeline.models import checkpoint
 from pipeline.store.policy import Cache
 from pipeline.training import loop, resume
-from pipeline.training.ranks import ALONE, Ranks
+from pipeline.training.ranks import SINGLE_PROCESS, Ranks
 from pipeline.training.stopwatch import Stopwatch
 
 # Rooms of pipeline/ whose code makes a student: an edit there starts an unfinished training anew.
@@ -37,7 +37,7 @@ def distill(
     out: Path,
     work: Path,
     policy: Cache | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Train one student by one method, publish it at `out`; the figures of train/<method>.json.
 

@@ -30,7 +30,7 @@ class Features:
 
     def tokens(
         self, step: int, indices: BatchIndices, pixels: Tensor, timer: Stopwatch
-    ) -> teacher.Tokens:
+    ) -> teacher.TeacherOutputs:
         """Tokens of these views, pixels (B, 3, S, S) uint8.
 
         Raises UserError: damaged records, or views that are not the cached ones.

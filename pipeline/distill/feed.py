@@ -16,9 +16,9 @@ from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.distill.batches import Batches, BatchIndices
 from pipeline.distill.features import Features
-from pipeline.models.teacher import Tokens
+from pipeline.models.teacher import TeacherOutputs
 from pipeline.training import resume
-from pipeline.training.ranks import ALONE, Ranks
+from pipeline.training.ranks import SINGLE_PROCESS, Ranks
 from pipeline.training.stopwatch import Stopwatch
 
 SIGNAL_SECONDS = 1.0  # to wait for the signal that tells of a worker whose pipe has gone
@@ -31,7 +31,7 @@ class Batch:
     indices: BatchIndices
     views: Tensor  # (B, 3, S, S) uint8
     labelled: float  # labelled images a micro-batch of the step has on average
-    teacher: Tokens | None = None
+    teacher: TeacherOutputs | None = None
 
 
 class Views(Dataset[list[Batch]]):
@@ -43,7 +43,7 @@ class Views(Dataset[list[Batch]]):
         geometry: views.Geometry,
         seed: int,
         micro_batches: int = 1,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         self.batches, self.geometry, self.seed = batches, geometry, seed
         self.micro_batches, self.ranks = micro_batches, ranks

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from pipeline.distill import robust
 from pipeline.distill.methods.cakd import CakdConfig, Gl, Pca
 from pipeline.distill.methods.table import TERMS, WITHOUT_LOSS, terms_of
-from pipeline.distill.methods.term import Seen, Sizes, ramp
+from pipeline.distill.methods.term import Sizes, StudentOutputs, ramp
 from pipeline.distill.robust import Discriminator
-from pipeline.models.teacher import Tokens
+from pipeline.models.teacher import TeacherOutputs
 from pipeline.training.stopwatch import Stopwatch
 
 
@@ -70,8 +70,8 @@ class Objective(nn.Module):
 
     def forward(
         self,
-        seen: Seen,
-        taught: Tokens | None,
+        seen: StudentOutputs,
+        taught: TeacherOutputs | None,
         labelled: float,
         timer: Stopwatch,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,

@@ -18,8 +18,8 @@ from pipeline.distill.batches import Batches
 from pipeline.distill.features import Features
 from pipeline.distill.feed import Batch, Feed, Views
 from pipeline.distill.kernels.philox import Key
-from pipeline.distill.methods.table import reads, refuse_unread, settings
-from pipeline.distill.methods.term import Seen, Sizes, TeacherSpace
+from pipeline.distill.methods.table import check_stored, reads, settings
+from pipeline.distill.methods.term import Sizes, StudentOutputs, TeacherSpace
 from pipeline.distill.objective import Losses, Objective
 from pipeline.distill.settings import Distill
 from pipeline.models import checkpoint, student
@@ -27,7 +27,13 @@ from pipeline.models.student import Taps, find_tap
 from pipeline.store.policy import Cache
 from pipeline.store.reading import Store
 from pipeline.training import compute, loop
-from pipeline.training.ranks import ALONE, Ranks, average_figures, average_gradients, same_start
+from pipeline.training.ranks import (
+    SINGLE_PROCESS,
+    Ranks,
+    average_figures,
+    average_gradients,
+    same_start,
+)
 from pipeline.training.seeds import step_seed
 from pipeline.training.stopwatch import Stopwatch
 
@@ -44,7 +50,7 @@ class StudentReader:
         stages: bool,
     ) -> None:
         self.preprocess, self.tap = preprocess, sizes.tap if sizes else None
-        self._stages = list(sizes.anatomy.stages) if sizes and stages else []
+        self._stages = list(sizes.spec.stages) if sizes and stages else []
         self._taps = Taps(network, [*self._stages, *([self.tap.module] if self.tap else [])])
         self._forward = torch.compile(network) if config.compute.compile else network
         self._channels_last = config.compute.channels_last
@@ -57,10 +63,10 @@ class StudentReader:
         logits: Tensor = self._forward(inputs)
         return logits
 
-    def outputs(self, logits: Tensor, labels: Tensor, key: Key, progress: float) -> Seen:
+    def outputs(self, logits: Tensor, labels: Tensor, key: Key, progress: float) -> StudentOutputs:
         """What the terms read of the last forward pass, in float32."""
         features = {module: feature.float() for module, feature in self._taps.features.items()}
-        return Seen(
+        return StudentOutputs(
             logits=logits.float(),
             embedding=self._taps.embedding.float(),
             feature=features[self.tap.module] if self.tap else None,
@@ -110,21 +116,21 @@ def build(
     teacher_path: Path,
     features: Path,
     policy: Cache | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Trainer:
     """Student, objective, feed and optimizers of one training; `policy` None takes that of the features.
 
     Student and objective each begin at the run's seed, so that neither depends on what the other draws.
     Raises UserError: an unknown or unfit student, a stale store, a method that reads what the store lacks.
     """
-    device = compute.place(config.compute.device, "distill.compute.device", ranks)
+    device = compute.pick_device(config.compute.device, "distill.compute.device", ranks)
     torch.manual_seed(config.seed)
     network = checkpoint.create(
         config.student, config.student_kwargs, len(prepared.classes), "distill"
     )
     preprocess = checkpoint.preprocessing(network, prepared.image_size)
     store = Store(features, prepared, teacher_path, policy)
-    refuse_unread(method, store.manifest)
+    check_stored(method, store.manifest)
     space = TeacherSpace.of(store.manifest)
     distilled = bool(reads(method, "teacher"))
     sizes = _sizes(config, method, network, prepared, teacher_path, store) if distilled else None
@@ -165,15 +171,15 @@ def _sizes(
     store: Store,
 ) -> Sizes:
     """What the terms are built for. Raises UserError: no fit tap, nothing to read the student by."""
-    tap, anatomy = None, student.anatomy(network, prepared.image_size)
+    tap, spec = None, student.probe_student(network, prepared.image_size)
     if "stages" in reads(method, "student"):
-        student.refuse_without_maps(network, anatomy)
+        student.check_feature_maps(network, spec)
     if "tap" in reads(method, "student"):
         grid = tuple(checkpoint.describe(teacher_path)["grid"])
         tap = find_tap(network, prepared.image_size, grid, config.cakd.tap)
     return Sizes(
         classes=len(prepared.classes),
-        anatomy=anatomy,
+        spec=spec,
         tap=tap,
         space=TeacherSpace.of(store.manifest),
         images=len(prepared.rows("train")),

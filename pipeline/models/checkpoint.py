@@ -18,12 +18,12 @@ from torch import nn
 from pipeline.core import artifacts
 from pipeline.core.atomic import atomic
 from pipeline.core.errors import UserError, nearest
-from pipeline.data.prepared import LARGEST_SIDE
+from pipeline.data.prepared import MAX_SIDE
 
-LARGEST_CLASS = 1_000_000
+MAX_CLASSES = 1_000_000
 
 
-def refuse_description(description: dict[str, Any], path: Path) -> None:
+def validate_description(description: dict[str, Any], path: Path) -> None:
     """Raise UserError where the JSON beside a checkpoint cannot rebuild it."""
     remedy = "make it again with `dvc repro`"
     artifacts.expect(description, path, remedy, model=str, kwargs=dict, weights_sha256=str)
@@ -37,7 +37,7 @@ def refuse_description(description: dict[str, Any], path: Path) -> None:
         or min(values[3:]) <= 0
     ):
         raise UserError(f"{path}: damaged, mean and std are {reprlib.repr(values)}; {remedy}")
-    if not (1 <= classes <= LARGEST_CLASS and 1 <= preprocess["image_size"] <= LARGEST_SIDE):
+    if not (1 <= classes <= MAX_CLASSES and 1 <= preprocess["image_size"] <= MAX_SIDE):
         raise UserError(
             f"{path}: damaged, {classes} classes of {preprocess['image_size']} px; {remedy}"
         )
@@ -138,7 +138,7 @@ def describe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; expected a .safetensors file")
     description = artifacts.read_json(path.with_suffix(".json"), SCHEMA)
-    refuse_description(description, path.with_suffix(".json"))
+    validate_description(description, path.with_suffix(".json"))
     if artifacts.sha256(path) != description["weights_sha256"]:
         raise UserError(
             f"{path}: its SHA-256 is not the one in {path.with_suffix('.json').name}: damaged "
@@ -159,7 +159,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Load a safetensors state dict strictly. Raises UserError: not safetensors, keys or shapes differ."""
     try:
         state = load_file(path)
-        refuse_other_kinds(state, model, path)
+        check_dtypes(state, model, path)
         model.load_state_dict(state, strict=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights; expected a .safetensors file") from None
@@ -171,7 +171,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise UserError(f"{path}: the weights do not fit the model: {str(error)[:300]}") from None
 
 
-def refuse_other_kinds(state: dict[str, torch.Tensor], model: nn.Module, path: Path) -> None:
+def check_dtypes(state: dict[str, torch.Tensor], model: nn.Module, path: Path) -> None:
     """Raise UserError where whole numbers stand for floating weights, which torch would take, or the reverse."""
     for name, wanted in model.state_dict().items():
         got = state.get(name, wanted)

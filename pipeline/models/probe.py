@@ -41,7 +41,7 @@ ALLOWED = (
 SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention
 
 
-class Witness(TorchFunctionMode):
+class AttentionRecorder(TorchFunctionMode):
     """Sees one block at work: its input x (B, P+N, D), what else it was given, and its attention calls.
 
     Asking the block itself makes fused and split projections, qk-norm and rotary embeddings all alike.
@@ -53,7 +53,7 @@ class Witness(TorchFunctionMode):
         self.calls: list[tuple[tuple[Tensor, ...], dict[str, Any]]] = []
         self.extra: dict[str, Any] = {}
 
-    def __enter__(self) -> Witness:
+    def __enter__(self) -> AttentionRecorder:
         self._hook = self.block.register_forward_pre_hook(self._enter_block, with_kwargs=True)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -82,7 +82,7 @@ class Witness(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class TeacherSpec:
     """Sizes of a teacher, and why its attention or its last block's replay is not to be had, where it is not."""
 
     prefix: int  # P
@@ -96,7 +96,7 @@ class Anatomy:
     no_attention: str | None = None
 
 
-def anatomy(vit: Any, image_size: int | None = None) -> Anatomy:
+def probe_teacher(vit: Any, image_size: int | None = None) -> TeacherSpec:
     """Look at one zero image in a ViT; `image_size` counts where the model itself is built for no size.
 
     Raises UserError, by name and reason: its tokens stand in an order that is not known here.
@@ -108,10 +108,10 @@ def anatomy(vit: Any, image_size: int | None = None) -> Anatomy:
         )
     blocks: Any = getattr(vit, "blocks", None)
     a_row = isinstance(blocks, nn.Sequential | nn.ModuleList)
-    seen = Witness(blocks[-1] if a_row else vit)
+    seen = AttentionRecorder(blocks[-1] if a_row else vit)
     if a_row:
         _fuse(seen.block)
-    final = _look_at_nothing(vit, seen, image_size)
+    final = _probe_with_zeros(vit, seen, image_size)
     reason = (
         _without_attention(vit, seen)
         if a_row
@@ -125,7 +125,7 @@ def anatomy(vit: Any, image_size: int | None = None) -> Anatomy:
             f"teach.model: {type(vit).__name__} cannot teach: it ends in {rows.shape[1]} tokens, not {prefix} and "
             f"{grid[0]}x{grid[1]}; correct teach.kwargs"
         )
-    return Anatomy(
+    return TeacherSpec(
         prefix=prefix,
         grid=grid,
         n_heads=0 if reason else seen.calls[0][0][0].shape[1],
@@ -137,14 +137,14 @@ def anatomy(vit: Any, image_size: int | None = None) -> Anatomy:
 
 
 def _fuse(block: nn.Module) -> None:
-    """Let attention go through the one call that a Witness sees, whatever TIMM_FUSED_ATTN says."""
+    """Route attention through the one call that AttentionRecorder records, whatever TIMM_FUSED_ATTN is."""
     layer: Any
     for layer in block.modules():
         if hasattr(layer, "fused_attn"):
             layer.fused_attn = True
 
 
-def _without_attention(vit: Any, seen: Witness) -> str | None:
+def _without_attention(vit: Any, seen: AttentionRecorder) -> str | None:
     """Why Q, K, V of the last block are not what eq. 2 takes; None where they are."""
     if len(seen.calls) != 1:
         return f"its last block makes {len(seen.calls)} attention calls, not one"
@@ -162,7 +162,7 @@ def _without_attention(vit: Any, seen: Witness) -> str | None:
 
 
 @torch.no_grad()
-def _look_at_nothing(vit: Any, seen: Witness, image_size: int | None) -> Tensor:
+def _probe_with_zeros(vit: Any, seen: AttentionRecorder, image_size: int | None) -> Tensor:
     """The final features of one zero image, in eval mode."""
     default = (image_size,) * 2 if image_size else vit.pretrained_cfg["input_size"][1:]
     size = getattr(vit.patch_embed, "img_size", None) or default

@@ -14,7 +14,7 @@ from pipeline.core.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class StudentSpec:
     """What one dry run shows of a student: width of the classifier's input; each feature map that timm names."""
 
     embedding: int
@@ -54,8 +54,8 @@ def find_tap(
     would leave the deep stages out of. `wanted` may name any module of timm's feature_info.
     Raises UserError: the model tells no feature maps, the name is unknown, no deep map is fine enough.
     """
-    found = anatomy(student, image_size)
-    refuse_without_maps(student, found)
+    found = probe_student(student, image_size)
+    check_feature_maps(student, found)
     maps = found.maps
     name = type(student).__name__
     if wanted != "auto":
@@ -79,7 +79,7 @@ def find_tap(
     )
 
 
-def anatomy(student: nn.Module, image_size: int) -> Anatomy:
+def probe_student(student: nn.Module, image_size: int) -> StudentSpec:
     """Measured by one dry run of a zero image.
 
     Raises UserError: no classifier that timm names, images of a size that it does not take.
@@ -105,10 +105,10 @@ def anatomy(student: nn.Module, image_size: int) -> Anatomy:
             feature = taps.features.get(module)
             if isinstance(feature, Tensor) and feature.dim() == 4:
                 maps[module] = (feature.shape[1], (feature.shape[2], feature.shape[3]))
-        return Anatomy(taps.embedding.shape[1], maps)
+        return StudentSpec(taps.embedding.shape[1], maps)
 
 
-def refuse_without_maps(student: nn.Module, found: Anatomy) -> None:
+def check_feature_maps(student: nn.Module, found: StudentSpec) -> None:
     """Raise UserError where timm names no module of the student whose output is one feature map."""
     if not found.maps:
         raise UserError(

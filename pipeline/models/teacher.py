@@ -20,13 +20,20 @@ from torch import Tensor, nn
 from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.models import checkpoint
-from pipeline.models.probe import ROW_BY_ROW, Anatomy, Witness, anatomy, channels_last, in_rows
+from pipeline.models.probe import (
+    ROW_BY_ROW,
+    AttentionRecorder,
+    TeacherSpec,
+    channels_last,
+    in_rows,
+    probe_teacher,
+)
 
 TAIL = ("blocks", "norm", "attn_pool", "fc_norm", "head_drop", "head", "head_dist")
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TeacherOutputs:
     """What the method takes from the teacher, detached: patch tokens only, prefix sliced off (decision 5)."""
 
     qkv: (
@@ -48,36 +55,36 @@ class Tokens:
 class TeacherTail(nn.Module):
     """The last block, the final norm and the head of a ViT: x_L -> Tokens."""
 
-    def __init__(self, vit: Any, found: Anatomy) -> None:
+    def __init__(self, vit: Any, found: TeacherSpec) -> None:
         super().__init__()
-        self.vit, self.anatomy = vit, found
+        self.vit, self.spec = vit, found
         self.requires_grad_(False)
         self.eval()
 
     @torch.no_grad()
-    def forward(self, x_l: Tensor) -> Tokens:
+    def forward(self, x_l: Tensor) -> TeacherOutputs:
         """Replay: x_L (B, P+N, D) float32 -> Tokens."""
         block = self.vit.blocks[-1]
         extra = {
             name: value.to(x_l.device) if isinstance(value, Tensor) else value
-            for name, value in self.anatomy.extra.items()
+            for name, value in self.spec.extra.items()
         }
-        with Witness(block) as seen:
+        with AttentionRecorder(block) as seen:
             final = self.vit.norm(block(x_l, **extra))
         return self._tokens(seen, final)
 
     @torch.no_grad()
-    def look(self, pixels: Tensor) -> tuple[Tensor, Tokens]:
+    def look(self, pixels: Tensor) -> tuple[Tensor, TeacherOutputs]:
         """The whole ViT on normalised pixels (B, 3, S, S) -> x_L (B, P+N, D) float32, and Tokens, in one pass."""
-        with Witness(self.vit.blocks[-1]) as seen:
+        with AttentionRecorder(self.vit.blocks[-1]) as seen:
             final = self.vit.forward_features(pixels)
         return seen.x, self._tokens(seen, final)
 
-    def _tokens(self, seen: Witness, final: Tensor) -> Tokens:
+    def _tokens(self, seen: AttentionRecorder, final: Tensor) -> TeacherOutputs:
         """What the last block did and the normed features (B, P+N, D) it led to -> Tokens."""
-        prefix = self.anatomy.prefix
+        prefix = self.spec.prefix
         pooled, logits = self._answer(final)
-        return Tokens(seen.qkv(prefix), self._normed(final)[:, prefix:], logits, pooled)
+        return TeacherOutputs(seen.qkv(prefix), self._normed(final)[:, prefix:], logits, pooled)
 
     def _normed(self, final: Tensor) -> Tensor:
         # With average pooling timm keeps the final norm behind the pool; it is the same LayerNorm, token-wise.
@@ -95,13 +102,13 @@ class TeacherHead(TeacherTail):
     """The tail of a teacher without Q, K, V to be had: its head alone. x is the final features (B, P+N, D)."""
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tokens:
+    def forward(self, x: Tensor) -> TeacherOutputs:
         """Replay: x (B, P+N, D) float32 -> Tokens without qkv."""
         pooled, logits = self._answer(self._as_timm_has_it(x))
-        return Tokens(None, self._normed(x)[:, self.anatomy.prefix :], logits, pooled)
+        return TeacherOutputs(None, self._normed(x)[:, self.spec.prefix :], logits, pooled)
 
     @torch.no_grad()
-    def look(self, pixels: Tensor) -> tuple[Tensor, Tokens]:
+    def look(self, pixels: Tensor) -> tuple[Tensor, TeacherOutputs]:
         """The whole teacher on normalised pixels (B, 3, S, S) -> x (B, P+N, D) float32, and Tokens."""
         x = in_rows(self.vit.forward_features(pixels), self.vit).contiguous()
         return x, self(x)
@@ -110,12 +117,12 @@ class TeacherHead(TeacherTail):
         """The inverse of `in_rows`."""
         if isinstance(self.vit, (*ROW_BY_ROW, MultiScaleVit)):
             return x
-        grid = self.anatomy.grid
+        grid = self.spec.grid
         made: Tensor = x.unflatten(1, grid) if channels_last(self.vit) else x.mT.unflatten(2, grid)
         return made
 
 
-def tail_of(vit: Any, found: Anatomy) -> TeacherTail:
+def tail_of(vit: Any, found: TeacherSpec) -> TeacherTail:
     """The part of a teacher that makes Tokens of what a store keeps."""
     return (TeacherHead if found.no_attention else TeacherTail)(vit, found)
 
@@ -125,8 +132,8 @@ class Teacher(nn.Module):
 
     def __init__(self, vit: Any, description: dict[str, Any]) -> None:
         super().__init__()
-        self.anatomy = anatomy(vit, description["preprocess"]["image_size"])
-        self.tail = tail_of(vit, self.anatomy)
+        self.spec = probe_teacher(vit, description["preprocess"]["image_size"])
+        self.tail = tail_of(vit, self.spec)
         self.description = description
         self.train(False)
 
@@ -134,11 +141,11 @@ class Teacher(nn.Module):
         """Stay in eval mode, whatever is asked."""
         return super().train(False)
 
-    def look(self, batch: Tensor) -> tuple[Tensor, Tokens]:
+    def look(self, batch: Tensor) -> tuple[Tensor, TeacherOutputs]:
         """Views (B, 3, S, S) uint8 -> x (B, P+N, D) float32, what a store keeps, and Tokens, in one pass."""
         return self.tail.look(views.normalise(batch, self.description["preprocess"]))
 
-    def forward(self, batch: Tensor) -> Tokens:
+    def forward(self, batch: Tensor) -> TeacherOutputs:
         """Views (B, 3, S, S) uint8 -> Tokens."""
         return self.look(batch)[1]
 
@@ -157,7 +164,7 @@ def load_tail(path: Path) -> TeacherTail:
     description = checkpoint.describe(path)
     with torch.device("meta"):
         vit = _build(description, description["kwargs"])
-        found = anatomy(vit, description["preprocess"]["image_size"])
+        found = probe_teacher(vit, description["preprocess"]["image_size"])
     if found.not_replayable:
         raise UserError(
             f"{path}: {found.not_replayable}, so x_L alone does not replay it; set cache.layout: qkvh"
@@ -167,7 +174,7 @@ def load_tail(path: Path) -> TeacherTail:
         kept.remove("blocks")
     else:  # built for true, one block deep: what the block is given beside x_L is computed
         vit = _build(description, {**description["kwargs"], "depth": 1})
-        found = anatomy(vit)
+        found = probe_teacher(vit)
     for name in [*vit._modules, *vit._parameters]:
         if name not in kept:
             setattr(vit, name, None)

@@ -18,9 +18,9 @@ from pipeline.core import artifacts
 from pipeline.core.atomic import atomic_dir
 from pipeline.core.errors import UserError, nearest
 from pipeline.data.images import BrokenImage, square_pixels
-from pipeline.data.prepared import LARGEST_SIDE, SCHEMA, SOURCE_SCHEMA, SPLITS, UNLABELLED
+from pipeline.data.prepared import MAX_SIDE, SCHEMA, SOURCE_SCHEMA, SPLITS, UNLABELLED
 from pipeline.prepare.sources import cifar, digits, imagefolder, parquet, zoo
-from pipeline.prepare.sources.sample import Found, Sample, Source, legible
+from pipeline.prepare.sources.sample import Sample, Source, SourceImages, legible
 
 SOURCES: dict[str, Source] = {
     "digits": digits.read,
@@ -56,10 +56,8 @@ class Prepare:
             raise ValueError(
                 f"student_labels is {self.student_labels!r}; allowed: all, or N >= 1 a class"
             )
-        if not 8 <= self.image_size <= LARGEST_SIDE:
-            raise ValueError(
-                f"image_size is {self.image_size}; allowed: 8 to {LARGEST_SIDE} pixels"
-            )
+        if not 8 <= self.image_size <= MAX_SIDE:
+            raise ValueError(f"image_size is {self.image_size}; allowed: 8 to {MAX_SIDE} pixels")
         for name, share in (("val", self.val), ("test", self.test)):
             if share <= 0 or (share > 1 and share % 1):
                 raise ValueError(f"{name} is {share}; allowed: a share below 1 or a count from 1")
@@ -113,7 +111,7 @@ def prepare(config: Prepare, out: Path) -> dict[str, Any]:
     return {**header, "notes": found.notes}
 
 
-def _found(config: Prepare) -> Found:
+def _found(config: Prepare) -> SourceImages:
     """What the source holds, once every label and split of it makes sense."""
     if config.source in SOURCES:
         found = SOURCES[config.source](config.path, config.label_column)
@@ -141,7 +139,7 @@ def _found(config: Prepare) -> Found:
 
 
 def _decode(
-    found: Found, config: Prepare, path: Path
+    found: SourceImages, config: Prepare, path: Path
 ) -> tuple[list[Sample], list[str], list[dict[str, str]]]:
     """Every picture into `path` (N, S, S, 3); the samples in the order of their pixels' SHA-256, the digests, and
 

@@ -1,8 +1,8 @@
 """`python -m pipeline.project.dvc_locks`: set aside the half-written files of a killed DVC, which it would refuse.
 
-It writes two files in place: `.dvc/tmp/rwlock`, which stage reads and writes what (treeverse/dvc#7615), and
-`dvc.lock`, what every stage made of what. Without a dvc.lock it finds most stages in its run cache, all that learn
-among them, and runs the others again.
+DVC writes two files in place: `.dvc/tmp/rwlock`, which stage reads and writes what (treeverse/dvc#7615), and
+`dvc.lock`, the hashes of every stage. Without a dvc.lock DVC restores most stages from its run cache,
+the trainings included, and runs the others again.
 """
 
 from __future__ import annotations

@@ -111,8 +111,8 @@ def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
     """Dotted names of the values in which two nests of keys differ, in the order of the first."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in [*one, *(k for k in other if k not in one)]:
-            place = f"{where}.{key}" if where else str(key)
-            yield from differences(one.get(key), other.get(key), place)
+            location = f"{where}.{key}" if where else str(key)
+            yield from differences(one.get(key), other.get(key), location)
     elif one != other:
         yield where
 

@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from pipeline.report.pareto import wilson
-from pipeline.report.verdict import Gate, gates, noisy, place, threads
+from pipeline.report.verdict import ReportCheck, gates, location, noisy, threads
 from pipeline.report.wording import board, measured
 
 ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, 2.2
@@ -54,7 +54,7 @@ def _errors(summary: Summary) -> Iterator[dict[str, Any]]:
 def _slowdowns(summary: Summary) -> Iterator[dict[str, Any]]:
     for found in summary.get("comparisons", []):
         if ratio := found.get("ratio"):
-            name = f"{place(found)}: CPU time over the baseline's"
+            name = f"{location(found)}: CPU time over the baseline's"
             entry = _entry(name, "ratio", ratio["median"], found["verdict"])
             yield {**entry, "range": f"{ratio['ci_low']:g} to {ratio['ci_high']:g}"}
 
@@ -78,7 +78,7 @@ def bencher(summary: Summary) -> dict[str, Any]:
     for compared in summary.get("comparisons", []):
         if ratio := compared.get("ratio"):
             interval = (ratio["ci_low"], ratio["ci_high"])
-            found[f"{place(compared)}, against its baseline"] = {
+            found[f"{location(compared)}, against its baseline"] = {
                 "cpu-ratio": _metric(ratio["median"], interval)
             }
     return found
@@ -118,7 +118,7 @@ def junit(summary: Summary) -> str:
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _case(suite: ET.Element, gate: Gate) -> str | None:
+def _case(suite: ET.Element, gate: ReportCheck) -> str | None:
     """One test case; the tag of what became of it, None where it passed."""
     case = ET.SubElement(suite, "testcase", classname=gate.kind, name=_legal(gate.name), time="0")
     if gate.open:

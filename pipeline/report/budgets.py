@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.core.errors import UserError, nearest
 from pipeline.report.verdict import noisy
 
-MOST = 1e15  # of a budget: no file, time or network is larger
+MAX_BUDGET = 1e15  # of a budget: no file, time or network is larger
 
 BUDGETS = {  # name in `report.budgets` -> how it is read in a sentence
     "top1_min": "clean top-1 (fraction)",
@@ -19,7 +19,7 @@ BUDGETS = {  # name in `report.budgets` -> how it is read in a sentence
 OF_TARGET = {"wall_ms_max", "size_mb_max"}
 
 
-def refuse_unknown_targets(budgets: Iterable[str], targets: Sequence[str]) -> None:
+def check_targets(budgets: Iterable[str], targets: Sequence[str]) -> None:
     """Raise UserError where a budget names a target that is not measured."""
     for name in budgets:
         target = name.rpartition(".")[0]

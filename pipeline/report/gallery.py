@@ -19,7 +19,7 @@ from pipeline.data.prepared import UNLABELLED, Prepared, spread
 
 EVIDENCE = "cakd.evidence/1"
 Pixels = NDArray[np.uint8]  # (S, S, 3)
-LARGEST = 160  # pixels of a side in the report
+MAX_SIDE_PIXELS = 160  # pixels of a side in the report
 CLASSES = 20  # of the sample grid and of the confusion matrix
 PAIRS = 8
 OTHER = "other"
@@ -39,7 +39,7 @@ def uri(pixels: Pixels) -> str:
     """A picture as a data URI: PNG while it is small, else JPEG of at most LARGEST pixels a side."""
     image = Image.fromarray(np.ascontiguousarray(pixels))
     small = image.width <= 64
-    image.thumbnail((LARGEST, LARGEST))
+    image.thumbnail((MAX_SIDE_PIXELS, MAX_SIDE_PIXELS))
     buffer = io.BytesIO()
     image.save(buffer, "PNG" if small else "JPEG", **({} if small else {"quality": 88}))
     kind = "png" if small else "jpeg"
@@ -130,17 +130,17 @@ def confusion(
 
     Above CLASSES classes, the ones with most mistakes; the rest are gathered in a last one.
     """
-    names, place = list(classes), {i: i for i in range(len(classes))}
+    names, index = list(classes), {i: i for i in range(len(classes))}
     if len(classes) > CLASSES:
         bad = [0] * len(classes)
         for true, said, n in entries:
             bad[true] += n * (true != said)
         worst = sorted(sorted(range(len(classes)), key=lambda c: -bad[c])[: CLASSES - 1])
-        place = {c: worst.index(c) if c in worst else len(worst) for c in range(len(classes))}
+        index = {c: worst.index(c) if c in worst else len(worst) for c in range(len(classes))}
         names = [classes[c] for c in worst] + [OTHER]
     matrix = [[0] * len(names) for _ in names]
     for true, said, n in entries:
-        matrix[place[true]][place[said]] += n
+        matrix[index[true]][index[said]] += n
     return matrix, names
 
 

@@ -22,14 +22,14 @@ def read_machine(path: Path) -> dict[str, Any]:
     found = artifacts.read_json(path)
     schema.check(path, found, (SCHEMA, BENCH, bundled.SCHEMA))
     if found["schema"] == SCHEMA:
-        refuse_unknown_shipped(path, found)
+        check_shipped(path, found)
         return {"pairs": [], "comparisons": [], **found}
     found = (
         bundled.bench(found) if found["schema"] == bundled.SCHEMA else raw.with_samples(found, path)
     )
     compared = found.get("comparisons", [])
     if not compared:
-        refuse_other_models(path, found["rows"])
+        check_models(path, found["rows"])
     rows = [] if compared else found["rows"]
     summary: dict[str, Any] = {
         "schema": SCHEMA,
@@ -51,7 +51,7 @@ def read_machine(path: Path) -> dict[str, Any]:
     return {**summary, "verdict": judge(summary), **machine}
 
 
-def refuse_unknown_shipped(path: Path, summary: Mapping[str, Any]) -> None:
+def check_shipped(path: Path, summary: Mapping[str, Any]) -> None:
     """Raise UserError where the method that ships is none of the models, which no schema can say."""
     if summary["shipped"] not in summary["models"]:
         raise UserError(
@@ -60,7 +60,7 @@ def refuse_unknown_shipped(path: Path, summary: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_other_models(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def check_models(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Raise UserError where a row is about neither student nor teacher."""
     for row in rows:
         if model_of(row["model"]) not in MODELS:

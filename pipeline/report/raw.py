@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.core.errors import UserError
 
-KEPT_SAMPLES = 61  # latencies kept of each row, evenly spaced in rank, both extremes among them
+KEPT_SAMPLES = 61  # latencies kept of each row, evenly spaced in rank, both extremes included
 MAX_CALLS = 10_000_000  # of a row: a file from elsewhere must not fill the memory
 HEADER = 1024  # bytes of an array's file before its values, at most
 DAMAGED = (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, KeyError)

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.core.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "docs" / "schemas"
-LONGEST = 200  # letters of what is said of a wrong value, which may be a whole list
+MAX_MESSAGE_CHARS = 200  # letters of what is said of a wrong value, which may be a whole list
 
 
 def check(path: Path, document: dict[str, Any], allowed: Sequence[str]) -> None:
@@ -33,8 +33,8 @@ def check(path: Path, document: dict[str, Any], allowed: Sequence[str]) -> None:
 
 def _short(text: str) -> str:
     """The text without its middle where it is long."""
-    half = LONGEST // 2
-    return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
+    half = MAX_MESSAGE_CHARS // 2
+    return text if len(text) <= MAX_MESSAGE_CHARS else f"{text[:half]} ... {text[-half:]}"
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError, nearest
-from pipeline.report.budgets import BUDGETS, MOST, OF_TARGET, judge_budget, refuse_unknown_targets
+from pipeline.report.budgets import BUDGETS, MAX_BUDGET, OF_TARGET, check_targets, judge_budget
 from pipeline.report.raw import thin, with_curves, with_samples
 from pipeline.report.verdict import MODELS, judge
 
@@ -42,8 +42,10 @@ class Report:
                 raise ValueError(f"budgets: {name!r} is not a figure of a target; use {quantity!r}")
             if quantity == "top1_min" and not 0 <= limit <= 1:
                 raise ValueError(f"budgets: {name} is {limit}; allowed: a fraction, 0.9 for 90 %")
-            if quantity != "top1_min" and not 0 < limit <= MOST:
-                raise ValueError(f"budgets: {name} is {limit}; allowed: above 0, {MOST:g} at most")
+            if quantity != "top1_min" and not 0 < limit <= MAX_BUDGET:
+                raise ValueError(
+                    f"budgets: {name} is {limit}; allowed: above 0, {MAX_BUDGET:g} at most"
+                )
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def summarise(
 
     Raises UserError: a file missing or of another schema, a method or a budget's target that is not there.
     """
-    refuse_unknown_targets(config.budgets, targets)
+    check_targets(config.budgets, targets)
     accuracy = artifacts.read_json(sources.accuracy, "cakd.accuracy/1")
     if shipped not in accuracy["models"]:
         raise UserError(

@@ -11,7 +11,7 @@ KEPT = ("PASS", "ALLOWED")  # verdicts of a gate that is open; ALLOWED: the user
 
 
 @dataclass(frozen=True)
-class Gate:
+class ReportCheck:
     """One question put to a run, and its answer. One that does not decide is told and never fails a report."""
 
     kind: str  # parity, budget, precision, baseline
@@ -32,7 +32,7 @@ class Gate:
         return self.verdict in KEPT
 
 
-def gates(summary: Mapping[str, Any]) -> list[Gate]:
+def gates(summary: Mapping[str, Any]) -> list[ReportCheck]:
     """Every gate of a summary: parity, budgets, effective precision, then the comparisons with a baseline."""
     return [
         *map(_parity, summary["parity"]),
@@ -42,21 +42,21 @@ def gates(summary: Mapping[str, Any]) -> list[Gate]:
     ]
 
 
-def _parity(row: Mapping[str, Any]) -> Gate:
+def _parity(row: Mapping[str, Any]) -> ReportCheck:
     precision, name = row["precision_effective"], f"{row['target']} {row['artifact']}"
     reason = row.get("reason") or "not the trained network"
     said = " ".join(filter(None, [precision, f"parity of {name}: {reason}"]))
-    return Gate("parity", name, row["verdict"], said, decides=precision == "fp32")
+    return ReportCheck("parity", name, row["verdict"], said, decides=precision == "fp32")
 
 
-def _budget(budget: Mapping[str, Any]) -> Gate:
+def _budget(budget: Mapping[str, Any]) -> ReportCheck:
     value = budget["value"]
     got = "no measurement" if value is None else round(value, 4)
     said = f"budget {budget['name']}: got {got}, limit {budget['limit']}"
-    return Gate("budget", budget["name"], budget["verdict"], said)
+    return ReportCheck("budget", budget["name"], budget["verdict"], said)
 
 
-def _precision(targets: Iterable[Mapping[str, Any]]) -> Iterator[Gate]:
+def _precision(targets: Iterable[Mapping[str, Any]]) -> Iterator[ReportCheck]:
     for target in targets:
         row = target["student"]
         if row.get("precision_requested") in (None, "default"):
@@ -67,18 +67,20 @@ def _precision(targets: Iterable[Mapping[str, Any]]) -> Iterator[Gate]:
             verdict, said = "FELL BACK", fall_back(row)
         else:
             verdict, said = "PASS", f"runs in {row['precision_effective']}"
-        yield Gate("precision", target["target"], verdict, said, decides=False)
+        yield ReportCheck("precision", target["target"], verdict, said, decides=False)
 
 
-def _compared(found: Mapping[str, Any]) -> Iterator[Gate]:
-    where = place(found)
-    yield Gate("baseline", f"{where}: latency", of_latency(found), f"{where}: {_ratio(found)}")
+def _compared(found: Mapping[str, Any]) -> Iterator[ReportCheck]:
+    where = location(found)
+    yield ReportCheck(
+        "baseline", f"{where}: latency", of_latency(found), f"{where}: {_ratio(found)}"
+    )
     for gate in found.get("gates", []):
         said = (
             f"{where}: {gate['name']}: baseline {gate['baseline']}, candidate {gate['candidate']}"
         )
         said += f", limit {gate['limit']}" * (gate["limit"] is not None)
-        yield Gate("baseline", f"{where}: {gate['name']}", gate["verdict"], said)
+        yield ReportCheck("baseline", f"{where}: {gate['name']}", gate["verdict"], said)
 
 
 def of_latency(found: Mapping[str, Any]) -> str:
@@ -90,7 +92,7 @@ def of_latency(found: Mapping[str, Any]) -> str:
     return str(ratio.get("verdict", verdict))
 
 
-def place(found: Mapping[str, Any]) -> str:
+def location(found: Mapping[str, Any]) -> str:
     """Where a comparison was made: "student.onnx on ort-fp32, 1 thread"."""
     return f"{found['model']} on {found['target']}, {threads(found['threads'])}"
 
@@ -128,7 +130,7 @@ def judge(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _notes(summary: Mapping[str, Any], found: Iterable[Gate]) -> Iterator[str]:
+def _notes(summary: Mapping[str, Any], found: Iterable[ReportCheck]) -> Iterator[str]:
     shipped = summary["models"].get(summary["shipped"], {})
     for baseline, points in shipped.get("points", {}).items():
         if points < 0:

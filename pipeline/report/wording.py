@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.report.verdict import MODELS, fall_back, fell_back, noisy, threads
 
 NONE = "not measured"
-Block = Mapping[str, Any]
+Section = Mapping[str, Any]
 
 
 def figure(value: float | None, digits: int = 3) -> str:
@@ -40,7 +40,7 @@ def millions(value: int | None) -> str:
     return NONE if value is None else figure(value / 1e6)
 
 
-def top1(model: Block, split: str) -> str:
+def top1(model: Section, split: str) -> str:
     """Top-1 of a split in percent, with one binomial standard error: "90.2 ± 1.5".
 
     The error counts images: several kinds of noise on one image are not several images.
@@ -53,14 +53,14 @@ def top1(model: Block, split: str) -> str:
     return f"{percent(share)} ± {100 * error:.1f}"
 
 
-def labels(model: Block) -> str:
+def labels(model: Section) -> str:
     """How many labels a model learned from: "50 of 1,297"."""
     if model.get("labels_seen") is None:
         return NONE
     return f"{model['labels_seen']:,} of {model['labels_total']:,}"
 
 
-def labels_in_words(models: Block) -> list[str]:
+def labels_in_words(models: Section) -> list[str]:
     """Who learned from how many labels, methods that saw the same number in one sentence."""
     groups: dict[tuple[int, int], list[str]] = {}
     for name, model in models.items():
@@ -73,7 +73,7 @@ def labels_in_words(models: Block) -> list[str]:
     ]
 
 
-def cosines(models: Block) -> str:
+def cosines(models: Section) -> str:
     """How near the students come to the teacher's attention and tokens; empty where it was not measured."""
     return "; ".join(
         f"{name} " + ", ".join(f"{term} {figure(value)}" for term, value in model["cosine"].items())
@@ -82,7 +82,7 @@ def cosines(models: Block) -> str:
     )
 
 
-def circumstances(targets: Sequence[Block]) -> list[str]:
+def circumstances(targets: Sequence[Section]) -> list[str]:
     """The batch sizes and thread counts behind the milliseconds: "batch 1, 1 thread"."""
     return list(
         dict.fromkeys(
@@ -92,7 +92,7 @@ def circumstances(targets: Sequence[Block]) -> list[str]:
     )
 
 
-def measured(target: Block) -> list[Block]:
+def measured(target: Section) -> list[Section]:
     """The measured rows of a target, at the fewest threads first."""
     rows = [target[model] for model in MODELS] + list(target["more_threads"])
     return [row for row in rows if row["status"] == "measured"]
@@ -104,20 +104,20 @@ def enumerate_words(names: Sequence[str]) -> str:
     return "T" + text[1:] if text.startswith("the ") else text
 
 
-def p50(row: Block) -> str:
+def p50(row: Section) -> str:
     """Median latency in ms, NOISY rows marked."""
     if row["status"] != "measured":
         return NONE
     return figure(row["wall_ms"]["p50"]) + (" NOISY" if noisy(row) else "")
 
 
-def p50_interval(row: Block) -> str:
+def p50_interval(row: Section) -> str:
     """The ends of the 95 % interval of the median, in ms; a dash where it was not measured."""
     ends = row["wall_ms"].get("p50_ci")
     return f"[{figure(ends[0])}, {figure(ends[1])}]" if ends else "–"
 
 
-def details(row: Block) -> list[str]:
+def details(row: Section) -> list[str]:
     """p90, p99, CPU and engine p50, load, first call (ms) and memory (MB) of a row; a dash for a gap."""
     wall, engine = row["wall_ms"], row.get("engine_ms") or {}
     values = [wall["p90"], wall["p99"], row["cpu_ms"]["p50"], engine.get("p50")]
@@ -125,14 +125,14 @@ def details(row: Block) -> list[str]:
     return ["–" if value is None else figure(value) for value in values]
 
 
-def speedup(target: Block) -> str:
+def speedup(target: Section) -> str:
     """How many times faster the student is, NOISY where either of the two rows is."""
     if target["speedup"] is None:
         return NONE
     return figure(target["speedup"]) + " NOISY" * any(noisy(target[m]) for m in MODELS)
 
 
-def ratio(block: Block | None) -> str:
+def ratio(block: Section | None) -> str:
     """A ratio with its 95 % interval: "0.141 [0.138, 0.145]"."""
     if not block:
         return NONE
@@ -147,7 +147,7 @@ def interval(share: float | None, ends: Sequence[float] | None) -> str:
     return f"{percent(share)} [{percent(ends[0])}, {percent(ends[1])}]"
 
 
-def clock(pair: Block) -> str:
+def clock(pair: Section) -> str:
     """Which time a pair compares, in words."""
     return {"cpu": "CPU time", "engine": "engine time on the GPU"}.get(
         pair.get("clock", "cpu"), str(pair.get("clock"))
@@ -173,7 +173,7 @@ def counted(value: object) -> str:
     return "–" if value is None else flat(value)
 
 
-def precision(target: Block) -> str:
+def precision(target: Section) -> str:
     """What the student really computes in, and what was asked for or the teacher runs in where that differs."""
     student, teacher = target["student"], target["teacher"]
     got, asked = student.get("precision_effective"), student.get("precision_requested")
@@ -185,7 +185,7 @@ def precision(target: Block) -> str:
     return f"{got} ({', '.join(other)})" if other else str(got)
 
 
-def status(target: Block) -> str:
+def status(target: Section) -> str:
     """One phrase a target: measured, or why not; the reason of a fall-back; what disturbed a NOISY row."""
     said: dict[str, list[str]] = {}
     for model in MODELS:
@@ -193,25 +193,25 @@ def status(target: Block) -> str:
     return "; ".join(f"{m[0]} {text}" if len(said) > 1 else text for text, m in said.items())
 
 
-def _state(row: Block) -> str:
+def _state(row: Section) -> str:
     text = str(row["status"]) + (f": {row['reason']}" if row["reason"] else "")
     text = fall_back(row) if fell_back(row) else text
     return text + (f", NOISY: {', '.join(row['flags'][1:])}" if noisy(row) else "")
 
 
-def parity(row: Block) -> str:
+def parity(row: Section) -> str:
     """The verdict of an artefact, with what a lower precision costs on the reference images where it is known."""
     verdict = str(row["parity"] or NONE)
     drop = row["top1_drop"]
     return verdict if drop is None else f"{verdict}, top-1 {points(-100 * drop)} points"
 
 
-def board(machine: Block) -> str:
+def board(machine: Section) -> str:
     """Its board or CPU."""
     return str(machine.get("board") or machine.get("cpu") or "unknown machine")
 
 
-def machine_name(machine: Block) -> str:
+def machine_name(machine: Section) -> str:
     """What a person calls the machine: its board or CPU, its cores, its GPU."""
     cores, gpu = machine.get("cores"), machine.get("gpu")
     parts = [board(machine)]
@@ -231,7 +231,7 @@ def flat(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def headline_target(summary: Block) -> Block | None:
+def headline_target(summary: Section) -> Section | None:
     """The target of the headline: ort-fp32 where it was measured, else the fastest student."""
     measured = [t for t in summary["targets"] if t["student"]["status"] == "measured"]
     return min(
@@ -241,7 +241,7 @@ def headline_target(summary: Block) -> Block | None:
     )
 
 
-def headline(summary: Block) -> str:
+def headline(summary: Section) -> str:
     """The run in one sentence, to follow the verdict's word."""
     parts = []
     best, models = headline_target(summary), summary["models"]
@@ -263,14 +263,14 @@ def headline(summary: Block) -> str:
     return ", ".join(parts) or "nothing was measured"
 
 
-def compared(comparisons: Sequence[Block]) -> str:
+def compared(comparisons: Sequence[Section]) -> str:
     """How many comparisons with a baseline ended how: "2 of 3 against the baseline PASS, 1 FAIL"."""
     verdicts = [str(c["verdict"]) for c in comparisons]
     counts = [f"{verdicts.count(v)} {v}" for v in dict.fromkeys(sorted(verdicts))]
     return f"{len(verdicts)} compared with the baseline: {', '.join(counts)}"
 
 
-def cards(summary: Block) -> list[tuple[str, str, str]]:
+def cards(summary: Section) -> list[tuple[str, str, str]]:
     """(label, value, unit) of the headline figures."""
     found = []
     best, models = headline_target(summary), summary["models"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.errors import GateFailed, UserError
-from pipeline.models.teacher import Tokens
+from pipeline.models.teacher import TeacherOutputs
 
 DTYPES = {
     "float32": torch.float32,
@@ -32,7 +32,7 @@ def encode(x: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
     int8 is symmetric and rounds to nearest; a channel's scale is its largest magnitude over the T tokens / 127.
     Raises UserError: not finite, or beyond float16.
     """
-    largest = refuse_broken(x)
+    largest = check_error(x)
     if dtype == "int8":
         scale = x.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / INT8_END
         return (x / scale.unsqueeze(1)).round().clamp(-INT8_END, INT8_END).to(torch.int8), scale
@@ -43,7 +43,7 @@ def encode(x: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
     return x.to(DTYPES[dtype]), None
 
 
-def refuse_broken(x: Tensor) -> float:
+def check_error(x: Tensor) -> float:
     """The largest magnitude. Raises UserError: it is not finite."""
     largest = x.abs().max().item()
     if not math.isfinite(largest):
@@ -59,7 +59,7 @@ def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else x.mul_(scale.unsqueeze(1))
 
 
-def relative_errors(got: Tokens, exact: Tokens) -> dict[str, float]:
+def relative_errors(got: TeacherOutputs, exact: TeacherOutputs) -> dict[str, float]:
     """||got - exact|| / ||exact|| of q, k, v (where the teacher has them), h and logits, over the whole batch."""
     pairs = {"h": (got.h, exact.h), "logits": (got.logits, exact.logits)}
     if got.qkv is not None and exact.qkv is not None:

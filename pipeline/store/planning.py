@@ -19,12 +19,12 @@ from pipeline.data import views
 from pipeline.data.prepared import Prepared
 from pipeline.models import teacher
 from pipeline.store import encoding, shards
-from pipeline.store.policy import Cache, refuse_layout
+from pipeline.store.policy import Cache, check_layout
 from pipeline.store.reading import THREADS
 
 BLOCK = 8 << 20  # bytes written at once
 SECONDS = 4.0  # for each of: writing, reading, the teacher, the replay
-LARGEST_FILE = 2 << 30  # bytes of the file that tries the disk
+MAX_TEST_FILE = 2 << 30  # bytes of the file that tries the disk
 SHARE_OF_FREE = 0.05
 
 
@@ -39,10 +39,10 @@ def plan(
 
     Raises UserError: the disk is short, a block that cannot be replayed.
     """
-    refuse_layout(cache, live.anatomy)
-    fields = shards.layout_fields(cache.layout, cache.dtype, live.anatomy, len(prepared.classes))
+    check_layout(cache, live.spec)
+    fields = shards.layout_fields(cache.layout, cache.dtype, live.spec, len(prepared.classes))
     per_view, images = shards.record_bytes(fields), len(prepared.rows("train"))
-    free = shards.refuse_short_disk(folder, per_view * cache.views * images)
+    free = shards.check_disk_space(folder, per_view * cache.views * images)
     write, read = disk_speed(folder, per_view, free, seconds)
     looked, replayed = teacher_speed(cache, prepared, live, seconds)
     return {
@@ -92,7 +92,7 @@ def disk_speed(folder: Path, per_view: int, free: int, seconds: float) -> tuple[
     """
     make_parent(folder)
     block = os.urandom(BLOCK)
-    largest = max(BLOCK, min(LARGEST_FILE, int(free * SHARE_OF_FREE)))
+    largest = max(BLOCK, min(MAX_TEST_FILE, int(free * SHARE_OF_FREE)))
     with tempfile.NamedTemporaryFile(
         dir=folder.parent, prefix=f".{folder.name}.", suffix=PARTIAL, buffering=0
     ) as file:

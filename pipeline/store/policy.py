@@ -12,7 +12,7 @@ from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.data.prepared import Prepared
 from pipeline.data.views import Geometry
-from pipeline.models.probe import Anatomy
+from pipeline.models.probe import TeacherSpec
 from pipeline.training.compute import Device
 
 Lines = dict[str, Any]
@@ -72,7 +72,7 @@ def fingerprint(cache: Cache, prepared: Prepared, teacher_description: dict[str,
     return {**surroundings(prepared, teacher_description), **asked(cache)}
 
 
-def refuse_layout(cache: Cache, found: Anatomy) -> None:
+def check_layout(cache: Cache, found: TeacherSpec) -> None:
     """Raise UserError where the layout would not bring back what the teacher's last block did."""
     if cache.mode == "on" and cache.layout == "qkvh" and found.no_attention:
         raise UserError(
@@ -84,7 +84,7 @@ def refuse_layout(cache: Cache, found: Anatomy) -> None:
         )
 
 
-def refuse_other_data(prepared: Prepared, teacher_description: dict[str, Any]) -> None:
+def check_data(prepared: Prepared, teacher_description: dict[str, Any]) -> None:
     """Raise UserError where the teacher was made for other classes or another size than the images have."""
     classes, size = (
         teacher_description.get("classes"),
@@ -106,7 +106,7 @@ def _few(names: Sequence[str]) -> str:
     return f"({len(names)}: {shown}{', ...' if len(names) > 3 else ''})"
 
 
-def refuse_stale(folder: Path, marks: Lines, now: Lines) -> None:
+def check_fingerprint(folder: Path, marks: Lines, now: Lines) -> None:
     """Raise UserError with the first line of the fingerprint that differs from what stands here now."""
     for line, value in now.items():
         if marks.get(line) != value:

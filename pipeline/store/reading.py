@@ -20,13 +20,13 @@ from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.data.prepared import Prepared
 from pipeline.models import checkpoint
-from pipeline.models.teacher import TeacherTail, Tokens
+from pipeline.models.teacher import TeacherOutputs, TeacherTail
 from pipeline.store import policy
 from pipeline.store.encoding import DTYPES, decode
 from pipeline.store.shards import SAFETENSORS, Field, Fields, Shard, word_sums
 
 SCHEMA = "cakd.store/2"
-AGAIN = "run cache again"
+REMEDY = "run cache again"
 FEATURES = {"block_input": ("x",), "qkvh": ("qkv", "h")}  # layout -> what a record must hold
 SEAL = "sha256"  # the manifest's own hash, over all its other keys
 OTHER_FILES = 256  # that a training has open besides
@@ -43,23 +43,23 @@ class Records:
     logits: Tensor
     view_hash: NDArray[np.uint64]
 
-    def to(self, place: torch.device) -> Records:
+    def to(self, slot: torch.device) -> Records:
         """The same on a device."""
-        features = {name: tensor.to(place) for name, tensor in self.features.items()}
-        return replace(self, features=features, logits=self.logits.to(place))
+        features = {name: tensor.to(slot) for name, tensor in self.features.items()}
+        return replace(self, features=features, logits=self.logits.to(slot))
 
-    def tokens(self, tail: TeacherTail | None) -> Tokens:
+    def tokens(self, tail: TeacherTail | None) -> TeacherOutputs:
         """The teacher's tokens: replayed from x (B, P+N, D) by the tail, or as they were stored."""
         if tail is None:
-            return Tokens(self.features["qkv"], self.features["h"], self.logits)
-        replayed: Tokens = tail(self.features["x"])
+            return TeacherOutputs(self.features["qkv"], self.features["h"], self.logits)
+        replayed: TeacherOutputs = tail(self.features["x"])
         return replace(replayed, logits=self.logits)
 
 
 def record_numbers(
     train: NDArray[np.int64], rows: views.Rows, view_numbers: views.Rows, n_views: int
 ) -> RecordNumbers:
-    """Position among the training rows (ascending) times V, plus the view: records are sample-major."""
+    """Index in the training rows (ascending) times V, plus the view: records are sample-major."""
     return np.searchsorted(train, rows) * n_views + view_numbers
 
 
@@ -75,21 +75,21 @@ def open_manifest(folder: Path) -> dict[str, Any]:
     manifest = artifacts.read_json(path, SCHEMA)
     if seal(manifest) != manifest:
         raise UserError(f"{path}: damaged, it is not what was written; run cache again")
-    artifacts.expect(manifest, path, AGAIN, mode=str, layout=str, dtype=str, fingerprint=dict)
+    artifacts.expect(manifest, path, REMEDY, mode=str, layout=str, dtype=str, fingerprint=dict)
     artifacts.expect(
-        manifest, path, AGAIN, images=int, views=int, records=int, fields=dict, shards=list
+        manifest, path, REMEDY, images=int, views=int, records=int, fields=dict, shards=list
     )
-    artifacts.expect(manifest, path, AGAIN, bytes_per_view=int | float, error=dict)
+    artifacts.expect(manifest, path, REMEDY, bytes_per_view=int | float, error=dict)
     if manifest["layout"] not in FEATURES or manifest["dtype"] not in DTYPES:
-        raise UserError(f"{path}: damaged, {manifest['dtype']} in {manifest['layout']}; {AGAIN}")
+        raise UserError(f"{path}: damaged, {manifest['dtype']} in {manifest['layout']}; {REMEDY}")
     for entry in manifest["shards"]:
-        artifacts.expect(entry, path, AGAIN, file=str, records=int, bytes=int, sha256=str)
+        artifacts.expect(entry, path, REMEDY, file=str, records=int, bytes=int, sha256=str)
         inside = Path(entry["file"]).name == entry["file"] and entry["file"] not in ("", "..")
         if not inside or entry["records"] < 1:
-            raise UserError(f"{path}: damaged, a shard is {reprlib.repr(entry)}; {AGAIN}")
+            raise UserError(f"{path}: damaged, a shard is {reprlib.repr(entry)}; {REMEDY}")
     if sum(entry["records"] for entry in manifest["shards"]) != manifest["records"]:
         raise UserError(
-            f"{path}: damaged, {manifest['records']} records are not its shards'; {AGAIN}"
+            f"{path}: damaged, {manifest['records']} records are not its shards'; {REMEDY}"
         )
     return manifest
 
@@ -106,10 +106,10 @@ def open_shards(folder: Path, manifest: dict[str, Any]) -> list[Shard]:
     try:
         fields = {n: Field(SAFETENSORS[d], _shape(s)) for n, (d, s) in manifest["fields"].items()}
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: damaged, a field is {error}; {AGAIN}") from None
+        raise UserError(f"{folder}: damaged, a field is {error}; {REMEDY}") from None
     needed = {*FEATURES[manifest["layout"]], "logits", "view_hash", "checksum"}
     if manifest["shards"] and not needed <= set(fields):
-        raise UserError(f"{folder}: damaged, the fields are {reprlib.repr(list(fields))}; {AGAIN}")
+        raise UserError(f"{folder}: damaged, the fields are {reprlib.repr(list(fields))}; {REMEDY}")
     _allow_files(len(manifest["shards"]))
     shards, first = [], 0
     for entry in manifest["shards"]:
@@ -148,8 +148,8 @@ class Store:
         marks = self.manifest["fingerprint"]
         description = checkpoint.describe(teacher_path)
         now = policy.surroundings(prepared, description)
-        policy.refuse_stale(folder, marks, now | (policy.asked(asked) if asked else {}))
-        policy.refuse_other_data(prepared, description)
+        policy.check_fingerprint(folder, marks, now | (policy.asked(asked) if asked else {}))
+        policy.check_data(prepared, description)
         self.views = int(marks["views"])
         self.seed = int(marks["seed"])
         geometry = {k.split(".")[1]: v for k, v in marks.items() if k.startswith("geometry.")}
@@ -243,16 +243,16 @@ class Reader:
             for name, field in self._fields.items()
         }
 
-    def _fill(self, records: RecordNumbers, places: NDArray[np.int64]) -> None:
+    def _fill(self, records: RecordNumbers, slots: NDArray[np.int64]) -> None:
         """Read the records into these places of the buffers, and hold each against its checksum."""
         arrays = {name: buffer.numpy() for name, buffer in self._buffers.items()}
         owners = np.searchsorted(self._starts, records, side="right") - 1
-        for place, record, owner in zip(
-            places.tolist(), records.tolist(), owners.tolist(), strict=True
+        for slot, record, owner in zip(
+            slots.tolist(), records.tolist(), owners.tolist(), strict=True
         ):
             for name, array in arrays.items():
-                self._shards[owner].read(name, record, memoryview(array[place]))
-        mine = slice(places[0], places[-1] + 1)
+                self._shards[owner].read(name, record, memoryview(array[slot]))
+        mine = slice(slots[0], slots[-1] + 1)
         stored = arrays.pop("checksum")[mine].view(np.int64)[:, 0]
         total = records + np.add.reduce([word_sums(array[mine]) for array in arrays.values()])
         for at in np.flatnonzero(total != stored)[:1]:

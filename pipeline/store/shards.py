@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.core.atomic import atomic
 from pipeline.core.errors import UserError
-from pipeline.models.probe import Anatomy
+from pipeline.models.probe import TeacherSpec
 from pipeline.store.encoding import DTYPES
 
 SAFETENSORS = {
@@ -59,7 +59,7 @@ class Field:
 Fields = dict[str, Field]
 
 
-def layout_fields(layout: str, dtype: str, found: Anatomy, classes: int) -> Fields:
+def layout_fields(layout: str, dtype: str, found: TeacherSpec, classes: int) -> Fields:
     """The fields of a record.
 
     block_input: x (P+N, D): x_L, or of a teacher without Q, K, V its final features. qkvh: qkv (N, 3, H, d) and
@@ -83,7 +83,7 @@ def record_bytes(fields: Fields) -> int:
     return sum(field.bytes for field in fields.values())
 
 
-def refuse_short_disk(folder: Path, needed: int) -> int:
+def check_disk_space(folder: Path, needed: int) -> int:
     """Free bytes where `folder` is to stand. Raises UserError: fewer than needed."""
     free = shutil.disk_usage(standing(folder)).free
     if needed > free:

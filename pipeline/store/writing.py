@@ -22,12 +22,12 @@ from pipeline.core.atomic import publish
 from pipeline.data import views
 from pipeline.data.prepared import Prepared, spread
 from pipeline.models import teacher
-from pipeline.models.teacher import Tokens
+from pipeline.models.teacher import TeacherOutputs
 from pipeline.store import encoding, policy, shards
-from pipeline.store.policy import Cache, refuse_layout
+from pipeline.store.policy import Cache, check_layout
 from pipeline.store.reading import SCHEMA, seal
 from pipeline.training import compute, resume
-from pipeline.training.ranks import ALONE, Ranks
+from pipeline.training.ranks import SINGLE_PROCESS, Ranks
 
 MEASURE_EVERY = 8  # write batches: the error is that of each eighth
 # Rooms of pipeline/ whose code makes a record: an edit there starts an unfinished store anew.
@@ -42,7 +42,7 @@ def write(
     out: Path,
     work: Path,
     progress: Callable[[int], None],
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Run the teacher over every view and publish the store at `out`; resumes shard by shard; the manifest.
 
@@ -50,15 +50,15 @@ def write(
     `progress` is told how many records this rank has done. Raises UserError: a block that cannot be replayed, a
     value float16 cannot hold, disk full, no such device. GateFailed: the dtype's error is over its gate.
     """
-    refuse_layout(cache, live.anatomy)
-    policy.refuse_other_data(prepared, live.description)
-    place = compute.place(cache.device, "cache.device", ranks)
-    task = Task(cache, prepared, live.to(place), place)
+    check_layout(cache, live.spec)
+    policy.check_data(prepared, live.description)
+    device = compute.pick_device(cache.device, "cache.device", ranks)
+    task = Task(cache, prepared, live.to(device), device)
     unfinished = {
         **task.marks,
         "batch": cache.batch,
         "shard_mb": cache.shard_mb,
-        "device": place.type,
+        "device": device.type,
         "code": artifacts.code(ROOMS),
     }
     with resume.work_folder(work, artifacts.digest(unfinished), ranks) as folder:
@@ -79,12 +79,12 @@ class Task:
         cache: Cache,
         prepared: Prepared,
         live: teacher.Teacher,
-        place: torch.device,
+        device: torch.device,
     ) -> None:
-        self.cache, self.prepared, self.live, self.place = cache, prepared, live, place
+        self.cache, self.prepared, self.live, self.device = cache, prepared, live, device
         self.marks = policy.fingerprint(cache, prepared, live.description)
         self.fields = shards.layout_fields(
-            cache.layout, cache.dtype, live.anatomy, len(prepared.classes)
+            cache.layout, cache.dtype, live.spec, len(prepared.classes)
         )
         self.rows = prepared.rows("train")
         self.total = len(self.rows) * cache.views if cache.mode == "on" else 0
@@ -110,7 +110,7 @@ class Task:
 
     def manifest(self, folder: Path) -> dict[str, Any]:
         """The sealed manifest of the finished shards in the work folder."""
-        cache, found = self.cache, self.live.anatomy
+        cache, found = self.cache, self.live.spec
         entries = [artifacts.read_json(_note(folder, n)) for n in range(self.shard_count)]
         mean, std = _statistics(self)
         return seal(
@@ -159,9 +159,9 @@ def _write_shards(
             if _shard(folder, n).exists()
         )
         whole = task.total * shards.record_bytes(task.fields)
-        shards.refuse_short_disk(folder, max(0, whole - here))
+        shards.check_disk_space(folder, max(0, whole - here))
         if folder.stat().st_dev != shards.standing(out).stat().st_dev:  # published by copying
-            shards.refuse_short_disk(out, whole)
+            shards.check_disk_space(out, whole)
     done = sum(len(task.records_of(n)) for n in mine) - sum(
         len(task.records_of(n)) for n in missing
     )
@@ -198,7 +198,7 @@ def _make_shard(
     for at in range(0, len(records), task.cache.batch):
         chosen = records[at : at + task.cache.batch]
         batch = task.view(chosen)
-        x, exact = task.live.look(batch.to(task.place))
+        x, exact = task.live.look(batch.to(task.device))
         stored, replayed = _stored(
             task, x, exact, measure=at % (MEASURE_EVERY * task.cache.batch) == 0
         )
@@ -207,7 +207,7 @@ def _make_shard(
             encoding.hold(
                 errors[-1], task.cache.dtype, "cache.dtype", encoding.finer(task.cache.dtype)
             )
-        encoding.refuse_broken(exact.logits)
+        encoding.check_error(exact.logits)
         stored["logits"] = exact.logits
         stored["view_hash"] = torch.from_numpy(views.view_hashes(batch).astype(np.int64))
         for name, tensor in stored.items():
@@ -217,8 +217,8 @@ def _make_shard(
 
 
 def _stored(
-    task: Task, x: Tensor, exact: Tokens, measure: bool
-) -> tuple[dict[str, Tensor], Tokens | None]:
+    task: Task, x: Tensor, exact: TeacherOutputs, measure: bool
+) -> tuple[dict[str, Tensor], TeacherOutputs | None]:
     """The encoded features of a batch, and where asked what the method will be given of them."""
     features = (
         {"x": x}
@@ -261,6 +261,6 @@ def _statistics(task: Task) -> tuple[list[float], list[float]]:
         batch = views.view_batch(
             task.prepared.images, cache.geometry, cache.seed, part, np.zeros_like(part)
         )
-        tokens.append(task.live(batch.to(task.place)).h.flatten(0, 1).cpu())
+        tokens.append(task.live(batch.to(task.device)).h.flatten(0, 1).cpu())
     h = torch.cat(tokens).double()
     return h.mean(0).tolist(), h.std(0).clamp(min=1e-6).tolist()

@@ -40,20 +40,20 @@ class Compute:
         """What carries messages between ranks: NCCL between CUDA devices, else gloo."""
         return "nccl" if self.device != "cpu" and torch.cuda.is_available() else "gloo"
 
-    def autocast(self, place: torch.device) -> AbstractContextManager[Any]:
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """What the forward pass runs under."""
         return (
-            torch.autocast(place.type, torch.bfloat16)
+            torch.autocast(device.type, torch.bfloat16)
             if self.precision == "bf16"
             else nullcontext()
         )
 
-    def parts(self, batch: int, among: Ranks) -> int:
+    def parts(self, batch: int, ranks: Ranks) -> int:
         """Parts of a step's batch over ranks and accumulation. Raises UserError: it does not divide."""
-        parts = self.accumulate * among.size
+        parts = self.accumulate * ranks.size
         if batch % parts or batch // parts < 2:
             raise UserError(
-                f"distill.batch: got {batch}, which {among.size} ranks x {self.accumulate} parts do not "
+                f"distill.batch: got {batch}, which {ranks.size} ranks x {self.accumulate} parts do not "
                 "divide into equal parts of 2 or more; change one of the three"
             )
         return parts
@@ -65,13 +65,13 @@ class Compute:
         return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(self.ema), use_buffers=True)
 
 
-def place(device: Device, parameter: str, among: Ranks) -> torch.device:
+def pick_device(device: Device, parameter: str, ranks: Ranks) -> torch.device:
     """The device of this rank. Raises UserError: `parameter` asks for CUDA where there is none."""
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError(f"{parameter}: got {device!r}, but PyTorch sees no CUDA device; use auto")
     if device == "cpu" or not available:
         return torch.device("cpu")
-    found = torch.device("cuda", among.local % torch.cuda.device_count())
+    found = torch.device("cuda", ranks.local % torch.cuda.device_count())
     torch.cuda.set_device(found)
     return found

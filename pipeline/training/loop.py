@@ -11,10 +11,10 @@ from torch import nn
 
 from pipeline.core import progress
 from pipeline.core.errors import UserError
-from pipeline.training.ranks import ALONE, Ranks
+from pipeline.training.ranks import SINGLE_PROCESS, Ranks
 from pipeline.training.resume import (
-    Figures,
     Interrupts,
+    StepFigures,
     from_columns,
     load_checkpoint,
     save_checkpoint,
@@ -23,45 +23,45 @@ from pipeline.training.resume import (
 
 
 def run_steps(
-    tell: progress.Progress,
+    bar: progress.Progress,
     every: int,
     checkpoint: Path,
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, torch.optim.Optimizer],
-    step: Callable[[int], Figures],
-    among: Ranks = ALONE,
-) -> list[Figures]:
-    """Call `step(i)` for i up to `tell.total`, going on after the last checkpoint; the figures of every step.
+    step: Callable[[int], StepFigures],
+    ranks: Ranks = SINGLE_PROCESS,
+) -> list[StepFigures]:
+    """Call `step(i)` for i up to `bar.total`, going on after the last checkpoint; the figures of every step.
 
     Saves every `every` steps, and before it leaves on SIGINT or SIGTERM. A step must draw its random numbers from
-    its own number alone: then a killed run ends in the same bits. `tell.what` begins with the params section.
+    its own number alone: then a killed run ends in the same bits. `bar.what` begins with the params section.
     Of several ranks the first saves and tells; all of them load.
     Raises UserError: a figure that is not finite, a damaged checkpoint, disk full.
     """
     start, logged = load_checkpoint(checkpoint, modules, optimizers)
-    among.refuse_unequal("the step to go on from", start)
+    ranks.check_equal("the step to go on from", start)
     curves = from_columns(logged)
     for module in modules.values():
         module.train()
-    with Interrupts() as interrupts, tell:
-        for i in range(start, tell.total):
+    with Interrupts() as interrupts, bar:
+        for i in range(start, bar.total):
             seen = step(i)
-            _refuse_divergence(tell.what, i, seen)
+            _check_divergence(bar.what, i, seen)
             curves.append({"step": i, **seen})
-            tell(i + 1, **seen)
-            leaving = among.any(interrupts.signal is not None)
-            if i + 1 < tell.total and (leaving or (i + 1) % every == 0):
-                if among.rank == 0:
+            bar(i + 1, **seen)
+            leaving = ranks.any(interrupts.signal is not None)
+            if i + 1 < bar.total and (leaving or (i + 1) % every == 0):
+                if ranks.rank == 0:
                     save_checkpoint(checkpoint, i + 1, modules, optimizers, to_columns(curves))
                 if leaving:
-                    among.wait()
-                    interrupts.leave(checkpoint, quiet=among.rank > 0)
+                    ranks.wait()
+                    interrupts.leave(checkpoint, quiet=ranks.rank > 0)
     for module in modules.values():
         module.eval()
     return curves
 
 
-def _refuse_divergence(name: str, step: int, seen: Figures) -> None:
+def _check_divergence(name: str, step: int, seen: StepFigures) -> None:
     for term, value in seen.items():
         if not math.isfinite(value):
             section = name.split()[0]

@@ -14,28 +14,28 @@ from torch import Tensor, distributed, nn
 from pipeline.core.errors import UserError
 
 
-def average_gradients(parameters: Iterable[Tensor], among: Ranks) -> None:
+def average_gradients(parameters: Iterable[Tensor], ranks: Ranks) -> None:
     """Replace every gradient by its mean over the ranks: one message for all of them."""
-    if among.size == 1:
+    if ranks.size == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
     distributed.all_reduce(flat)
     for gradient, mean in zip(
-        gradients, (flat / among.size).split([g.numel() for g in gradients]), strict=True
+        gradients, (flat / ranks.size).split([g.numel() for g in gradients]), strict=True
     ):
         gradient.copy_(mean.view_as(gradient))
 
 
 def average_figures(
-    figures: dict[str, float], place: torch.device, among: Ranks
+    figures: dict[str, float], device: torch.device, ranks: Ranks
 ) -> dict[str, float]:
     """The mean of every figure over the ranks; all ranks have the same names."""
-    if among.size == 1:
+    if ranks.size == 1:
         return figures
-    row = torch.tensor([figures[name] for name in sorted(figures)], device=place)
+    row = torch.tensor([figures[name] for name in sorted(figures)], device=device)
     distributed.all_reduce(row)
-    return dict(zip(sorted(figures), (row / among.size).tolist(), strict=True))
+    return dict(zip(sorted(figures), (row / ranks.size).tolist(), strict=True))
 
 
 def of_all_ranks(part: Tensor) -> Tensor:
@@ -47,16 +47,16 @@ def of_all_ranks(part: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def same_start(modules: Iterable[nn.Module], among: Ranks) -> None:
+def same_start(modules: Iterable[nn.Module], ranks: Ranks) -> None:
     """Give every rank the first one's parameters and buffers."""
-    if among.size == 1:
+    if ranks.size == 1:
         return
     for module in modules:
         for tensor in module.state_dict().values():
             distributed.broadcast(tensor, 0)
 
 
-LONGEST_SHARE = timedelta(days=7)  # that a rank may wait for the others
+RANK_TIMEOUT = timedelta(days=7)  # that a rank may wait for the others
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Ranks:
         """Whether it holds for any rank."""
         if self.size == 1:
             return flag
-        found = torch.tensor([int(flag)], device=self._place)
+        found = torch.tensor([int(flag)], device=self._device)
         with self._ended():
             distributed.all_reduce(found, distributed.ReduceOp.MAX)
         return bool(found.item())
 
-    def refuse_unequal(self, what: str, value: int) -> None:
+    def check_equal(self, what: str, value: int) -> None:
         """Raise UserError where the ranks do not have the same number."""
         if self.any(self._of_first(value) != value):
             raise UserError(
@@ -93,13 +93,13 @@ class Ranks:
     def _of_first(self, value: int) -> int:
         if self.size == 1:
             return value
-        found = torch.tensor([value], device=self._place)
+        found = torch.tensor([value], device=self._device)
         with self._ended():
             distributed.broadcast(found, 0)
         return int(found.item())
 
     @property
-    def _place(self) -> torch.device:
+    def _device(self) -> torch.device:
         nccl = distributed.get_backend() == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
@@ -113,7 +113,7 @@ class Ranks:
             ) from None
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 SLURM = {
@@ -132,16 +132,16 @@ def ranks(backend: str = "gloo") -> Iterator[Ranks]:
     if "WORLD_SIZE" not in os.environ and "SLURM_STEP_ID" in os.environ:
         os.environ.update({ours: os.environ[theirs] for ours, theirs in SLURM.items()})
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise UserError(f"{name} is not set; export the first node's address and a free port")
-    local, place = int(os.environ.get("LOCAL_RANK", "0")), None
+    local, device = int(os.environ.get("LOCAL_RANK", "0")), None
     if backend == "nccl":
-        place = torch.device("cuda", local % torch.cuda.device_count())
-        torch.cuda.set_device(place)
-    distributed.init_process_group(backend, timeout=LONGEST_SHARE, device_id=place)
+        device = torch.device("cuda", local % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    distributed.init_process_group(backend, timeout=RANK_TIMEOUT, device_id=device)
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), local)
     finally:

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from pipeline.core import cli
 from pipeline.core.atomic import atomic, make_parent
 from pipeline.core.errors import UserError
-from pipeline.training.ranks import ALONE, Ranks
+from pipeline.training.ranks import SINGLE_PROCESS, Ranks
 
 PATIENCE = 10.0  # seconds a killed predecessor gets to save and leave
 
 
 @contextmanager
-def work_folder(root: Path, fingerprint: str, among: Ranks = ALONE) -> Iterator[Path]:
+def work_folder(root: Path, fingerprint: str, ranks: Ranks = SINGLE_PROCESS) -> Iterator[Path]:
     """The folder of one run's unfinished work, `root/<fingerprint>`, locked against a second writer.
 
     Removed when the body ends well, kept when it does not. The lock stands beside it and is never removed. Of
@@ -36,10 +36,10 @@ def work_folder(root: Path, fingerprint: str, among: Ranks = ALONE) -> Iterator[
     Raises UserError: another process holds it and does not leave within PATIENCE seconds.
     """
     folder = root / fingerprint[:16]
-    if among.rank:
-        among.wait()
+    if ranks.rank:
+        ranks.wait()
         yield folder
-        among.wait()
+        ranks.wait()
         return
     make_parent(folder)
     with folder.with_suffix(".lock").open("w") as lock:
@@ -51,9 +51,9 @@ def work_folder(root: Path, fingerprint: str, among: Ranks = ALONE) -> Iterator[
                 )
             time.sleep(0.1)
         folder.mkdir(exist_ok=True)  # here: the process waited for has removed its own
-        among.wait()
+        ranks.wait()
         yield folder
-        among.wait()
+        ranks.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -102,7 +102,7 @@ def as_worker(_: int) -> None:
     cli.die_with_parent(signal.SIGKILL)
 
 
-Figures = dict[str, float]
+StepFigures = dict[str, float]
 
 
 def save_checkpoint(
@@ -160,14 +160,14 @@ def load_checkpoint(
     return step, _below(tensors, "logged/")
 
 
-def to_columns(curves: list[Figures]) -> dict[str, Tensor]:
+def to_columns(curves: list[StepFigures]) -> dict[str, Tensor]:
     """One float64 tensor a term over the steps so far, NaN where a step has no such figure."""
     terms = sorted({t for row in curves for t in row})
     nan = math.nan
     return {t: torch.tensor([r.get(t, nan) for r in curves], dtype=torch.float64) for t in terms}
 
 
-def from_columns(columns: Mapping[str, Tensor]) -> list[Figures]:
+def from_columns(columns: Mapping[str, Tensor]) -> list[StepFigures]:
     """The steps that `to_columns` made columns of."""
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     figures = [

@@ -16,9 +16,9 @@ class Stopwatch:
     On a CUDA device the time between two events of its stream, read when the step ends: nothing waits for it.
     """
 
-    def __init__(self, place: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self.steps: list[dict[str, float]] = [{}]
-        self._cuda = place is not None and place.type == "cuda"
+        self._cuda = device is not None and device.type == "cuda"
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager

@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 from pipeline.core.errors import UserError, nearest
-from pipeline.distill.kernels.configs import LARGE_REGISTER_FILE, MOST_TOKENS, WIDEST_HEAD
+from pipeline.distill.kernels.configs import LARGE_REGISTER_FILE, MAX_TOKENS, WIDEST_HEAD
 
 IMPLS = ("auto", "eager", "sdpa", "small", "flash")
 Choice = tuple[str, str]
@@ -85,6 +85,6 @@ def _cannot(impl: str, device: torch.device, n: int, width: int) -> str | None:
         return "triton is not installed (`pip install '.[kernels]'`)"
     if width > WIDEST_HEAD:
         return f"a head is {width} wide: it takes {WIDEST_HEAD} at most"
-    if impl == "small" and n > MOST_TOKENS:
-        return f"there are {n} tokens: it takes {MOST_TOKENS} at most"
+    if impl == "small" and n > MAX_TOKENS:
+        return f"there are {n} tokens: it takes {MAX_TOKENS} at most"
     return None

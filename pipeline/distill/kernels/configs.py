@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)  # compute capability times ten
 LARGE_REGISTER_FILE = (90, 100)  # where a whole head of `small` stays in registers
-MOST_TOKENS = 64  # that `small` holds in one program
+MAX_TOKENS = 64  # that `small` holds in one program
 WIDEST_HEAD = 128  # the bits of one Philox counter
 SHARED_KB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # a program may take
 

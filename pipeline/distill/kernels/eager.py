@@ -156,12 +156,12 @@ def _by_image(rows: Tensor, order: Sequence[int]) -> Tensor:
     """The way back: (N, B, c) -> (B, N, c)."""
     n, batch, _ = rows.shape
     inverse = sorted(range(n), key=order.__getitem__)
-    places = (
+    indices = (
         constant(rows.device, *inverse) * batch + torch.arange(batch, device=rows.device)[:, None]
     )
-    return rows.flatten(0, 1).index_select(0, places.flatten()).view(batch, n, -1)
+    return rows.flatten(0, 1).index_select(0, indices.flatten()).view(batch, n, -1)
 
 
 def _ends(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Where each group's rows end among N B, as grouped_mm reads it."""
+    """End offset of each group's rows in N B, as grouped_mm reads it."""
     return constant(rows.device, *(rows.shape[1] * end for end in accumulate(sizes))).int()

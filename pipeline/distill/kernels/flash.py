@@ -49,7 +49,7 @@ def flash_forward_kernel(
     block, head, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     student += slot * s_b + head * s_h
     teacher += slot * t_b + head * t_h
-    place = slot * tl.num_programs(1) + head
+    index = slot * tl.num_programs(1) + head
     rows, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
     inside = (rows < n)[:, None] & (columns < WIDTH)[None, :]
     identity, now, key = tl.load(ids + slot), tl.load(stream + 1), tl.load(stream)
@@ -79,11 +79,11 @@ def flash_forward_kernel(
         top_t, sum_t, out_t = _add_keys(q_t, k_t, v_t, real, top_t, sum_t, out_t, SCALE, PRECISION)
     out_s = out_s / sum_s[:, None]
     e = tl.where(inside, out_s - out_t / sum_t[:, None], 0.0)
-    tl.store(losses + place * tl.num_programs(0) + block, tl.sum(e * e) / count)
-    at = place * n * WIDTH + rows[:, None] * WIDTH + columns[None, :]
+    tl.store(losses + index * tl.num_programs(0) + block, tl.sum(e * e) / count)
+    at = index * n * WIDTH + rows[:, None] * WIDTH + columns[None, :]
     tl.store(doubled + at, (2 * e).to(kind), mask=inside)
-    tl.store(log_sums + place * n + rows, top_s + tl.log(sum_s), mask=rows < n)
-    tl.store(deltas + place * n + rows, tl.sum(2 * e * out_s, axis=1), mask=rows < n)
+    tl.store(log_sums + index * n + rows, top_s + tl.log(sum_s), mask=rows < n)
+    tl.store(deltas + index * n + rows, tl.sum(2 * e * out_s, axis=1), mask=rows < n)
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def flash_queries_kernel(
     student += slot * s_b + head * s_h
     teacher += slot * t_b + head * t_h
     gradient += slot * g_b + head * g_h
-    place = slot * tl.num_programs(1) + head
+    index = slot * tl.num_programs(1) + head
     rows, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
     inside = (rows < n)[:, None] & (columns < WIDTH)[None, :]
     identity, now, key = tl.load(ids + slot), tl.load(stream + 1), tl.load(stream)
@@ -143,10 +143,10 @@ def flash_queries_kernel(
         *(student, teacher, s_n, t_n, rows, columns, inside),
         *(head, n, 0, identity, now, key, digits, first, GRAN),
     )
-    at = place * n * WIDTH + rows[:, None] * WIDTH + columns[None, :]
+    at = index * n * WIDTH + rows[:, None] * WIDTH + columns[None, :]
     d_o = tl.load(doubled + at, mask=inside, other=0.0)
-    log_sum = tl.load(log_sums + place * n + rows, mask=rows < n, other=0.0)
-    delta = tl.load(deltas + place * n + rows, mask=rows < n, other=0.0)
+    log_sum = tl.load(log_sums + index * n + rows, mask=rows < n, other=0.0)
+    delta = tl.load(deltas + index * n + rows, mask=rows < n, other=0.0)
     d_q = tl.zeros((BLOCK, COLUMNS), tl.float32)
     for start in range(0, n, KEYS):
         others = start + tl.arange(0, KEYS)
@@ -203,7 +203,7 @@ def flash_keys_kernel(
     student += slot * s_b + head * s_h
     teacher += slot * t_b + head * t_h
     gradient += slot * g_b + head * g_h
-    place = slot * tl.num_programs(1) + head
+    index = slot * tl.num_programs(1) + head
     others, columns = block * KEYS + tl.arange(0, KEYS), tl.arange(0, COLUMNS)
     here = (others < n)[:, None] & (columns < WIDTH)[None, :]
     identity, now, key = tl.load(ids + slot), tl.load(stream + 1), tl.load(stream)
@@ -224,10 +224,10 @@ def flash_keys_kernel(
             *(student, teacher, s_n, t_n, rows, columns, inside),
             *(head, n, 0, identity, now, key, digits, first, GRAN),
         )
-        at = place * n * WIDTH + rows[:, None] * WIDTH + columns[None, :]
+        at = index * n * WIDTH + rows[:, None] * WIDTH + columns[None, :]
         d_o = tl.load(doubled + at, mask=inside, other=0.0)
-        log_sum = tl.load(log_sums + place * n + rows, mask=rows < n, other=0.0)
-        delta = tl.load(deltas + place * n + rows, mask=rows < n, other=0.0)
+        log_sum = tl.load(log_sums + index * n + rows, mask=rows < n, other=0.0)
+        delta = tl.load(deltas + index * n + rows, mask=rows < n, other=0.0)
         p, d_s = _weights(q, k, v, d_o, log_sum, delta, rows < n, others < n, SCALE, PRECISION)
         d_v = tl.dot(tl.trans(p.to(d_o.dtype)), d_o, d_v, input_precision=PRECISION)
         d_k = tl.dot(tl.trans(d_s.to(q.dtype)), q, d_k, input_precision=PRECISION)

@@ -72,8 +72,8 @@ def project_kernel(
         )
         e = tl.where(inside, product - theirs.to(tl.float32), 0.0)
         tl.store(residual + at, e.to(residual.dtype.element_ty), mask=inside)
-        place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(losses + place, tl.sum(e * e) * scale)
+        index = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(losses + index, tl.sum(e * e) * scale)
 
 
 @triton.jit
@@ -164,12 +164,12 @@ def weight_kernel(
 
 
 @triton.jit
-def _rows(order, tiles, place, BLOCK: tl.constexpr):
+def _rows(order, tiles, index, BLOCK: tl.constexpr):
     """The group of a tile, and of each of its rows the sample, the token and whether it exists."""
-    group, first = tl.load(tiles + 5 * place), tl.load(tiles + 5 * place + 1)
-    offset, size = tl.load(tiles + 5 * place + 2), tl.load(tiles + 5 * place + 3)
+    group, first = tl.load(tiles + 5 * index), tl.load(tiles + 5 * index + 1)
+    offset, size = tl.load(tiles + 5 * index + 2), tl.load(tiles + 5 * index + 3)
     rows = first + tl.arange(0, BLOCK)
-    real = rows < tl.load(tiles + 5 * place + 4)
+    real = rows < tl.load(tiles + 5 * index + 4)
     token = tl.load(order + offset + rows % size, mask=real, other=0)
     return group, (rows // size).to(tl.int64), token, real
 
@@ -225,12 +225,12 @@ def gradients(
     batch, n, channels = x.shape
     width = weight.shape[1]
     x, weight, upstream = _unit(x), weight.contiguous(), upstream.contiguous()
-    places = constant(x.device, *order)
+    indices = constant(x.device, *order)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     chosen, options, precision = settings("gl_input", x)
     tiles = _tiles(x.device, tuple(sizes), batch, chosen.block)
     input_kernel[(triton.cdiv(channels, chosen.columns), len(tiles))](
-        *(upstream, weight, d_x, places, tiles, n, channels, width),
+        *(upstream, weight, d_x, indices, tiles, n, channels, width),
         BLOCK=chosen.block,
         COLUMNS=chosen.columns,
         DEPTH=chosen.inner,
@@ -249,7 +249,7 @@ def gradients(
             upstream,
             d_weight,
             d_bias,
-            places,
+            indices,
             groups,
             batch,
             n,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.distill.methods.term import Seen, Sizes, Term
+from pipeline.distill.methods.term import Sizes, StudentOutputs, Term
 from pipeline.distill.projectors import on_grid, tokens_of
-from pipeline.models.teacher import Tokens
+from pipeline.models.teacher import TeacherOutputs
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class At(Term):
         super().__init__()
         self.config, self.grid = config, sizes.grid
 
-    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
         """Squared distance of the two maps, mean over elements and images."""
         assert seen.feature is not None
         ours = attention_map(tokens_of(on_grid(seen.feature, self.grid)))

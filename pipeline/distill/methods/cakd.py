@@ -13,12 +13,12 @@ from pipeline.core.config import parse
 from pipeline.distill import robust
 from pipeline.distill.kernels import gl, pca
 from pipeline.distill.kernels.reference import Granularity, attention, heads
-from pipeline.distill.methods.term import Seen, Sizes, TeacherSpace, Term
+from pipeline.distill.methods.term import Sizes, StudentOutputs, TeacherSpace, Term
 from pipeline.distill.projectors import GroupWiseLinear, PartiallyCrossAttention, on_grid, tokens_of
 from pipeline.distill.robust import Trans
 from pipeline.models import checkpoint
 from pipeline.models.student import Tap
-from pipeline.models.teacher import Tokens
+from pipeline.models.teacher import TeacherOutputs
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Pca(Term):
             config.project_at,
         )
 
-    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
         """The two terms of eq. 4."""
         config = self.config
         p = config.swap_p * (1 - seen.progress) if config.swap_anneal else config.swap_p
@@ -109,7 +109,7 @@ class Gl(Term):
         self.register_buffer("std", sizes.space.std, persistent=False)
         self.fake: Tensor | None = None
 
-    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
         """Eq. 6."""
         assert seen.feature is not None
         layer, config = self.project, self.config

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.distill.kernels.philox import Key
-from pipeline.distill.methods.term import Seen, Sizes, Term, pooled
-from pipeline.models.teacher import Tokens
+from pipeline.distill.methods.term import Sizes, StudentOutputs, Term, pooled
+from pipeline.models.teacher import TeacherOutputs
 from pipeline.training import ranks
 
 
@@ -60,7 +60,7 @@ class Crd(Term):
     def __init__(self, config: CrdConfig, sizes: Sizes) -> None:
         super().__init__()
         self.config, self.images, self.views = config, sizes.images, sizes.views
-        self.embed_s = nn.Linear(sizes.anatomy.embedding, config.width)
+        self.embed_s = nn.Linear(sizes.spec.embedding, config.width)
         self.embed_t = nn.Linear(sizes.space.width, config.width)
         for name in ("memory_s", "memory_t"):
             start = F.normalize(torch.randn(sizes.images, config.width), dim=1)
@@ -69,7 +69,7 @@ class Crd(Term):
         self.register_buffer("log_normaliser", torch.zeros(2))
         self.register_buffer("measured", torch.zeros(2, dtype=torch.bool))
 
-    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
         """Both directions of the noise contrastive loss, eq. 17 and 18, mean over images."""
         ours = F.normalize(self.embed_s(seen.embedding), dim=1)
         theirs = F.normalize(self.embed_t(pooled(taught)), dim=1)

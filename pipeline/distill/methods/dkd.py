@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.distill.methods.term import Seen, Sizes, Term
-from pipeline.models.teacher import Tokens
+from pipeline.distill.methods.term import Sizes, StudentOutputs, Term
+from pipeline.models.teacher import TeacherOutputs
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class DkdConfig:
 
     weight: float = 1.0
     alpha: float = 1.0  # of the target class against all others
-    beta: float = 8.0  # of the others among themselves
+    beta: float = 8.0  # weight of the non-target classes
     temperature: float = 4.0
     warmup: float = 0.0833
 
@@ -37,7 +37,7 @@ def decoupled(
     hot = F.one_hot(target, student.shape[1]).bool()
 
     def split(logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of target and not target (B, 2); of the others among themselves, 0 at the target."""
+        """Log-probabilities of target and not target (B, 2); of the non-target classes, 0 at the target."""
         p = F.log_softmax(logits / temperature, dim=1)
         others = p.masked_fill(hot, -torch.inf)
         rest = others.logsumexp(1, keepdim=True)
@@ -60,7 +60,7 @@ class Dkd(Term):
         super().__init__()
         self.config = config
 
-    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
         """alpha TCKD + beta NCKD, mean over images."""
         target, others = decoupled(
             seen.logits, taught.logits, seen.targets(taught), self.config.temperature

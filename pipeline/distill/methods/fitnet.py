@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.distill.methods.term import Seen, Sizes, Term
+from pipeline.distill.methods.term import Sizes, StudentOutputs, Term
 from pipeline.distill.projectors import on_grid, tokens_of
-from pipeline.models.teacher import Tokens
+from pipeline.models.teacher import TeacherOutputs
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Fitnet(Term):
         self.config, self.grid = config, sizes.grid
         self.regressor = nn.Conv2d(sizes.channels, sizes.space.width, 1)
 
-    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
         """mse(h_T, r(h_S)), eq. 3 as a mean."""
         assert seen.feature is not None
         hint = tokens_of(self.regressor(on_grid(seen.feature, self.grid)))

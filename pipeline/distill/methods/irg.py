@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.distill.methods.term import Seen, Sizes, Term, pairwise_distances, pooled
-from pipeline.models.teacher import Tokens
+from pipeline.distill.methods.term import Sizes, StudentOutputs, Term, pairwise_distances, pooled
+from pipeline.models.teacher import TeacherOutputs
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Irg(Term):
         super().__init__()
         self.config = config
 
-    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
         """Mean squared differences of vertices, of edges at both layers, of what the edges become in between."""
         with torch.no_grad():
             theirs = edges(pooled(taught)), edges(taught.logits)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.distill.methods.term import Seen, Sizes, Term
-from pipeline.models.teacher import Tokens
+from pipeline.distill.methods.term import Sizes, StudentOutputs, Term
+from pipeline.models.teacher import TeacherOutputs
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,6 @@ class Logits(Term):
         super().__init__()
         self.config = config
 
-    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
         """T^2 KL of the class distributions."""
         return {"logits": divergence(seen.logits, taught.logits, self.config.temperature)}

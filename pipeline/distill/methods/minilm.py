@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.distill.kernels.reference import heads
-from pipeline.distill.methods.term import Seen, Sizes, Term
+from pipeline.distill.methods.term import Sizes, StudentOutputs, Term
 from pipeline.distill.projectors import PartiallyCrossAttention
-from pipeline.models.teacher import Tokens
+from pipeline.models.teacher import TeacherOutputs
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Minilm(Term):
             sizes.channels, sizes.space.n_heads, sizes.space.width, sizes.grid, config.reduce
         )
 
-    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
         """The two divergences of the last block."""
         (q, k, v), (q_t, k_t, v_t) = (
             heads(self.project(seen.feature)),

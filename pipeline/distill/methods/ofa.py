@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.distill.methods.term import Seen, Sizes, Term
-from pipeline.models.teacher import Tokens
+from pipeline.distill.methods.term import Sizes, StudentOutputs, Term
+from pipeline.models.teacher import TeacherOutputs
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Ofa(Term):
                 nn.BatchNorm1d(channels),
                 nn.Linear(channels, sizes.classes),
             )
-            for channels in sizes.anatomy.stage_channels
+            for channels in sizes.spec.stage_channels
         )
 
-    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
         """The enhanced loss of every branch and of the student's own logits, summed."""
         pairs = zip(self.branches, seen.stages, strict=True)
         answers = [*(branch(x) for branch, x in pairs), seen.logits]

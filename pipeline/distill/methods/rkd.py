@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.distill.methods.term import Seen, Sizes, Term, pairwise_distances, pooled
-from pipeline.models.teacher import Tokens
+from pipeline.distill.methods.term import Sizes, StudentOutputs, Term, pairwise_distances, pooled
+from pipeline.models.teacher import TeacherOutputs
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Rkd(Term):
         super().__init__()
         self.config = config
 
-    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
         """Huber losses of distances and of angles."""
         found = {}
         for name, relation in (("distance", distances), ("angle", angles)):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.distill.methods.term import Seen, Sizes, Term, pooled
-from pipeline.models.teacher import Tokens
+from pipeline.distill.methods.term import Sizes, StudentOutputs, Term, pooled
+from pipeline.models.teacher import TeacherOutputs
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Rsd(Term):
     def __init__(self, config: RsdConfig, sizes: Sizes) -> None:
         super().__init__()
         self.config = config
-        hidden = config.expansion * sizes.anatomy.embedding
+        hidden = config.expansion * sizes.spec.embedding
         self.decouple = nn.Sequential(
-            nn.Linear(sizes.anatomy.embedding, hidden, bias=False),
+            nn.Linear(sizes.spec.embedding, hidden, bias=False),
             nn.BatchNorm1d(hidden),
             nn.GELU(),
             nn.Linear(hidden, sizes.space.width, bias=False),
         )
 
-    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
         """Distance of the cross-correlation from the identity."""
         ours = self.decouple(seen.embedding)
         return {"rsd": suppressed(ours, pooled(taught), self.config.kappa)}

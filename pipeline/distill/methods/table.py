@@ -109,7 +109,7 @@ def reads(method: str, side: str) -> frozenset[str]:
     return frozenset().union(*(getattr(c, side) for c in classes))
 
 
-def refuse_without_attention(method: str, reason: str | None) -> None:
+def check_attention(method: str, reason: str | None) -> None:
     """Raise UserError where a method reads Q, K, V of a teacher that by this reason has none for it."""
     reading = _attention_terms(terms_of(method))
     if reason is None or not reading:
@@ -125,9 +125,9 @@ def _attention_terms(terms: Iterable[str]) -> list[str]:
     return [term for term in terms if term in TERMS and "qkv" in TERMS[term][0].teacher]
 
 
-def refuse_unread(method: str, stored: Mapping[str, Any]) -> None:
+def check_stored(method: str, stored: Mapping[str, Any]) -> None:
     """Raise UserError where a method reads what the teacher's store, by its manifest, does not hold."""
-    refuse_without_attention(method, stored.get("no_attention"))
+    check_attention(method, stored.get("no_attention"))
     if "pooled" in reads(method, "teacher") and (
         stored["mode"] == "on" and stored["layout"] == "qkvh"
     ):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.distill.kernels.philox import Key
-from pipeline.models.student import Anatomy, Tap
-from pipeline.models.teacher import Tokens
+from pipeline.models.student import StudentSpec, Tap
+from pipeline.models.teacher import TeacherOutputs
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Sizes:
     """What a term is built for."""
 
     classes: int  # K
-    anatomy: Anatomy  # of the student
+    spec: StudentSpec  # of the student
     tap: Tap | None  # where h_S is read; None where the method reads none
     space: TeacherSpace
     images: int  # for training
@@ -68,7 +68,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Seen:
+class StudentOutputs:
     """The student's side of one batch. labels (B,) are -1 where no label is shown."""
 
     logits: Tensor  # (B, K)
@@ -79,7 +79,7 @@ class Seen:
     key: Key
     progress: float  # share of the training done, 0 to 1
 
-    def targets(self, taught: Tokens) -> Tensor:
+    def targets(self, taught: TeacherOutputs) -> Tensor:
         """The label of each image (B,); where none is shown, the teacher's answer."""
         return torch.where(self.labels >= 0, self.labels, taught.logits.argmax(1))
 
@@ -97,7 +97,7 @@ class Term(nn.Module):
     student: ClassVar[frozenset[str]] = frozenset()
     config: Any
 
-    def forward(self, seen: Seen, taught: Tokens) -> dict[str, Tensor]:
+    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
         """Unweighted losses by the names they have in the logs."""
         raise NotImplementedError
 
@@ -107,7 +107,7 @@ class Term(nn.Module):
         return {loss: grown * getattr(self.config, name) for loss, name in self.losses.items()}
 
 
-def pooled(taught: Tokens) -> Tensor:
+def pooled(taught: TeacherOutputs) -> Tensor:
     """The teacher's embedding (B, D), the input of its head."""
     assert taught.pooled is not None  # the method was refused where the store cannot give it
     return taught.pooled

@@ -15,11 +15,11 @@ from PIL import Image
 
 from pipeline.core.errors import UserError, nearest
 from pipeline.prepare.sources import unpickle
-from pipeline.prepare.sources.sample import Found, Sample, existing, legible
+from pipeline.prepare.sources.sample import Sample, SourceImages, existing, legible
 
-WHAT = "cifar-10-python.tar.gz, cifar-100-python.tar.gz, or the folder one of them unpacks to"
+EXPECTED = "cifar-10-python.tar.gz, cifar-100-python.tar.gz, or the folder one of them unpacks to"
 SIDE = 32
-LARGEST = 2**28  # bytes of one file; the largest of the originals has 155 MB
+MAX_FILE_BYTES = 2**28  # bytes of one file; the largest of the originals has 155 MB
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ LAYOUTS = (
 )
 
 
-def read(path: str | None, label_column: str | None) -> Found:
+def read(path: str | None, label_column: str | None) -> SourceImages:
     """The train and the test split. `label_column` of CIFAR-100: `fine_labels` (the default) or `coarse_labels`.
 
     Raises UserError: no such archive, a member missing or damaged, a pickle that names anything but arrays.
     """
-    root = existing("cifar", path, WHAT)
+    root = existing("cifar", path, EXPECTED)
     layout, member = _folder(root) if root.is_dir() else _archive(root)
     column = label_column or next(iter(layout.names))
     if column not in layout.names:
@@ -73,7 +73,7 @@ def read(path: str | None, label_column: str | None) -> Found:
             samples += _samples(batch, column, split, f"{root}: {name}", len(classes))
     others = [n for n in layout.names if n != column]
     notes = [f"labels: {column} (prepare.label_column: also {', '.join(others)})"] if others else []
-    return Found(classes, samples, notes)
+    return SourceImages(classes, samples, notes)
 
 
 Member = Callable[[str], bytes]
@@ -85,13 +85,13 @@ def _folder(root: Path) -> tuple[Layout, Member]:
             if (folder / layout.meta).is_file():
                 return layout, partial(_read_file, folder)
     raise UserError(
-        f"prepare.path: {root} holds no batches.meta (CIFAR-10) and no meta (CIFAR-100); give {WHAT}"
+        f"prepare.path: {root} holds no batches.meta (CIFAR-10) and no meta (CIFAR-100); give {EXPECTED}"
     )
 
 
 def _read_file(folder: Path, name: str) -> bytes:
     try:
-        if (folder / name).stat().st_size > LARGEST:
+        if (folder / name).stat().st_size > MAX_FILE_BYTES:
             raise _too_large(folder / name)
         return (folder / name).read_bytes()
     except OSError as error:
@@ -109,7 +109,7 @@ def _archive(path: Path) -> tuple[Layout, Member]:
             layout = next((wanted[n] for n in there if n in wanted), None)
             if layout is None:
                 shown = ", ".join(sorted(there)[:3]) or "nothing"
-                raise UserError(f"prepare.path: {path} holds {shown}; give {WHAT}")
+                raise UserError(f"prepare.path: {path} holds {shown}; give {EXPECTED}")
             inside = f"{layout.folder}/"
             held = {
                 name.removeprefix(inside): _extracted(tar, m)
@@ -120,7 +120,7 @@ def _archive(path: Path) -> tuple[Layout, Member]:
         raise
     except Exception as error:  # a packer's library raises whatever the bytes lead it to
         raise UserError(
-            f"{path}: not a readable archive ({error}); give {WHAT}, or fetch it again"
+            f"{path}: not a readable archive ({error}); give {EXPECTED}, or fetch it again"
         ) from None
 
     def member(name: str) -> bytes:
@@ -132,7 +132,7 @@ def _archive(path: Path) -> tuple[Layout, Member]:
 
 
 def _extracted(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    if member.size > LARGEST:
+    if member.size > MAX_FILE_BYTES:
         raise _too_large(member.name)
     stream = tar.extractfile(member)
     assert stream is not None
@@ -141,7 +141,7 @@ def _extracted(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _too_large(name: Path | str) -> UserError:
     return UserError(
-        f"{name}: larger than {LARGEST:,} bytes, which no file of CIFAR is; give {WHAT}"
+        f"{name}: larger than {MAX_FILE_BYTES:,} bytes, which no file of CIFAR is; give {EXPECTED}"
     )
 
 
@@ -185,8 +185,8 @@ def _samples(
                 f"{origin}: label {label!r} of {name}; allowed: 0 to {n_classes - 1}; fetch it again"
             )
         read = partial(_picture, picture)
-        place = legible(f"{origin.rpartition(': ')[2]}/{name}")
-        samples.append(Sample(place, read, label, split))
+        location = legible(f"{origin.rpartition(': ')[2]}/{name}")
+        samples.append(Sample(location, read, label, split))
     return samples
 
 

@@ -7,18 +7,18 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from pipeline.prepare.sources.sample import Found, Sample, refuse_label_column
+from pipeline.prepare.sources.sample import Sample, SourceImages, check_label_column
 
 
-def read(_: str | None, label_column: str | None) -> Found:
+def read(_: str | None, label_column: str | None) -> SourceImages:
     """1,797 grey digits, 8x8 pixels with values 0 to 16, in one split (Alpaydin and Kaynak, UCI, 1998)."""
     from sklearn.datasets import load_digits
 
-    refuse_label_column("digits", label_column)
+    check_label_column("digits", label_column)
     bunch = load_digits()
     pixels = (bunch.images * (255 / 16)).round().astype(np.uint8)
     samples = [
         Sample(f"digits/{i:04d}", partial(Image.fromarray, a), int(label), None)
         for i, (a, label) in enumerate(zip(pixels, bunch.target, strict=True))
     ]
-    return Found([str(c) for c in range(10)], samples)
+    return SourceImages([str(c) for c in range(10)], samples)

@@ -9,27 +9,27 @@ from pipeline.core.errors import UserError, nearest
 from pipeline.data.images import SUFFIXES, decode, image_files, other_suffixes
 from pipeline.data.prepared import SPLITS
 from pipeline.prepare.sources.sample import (
-    Found,
     Sample,
+    SourceImages,
+    check_label_column,
     existing,
     legible,
-    refuse_label_column,
     train_and_test,
 )
 
-WHAT = "the folder that holds train/ or the class folders"
+EXPECTED = "the folder that holds train/ or the class folders"
 
 
-def read(path: str | None, label_column: str | None) -> Found:
+def read(path: str | None, label_column: str | None) -> SourceImages:
     """Class folders under train/ and val/ or test/, or one tree of class folders; `unlabelled/` beside them.
 
     With train/ and val/ only, val/ is the test split, as the field reports it, and val is cut from train.
     Raises UserError: no path, no folder, no class, a class with no image, classes that differ between splits.
     """
-    refuse_label_column("imagefolder", label_column)
-    root = existing("imagefolder", path, WHAT)
+    check_label_column("imagefolder", label_column)
+    root = existing("imagefolder", path, EXPECTED)
     if not root.is_dir():
-        raise UserError(f"prepare.path: {root} is not a folder; give {WHAT}")
+        raise UserError(f"prepare.path: {root} is not a folder; give {EXPECTED}")
     trees = _trees(root)
     labelled = {folder: _class_folders(folder) for folder in trees}
     first = next(iter(trees))
@@ -48,7 +48,7 @@ def read(path: str | None, label_column: str | None) -> Found:
         for name, below in sorted(labelled[folder].items()):
             samples += _of_class(root, below, classes.index(name), split)
     samples += [_sample(root, p, None, "train") for p in image_files(root / "unlabelled")]
-    return Found(classes, samples, _left_out(root))
+    return SourceImages(classes, samples, _left_out(root))
 
 
 def _trees(root: Path) -> dict[Path, str | None]:

@@ -14,16 +14,16 @@ from PIL import Image
 
 from pipeline.core.errors import UserError, nearest
 from pipeline.data.images import decode
-from pipeline.prepare.sources.sample import Found, Sample, existing, legible, train_and_test
+from pipeline.prepare.sources.sample import Sample, SourceImages, existing, legible, train_and_test
 
-WHAT = "a .parquet file, a folder of them, or a pattern ('/data/train-00000-of-*.parquet')"
+EXPECTED = "a .parquet file, a folder of them, or a pattern ('/data/train-00000-of-*.parquet')"
 SPLITS = "train|test|validation|valid|val|dev"
 SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
-LARGEST = 1_000_000  # class numbers
+MAX_CLASS_NUMBER = 1_000_000  # class numbers
 USUAL = ("label", "labels", "fine_label", "class", "target")
 
 
-def read(path: str | None, label_column: str | None) -> Found:
+def read(path: str | None, label_column: str | None) -> SourceImages:
     """Rows of one file or several; the split is in a file's name (`train-00000-of-00005`) or its folder's.
 
     Labels: `label_column`, else the ClassLabel column with most classes. A null or negative label is no label.
@@ -41,26 +41,26 @@ def read(path: str | None, label_column: str | None) -> Found:
     for split, files in by_split.items():
         for file in files:
             samples += _samples(tables[file], labels[file], number, split)
-    return Found(classes, samples, notes)
+    return SourceImages(classes, samples, notes)
 
 
 def _files(path: str | None) -> list[Path]:
     if path is not None and set("*?[") & set(path) and not Path(path).exists():
         found = sorted(Path(path).parent.glob(Path(path).name))
         if not found:
-            raise UserError(f"prepare.path: no file matches {path}; give {WHAT}")
+            raise UserError(f"prepare.path: no file matches {path}; give {EXPECTED}")
         return found
-    root = existing("parquet", path, WHAT)
+    root = existing("parquet", path, EXPECTED)
     if root.is_file():
         return [root]
     found = sorted(root.rglob("*.parquet"))
     if not found:
-        raise UserError(f"prepare.path: {root} holds no .parquet file; give {WHAT}")
-    _refuse_missing_shards(found)
+        raise UserError(f"prepare.path: {root} holds no .parquet file; give {EXPECTED}")
+    _check_shards(found)
     return found
 
 
-def _refuse_missing_shards(found: list[Path]) -> None:
+def _check_shards(found: list[Path]) -> None:
     there = {p.name for p in found}
     for path in found:
         shard = SHARD.search(path.name)
@@ -200,10 +200,10 @@ def _classes(table: _Table, column: str, values: list[Any]) -> list[str]:
     if names is None and all(v is None or isinstance(v, str) for v in values):
         return sorted({v for v in values if v is not None})
     for value in values:
-        if value is not None and not (type(value) is int and value < LARGEST):
+        if value is not None and not (type(value) is int and value < MAX_CLASS_NUMBER):
             raise UserError(
                 f"{table.path}: column {column!r} holds {reprlib.repr(value)}; allowed: class numbers from 0 to "
-                f"{LARGEST - 1}, or class names"
+                f"{MAX_CLASS_NUMBER - 1}, or class names"
             )
     top = max((v for v in values if v is not None), default=-1)
     if names is None:

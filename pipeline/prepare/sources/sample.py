@@ -30,7 +30,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceImages:
     """All that a source holds. `notes`: what a user should know of the reading, a sentence each."""
 
     classes: list[str]
@@ -38,7 +38,7 @@ class Found:
     notes: list[str] = field(default_factory=list)
 
 
-Source = Callable[["str | None", "str | None"], Found]  # (path, label column) -> Found
+Source = Callable[["str | None", "str | None"], SourceImages]  # (path, label column) -> Found
 
 
 def existing(source: str, path: str | None, what: str) -> Path:
@@ -63,7 +63,7 @@ def legible(name: str) -> str:
     )
 
 
-def refuse_label_column(source: str, column: str | None) -> None:
+def check_label_column(source: str, column: str | None) -> None:
     """Raise UserError where a label column is named for a source that has none."""
     if column is not None:
         raise UserError(

@@ -20,7 +20,7 @@ from pipeline.core.errors import UserError
 def loads(raw: bytes, origin: str) -> Any:
     """The value in a pickle. Raises UserError: it names anything else, or is damaged."""
     try:
-        _refuse_far_memo(raw)
+        _check_memo(raw)
         return _plain(_Reader(io.BytesIO(raw), encoding="bytes").load())
     except UserError:
         raise
@@ -30,7 +30,7 @@ def loads(raw: bytes, origin: str) -> Any:
         ) from None
 
 
-def _refuse_far_memo(raw: bytes) -> None:
+def _check_memo(raw: bytes) -> None:
     """Raise ValueError where a value is kept under a number larger than the pickle is long.
 
     Python's reader makes a table up to that number: 40 bytes could take 34 GB.

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.core.errors import UserError, nearest
 from pipeline.prepare.sources import cifar
-from pipeline.prepare.sources.sample import Found, Sample, refuse_label_column, train_and_test
+from pipeline.prepare.sources.sample import Sample, SourceImages, check_label_column, train_and_test
 
 PREFIX = "torchvision:"
 ARCHIVES = ("CIFAR10", "CIFAR100")
@@ -23,7 +23,7 @@ SPLIT_NAMES = (("train", "trainval"), ("val", "valid"), ("test",))
 LABELS = ("targets", "labels", "_labels", "y")  # where torchvision's classes keep what they list
 
 
-def read(name: str, path: str | None, label_column: str | None) -> Found:
+def read(name: str, path: str | None, label_column: str | None) -> SourceImages:
     """The data set `torchvision.datasets.<name>` under `path`, downloaded where it is not there yet.
 
     Raises UserError: unknown name, no path, no network, not a data set of pictures with one class each.
@@ -36,7 +36,7 @@ def read(name: str, path: str | None, label_column: str | None) -> Found:
         )
     if name in ARCHIVES:
         return _archive(kind, Path(path), label_column)
-    refuse_label_column(PREFIX + name, label_column)
+    check_label_column(PREFIX + name, label_column)
     parts = _splits(name, kind, Path(path))
     ours = train_and_test(list(parts))
     classes = _class_names(name, parts)
@@ -45,7 +45,7 @@ def read(name: str, path: str | None, label_column: str | None) -> Found:
         for split, dataset in parts.items()
         for i, label in enumerate(_labels(name, dataset, len(classes)))
     ]
-    return Found(classes, samples)
+    return SourceImages(classes, samples)
 
 
 def _class_of(name: str) -> Any:
@@ -62,7 +62,7 @@ def _class_of(name: str) -> Any:
     return getattr(datasets, name)
 
 
-def _archive(kind: Any, root: Path, label_column: str | None) -> Found:
+def _archive(kind: Any, root: Path, label_column: str | None) -> SourceImages:
     from torchvision.datasets.utils import download_url
 
     if not (root / kind.base_folder).is_dir():

@@ -51,13 +51,13 @@ def _bar(axis: Any, value: float | None, y: float, model: str) -> None:
     colour = COLOUR[model]
     face = colour if model == "student" else "none"
     axis.barh(y, value, 0.32, facecolor=face, edgecolor=colour, linewidth=1.2)
-    place = {"textcoords": "offset points", "va": "center", "fontsize": SMALL}
-    axis.annotate(f"{value:.3g}", (value, y), (4, 0), **place)
+    options = {"textcoords": "offset points", "va": "center", "fontsize": SMALL}
+    axis.annotate(f"{value:.3g}", (value, y), (4, 0), **options)
 
 
 def _limit(axis: Any, at: float, label: str, y: float) -> None:
     axis.plot([at, at], [axis.get_ylim()[0], y], color=LIMIT, lw=1.1, ls="--")
     width = axis.get_window_extent().width
     left = at / axis.get_xlim()[1] * width + LETTER * len(label) > width
-    place = {"textcoords": "offset points", "va": "center", "fontsize": SMALL, "color": LIMIT}
-    axis.annotate(label, (at, y), (-4 if left else 4, 0), ha="right" if left else "left", **place)
+    options = {"textcoords": "offset points", "va": "center", "fontsize": SMALL, "color": LIMIT}
+    axis.annotate(label, (at, y), (-4 if left else 4, 0), ha="right" if left else "left", **options)

@@ -107,9 +107,9 @@ def whole_numbers(scale: Any) -> None:
     scale.set_major_locator(MaxNLocator(5, integer=True))
 
 
-def named_rows(axis: Any, names: Sequence[str], places: Sequence[float]) -> None:
+def named_rows(axis: Any, names: Sequence[str], positions: Sequence[float]) -> None:
     """A name at each height, without a tick."""
-    axis.set_yticks(places, [short(name, 20) for name in names])
+    axis.set_yticks(positions, [short(name, 20) for name in names])
     axis.tick_params(axis="y", length=0)
 
 

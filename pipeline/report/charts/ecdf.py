@@ -1,6 +1,6 @@
 """The share of calls done within so many milliseconds: a panel a target, student and teacher in it. Torch-free.
 
-The samples of a summary are evenly spaced in rank, both extremes among them: the i-th of n stands at i / (n - 1).
+The samples of a summary are evenly spaced in rank, both extremes included: the i-th of n stands at i / (n - 1).
 A row without samples is drawn by its percentiles.
 """
 

@@ -96,7 +96,7 @@ def _row(axis: Any, row: Row, y: float) -> None:
     face = "none" if row.verdict == "INCONCLUSIVE" else colour
     shape = MARKER.get(row.verdict or "PASS", "s")
     axis.plot([row.median], [at], shape, color=colour, markerfacecolor=face, markersize=8)
-    place = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": SMALL}
-    axis.text(0, y - 0.32, canvas.short(row.name, LETTERS), ha="left", **place)
+    options = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": SMALL}
+    axis.text(0, y - 0.32, canvas.short(row.name, LETTERS), ha="left", **options)
     said = f"{figure(row.median)} [{figure(row.low)}, {figure(row.high)}] {row.verdict or ''}"
-    axis.text(1, y - 0.32, said.strip(), ha="right", **place)
+    axis.text(1, y - 0.32, said.strip(), ha="right", **options)

@@ -32,8 +32,8 @@ def latencies(history: Mapping[str, Any], name: str) -> str | None:
             _line(axis, target, line, i)
         axis.set_ylabel("latency p50 (ms, log scale)")
         _runs(axis, runs)
-        place = {"loc": "upper center", "bbox_to_anchor": (0.45, -(NAMES - 14) / PLOT)}
-        axis.legend(ncols=2, frameon=False, fontsize=SMALL, handlelength=3, **place)
+        options = {"loc": "upper center", "bbox_to_anchor": (0.45, -(NAMES - 14) / PLOT)}
+        axis.legend(ncols=2, frameon=False, fontsize=SMALL, handlelength=3, **options)
         return canvas.svg(figure, name, f"p50 of the student over {len(runs)} runs, by target")
 
 

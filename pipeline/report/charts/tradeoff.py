@@ -145,12 +145,12 @@ def _draw_budgets(
         _text(axis, (limit.at, y), (4, 0), limit.label, color=LIMIT)
     for limit in floor:
         axis.axhline(height(limit.at), color=LIMIT, lw=1.1, ls="--")
-        place = (axis.get_xlim()[1], height(limit.at))
-        _text(axis, place, (-2, 7), limit.label, color=LIMIT, ha="right")
+        position = (axis.get_xlim()[1], height(limit.at))
+        _text(axis, position, (-2, 7), limit.label, color=LIMIT, ha="right")
 
 
 def _text(
-    axis: Any, place: tuple[float, float], offset: tuple[float, float], text: str, **style: Any
+    axis: Any, position: tuple[float, float], offset: tuple[float, float], text: str, **style: Any
 ) -> None:
     kept = {"textcoords": "offset points", "va": "center", "fontsize": SMALL}
-    axis.annotate(text, place, offset, **kept, **style)
+    axis.annotate(text, position, offset, **kept, **style)
