@@ -397,6 +397,29 @@ def test_one_pass_of_a_stream_is_a_permutation(prepared):
     assert not (again == taken).all()
 
 
+def test_a_batch_is_drawn_once_a_step(make, monkeypatch):
+    """By the views and by what is read ahead, which asks for the next step too."""
+    drawn = []
+    exact = Batches._draw
+    monkeypatch.setattr(
+        Batches, "_draw", lambda self, step: (drawn.append(step), exact(self, step))[1]
+    )
+    trainer = make("cakd+logits")
+    for step in range(5):
+        train_step(trainer, step, stopwatch.Stopwatch())
+    assert drawn == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_stream_goes_on_over_the_end_of_a_pass_and_can_be_entered_anywhere():
+    stream = Stream(np.arange(10, 17), 3, "all")
+    rows, passes = stream.take(0, 30)
+    assert (passes == np.arange(30) // 7).all()
+    for number in range(4):
+        assert sorted(rows[passes == number]) == list(range(10, 17))
+    later, later_passes = stream.take(11, 12)
+    assert (later == rows[11:23]).all() and (later_passes == passes[11:23]).all()
+
+
 @pytest.mark.parametrize("method", ["plain", "cakd+logits"])
 def test_same_seed_same_bits_and_the_student_is_the_plain_timm_model(
     method, prepared, teacher_path, features, tmp_path
