@@ -19,7 +19,7 @@ from exporters.device import cudart
 from exporters.trt import driver
 from tests.fake_jetson import RUN_MS, Cudart
 
-GPU = driver.Device("A GPU", "90", "13.0")
+GPU = driver.CudaDevice("A GPU", "90", "13.0")
 PLAN = b"FAKE"
 LARGEST = 8  # images an engine takes at once
 SUPPORTED = {"Conv", "Relu", "Gemm", "GlobalAveragePool", "Flatten", "ReduceMean", "Identity"}
@@ -64,7 +64,7 @@ class Fake:
             Runtime=lambda log: Runtime(self, log),
         )
 
-    def install(self, monkeypatch: Any, gpu: driver.Device = GPU) -> None:
+    def install(self, monkeypatch: Any, gpu: driver.CudaDevice = GPU) -> None:
         """From here on the packages and the GPU of that machine."""
         for name in ("tensorrt", "tensorrt_rtx"):
             monkeypatch.setitem(sys.modules, name, self.tensorrt)

@@ -91,7 +91,7 @@ def test_an_rtx_plan_belongs_to_its_release_and_to_ampere_or_newer(
 ) -> None:
     plan = plans["int8"]
     sidecar = read_sidecar(plan)
-    monkeypatch.setattr(driver, "device", lambda: driver.Device("A GPU", "89", "13.0"))
+    monkeypatch.setattr(driver, "device", lambda: driver.CudaDevice("A GPU", "89", "13.0"))
     assert obstacle(sidecar, plan) is None
     told = str(obstacle({**sidecar, "version": "1.2.0.1"}, plan))
     assert told == (
@@ -99,7 +99,7 @@ def test_an_rtx_plan_belongs_to_its_release_and_to_ampere_or_newer(
         f"student.onnx -o {plan} --precision int8 --backend rtx --shapes 1,1,8 --calib IMAGES`"
     )
     assert "built on sea-turtle" in str(obstacle({**sidecar, "platform": "sea-turtle"}, plan))
-    monkeypatch.setattr(driver, "device", lambda: driver.Device("Old", "75", "13.0"))
+    monkeypatch.setattr(driver, "device", lambda: driver.CudaDevice("Old", "75", "13.0"))
     assert "built for SM 80 and newer, this GPU is SM 75" in str(obstacle(sidecar, plan))
 
 

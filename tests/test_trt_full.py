@@ -31,7 +31,7 @@ Make = Callable[..., dict[str, Any]]
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fake]:
     """`machine(version=..., fails={...}, gpu=...)`: from here on the packages and the GPU of that machine."""
 
-    def become(*fails: str, version: str = "11.4.0.106", gpu: driver.Device = GPU) -> Fake:
+    def become(*fails: str, version: str = "11.4.0.106", gpu: driver.CudaDevice = GPU) -> Fake:
         fake = Fake(version, frozenset(fails))
         fake.install(monkeypatch, gpu)
         return fake
@@ -131,7 +131,10 @@ def test_a_timing_cache_is_begun_read_and_written_back(
     ("then", "said"),
     [
         ({"version": "11.3.0.99"}, "measured by TensorRT 11.4.0.106"),
-        ({"gpu": driver.Device("Another", "90", "13.0")}, "here is TensorRT 11.4.0.106 on Another"),
+        (
+            {"gpu": driver.CudaDevice("Another", "90", "13.0")},
+            "here is TensorRT 11.4.0.106 on Another",
+        ),
     ],
 )
 def test_a_timing_cache_of_another_version_or_gpu_is_refused_by_name(
@@ -236,7 +239,7 @@ def test_all_unsupported_operators_are_listed_with_their_nodes(
 def test_a_gpu_older_than_ampere_has_no_hardware_compatible_engine(
     machine: Callable[..., Fake], source: Path
 ) -> None:
-    machine(gpu=driver.Device("Turing", "75", "13.0"))
+    machine(gpu=driver.CudaDevice("Turing", "75", "13.0"))
     with pytest.raises(UserError, match=r"got Turing, SM 75; allowed: SM 80"):
         made(source, hardware_compatible=True)
 
@@ -262,24 +265,24 @@ HERE = {"version": "11.4.0.106", "gpu": GPU}
         ({"version_compatible": True}, {**HERE, "version": "11.5.0.1"}, HERE, False),
         ({"version_compatible": True}, {**HERE, "version": "10.14.1.48.post1"}, HERE, True),
         ({"version_compatible": True}, HERE, {**HERE, "version": "12.0.0.1"}, False),
-        ({}, HERE, {**HERE, "gpu": driver.Device("B", "100", "13.0")}, False),
-        ({}, HERE, {**HERE, "gpu": driver.Device("Same", "90", "13.0")}, True),
+        ({}, HERE, {**HERE, "gpu": driver.CudaDevice("B", "100", "13.0")}, False),
+        ({}, HERE, {**HERE, "gpu": driver.CudaDevice("Same", "90", "13.0")}, True),
         (
             {"hardware_compatible": True},
             HERE,
-            {**HERE, "gpu": driver.Device("B", "120", "13.0")},
+            {**HERE, "gpu": driver.CudaDevice("B", "120", "13.0")},
             True,
         ),
         (
             {"hardware_compatible": True},
             HERE,
-            {**HERE, "gpu": driver.Device("O", "87", "13.0")},
+            {**HERE, "gpu": driver.CudaDevice("O", "87", "13.0")},
             True,
         ),
         (
             {"hardware_compatible": True},
             HERE,
-            {**HERE, "gpu": driver.Device("T", "75", "13.0")},
+            {**HERE, "gpu": driver.CudaDevice("T", "75", "13.0")},
             False,
         ),
     ],
