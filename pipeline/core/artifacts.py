@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, hashes, JSON artefacts that carry schema and provenance."""
+"""JSON artefacts that carry schema and provenance, hashes of files, of values and of the code behind a stage."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """One run's figures -> one summary with its verdicts (`cakd.edge/1`): what the report shows and the gates judge.
 
-Torch-free. The verdict is in pipeline/report/verdict.py, the pictures in pipeline/charts, the two pages in
+Torch-free. The verdict is in pipeline/report/verdict.py, the charts in pipeline/report/charts, the pages in
 pipeline/report/page.py.
 """
 
