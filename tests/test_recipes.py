@@ -38,11 +38,13 @@ TAPS = {
     "cifar100": "layer4 4x4 for 8x8 tokens",
     "cifar100-ofa": "layer4 7x7 for 14x14 tokens",
     "imagefolder": "layer4 4x4 for 8x8 tokens",
+    "imagefolder-mini": "layer4 8x8 for 8x8 tokens",
     "imagenet": "layer3 14x14 for 14x14 tokens",
     "imagenette": "layer4 4x4 for 8x8 tokens",
 }
 QUICK = ("digits", "cifar10-mini")
 LARGE = ("cifar100-ofa", "imagenet")  # 224 px
+FOLDERS = ("imagefolder", "imagefolder-mini")  # class folders without a split
 
 
 def whole(name, path="/data/pictures"):
@@ -150,20 +152,20 @@ def made_pictures(name, root):
         containers.as_parquet(root, splits)
         return str(root)
     held_out = "test" if name == "cifar10-mini" else "val"
-    counts = {"train": 60} if name == "imagefolder" else {"train": 12, held_out: 8}
+    counts = {"train": 60} if name in FOLDERS else {"train": 12, held_out: 8}
     splits = {split: containers.pictures(n, n) for split, n in counts.items()}
     times = size // 32
     containers.as_folder(
         root, {s: (p.repeat(times, 1).repeat(times, 2), y) for s, (p, y) in splits.items()}
     )
-    return str(root / "train" if name == "imagefolder" else root)
+    return str(root / "train" if name in FOLDERS else root)
 
 
 def begin(name, folder, steps):
     """The first `steps` steps of the recipe by two methods, its batch and its store made small -> their terms."""
     path = made_pictures(name, folder / "pictures")
     wanted = section(Prepare, name, path)
-    if name not in ("digits", "imagefolder"):
+    if name not in ("digits", *FOLDERS):
         labels = wanted.student_labels if wanted.student_labels == "all" else 1
         wanted = replace(wanted, val=4, student_labels=labels)
     prepare(wanted, folder / "prepared")
