@@ -15,20 +15,20 @@ START, END = "<!-- results: python -m benchmarks.readme -->", "<!-- end of resul
 
 
 def table(edge: dict[str, Any]) -> str:
-    """Accuracy of every model, then latency of the shipped student and the teacher by target."""
+    """Accuracy of every model, then latency of the exported student and the teacher by target."""
     lines = [
-        "| model | labels seen | clean top-1 (%) | under noise (%) | parameters |",
+        "| model | labels | clean top-1 (%) | noisy top-1 (%) | parameters |",
         "|---|--:|--:|--:|--:|",
     ]
     for name, judged in edge["models"].items():
-        shown = f"**{name}** (shipped)" if name == edge["shipped"] else name
+        shown = f"**{name}** (exported)" if name == edge["shipped"] else name
         clean, noisy = (f"{100 * judged[k]['top1']:.1f}" for k in ("clean", "noisy"))
         lines.append(
             f"| {shown} | {judged['labels_seen']:,} | {clean} | {noisy} | {judged['params']:,} |"
         )
     lines += [
         "",
-        "| target | precision in effect | student p50 (ms) | teacher p50 (ms) | student faster by |",
+        "| target | effective precision | student p50 (ms) | teacher p50 (ms) | speed-up |",
         "|---|---|--:|--:|--:|",
     ]
     for target in edge["targets"]:
@@ -38,7 +38,7 @@ def table(edge: dict[str, Any]) -> str:
     lines += [
         "",
         f"Measured by `make repro` on {machine['cpu']}, {machine['cores']['usable']} cores, {gpu}: "
-        "batch 1, 1 thread, wall time; one training run a model.",
+        "batch 1, 1 thread, wall time; one training run per model.",
     ]
     return "\n".join(lines)
 

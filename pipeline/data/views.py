@@ -1,7 +1,7 @@
 """View k of image i as a pure function of (seed, i, k): the geometry that teacher and student share.
 
 Crop, rotation and flip live here and nowhere else, so that a cached teacher token and a student pixel always
-belong to the same place (method, decision 13). What the student alone sees is in `robust`.
+belong to the same place (docs/decisions.md, 13). What the student alone sees is in `robust`.
 """
 
 from __future__ import annotations
