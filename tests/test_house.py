@@ -315,7 +315,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 def test_a_page_of_the_documentation_has_at_most_150_lines():
     lines = {p.name: len(p.read_text(encoding="utf-8").splitlines()) for p in PAGES}
-    assert not {n for n, count in lines.items() if count > 150} - {"README.md", "troubleshooting.md"}
+    assert not {n for n, count in lines.items() if count > 150} - {
+        "README.md",
+        "troubleshooting.md",
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
