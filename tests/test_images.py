@@ -1,4 +1,4 @@
-"""Every kind of picture file becomes square RGB; what is no picture is named."""
+"""Every kind of image file becomes square RGB, here and on the device; what is no image is named."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from functools import partial
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
-from pipeline.data.images import BrokenImage, decode, square_pixels, square_rgb
+from exporters.device import errors, picture
+from pipeline.data.decoding import decode, square_rgb
+from pipeline.data.images import SUFFIXES, BrokenImage, image_files, square_pixels
+from tests import image_files as files
 
 
 @pytest.mark.parametrize(
@@ -75,24 +78,89 @@ def test_an_exif_rotation_is_applied(tmp_path):
     assert found[4, 7, 0] > 200 and found[0, 3, 0] < 50
 
 
-def truncated(path):
+def test_a_truncated_photograph_is_named(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path, "JPEG")
-    path.write_bytes(path.read_bytes()[:-1000])
+    (tmp_path / "cut.jpg").write_bytes(files.saved(Image.fromarray(noise), "JPEG")[:-1000])
+    with pytest.raises(BrokenImage, match="cut.jpg: not a readable image .*truncated"):
+        square_pixels(partial(decode, tmp_path / "cut.jpg"), "cut.jpg", 8)
 
 
-SPOILED = {
-    "cut.jpg": (truncated, "truncated"),
-    "empty.png": (lambda p: p.write_bytes(b""), "empty, or no format that is read here"),
-    "text.png": (lambda p: p.write_text("no picture"), "empty, or no format that is read here"),
-    "float.tif": (lambda p: Image.new("F", (9, 9), 0.5).save(p), "32-bit float pixels"),
-    "gone.png": (lambda _: None, "No such file"),
-}
+NOTES = {"image_size": 8, "interpolation": "bicubic", "crop": picture.CROP}
+NOTES |= {"mean": [0.0] * 3, "std": [1 / 255] * 3}
 
 
-@pytest.mark.parametrize("name", SPOILED)
-def test_what_is_no_picture_is_named_with_the_reason(name, tmp_path):
-    spoil, reason = SPOILED[name]
-    spoil(tmp_path / name)
-    with pytest.raises(BrokenImage, match=f"{name}: not a readable image .*{reason}.*on_error"):
+def on_device(path):
+    """What the bundle's runner gives the network, as pixels."""
+    return picture.read(path, NOTES)[0].transpose(1, 2, 0).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", files.READ)
+def test_pipeline_and_runner_read_a_file_alike_and_as_a_viewer_shows_it(name, tmp_path):
+    made = files.READ[name]
+    data, above, below = made if isinstance(made, tuple) else (made, files.GREY, 0)
+    (tmp_path / name).write_bytes(data)
+    pixels = square_pixels(partial(decode, tmp_path / name), name, 8)
+    assert np.abs(pixels[1].astype(int) - above).max() <= 3  # JPEG is not exact
+    assert np.abs(pixels[6].astype(int) - below).max() <= 3
+    assert np.array_equal(on_device(tmp_path / name), pixels)
+
+
+@pytest.mark.parametrize("name", files.REFUSED)
+def test_pipeline_and_runner_name_what_is_no_image(name, tmp_path):
+    data, reason = files.REFUSED[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(BrokenImage, match=f"{name}: not a readable image .*({reason}).*on_error"):
         square_pixels(partial(decode, tmp_path / name), name, 8)
+    with pytest.raises(errors.UserError, match=f"{name}: cannot be read .*({reason})"):
+        picture.read(tmp_path / name, NOTES)
+
+
+def test_pipeline_and_runner_name_a_file_that_is_gone_and_a_dead_link(tmp_path):
+    (tmp_path / "dead.png").symlink_to("/not/mounted/0.png")
+    for name, reason in (
+        ("gone.png", "No such file"),
+        ("dead.png", "a link to /not/mounted/0.png, which is not there"),
+    ):
+        with pytest.raises(BrokenImage, match=f"{name}: not a readable image .*{reason}"):
+            square_pixels(partial(decode, tmp_path / name), name, 8)
+        with pytest.raises(errors.UserError, match=reason):
+            picture.read(tmp_path / name, NOTES)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif_is_read_where_pillow_can(tmp_path, monkeypatch):
+    files.plain().save(tmp_path / "a.avif", quality=100)
+    pixels = square_pixels(partial(decode, tmp_path / "a.avif"), "a.avif", 8)
+    assert np.abs(pixels[1].astype(int) - files.GREY).max() <= 3
+    assert np.array_equal(on_device(tmp_path / "a.avif"), pixels)
+    monkeypatch.delitem(Image.OPEN, "AVIF")
+    with pytest.raises(BrokenImage, match="AVIF, which this Pillow cannot read; install pillow"):
+        square_pixels(partial(decode, tmp_path / "a.avif"), "a.avif", 8)
+
+
+@pytest.mark.parametrize("name", ["animated.gif", "animated.webp", "animated.png", "pages.tif"])
+def test_a_file_of_several_frames_is_marked(name, tmp_path):
+    (tmp_path / name).write_bytes(files.READ[name])
+    assert decode(tmp_path / name).info["frames"] == "several"
+
+
+@pytest.mark.parametrize(
+    "name", ["plain.png", "palette, opaque.gif", "two pictures of a phone.jpg"]
+)
+def test_a_file_of_one_frame_is_not_marked(name, tmp_path):
+    (tmp_path / name).write_bytes(files.READ[name])
+    assert "frames" not in decode(tmp_path / name).info
+
+
+def test_the_images_of_a_folder_are_those_of_the_user(tmp_path):
+    for name in ("a/0.png", "b/1.JPG", "2.avif", "a/._0.png", ".hidden/0.png", "__MACOSX/0.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    for name in ("b/@eaDir/1.jpg", "a/.ipynb_checkpoints/0.png", "a/notes.txt", "Thumbs.db"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "linked").symlink_to(tmp_path / "b")
+    found = [p.relative_to(tmp_path).as_posix() for p in image_files(tmp_path)]
+    assert found == ["2.avif", "a/0.png", "b/1.JPG", "linked/1.JPG"]
+    assert {".jfif", ".avif", ".ppm"} < SUFFIXES and image_files(tmp_path / "none") == []

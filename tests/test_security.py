@@ -21,7 +21,7 @@ from exporters.artifact.reference import Exported
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError
 from pipeline.data import images
-from pipeline.data.images import decode
+from pipeline.data.decoding import decode
 from pipeline.data.prepared import Prepared
 from pipeline.prepare.sources import unpickle
 from pipeline.report import gallery

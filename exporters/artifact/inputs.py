@@ -15,7 +15,8 @@ from PIL import Image
 from exporters.artifact import metadata
 from exporters.artifact.session import Array, Session
 from pipeline.core.errors import UserError
-from pipeline.data.images import SUFFIXES, decode, image_files, square_pixels, square_rgb
+from pipeline.data.decoding import decode, square_rgb
+from pipeline.data.images import SUFFIXES, image_files, square_pixels
 from pipeline.data.prepared import UNLABELLED, Prepared, normalised, spread
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}

@@ -20,12 +20,14 @@ from exporters.ort import int8, quantize
 from exporters.ort.session import OrtSession
 from pipeline.core import artifacts
 from pipeline.core.errors import GateFailed, UserError
+from pipeline.data import decoding
 from pipeline.data.prepared import spread
 
 if TYPE_CHECKING:
     import onnx
 
 RUNNER = Path(__file__).parents[1] / "device"
+DECODER = Path(decoding.__file__)  # the pipeline's own, so that the device reads what it read
 PACKAGE = "bundle"  # the runner's name on the device
 PARITY_INPUTS = 16
 
@@ -203,7 +205,7 @@ def _write_notes(folder: Path, names: list[str], notes: dict[str, Any] | None) -
 
 def _copy_runner(folder: Path) -> None:
     (folder / PACKAGE).mkdir()
-    for path in sorted(RUNNER.glob("*.py")):
+    for path in (*sorted(RUNNER.glob("*.py")), DECODER):
         shutil.copyfile(path, folder / PACKAGE / path.name)
     shutil.copyfile(RUNNER / "README.md", folder / "README.md")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 from pipeline.core.errors import UserError, nearest
-from pipeline.data.images import SUFFIXES, decode, image_files, other_suffixes
+from pipeline.data import tree
+from pipeline.data.decoding import decode
+from pipeline.data.images import SUFFIXES, image_files
 from pipeline.data.prepared import SPLITS
 from pipeline.prepare.sources.sample import (
     Sample,
@@ -84,7 +87,8 @@ def _sample(root: Path, path: Path, label: int | None, split: str | None) -> Sam
 
 
 def _left_out(root: Path) -> list[str]:
-    others = other_suffixes(root)
+    files = (Path(f.name) for f in tree.walk(root) if f.reason is None)
+    others = Counter(p.suffix.lower() or p.name for p in files if p.suffix.lower() not in SUFFIXES)
     if not others:
         return []
     told = ", ".join(f"{n} {legible(suffix)}" for suffix, n in others.most_common(5))

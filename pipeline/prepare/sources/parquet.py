@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from pipeline.core.errors import UserError, nearest
-from pipeline.data.images import decode
+from pipeline.data.decoding import decode
 from pipeline.prepare.sources.sample import Sample, SourceImages, existing, legible, train_and_test
 
 EXPECTED = "a .parquet file, a folder of them, or a pattern ('/data/train-00000-of-*.parquet')"
