@@ -6,14 +6,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core import artifacts, progress
 from pipeline.core.atomic import atomic_dir
 from pipeline.core.errors import UserError
 from pipeline.data import views
+from pipeline.data.mixing import Mixture
 from pipeline.data.prepared import Prepared
 from pipeline.models.checkpoint import create, load_weights, preprocessing, save
 from pipeline.models.probe import TeacherSpec, probe_teacher
@@ -153,20 +156,22 @@ def _train(
     how = Compute(precision=config.precision)
     place = compute.pick_device(config.device, "teach.device", ranks.SINGLE_PROCESS)
     vit.to(place)
-    optimizer = torch.optim.AdamW(vit.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        loop.decay_groups(vit.parameters(), config.weight_decay), lr=config.lr
+    )
 
     def step(number: int) -> resume.StepFigures:
         epoch, position = divmod(number, per_epoch)
         order = seeds.permutation(len(rows), config.seed, "teach", epoch)
         chosen = rows[order[position * config.batch : (position + 1) * config.batch]]
-        batch = views.view_batch(
-            prepared.images, config.geometry, config.seed, chosen, [-1 - epoch] * len(chosen)
-        )
+        numbers = np.full(len(chosen), -1 - epoch)
+        of = (config.geometry, config.seed, chosen, numbers, rows)
+        batch = views.view_batch(prepared.images, *of)
         torch.manual_seed(seeds.step_seed(config.seed, number, "teach"))  # for drop-out
-        labels = torch.from_numpy(prepared.labels[chosen]).to(place)
+        mixed = views.mixed_with(*of, prepared.image_size)
         with how.autocast(place):
             logits = vit(views.normalise(batch.to(place), preprocess))
-            loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+            loss = _loss(logits, prepared.labels, chosen, mixed, config.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for group in optimizer.param_groups:
@@ -179,3 +184,22 @@ def _train(
     bar = progress.Progress("teach", steps, batch=config.batch, epoch=steps // config.epochs)
     loop.run_steps(bar, every, checkpoint, {"vit": vit}, {"adamw": optimizer}, step)
     vit.cpu()
+
+
+def _loss(
+    logits: Tensor,
+    labels: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    mixed: Mixture | None,
+    smoothing: float,
+) -> Tensor:
+    """Mean cross-entropy of logits (B, K) with the labels of these rows, mixed where the views are."""
+
+    def of(rows: NDArray[np.int64]) -> Tensor:
+        target = torch.from_numpy(labels[rows]).to(logits.device)
+        return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+
+    if mixed is None:
+        return of(rows).mean()
+    shares = torch.from_numpy(mixed.shares).to(logits.device)
+    return (shares * of(rows) + (1 - shares) * of(mixed.partners)).mean()

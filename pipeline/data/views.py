@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.core.errors import UserError
+from pipeline.data.mixing import Mix, Mixture, mixture
 
 Rows = Sequence[int] | NDArray[np.int64]
 
@@ -32,6 +33,7 @@ class Geometry:
     aspect: float = 1.33  # width / height between 1/aspect and aspect
     rotate: float = 0.0  # degrees, between -rotate and +rotate
     flip: bool = True  # mirror left-right, one half of the views
+    mix: Mix = field(default_factory=Mix)  # with another image
 
     def __post_init__(self) -> None:
         if not 0 < self.crop[0] <= self.crop[1] <= 2:
@@ -103,9 +105,32 @@ def view_batch(
     seed: int,
     rows: Rows,
     views: Rows,
+    partners: NDArray[np.int64],
 ) -> Tensor:
-    """The views (B, 3, S, S) uint8 of the given rows of `images` (N, S, S, 3)."""
-    return render(images[np.asarray(rows)], parameters(geometry, seed, rows, views))
+    """The views (B, 3, S, S) uint8 of the given rows of `images` (N, S, S, 3).
+
+    partners: the rows that a mixed view may be mixed with. The partner shows its own view of the same number.
+    """
+    own = render(images[np.asarray(rows)], parameters(geometry, seed, rows, views))
+    mixed = mixed_with(geometry, seed, rows, views, partners, images.shape[1])
+    if mixed is None:
+        return own
+    affine = parameters(geometry, seed, mixed.partners, views)
+    return mixed.blend(own, render(images[mixed.partners], affine))
+
+
+def mixed_with(
+    geometry: Geometry,
+    seed: int,
+    rows: Rows,
+    views: Rows,
+    partners: NDArray[np.int64],
+    size: int,
+) -> Mixture | None:
+    """What the views of these rows are mixed with; None where the geometry mixes none. `size` in pixels."""
+    if not geometry.mix.on:
+        return None
+    return mixture(geometry.mix, seed, np.asarray(rows), np.asarray(views), partners, size)
 
 
 def whole(images: NDArray[np.uint8]) -> Tensor:

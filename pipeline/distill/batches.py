@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core.errors import UserError
+from pipeline.data import views
 from pipeline.data.prepared import UNLABELLED, Prepared
 from pipeline.distill.settings import Distill
 from pipeline.store.reading import record_numbers
@@ -39,58 +41,112 @@ def _order(n: int, seed: int, name: str, epoch: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class BatchIndices:
-    """Of a step or of a part of it (B,): image rows, view numbers, labels (-1 for none), record numbers."""
+    """The images of a step or of a part of it, the `fresh` ones first; every column is (B,).
 
+    A fresh view is the student's own; the others are views that the teacher has seen.
+    """
+
+    fresh: int
     rows: NDArray[np.int64]
     view_numbers: NDArray[np.int64]
-    labels: NDArray[np.int64]
+    labels: NDArray[np.int64]  # -1 where none is shown
+    partner_labels: NDArray[np.int64]  # of the image it is mixed with
+    shares: NDArray[np.float32]  # of the label in a mixed view; 1 in one that is not
     records: NDArray[np.int64]  # of the store, and the keys of an image's random draws
 
     def part(self, number: int, of: int) -> BatchIndices:
-        """Every `of`-th image from `number` on: labelled images are spread over the parts."""
-        mine = slice(number, None, of)
-        columns = (self.rows, self.view_numbers, self.labels, self.records)
-        return BatchIndices(*(column[mine] for column in columns))
+        """Every `of`-th image from `number` on: fresh views are spread over the parts."""
+        return self._take(slice(number, None, of), len(range(number, self.fresh, of)))
+
+    @property
+    def cached(self) -> BatchIndices:
+        """The images whose views the teacher has seen."""
+        return self._take(slice(self.fresh, None), 0)
+
+    def _take(self, which: slice, fresh: int) -> BatchIndices:
+        columns = {f.name: getattr(self, f.name)[which] for f in fields(self)[1:]}
+        return BatchIndices(fresh, **columns)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stream's share of every batch."""
+
+    stream: Stream
+    count: int
+    cached: bool
+    labelled: bool
 
 
 class Batches:
-    """Which rows and views make the batch of a step, and which of them show a label (decision 17)."""
+    """Which rows and views make the batch of a step, and which of them show a label (decision 17).
 
-    def __init__(self, config: Distill, prepared: Prepared, distilled: bool, n_views: int) -> None:
-        rows = prepared.rows("train")
-        shown = rows[prepared.student_label[rows]]
-        self.prepared, self.train, self.n_views = prepared, rows, n_views
-        self.steps = config.epochs * -(-len(rows) // config.batch)
-        self.distilled = distilled
+    A paired batch has a labelled part in fresh views, for the cross-entropy, and a part of all training images in
+    cached views, for the distillation terms. Another batch is all labelled, in fresh views.
+    Raises UserError: a batch that has no room for either part.
+    """
+
+    def __init__(
+        self,
+        config: Distill,
+        prepared: Prepared,
+        paired: bool,
+        n_views: int,
+        geometry: views.Geometry,
+        seed: int,
+    ) -> None:
+        train = prepared.rows("train")
+        shown = train[prepared.student_label[train]]
+        self.prepared, self.train, self.shown, self.n_views = prepared, train, shown, n_views
+        self.geometry, self.seed = geometry, seed
+        self.steps = config.step_count(len(train))
         self.labels_seen = len(shown)
         self._drawn: dict[int, BatchIndices] = {}
-        if not distilled:
-            self.streams = [(Stream(shown, config.seed, "labelled"), config.batch, True)]
-        elif len(shown) == len(rows):
-            self.streams = [(Stream(rows, config.seed, "all"), config.batch, True)]
-        else:
-            share = max(config.labelled_share, len(shown) / len(rows))
-            labelled = min(max(1, round(share * config.batch)), config.batch - 1)
-            self.streams = [
-                (Stream(shown, config.seed, "labelled"), labelled, True),
-                (Stream(rows, config.seed, "all"), config.batch - labelled, False),
-            ]
+        fresh = _labelled_count(config) if paired else config.batch
+        if paired and not fresh and len(shown) < len(train) and config.cross_entropy.weight:
+            raise UserError(
+                f"distill.labelled_share: got {config.labelled_share}, with {len(shown)} of {len(train)} images "
+                "labelled; expected a share above 0, or every image labelled, or cross_entropy.weight 0"
+            )
+        labelled = Stream(shown, config.seed, "labelled")
+        every = Stream(train, config.seed, "all")
+        parts = (
+            _Part(labelled, fresh, cached=False, labelled=True),
+            _Part(every, config.batch - fresh, cached=True, labelled=len(shown) == len(train)),
+        )
+        self.parts = [part for part in parts if part.count]
 
     def __call__(self, step: int) -> BatchIndices:
         """The batch of a step, drawn once: kept until the step after the next is asked for."""
         if step not in self._drawn:
-            kept = {s: indices for s, indices in self._drawn.items() if s == step - 1}
-            self._drawn = kept | {step: self._draw(step)}
+            previous = {s: indices for s, indices in self._drawn.items() if s == step - 1}
+            self._drawn = previous | {step: self._draw(step)}
         return self._drawn[step]
 
     def _draw(self, step: int) -> BatchIndices:
-        """With a teacher the view is one of the V the store knows; without one every pass draws a fresh view."""
-        drawn = [stream.take(step * count, count) for stream, count, _ in self.streams]
-        rows, passes = (np.concatenate(column) for column in zip(*drawn, strict=True))
-        shown = np.concatenate(
-            [np.full(count, with_label) for _, count, with_label in self.streams]
+        columns = [self._draw_part(part, step) for part in self.parts]
+        fresh = sum(part.count for part in self.parts if not part.cached)
+        return BatchIndices(fresh, *(np.concatenate(c) for c in zip(*columns, strict=True)))
+
+    def _draw_part(self, part: _Part, step: int) -> tuple[NDArray[np.generic], ...]:
+        """The columns of a part. A cached view is one of V; a fresh one is new at every pass."""
+        rows, passes = part.stream.take(step * part.count, part.count)
+        numbers = passes % self.n_views if part.cached else passes
+        known = (
+            self.prepared.labels
+            if part.labelled
+            else np.full_like(self.prepared.labels, UNLABELLED)
         )
-        labels = np.where(shown, self.prepared.labels[rows], UNLABELLED)
-        numbers = passes % self.n_views if self.distilled else passes
+        size = self.prepared.image_size
+        mixed = views.mixed_with(self.geometry, self.seed, rows, numbers, part.stream.rows, size)
+        shares = np.ones(len(rows), np.float32) if mixed is None else mixed.shares
+        partners = rows if mixed is None else mixed.partners
         records = record_numbers(self.train, rows, numbers, self.n_views)
-        return BatchIndices(rows, numbers, labels, records)
+        return rows, numbers, known[rows], known[partners], shares, records
+
+
+def _labelled_count(config: Distill) -> int:
+    """Labelled images of a paired batch: the share, rounded, leaving room for two others."""
+    if not config.labelled_share:
+        return 0
+    return min(max(1, round(config.labelled_share * config.batch)), config.batch - 2)

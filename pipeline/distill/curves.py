@@ -13,7 +13,7 @@ from pipeline.training import resume, stopwatch
 
 STAGES = (
     *("read", "view", "replay", "student", "projector", "terms", "adversarial"),
-    *("backward", "optimizer"),
+    *("ratios", "backward", "optimizer"),
 )
 
 

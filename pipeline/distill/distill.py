@@ -60,7 +60,7 @@ def distill(
             f"distill {method}",
             steps,
             batch=config.batch,
-            epoch=steps // config.epochs,
+            epoch=-(-len(prepared.rows("train")) // config.batch),
             quiet=ranks.rank > 0,
         )
         with trainer.feed.watched(), closing(trainer.feed):

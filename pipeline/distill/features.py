@@ -21,11 +21,16 @@ class Features:
 
     CHECK_EVERY = 1000  # records between two whose view is compared with the stored hash
 
-    def __init__(self, store: Store, teacher_path: Path, device: torch.device) -> None:
+    def __init__(
+        self, store: Store, teacher_path: Path, device: torch.device, layer: teacher.Layer
+    ) -> None:
         self.store, self.device = store, device
         self.live = None if store.cached else teacher.load(teacher_path).to(device)
         replays = store.cached and store.replayed
         self.tail = teacher.load_tail(teacher_path).to(device) if replays else None
+        for tail in (self.live.tail if self.live is not None else None, self.tail):
+            if tail is not None:
+                tail.read_at(layer)
         self._checked = False
 
     def tokens(

@@ -31,22 +31,16 @@ class Batch:
     indices: BatchIndices
     views: Tensor  # (B, 3, S, S) uint8
     labelled: float  # labelled images a micro-batch of the step has on average
-    teacher: TeacherOutputs | None = None
+    teacher: TeacherOutputs | None = None  # of the cached views, behind the fresh ones
 
 
 class Views(Dataset[list[Batch]]):
     """This rank's micro-batches of a step, without the teacher: a function of the step, in any process."""
 
     def __init__(
-        self,
-        batches: Batches,
-        geometry: views.Geometry,
-        seed: int,
-        micro_batches: int = 1,
-        ranks: Ranks = SINGLE_PROCESS,
+        self, batches: Batches, micro_batches: int = 1, ranks: Ranks = SINGLE_PROCESS
     ) -> None:
-        self.batches, self.geometry, self.seed = batches, geometry, seed
-        self.micro_batches, self.ranks = micro_batches, ranks
+        self.batches, self.micro_batches, self.ranks = batches, micro_batches, ranks
 
     def indices(self, step: int) -> list[BatchIndices]:
         """What makes each micro-batch of this rank."""
@@ -59,8 +53,23 @@ class Views(Dataset[list[Batch]]):
         return [Batch(part, self._pixels(part), labelled) for part in self.indices(step)]
 
     def _pixels(self, part: BatchIndices) -> Tensor:
-        images = self.batches.prepared.images
-        return views.view_batch(images, self.geometry, self.seed, part.rows, part.view_numbers)
+        """Fresh views are mixed with labelled images only: their mixed label must be known."""
+        batches = self.batches
+        pools = (slice(part.fresh), batches.shown), (slice(part.fresh, None), batches.train)
+        return torch.cat(
+            [
+                views.view_batch(
+                    batches.prepared.images,
+                    batches.geometry,
+                    batches.seed,
+                    part.rows[which],
+                    part.view_numbers[which],
+                    pool,
+                )
+                for which, pool in pools
+                if len(part.rows[which])
+            ]
+        )
 
 
 class Feed:
@@ -92,7 +101,8 @@ class Feed:
             if self.features is None:
                 yield batch
                 continue
-            tokens = self.features.tokens(step, batch.indices, batch.views, timer)
+            cached = batch.indices.cached
+            tokens = self.features.tokens(step, cached, batch.views[-len(cached.rows) :], timer)
             self._prefetch(step, number)
             yield replace(batch, teacher=tokens)
 
@@ -103,7 +113,7 @@ class Feed:
         if not coming and step + 1 < self.steps:
             coming = self.views.indices(step + 1)
         if coming:
-            self.features.prefetch(coming[0])
+            self.features.prefetch(coming[0].cached)
 
     def _made(self, step: int) -> list[Batch]:
         if self.workers == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,25 +11,46 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.distill import robust
+from pipeline.distill.balance import Balance
 from pipeline.distill.methods.cakd import CakdConfig, Gl, Pca
 from pipeline.distill.methods.table import TERMS, WITHOUT_LOSS, terms_of
-from pipeline.distill.methods.term import Sizes, StudentOutputs, ramp
+from pipeline.distill.methods.term import Sizes, StudentOutputs, Term, ramp
 from pipeline.distill.robust import Discriminator
+from pipeline.distill.settings import Distill
 from pipeline.models.teacher import TeacherOutputs
 from pipeline.training.stopwatch import Stopwatch
 
-
-def cross_entropy(logits: Tensor, labels: Tensor, labelled: float) -> Tensor:
-    """Cross-entropy of the labelled images, summed, over `labelled`; logits (B, K), labels (B,), -1 for none.
-
-    `labelled` is the labelled images a part of the step's batch has on average, so that the mean over the parts is
-    the mean over the batch, however the labels fell. Zero, with a gradient of zero, where none is labelled.
-    """
-    total = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-    return total / labelled if labelled else total
-
-
 PROJECTORS = ("pca", "gl")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Labels of a batch for the cross-entropy."""
+
+    labels: Tensor  # (B,), -1 for none
+    partner_labels: Tensor  # (B,) of the images that the views are mixed with
+    shares: Tensor  # (B,) of an image's own label
+    mixed: bool  # whether any share is below 1
+    labelled: float  # labelled images that a part of the step's batch has on average
+
+
+def cross_entropy(logits: Tensor, targets: Targets, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of the labelled images with their mixed labels, summed, over `targets.labelled`.
+
+    So the mean over the parts of a batch is the mean over the batch, however the labels fell. logits (B, K). Zero,
+    with a gradient of zero, where none is labelled.
+    """
+
+    def of(labels: Tensor) -> Tensor:
+        return F.cross_entropy(
+            logits, labels, ignore_index=-1, reduction="none", label_smoothing=smoothing
+        )
+
+    each = of(targets.labels)
+    if targets.mixed:
+        each = targets.shares * each + (1 - targets.shares) * of(targets.partner_labels)
+    total = each.sum()
+    return total / targets.labelled if targets.labelled else total
 
 
 @dataclass(frozen=True)
@@ -42,55 +63,78 @@ class Losses:
 
 
 class Objective(nn.Module):
-    """The terms of one method with what they train, dropped at the end. `sizes` None: a plain method."""
+    """The terms of one method with what they train, dropped at the end. `sizes` None: no term, labels alone."""
 
-    def __init__(self, method: str, settings: Mapping[str, Any], sizes: Sizes | None) -> None:
+    def __init__(self, method: str, config: Distill, sizes: Sizes | None) -> None:
         super().__init__()
         self.terms = terms_of(method)
         self.parts = nn.ModuleDict()
-        self.cakd: CakdConfig = settings["cakd"]
+        self.cakd: CakdConfig = config.cakd
+        self.labels = config.cross_entropy
         self.discriminator: nn.Module | None = None
+        self.balance: Balance | None = None
         if sizes is None:
             return
         for term in self.terms:
             if term not in WITHOUT_LOSS:
                 kind, name = TERMS[term]
-                self.parts[term] = kind(settings[name], sizes)
+                self.parts[term] = kind(config.of_term(name), sizes)
         if "adversarial" in self.terms:
             self.discriminator = Discriminator(sizes.space.width)
+        if config.weights == "balanced":
+            self.balance = Balance(list(self._fixed(1.0))[1:], config.balance)
 
     def weights(self, progress: float) -> dict[str, float]:
         """The weight of each loss at this share of the training."""
-        found = {"cross_entropy": 1.0}
+        fixed = self._fixed(progress)
+        if self.balance is None:
+            return fixed
+        warm = self._warmth(progress)
+        return fixed | {name: warm[name] * w for name, w in self.balance.weights().items()}
+
+    def _fixed(self, progress: float) -> dict[str, float]:
+        weights = {"cross_entropy": self.labels.weight}
         for part in self.parts.values():
-            found |= part.weights(progress)  # type: ignore[operator]
+            weights |= part.weights(progress)  # type: ignore[operator]
         if self.discriminator is not None:
-            found["adversarial"] = ramp(progress, self.cakd.warmup) * self.cakd.adversarial_weight
-        return found
+            grown = ramp(progress, self.cakd.warmup)
+            weights["adversarial"] = grown * self.cakd.adversarial_weight
+        return weights
+
+    def _warmth(self, progress: float) -> dict[str, float]:
+        """How much of its weight each term has at this share of the training."""
+        shares: dict[str, float] = {}
+        for part in self.parts.values():
+            assert isinstance(part, Term)
+            shares |= dict.fromkeys(part.losses, part.warmth(progress))
+        return shares | {"adversarial": ramp(progress, self.cakd.warmup)}
 
     def forward(
         self,
-        seen: StudentOutputs,
-        taught: TeacherOutputs | None,
-        labelled: float,
+        logits: Tensor,
+        targets: Targets,
+        outputs: StudentOutputs | None,
+        teacher: TeacherOutputs | None,
         timer: Stopwatch,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Losses:
-        """Every loss of a batch. `labelled` is what the cross-entropy is divided by (`cross_entropy`).
+        """Every loss of a batch: logits (B, K) of all its views; outputs of student and teacher for the cached.
 
         Only the projectors, whose losses are kept in float32 by their operators, run under `autocast`: elsewhere
         differences of near embeddings would drown in its rounding.
         """
-        terms = {"cross_entropy": cross_entropy(seen.logits, seen.labels, labelled)}
-        if taught is None:
+        terms = {
+            "cross_entropy": cross_entropy(logits.float(), targets, self.labels.label_smoothing)
+        }
+        if teacher is None or outputs is None:
             return Losses(terms)
         for name, part in self.parts.items():
             if name in PROJECTORS:
                 with timer.stage("projector"), autocast():
-                    terms |= part(seen, taught)
+                    terms |= part(outputs, teacher)
             else:
                 with timer.stage("terms"):
-                    terms |= part(seen, taught)
+                    terms |= part(outputs, teacher)
         if self.discriminator is None:
             return Losses(terms)
         gl = self.parts["gl"]
@@ -99,7 +143,7 @@ class Objective(nn.Module):
             terms["adversarial"] = robust.adversarial(
                 self.discriminator, gl.fake.float(), self.cakd.adversarial
             )
-        return Losses(terms, gl.target(taught.h), gl.fake.detach().float())
+        return Losses(terms, gl.target(teacher), gl.fake.detach().float())
 
     def trained(self) -> list[nn.Parameter]:
         """What is trained together with the student: everything but the discriminator."""

@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from pipeline.data import views
-from pipeline.data.prepared import Prepared
-from pipeline.distill import robust
+from pipeline.data.prepared import UNLABELLED, Prepared
+from pipeline.distill import balance, robust
 from pipeline.distill.batches import Batches
 from pipeline.distill.features import Features
 from pipeline.distill.feed import Batch, Feed, Views
 from pipeline.distill.kernels.philox import Key
-from pipeline.distill.methods.table import check_stored, reads, settings
+from pipeline.distill.methods.table import check_stored, paired, reads
 from pipeline.distill.methods.term import Sizes, StudentOutputs, TeacherSpace
-from pipeline.distill.objective import Losses, Objective
+from pipeline.distill.objective import Losses, Objective, Targets
 from pipeline.distill.settings import Distill
 from pipeline.models import checkpoint, student
 from pipeline.models.student import Taps, find_tap
@@ -36,6 +37,8 @@ from pipeline.training.ranks import (
 )
 from pipeline.training.seeds import step_seed
 from pipeline.training.stopwatch import Stopwatch
+
+RATIOS = 20  # points of the curves of gradient ratios
 
 
 class StudentReader:
@@ -63,12 +66,15 @@ class StudentReader:
         logits: Tensor = self._forward(inputs)
         return logits
 
-    def outputs(self, logits: Tensor, labels: Tensor, key: Key, progress: float) -> StudentOutputs:
-        """What the terms read of the last forward pass, in float32."""
-        features = {module: feature.float() for module, feature in self._taps.features.items()}
+    def outputs(
+        self, logits: Tensor, labels: Tensor, key: Key, progress: float, fresh: int
+    ) -> StudentOutputs:
+        """What the terms read of the last forward pass, in float32: of all views but the first `fresh`."""
+        taps = self._taps
+        features = {module: feature[fresh:].float() for module, feature in taps.features.items()}
         return StudentOutputs(
-            logits=logits.float(),
-            embedding=self._taps.embedding.float(),
+            logits=logits[fresh:].float(),
+            embedding=taps.embedding[fresh:].float(),
             feature=features[self.tap.module] if self.tap else None,
             stages=[features[module] for module in self._stages],
             labels=labels,
@@ -104,6 +110,18 @@ class Trainer:
         """The student that is published: its averaged weights, where there are any."""
         return self.averaged.module if self.averaged is not None else self.student
 
+    @property
+    def backbone(self) -> list[nn.Parameter]:
+        """Where the terms' gradients are compared."""
+        return balance.backbone(self.student)
+
+    def measures(self, step: int) -> bool:
+        """Whether the gradient norms are taken: at RATIOS steps, and while balanced weights are being found."""
+        if not self.objective.parts:
+            return False
+        measuring = self.objective.balance is not None and self.objective.balance.measuring
+        return measuring or step % max(1, self.feed.steps // RATIOS) == 0
+
     def autocast(self) -> AbstractContextManager[Any]:
         """What forward passes run under."""
         return self.config.compute.autocast(self.device)
@@ -130,19 +148,17 @@ def build(
     )
     preprocess = checkpoint.preprocessing(network, prepared.image_size)
     store = Store(features, prepared, teacher_path, policy)
-    check_stored(method, store.manifest)
+    check_stored(method, store.manifest, config.cakd.layer)
     space = TeacherSpace.of(store.manifest)
     distilled = bool(reads(method, "teacher"))
     sizes = _sizes(config, method, network, prepared, teacher_path, store) if distilled else None
     torch.manual_seed(config.seed)
-    objective = Objective(method, settings(config.logits, config.cakd, config.terms), sizes)
-    objective = objective.to(device)
+    objective = Objective(method, config, sizes).to(device)
     layout = torch.channels_last if config.compute.channels_last else torch.preserve_format
     network = network.to(device).to(memory_format=layout)
     same_start((network, objective), ranks)
-    batches = Batches(config, prepared, distilled, store.views)
-    micro_batches = config.compute.parts(config.batch, ranks)
-    made = Views(batches, store.geometry, store.seed, micro_batches, ranks)
+    batches = Batches(config, prepared, paired(method), store.views, store.geometry, store.seed)
+    rendered = Views(batches, config.compute.parts(config.batch, ranks), ranks)
     return Trainer(
         config=config,
         method=method,
@@ -153,7 +169,9 @@ def build(
         ),
         objective=objective,
         feed=Feed(
-            made, Features(store, teacher_path, device) if distilled else None, config.workers
+            rendered,
+            Features(store, teacher_path, device, config.cakd.layer) if distilled else None,
+            config.workers,
         ),
         optimizers=_optimizers(config, network, objective),
         space=space,
@@ -177,12 +195,14 @@ def _sizes(
     if "tap" in reads(method, "student"):
         grid = tuple(checkpoint.describe(teacher_path)["grid"])
         tap = find_tap(network, prepared.image_size, grid, config.cakd.tap)
+    train = prepared.rows("train")
+    labels = np.where(prepared.student_label, prepared.labels, UNLABELLED)[train]
     return Sizes(
         classes=len(prepared.classes),
         spec=spec,
         tap=tap,
         space=TeacherSpace.of(store.manifest),
-        images=len(prepared.rows("train")),
+        labels=torch.from_numpy(labels),
         views=store.views,
     )
 
@@ -190,10 +210,14 @@ def _sizes(
 def _optimizers(
     config: Distill, network: nn.Module, objective: Objective
 ) -> dict[str, torch.optim.Optimizer]:
-    trained = [*network.parameters(), *objective.trained()]
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        "student": torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
-    }
+    groups = loop.decay_groups([*network.parameters(), *objective.trained()], config.weight_decay)
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "sgd":
+        nesterov = config.momentum > 0
+        optimizer = torch.optim.SGD(groups, config.lr, config.momentum, nesterov=nesterov)
+    else:
+        optimizer = torch.optim.AdamW(groups, config.lr)
+    optimizers: dict[str, torch.optim.Optimizer] = {"student": optimizer}
     if objective.discriminator is not None:
         optimizers["discriminator"] = torch.optim.Adam(
             objective.discriminator.parameters(),
@@ -218,17 +242,27 @@ def student_step(
     trainer: Trainer, step: int, timer: Stopwatch
 ) -> tuple[dict[str, float], Tensor | None, Tensor | None]:
     """Update student and projectors. Mean losses of this rank; h_T and h'_S (B, N, D) for the discriminator."""
-    config, optimizer = trainer.config, trainer.optimizers["student"]
+    config, optimizer, objective = trainer.config, trainer.optimizers["student"], trainer.objective
     # Modules with random numbers of their own (dropout in the student) draw from this step's seed.
     rank = f" {trainer.ranks.rank}" if trainer.ranks.rank else ""
     torch.manual_seed(step_seed(config.seed, step, f"student{rank}"))
-    weights = trainer.objective.weights(step / trainer.feed.steps)
+    progress = step / trainer.feed.steps
+    weights = objective.weights(progress)
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, float] = {}
+    ratios: dict[str, float] = {}
     real: list[Tensor] = []
     fake: list[Tensor] = []
-    for batch in trainer.feed.batches(step, timer):
+    for number, batch in enumerate(trainer.feed.batches(step, timer)):
         losses = _losses(trainer, step, batch, timer)
+        if number == 0 and trainer.measures(step):
+            with timer.stage("ratios"):
+                norms = balance.gradient_norms(losses.terms, trainer.backbone)
+            norms = average_figures(norms, trainer.device, trainer.ranks)
+            if objective.balance is not None and objective.balance.measuring:
+                objective.balance.add(norms)
+                weights = objective.weights(progress)
+            ratios = balance.ratios(norms, weights)
         for name, loss in losses.terms.items():
             sums[name] = sums.get(name, 0.0) + loss.item() / config.compute.accumulate
         total = torch.stack([weights[name] * loss for name, loss in losses.terms.items()]).sum()
@@ -238,14 +272,19 @@ def student_step(
             fake.append(losses.fake)
             real.append(losses.real)
     with timer.stage("optimizer"):
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        average_gradients(trained, trainer.ranks)
+        student, beside = list(trainer.student.parameters()), objective.trained()
+        average_gradients([*student, *beside], trainer.ranks)
+        if (
+            config.clip_norm
+        ):  # each by itself: the student's step does not depend on what is dropped
+            for parameters in (student, beside):
+                nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         for group in optimizer.param_groups:
             group["lr"] = loop.learning_rate(step, trainer.feed.steps, config.lr)
         optimizer.step()
         if trainer.averaged is not None:
             trainer.averaged.update_parameters(trainer.student)
-    return sums, torch.cat(real) if real else None, torch.cat(fake) if fake else None
+    return sums | ratios, torch.cat(real) if real else None, torch.cat(fake) if fake else None
 
 
 def _losses(trainer: Trainer, step: int, batch: Batch, timer: Stopwatch) -> Losses:
@@ -255,15 +294,27 @@ def _losses(trainer: Trainer, step: int, batch: Batch, timer: Stopwatch) -> Loss
     if "trans" in trainer.objective.terms:
         with timer.stage("view"):
             seed = trainer.config.seed
-            seeds = [step_seed(seed, step, f"trans {record}") for record in indices.records]
+            images = zip(indices.rows, indices.view_numbers, strict=True)
+            seeds = [step_seed(seed, step, f"trans {row} {view}") for row, view in images]
             pixels = trainer.config.cakd.trans(batch.views.to(device), seeds)
     with timer.stage("student"), trainer.autocast():
         logits = reader.logits(pixels)
-    key = Key(trainer.config.seed, torch.from_numpy(indices.records).to(device), step)
-    labels = torch.from_numpy(indices.labels).to(device)
-    outputs = reader.outputs(logits, labels, key, step / trainer.feed.steps)
+    outputs = None
+    if batch.teacher is not None:
+        cached = indices.cached
+        key = Key(trainer.config.seed, torch.from_numpy(cached.records).to(device), step)
+        own = np.where(cached.shares >= 0.5, cached.labels, cached.partner_labels)
+        labels = torch.from_numpy(own).to(device)
+        outputs = reader.outputs(logits, labels, key, step / trainer.feed.steps, indices.fresh)
+    targets = Targets(
+        torch.from_numpy(indices.labels).to(device),
+        torch.from_numpy(indices.partner_labels).to(device),
+        torch.from_numpy(indices.shares).to(device),
+        bool((indices.shares < 1).any()),
+        batch.labelled,
+    )
     losses: Losses = trainer.objective(
-        outputs, batch.teacher, batch.labelled, timer, trainer.autocast
+        logits, targets, outputs, batch.teacher, timer, trainer.autocast
     )
     return losses
 

@@ -108,6 +108,7 @@ def similarity(
     `attention`: a head's output at a token; `tokens`: h at a token.
     """
     rows = prepared.rows(config.split)
+    live.tail.read_at(projected.projectors.config.layer)
     sums = {"attention": 0.0, "tokens": 0.0}
     for at in range(0, len(rows), config.batch):
         batch = views.whole(prepared.images[rows[at : at + config.batch]])

@@ -76,8 +76,8 @@ class AttentionRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def qkv(self, prefix: int) -> Tensor:
-        """(B, N, 3, H, d) of the only attention call, without its first `prefix` tokens."""
-        (args, _), = self.calls  # fmt: skip
+        """(B, N, 3, H, d) of the block's attention call, without its first `prefix` tokens."""
+        args, _ = self.calls[0]
         return torch.stack([part[:, :, prefix:].transpose(1, 2) for part in args[:3]], dim=2)
 
 
@@ -110,7 +110,7 @@ def probe_teacher(vit: Any, image_size: int | None = None) -> TeacherSpec:
     a_row = isinstance(blocks, nn.Sequential | nn.ModuleList)
     seen = AttentionRecorder(blocks[-1] if a_row else vit)
     if a_row:
-        _fuse(seen.block)
+        fuse_attention(seen.block)
     final = _probe_with_zeros(vit, seen, image_size)
     reason = (
         _without_attention(vit, seen)
@@ -136,7 +136,7 @@ def probe_teacher(vit: Any, image_size: int | None = None) -> TeacherSpec:
     )
 
 
-def _fuse(block: nn.Module) -> None:
+def fuse_attention(block: nn.Module) -> None:
     """Route attention through the one call that AttentionRecorder records, whatever TIMM_FUSED_ATTN is."""
     layer: Any
     for layer in block.modules():

@@ -8,9 +8,10 @@ the head alone: such a teacher gives h and logits (decision 16).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -25,10 +26,12 @@ from pipeline.models.probe import (
     AttentionRecorder,
     TeacherSpec,
     channels_last,
+    fuse_attention,
     in_rows,
     probe_teacher,
 )
 
+Layer = Literal["last", "before_last"]
 TAIL = ("blocks", "norm", "attn_pool", "fc_norm", "head_drop", "head", "head_dist")
 
 
@@ -53,7 +56,13 @@ class TeacherOutputs:
 
 
 class TeacherTail(nn.Module):
-    """The last block, the final norm and the head of a ViT: x_L -> Tokens."""
+    """The last block, the final norm and the head of a ViT: x_L -> Tokens.
+
+    `layer` says where h and Q, K, V are read (decision 4): `last`, or `before_last`, where h is norm1(x_L), the
+    normed output of the block before, and Q, K, V are that block's, which a replay of x_L does not have.
+    """
+
+    layer: Layer = "last"
 
     def __init__(self, vit: Any, found: TeacherSpec) -> None:
         super().__init__()
@@ -71,14 +80,38 @@ class TeacherTail(nn.Module):
         }
         with AttentionRecorder(block) as seen:
             final = self.vit.norm(block(x_l, **extra))
-        return self._tokens(seen, final)
+        return self._at_layer(self._tokens(seen, final), x_l, None)
 
     @torch.no_grad()
     def look(self, pixels: Tensor) -> tuple[Tensor, TeacherOutputs]:
         """The whole ViT on normalised pixels (B, 3, S, S) -> x_L (B, P+N, D) float32, and Tokens, in one pass."""
-        with AttentionRecorder(self.vit.blocks[-1]) as seen:
+        before = AttentionRecorder(self.vit.blocks[-2]) if self.layer == "before_last" else None
+        with AttentionRecorder(self.vit.blocks[-1]) as seen, before or nullcontext():
             final = self.vit.forward_features(pixels)
-        return seen.x, self._tokens(seen, final)
+        return seen.x, self._at_layer(self._tokens(seen, final), seen.x, before)
+
+    def read_at(self, layer: Layer) -> None:
+        """Choose the layer. Raises UserError: a teacher whose last block does not begin with a norm of x_L."""
+        block = self.vit.blocks[-1] if hasattr(self.vit, "blocks") else None
+        known = hasattr(block, "norm1") and type(block).__name__ != "ResPostBlock"
+        if layer == "before_last" and (self.spec.no_attention or not known):
+            raise UserError(
+                f"distill.cakd.layer: got before_last with {type(self.vit).__name__}; expected a ViT whose last "
+                "block begins with a norm of its input; use last"
+            )
+        self.layer = layer
+        if layer == "before_last" and len(self.vit.blocks) > 1:
+            fuse_attention(self.vit.blocks[-2])
+
+    def _at_layer(
+        self, tokens: TeacherOutputs, x_l: Tensor, before: AttentionRecorder | None
+    ) -> TeacherOutputs:
+        """The outputs with h and Q, K, V of the chosen layer."""
+        if self.layer == "last":
+            return tokens
+        prefix = self.spec.prefix
+        h = self.vit.blocks[-1].norm1(x_l)[:, prefix:]
+        return replace(tokens, h=h, qkv=before.qkv(prefix) if before is not None else None)
 
     def _tokens(self, seen: AttentionRecorder, final: Tensor) -> TeacherOutputs:
         """What the last block did and the normed features (B, P+N, D) it led to -> Tokens."""

@@ -129,8 +129,11 @@ def teacher_speed(
     cache: Cache, prepared: Prepared, live: teacher.Teacher, seconds: float
 ) -> tuple[float, float]:
     """Images a second of the teacher and of its replay (0: nothing is replayed), in batches of `cache.batch`."""
-    rows = np.resize(prepared.rows("train"), cache.batch)
-    batch = views.view_batch(prepared.images, cache.geometry, cache.seed, rows, np.zeros_like(rows))
+    train = prepared.rows("train")
+    rows = np.resize(train, cache.batch)
+    batch = views.view_batch(
+        prepared.images, cache.geometry, cache.seed, rows, np.zeros_like(rows), train
+    )
     x, _ = live.look(batch)
     looked = _rate(lambda: live.look(batch), len(batch), seconds)
     if cache.layout == "qkvh":

@@ -47,11 +47,11 @@ def verify(
     total = check_bytes(folder)["records"]
     live = teacher.load(teacher_path)
     chosen = np.sort(np.random.default_rng(0).choice(total, min(n, total), replace=False))
-    errors = []
+    train, errors = prepared.rows("train"), []
     for at in range(0, len(chosen), BATCH):
         records = chosen[at : at + BATCH]
-        rows, ks = prepared.rows("train")[records // store.views], records % store.views
-        batch = views.view_batch(prepared.images, store.geometry, store.seed, rows, ks)
+        rows, ks = train[records // store.views], records % store.views
+        batch = views.view_batch(prepared.images, store.geometry, store.seed, rows, ks, train)
         stored = store.read(records)
         views.check_hashes(batch, stored.view_hash, rows)
         tokens = stored.tokens(live.tail if store.replayed else None)

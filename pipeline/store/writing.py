@@ -105,7 +105,7 @@ class Task:
         """The views (B, 3, S, S) uint8 that records are about."""
         cache, rows = self.cache, self.rows[records // self.cache.views]
         return views.view_batch(
-            self.prepared.images, cache.geometry, cache.seed, rows, records % cache.views
+            self.prepared.images, cache.geometry, cache.seed, rows, records % cache.views, self.rows
         )
 
     def manifest(self, folder: Path) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def _statistics(task: Task) -> tuple[list[float], list[float]]:
     for at in range(0, len(chosen), cache.batch):
         part = chosen[at : at + cache.batch]
         batch = views.view_batch(
-            task.prepared.images, cache.geometry, cache.seed, part, np.zeros_like(part)
+            task.prepared.images, cache.geometry, cache.seed, part, np.zeros_like(part), task.rows
         )
         tokens.append(task.live(batch.to(task.device)).h.flatten(0, 1).cpu())
     h = torch.cat(tokens).double()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,6 +70,14 @@ def _check_divergence(name: str, step: int, seen: StepFigures) -> None:
                 f"{name}: {term} is {value} at step {step}: the training diverged; lower {section}.lr, remove "
                 f".work/{section}, run again"
             )
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of an optimiser: matrices and kernels decay, norms and biases (one axis or none) do not."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in parameters:
+        groups[parameter.ndim > 1].append(parameter)
+    return [{"params": p, "weight_decay": decay if decays else 0.0} for decays, p in groups.items()]
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:

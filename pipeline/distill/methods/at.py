@@ -14,9 +14,9 @@ from pipeline.models.teacher import TeacherOutputs
 
 @dataclass(frozen=True)
 class AtConfig:
-    """beta / 2 of eq. 2; the paper's beta is 1000, shared out over the map's elements and the batch."""
+    """The paper's beta of 1000, over the elements of the one map that is compared and the batch."""
 
-    weight: float = 500.0
+    weight: float = 1000.0
 
 
 def attention_map(tokens: Tensor) -> Tensor:

@@ -18,13 +18,14 @@ from pipeline.distill.projectors import GroupWiseLinear, PartiallyCrossAttention
 from pipeline.distill.robust import Trans
 from pipeline.models import checkpoint
 from pipeline.models.student import Tap
-from pipeline.models.teacher import TeacherOutputs
+from pipeline.models.teacher import Layer, TeacherOutputs
 
 
 @dataclass(frozen=True)
 class CakdConfig:
     """Every decision of the method as a parameter; the numbers in brackets are those of docs/method.md."""
 
+    layer: Layer = "last"  # of the teacher, where h_T and Q, K, V are read (4)
     tap: str = "auto"  # the student's feature map, or a module name (4)
     granularity: Granularity = "element"  # of g() (1)
     swap_p: float = 0.5  # p_T (2)
@@ -57,6 +58,11 @@ class CakdConfig:
         for name in ("discriminator_every", "reduce"):
             if getattr(self, name) < 1:
                 raise ValueError(f"cakd.{name} is {getattr(self, name)}; allowed: 1 or more")
+        if self.standardise and self.layer == "before_last":
+            raise ValueError(
+                "cakd.standardise is true with layer before_last; expected layer last, the one whose channel "
+                "statistics the feature cache holds"
+            )
         if self.discriminator_lr <= 0:
             raise ValueError(f"cakd.discriminator_lr is {self.discriminator_lr}; allowed: above 0")
 
@@ -117,7 +123,7 @@ class Gl(Term):
             tokens_of(on_grid(seen.feature, self.tokens)),
             layer.weight,
             layer.bias,
-            self.target(taught.h),
+            self.target(taught),
             layer.groups,
             config.dropout,
             seen.key,
@@ -125,9 +131,9 @@ class Gl(Term):
         )
         return {"tokens": loss}
 
-    def target(self, h_t: Tensor) -> Tensor:
+    def target(self, taught: TeacherOutputs) -> Tensor:
         """What h'_S is held against: h_T (B, N, D), per-channel standardised where asked (decision 12)."""
-        return _standardised(self.config, h_t, self.mean, self.std)
+        return _standardised(self.config, taught.h, self.mean, self.std)
 
 
 def _standardised(config: CakdConfig, h: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class CrdConfig:
 
     weight: float = 0.8
     width: int = 128  # of the space in which the two are compared
-    negatives: int = 16384  # an anchor; no more than there are images
+    negatives: int = 16384  # an anchor; no more than there are other images
     temperature: float = 0.07
     momentum: float = 0.5  # of what the memory keeps
 
@@ -46,7 +46,9 @@ def critic(scores: Tensor, log_normaliser: Tensor, log_noise: float) -> Tensor:
 class Crd(Term):
     """`crd`. Two memories of one vector an image (images, width) stand for the negatives, as in the paper.
 
-    The negatives are a function of (seed, step), the same for every part of a step. All ranks keep one memory.
+    A negative is never the anchor's own image, nor one of its class where both labels are shown: the authors' code
+    draws from other classes only. The negatives are a function of (seed, step), the same for every part of a step.
+    All ranks keep one memory.
     """
 
     losses = {"crd": "weight"}
@@ -56,14 +58,18 @@ class Crd(Term):
     memory_t: Tensor
     log_normaliser: Tensor
     measured: Tensor
+    order: Tensor
+    first: Tensor
+    count: Tensor
 
     def __init__(self, config: CrdConfig, sizes: Sizes) -> None:
         super().__init__()
-        self.config, self.images, self.views = config, sizes.images, sizes.views
+        self.config, self.images, self.views = config, len(sizes.labels), sizes.views
+        self._register_excluded(sizes.labels)
         self.embed_s = nn.Linear(sizes.spec.embedding, config.width)
         self.embed_t = nn.Linear(sizes.space.width, config.width)
         for name in ("memory_s", "memory_t"):
-            start = F.normalize(torch.randn(sizes.images, config.width), dim=1)
+            start = F.normalize(torch.randn(self.images, config.width), dim=1)
             self.register_buffer(name, start)
         # log Z of either direction, by the first batch
         self.register_buffer("log_normaliser", torch.zeros(2))
@@ -74,7 +80,7 @@ class Crd(Term):
         ours = F.normalize(self.embed_s(seen.embedding), dim=1)
         theirs = F.normalize(self.embed_t(pooled(taught)), dim=1)
         at = seen.key.ids // self.views
-        others = self._negatives(seen.key)
+        others = self._negatives(seen.key, at)
         loss = self._contrast(0, ours, self.memory_t, at, others)
         loss = loss + self._contrast(1, theirs, self.memory_s, at, others)
         if self.training:
@@ -91,12 +97,31 @@ class Crd(Term):
         kept = self.config.momentum * memory[images] + (1 - self.config.momentum) * mean
         memory[images] = F.normalize(kept, dim=1)
 
-    def _negatives(self, key: Key) -> Tensor:
-        """Positions (B, M) in the memory."""
+    def _register_excluded(self, labels: Tensor) -> None:
+        """Images ordered by label, and for each the range of that order that is no negative of it."""
+        order = labels.argsort(stable=True)
+        ordered = labels[order].contiguous()
+        first = torch.searchsorted(ordered, labels.contiguous())
+        count = torch.searchsorted(ordered, labels.contiguous(), right=True) - first
+        hidden = labels < 0  # only itself
+        first[hidden], count[hidden] = order.argsort()[hidden], 1
+        for name, tensor in (("order", order), ("first", first), ("count", count)):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _negatives(self, key: Key, at: Tensor) -> Tensor:
+        """Positions (B, M) in the memory for anchors that are images `at` (B,)."""
         draw = torch.Generator().manual_seed((key.seed * 1_000_003 + key.step) % 2**63)
-        count = min(self.config.negatives, self.images)
-        drawn = torch.randint(self.images, (len(key.ids), count), generator=draw)
-        return drawn.to(key.ids.device)
+        first, count = self.first[at, None], self.count[at, None]
+        allowed = self.images - count  # (B, 1)
+        drawn = torch.rand(
+            len(at),
+            min(self.config.negatives, self.images - 1),
+            generator=draw,
+            dtype=torch.float64,
+        ).to(at.device)
+        position = (drawn * allowed).long()
+        negatives: Tensor = self.order[position + count * (position >= first)]
+        return negatives
 
     def _contrast(
         self, side: int, anchor: Tensor, memory: Tensor, at: Tensor, others: Tensor

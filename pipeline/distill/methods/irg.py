@@ -14,15 +14,19 @@ from pipeline.models.teacher import TeacherOutputs
 
 @dataclass(frozen=True)
 class IrgConfig:
-    """Ours: the paper weighs the three for each pair of nets."""
+    """The paper's for CIFAR-10."""
 
     vertex_weight: float = 0.1
-    edge_weight: float = 1.0
-    transform_weight: float = 1.0
+    edge_weight: float = 5.0
+    transform_weight: float = 5.0
 
 
 def edges(x: Tensor) -> Tensor:
-    """Squared distances (B, B) of a layer's features (B, e), in units of their mean: layers differ in width."""
+    """Squared distances (B, B) of a layer's features (B, e), in units of their mean.
+
+    The authors' code divides by the largest distance. One outlier of a batch then sets the scale of all edges, so
+    the mean is taken here; either makes layers of different widths comparable.
+    """
     squared = pairwise_distances(x).square()
     return squared / squared.mean().clamp(min=1e-12)
 
@@ -31,7 +35,8 @@ class Irg(Term):
     """`irg_vertex`, `irg_edge`, `irg_transform`, over two layers: the embedding and the logits.
 
     Vertices are compared where both nets have the same width, at the logits. The paper's transformation of
-    vertices from layer to layer wants equal widths too, so only that of the edges is here.
+    vertices is the change of a vertex from layer to layer, a difference of equal widths; embedding and logits have
+    unequal ones in both nets, so the change of the edges alone is compared.
     """
 
     losses = {

@@ -12,21 +12,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.core.errors import UserError, nearest
+from pipeline.distill.methods.affinity import Affinity, AffinityConfig
 from pipeline.distill.methods.at import At, AtConfig
-from pipeline.distill.methods.cakd import CakdConfig, Gl, Pca
+from pipeline.distill.methods.cakd import Gl, Pca
 from pipeline.distill.methods.crd import Crd, CrdConfig
 from pipeline.distill.methods.dkd import Dkd, DkdConfig
 from pipeline.distill.methods.fitnet import Fitnet, FitnetConfig
 from pipeline.distill.methods.irg import Irg, IrgConfig
-from pipeline.distill.methods.logits import Logits, LogitsConfig
+from pipeline.distill.methods.logits import Logits
 from pipeline.distill.methods.minilm import Minilm, MinilmConfig
 from pipeline.distill.methods.ofa import Ofa, OfaConfig
+from pipeline.distill.methods.queue import Queue, QueueConfig
 from pipeline.distill.methods.rkd import Rkd, RkdConfig
 from pipeline.distill.methods.rsd import Rsd, RsdConfig
 from pipeline.distill.methods.term import Term
+from pipeline.models.teacher import Layer
 
 METHODS: dict[str, tuple[str, ...]] = {
     "plain": (),
+    # Plain on the batches that the distilled methods see: the control of all of them.
+    "control": (),
     "logits": ("logits",),
     "dkd": ("dkd",),
     "fitnet": ("fitnet",),
@@ -37,6 +42,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "ofa": ("ofa",),
     "rsd": ("rsd",),
     "minilm": ("minilm",),
+    "queue": ("queue",),
+    "affinity": ("affinity",),
     # The rows of the paper's ablation, and all of it.
     "gl": ("gl",),
     "pca": ("pca",),
@@ -56,6 +63,8 @@ TERMS: dict[str, tuple[type[Term], str]] = {  # name -> class, and its settings'
     "ofa": (Ofa, "ofa"),
     "rsd": (Rsd, "rsd"),
     "minilm": (Minilm, "minilm"),
+    "queue": (Queue, "queue"),
+    "affinity": (Affinity, "affinity"),
     "pca": (Pca, "cakd"),
     "gl": (Gl, "cakd"),
 }
@@ -75,11 +84,8 @@ class Terms:
     ofa: OfaConfig = OfaConfig()
     rsd: RsdConfig = RsdConfig()
     minilm: MinilmConfig = MinilmConfig()
-
-
-def settings(logits: LogitsConfig, cakd: CakdConfig, others: Terms) -> dict[str, Any]:
-    """Name of settings -> settings."""
-    return {"logits": logits, "cakd": cakd, **vars(others)}
+    queue: QueueConfig = QueueConfig()
+    affinity: AffinityConfig = AffinityConfig()
 
 
 def terms_of(method: str) -> tuple[str, ...]:
@@ -100,6 +106,11 @@ def terms_of(method: str) -> tuple[str, ...]:
         )
     if "adversarial" in found and "gl" not in found:
         raise UserError(f"method: got {method!r}, whose discriminator judges h'_S of gl; add gl")
+    if "control" in method.split("+") and set(found) - {"trans"}:
+        raise UserError(
+            f"method: got {method!r}; expected nothing but trans beside control, which reads no teacher; remove "
+            "control"
+        )
     return tuple(found)
 
 
@@ -107,6 +118,11 @@ def reads(method: str, side: str) -> frozenset[str]:
     """What a method's terms read of the `teacher` or of the `student`; empty where it reads nothing."""
     classes = [TERMS[term][0] for term in terms_of(method) if term not in WITHOUT_LOSS]
     return frozenset().union(*(getattr(c, side) for c in classes))
+
+
+def paired(method: str) -> bool:
+    """Whether a method's batches have a part in cached views: those that read the teacher, and their control."""
+    return "control" in method.split("+") or bool(reads(method, "teacher"))
 
 
 def check_attention(method: str, reason: str | None) -> None:
@@ -125,12 +141,22 @@ def _attention_terms(terms: Iterable[str]) -> list[str]:
     return [term for term in terms if term in TERMS and "qkv" in TERMS[term][0].teacher]
 
 
-def check_stored(method: str, stored: Mapping[str, Any]) -> None:
+def check_stored(method: str, stored: Mapping[str, Any], layer: Layer = "last") -> None:
     """Raise UserError where a method reads what the teacher's store, by its manifest, does not hold."""
     check_attention(method, stored.get("no_attention"))
-    if "pooled" in reads(method, "teacher") and (
-        stored["mode"] == "on" and stored["layout"] == "qkvh"
-    ):
+    reading = reads(method, "teacher")
+    if layer == "before_last" and stored["mode"] == "on":
+        if "qkv" in reading:
+            raise UserError(
+                f"distill.cakd.layer: got before_last for {method!r}, which reads Q, K, V; the feature cache "
+                "holds the input of the last block alone; use gl without pca, or cache.mode off"
+            )
+        if "tokens" in reading and stored["layout"] == "qkvh":
+            raise UserError(
+                f"distill.cakd.layer: got before_last for {method!r} with cache.layout qkvh, which holds no x_L; "
+                "use block_input"
+            )
+    if "pooled" in reading and (stored["mode"] == "on" and stored["layout"] == "qkvh"):
         raise UserError(
             f"method: {method!r} reads the teacher's pooled embedding, which cache.layout qkvh does not hold; "
             "use block_input, or cache.mode off"

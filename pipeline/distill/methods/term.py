@@ -51,7 +51,7 @@ class Sizes:
     spec: StudentSpec  # of the student
     tap: Tap | None  # where h_S is read; None where the method reads none
     space: TeacherSpace
-    images: int  # for training
+    labels: Tensor  # (images,) of the training images, -1 where the student is shown none
     views: int  # of each image that the teacher knows
 
     @property
@@ -103,8 +103,12 @@ class Term(nn.Module):
 
     def weights(self, progress: float) -> dict[str, float]:
         """The weight of each loss at this share of the training."""
-        grown = ramp(progress, getattr(self.config, "warmup", 0.0))
+        grown = self.warmth(progress)
         return {loss: grown * getattr(self.config, name) for loss, name in self.losses.items()}
+
+    def warmth(self, progress: float) -> float:
+        """The share of its weight that the term has at this share of the training."""
+        return ramp(progress, getattr(self.config, "warmup", 0.0))
 
 
 def pooled(taught: TeacherOutputs) -> Tensor:

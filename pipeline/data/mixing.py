@@ -1,0 +1,94 @@
+"""Mixup (Zhang et al., ICLR 2018) and CutMix (Yun et al., ICCV 2019) as part of a view.
+
+Partner, share and box are pure functions of (seed, image, view), so that a cached teacher saw the very mix that
+the student sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, from_numpy
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How many views are mixed, and how. With both on, either is as likely."""
+
+    mixup: float = 0.0  # alpha of Beta(alpha, alpha), from which an image's share is drawn; 0: off
+    cutmix: float = 0.0  # the same for the share of the area; 0: off
+    probability: float = 1.0  # of a view to be mixed, where one of them is on
+
+    def __post_init__(self) -> None:
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) <= 100:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 (off) to 100")
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability is {self.probability}; allowed: 0 to 1")
+
+    @property
+    def on(self) -> bool:
+        """Whether any view is mixed."""
+        return bool((self.mixup or self.cutmix) and self.probability)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Of a batch (B,): rows of the partners, shares of an image's own pixels, boxes (B, 4) that the partner fills.
+
+    A box is top, bottom, left, right in pixels; an empty one means that all pixels are blended by the share.
+    """
+
+    partners: NDArray[np.int64]
+    shares: NDArray[np.float32]
+    boxes: NDArray[np.int64]
+
+    def blend(self, own: Tensor, partner: Tensor) -> Tensor:
+        """Two batches of views (B, 3, S, S) uint8 -> the mixed one. Elementwise: the same bits in any batch."""
+        a, b = own.numpy(), partner.numpy()
+        share = self.shares[:, None, None, None]
+        blended = a.astype(np.float32) * share + b.astype(np.float32) * (1 - share)
+        mixed = np.rint(blended).astype(np.uint8)
+        for i, (top, bottom, left, right) in enumerate(self.boxes):
+            if bottom > top:
+                mixed[i] = a[i]
+                mixed[i, :, top:bottom, left:right] = b[i, :, top:bottom, left:right]
+        return from_numpy(mixed)
+
+
+def mixture(
+    mix: Mix,
+    seed: int,
+    rows: NDArray[np.int64],
+    views: NDArray[np.int64],
+    partners: NDArray[np.int64],
+    size: int,
+) -> Mixture:
+    """What each view (row, view) is mixed with; `partners` are the rows to draw from, size the side in pixels."""
+    drawn = [_draw(mix, f"{seed}/mix/{r}/{v}", size) for r, v in zip(rows, views, strict=True)]
+    at, shares, boxes = zip(*drawn, strict=True)
+    chosen = partners[(np.array(at) * len(partners)).astype(np.int64)]
+    return Mixture(chosen, np.array(shares, np.float32), np.array(boxes, np.int64))
+
+
+def _draw(mix: Mix, key: str, size: int) -> tuple[float, float, tuple[int, int, int, int]]:
+    """A partner's place in the pool in [0, 1), the share of the image's own pixels, the partner's box."""
+    digest = hashlib.blake2b(key.encode(), digest_size=48).digest()
+    words = np.frombuffer(digest, dtype="<u8")
+    mixed, partner, kind, share, y, x = (words >> np.uint64(11)).astype(np.float64) / (1 << 53)
+    if mixed >= mix.probability:
+        return partner, 1.0, (0, 0, 0, 0)
+    cut = bool(mix.cutmix) and (not mix.mixup or kind < 0.5)
+    alpha = mix.cutmix if cut else mix.mixup
+    if alpha != 1:  # Beta(1, 1) is uniform
+        share = np.random.default_rng(int.from_bytes(digest[:16], "little")).beta(alpha, alpha)
+    if not cut:
+        return partner, share, (0, 0, 0, 0)
+    half = size * np.sqrt(1 - share) / 2
+    top, left = (max(0, round(c * size - half)) for c in (y, x))
+    bottom, right = (min(size, round(c * size + half)) for c in (y, x))
+    own = 1 - max(0, bottom - top) * max(0, right - left) / size**2
+    return partner, own, (top, bottom, left, right) if own < 1 else (0, 0, 0, 0)
