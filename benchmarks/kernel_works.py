@@ -18,10 +18,9 @@ from pipeline.distill import projectors
 from pipeline.distill.kernels import choice, gl, pca, reference
 from pipeline.distill.kernels.philox import Key
 from pipeline.distill.methods.cakd import CakdConfig
-from pipeline.distill.methods.logits import LogitsConfig
-from pipeline.distill.methods.table import Terms, settings
 from pipeline.distill.methods.term import Sizes, StudentOutputs, TeacherSpace
-from pipeline.distill.objective import Objective
+from pipeline.distill.objective import Objective, Targets
+from pipeline.distill.settings import Distill
 from pipeline.models.student import Taps, find_tap, probe_student
 from pipeline.models.teacher import TeacherOutputs
 from pipeline.training import stopwatch
@@ -193,9 +192,10 @@ def step_work(
     tap = find_tap(net, size, shape.grid)
     width = shape.n_heads * shape.width
     space = TeacherSpace(shape.n_heads, width, torch.zeros(width), torch.ones(width))
-    sizes = Sizes(100, probe_student(net, size), tap, space, images=batch, views=1)
-    images = torch.randn(batch, 3, size, size, device=where)
     labels = torch.randint(100, (batch,), device=where)
+    sizes = Sizes(100, probe_student(net, size), tap, space, labels=labels.cpu(), views=1)
+    images = torch.randn(batch, 3, size, size, device=where)
+    targets = Targets(labels, labels, torch.ones(batch, device=where), False, float(batch))
     make = partial(torch.randn, device=where, dtype=kind)
     qkv = make(batch, n, 3, shape.n_heads, shape.width)
     taught = TeacherOutputs(qkv, make(batch, n, width), make(batch, 100))
@@ -210,16 +210,16 @@ def step_work(
             logits = net(images)
             feature = taps.features[tap.module]
             seen = StudentOutputs(logits, taps.embedding, feature, [], labels, key, 1.0)
-            found = objective(seen, taught, float(batch), stopwatch.Stopwatch())
-        sum(weights[t] * v for t, v in found.losses.items()).backward()
+            found = objective(logits, targets, seen, taught, stopwatch.Stopwatch())
+        sum(weights[t] * v for t, v in found.terms.items()).backward()
         net.zero_grad()
         objective.zero_grad()
 
     taps = Taps(net, [tap.module])
 
     def make_objective(impl: Literal["eager", "auto"]) -> Objective:
-        chosen = settings(LogitsConfig(), CakdConfig(impl=impl), Terms())
-        return Objective("cakd+logits", chosen, sizes).to(where)
+        config = Distill(("cakd+logits",), name, steps=1, cakd=CakdConfig(impl=impl))
+        return Objective("cakd+logits", config, sizes).to(where)
 
     impls: tuple[Literal["eager", "auto"], ...] = ("eager", "auto")
     for impl in impls:

@@ -65,7 +65,7 @@ def make_trainers(args: argparse.Namespace, folder: Path) -> dict[str, Trainer]:
         student=args.student,
         student_kwargs={"output_stride": args.stride},
         batch=args.batch,
-        epochs=10_000,
+        steps=1_000_000,
         workers=args.workers,
         compute=Compute(precision=args.precision, channels_last=args.channels_last),
     )
@@ -79,9 +79,7 @@ class ResidentViews(Views):
     """The batches of RESIDENT steps, repeated, their views on the device: a step without the loader's share."""
 
     def __init__(self, views: Views, device: torch.device) -> None:
-        super().__init__(
-            views.batches, views.geometry, views.seed, views.micro_batches, views.ranks
-        )
+        super().__init__(views.batches, views.micro_batches, views.ranks)
         self._resident = [
             [replace(batch, views=batch.views.to(device)) for batch in views[step]]
             for step in range(RESIDENT)

@@ -189,7 +189,7 @@ def student_settings(run: Run) -> Distill:
     """The recipe's students, for the device."""
     if run.dry:
         kwargs = {"channels": [8, 12, 16, 24], "output_stride": 8}
-        changes = {"student": "test_resnet", "student_kwargs": kwargs, "epochs": 1, "workers": 0}
+        changes = {"student": "test_resnet", "student_kwargs": kwargs, "steps": 4, "workers": 0}
         return run.section(Distill, batch=BATCH, **changes)
     workers = min(MAX_WORKERS, machine.usable_cores())
     how = Compute(precision="bf16", channels_last=True)
@@ -209,18 +209,17 @@ def student_rate(make: Callable[[], Trainer]) -> float:
 
 
 def train_students(run: Run, prepared: Prepared, path: Path, features: Path, cache: Cache) -> None:
-    """Train every method of the recipe for the same epochs, those that fit, and judge each as it ends."""
+    """Train every method of the recipe for the same steps, those that fit, and judge each as it ends."""
     settings, made = student_settings(run), (prepared, path, features, cache)
     if not run.dry:
-        per_epoch = -(-len(prepared.rows("train")) // settings.batch)
         seconds = {
             method: student_rate(partial(build, settings, method, *made))
             for method in settings.methods
         }
-        epoch = per_epoch * sum(seconds.values())
-        epochs = fitting(run.time_for("distill"), epoch, settings.epochs)
-        run.choose(distill__epochs=epochs, **{f"step_ms_{m}": 1e3 * s for m, s in seconds.items()})
-        settings = replace(settings, epochs=epochs)
+        most = settings.step_count(len(prepared.rows("train")))
+        steps = fitting(run.time_for("distill"), sum(seconds.values()), most)
+        run.choose(distill__steps=steps, **{f"step_ms_{m}": 1e3 * s for m, s in seconds.items()})
+        settings = replace(settings, steps=steps, epochs=None)
     for method in settings.methods:
         out = run.folder / "students" / method
         train = partial(distill.distill, settings, method, *made[:3], out, run.folder / "work")

@@ -47,7 +47,8 @@ def distill(
     Raises UserError: unknown method, stale store, a student without a fit tap, a killed worker.
     """
     terms_of(method)
-    recipe = {k: v for k, v in asdict(config).items() if k not in ("methods", "workers")}
+    config = config.of_method(method)
+    recipe = {k: v for k, v in asdict(config).items() if k not in ("methods", "tuned", "workers")}
     inputs = {"teacher": teacher_path, "features": features / "manifest.json"}
     made_by = artifacts.provenance(recipe, **inputs) | prepared.made_of() | {"method": method}
     with resume.work_folder(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from pipeline.core.config import parse
+from pipeline.core.errors import UserError
 from pipeline.distill.methods.cakd import CakdConfig
 from pipeline.distill.methods.logits import LogitsConfig
 from pipeline.distill.methods.table import Terms, terms_of
@@ -59,6 +62,29 @@ class Distill:
     terms: Terms = Terms()
     compute: Compute = Compute()
     tuned: dict[str, dict[str, Any]] = field(default_factory=dict)  # method -> dotted key -> value
+
+    def with_choice(self, choice: Mapping[str, Any], method: str) -> Distill:
+        """The same with values by dotted key (`logits.weight`).
+
+        Raises UserError: no such key, a value that its settings refuse.
+        """
+        values = asdict(self)
+        for key, value in choice.items():
+            *sections, last = key.split(".")
+            section = values
+            for name in sections:
+                section = section.get(name, {})
+            if last not in section or isinstance(section[last], dict):
+                raise UserError(
+                    f"distill.tuned.{method}: got key {key!r}; expected a dotted key of distill, as logits.weight"
+                )
+            section[last] = value
+        return parse(Distill, values, f"distill.tuned.{method}")
+
+    def of_method(self, method: str) -> Distill:
+        """The settings of one method: its tuned values in their places."""
+        choice = self.tuned.get(method, {})
+        return replace(self.with_choice(choice, method), tuned={})
 
     def of_term(self, name: str) -> Any:
         """The settings of a term, by the name they have here."""

@@ -44,6 +44,10 @@ def merged(name: str, folder: Path, sections: Sections, data: str | None = None)
         where = f"{file}: {section}"
         whole[section] = _merge(whole.get(section, {}), overlay, sections[section], where)
         config.parse(sections[section], whole[section], where)
+    choices = tuned_path(name, folder)
+    if choices.is_file():
+        whole["distill"]["tuned"] = config.read(choices)
+        config.parse(sections["distill"], whole["distill"], f"{choices}: distill")
     if data is not None:
         whole["prepare"]["path"] = data
     path = whole["prepare"]["path"]
@@ -53,6 +57,24 @@ def merged(name: str, folder: Path, sections: Sections, data: str | None = None)
             f"`make repro RECIPE={name} DATA=PATH`"
         )
     return whole
+
+
+def tuned_path(name: str, folder: Path) -> Path:
+    """Where the settings that were chosen on val for a recipe's methods stand: merged into `distill.tuned`."""
+    return folder / "tuned" / f"{name}.yaml"
+
+
+def write_tuned(name: str, folder: Path, method: str, choice: Mapping[str, Any]) -> None:
+    """Put the choice of one method into `tuned_path`; an empty one, the recipe as it is, takes it out."""
+    path = tuned_path(name, folder)
+    choices = config.read(path) if path.is_file() else {}
+    choices[method] = dict(choice)
+    text = f"# Settings chosen on val for the methods of {name}.yaml: `python -m benchmarks.tune {name}`.\n"
+    path.parent.mkdir(exist_ok=True)
+    with atomic(path) as temporary:
+        temporary.write_text(
+            text + _yaml({m: c for m, c in choices.items() if c}), encoding="utf-8"
+        )
 
 
 def _merge(default: Any, overlay: Any, kind: type, where: str) -> Any:

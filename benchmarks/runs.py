@@ -1,0 +1,146 @@
+"""Trainings of one recipe that share images, teacher and features; a finished one is read, not repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ruamel.yaml import YAML
+
+from pipeline import teach
+from pipeline.core import artifacts, config, progress
+from pipeline.core.errors import UserError
+from pipeline.data.prepared import Prepared
+from pipeline.distill import distill
+from pipeline.distill.settings import Distill
+from pipeline.evaluate import accuracy
+from pipeline.models import checkpoint
+from pipeline.models.teacher import load
+from pipeline.prepare import prepare
+from pipeline.project import recipes
+from pipeline.store import policy, writing
+from stages.check import SECTIONS
+
+RECIPES = Path("recipes")
+WORK = Path(".work/benchmarks")
+Run = dict[str, float]
+
+
+def override(params: dict[str, Any], assignments: Sequence[str]) -> None:
+    """Apply `distill.cakd.swap_p=0` and the like; values are read as YAML. Raises UserError: no such key."""
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        *folders, last = key.split(".")
+        place = params
+        for folder in folders:
+            place = place.get(folder, {})
+        if not equals or last not in place:
+            raise UserError(
+                f"-S: got {assignment!r}; allowed: an existing key of the recipe, key=value"
+            )
+        place[last] = YAML(typ="safe", pure=True).load(io.StringIO(text))
+
+
+def merged(recipe: str, data: str | None, assignments: Sequence[str]) -> dict[str, Any]:
+    """The recipe with these changes, every section checked. Raises UserError: as `recipes.merged`, `override`."""
+    params = recipes.merged(recipe, RECIPES, SECTIONS, data)
+    override(params, assignments)
+    for name, kind in SECTIONS.items():
+        config.parse(kind, params.get(name), name)
+    return params
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """One recipe with what all its methods share: images, teacher, features; and their runs, in `folder`."""
+
+    params: dict[str, Any]
+    folder: Path
+
+    @classmethod
+    def of(cls, recipe: str, params: dict[str, Any], teacher: int = 0) -> Runs:
+        """Those of a recipe, with the `teacher`-th seed after the recipe's for the teacher; made where missing."""
+        teach_section = {**params["teach"], "seed": params["teach"]["seed"] + teacher}
+        params = {**params, "teach": teach_section}
+        shared = {name: params[name] for name in ("prepare", "teach", "cache")}
+        runs = cls(params, WORK / f"{recipe}-{artifacts.digest(shared)[:8]}")
+        runs.make_shared()
+        return runs
+
+    def section(self, kind: type[Any]) -> Any:
+        """A section of the recipe as its settings."""
+        name = kind.__name__.lower()
+        return config.parse(kind, self.params.get(name), name)
+
+    @property
+    def prepared(self) -> Prepared:
+        """The prepared images."""
+        return Prepared.open(self.folder / "prepared")
+
+    @property
+    def teacher(self) -> Path:
+        """The teacher's weights."""
+        return self.folder / "teacher" / "teacher.safetensors"
+
+    def make_shared(self) -> None:
+        """Prepare the images, train the teacher and cache its features, each unless it is there."""
+        folder = self.folder
+        if not (folder / "prepared").exists():
+            prepare.prepare(self.section(prepare.Prepare), folder / "prepared")
+        if not self.teacher.exists():
+            settings = self.section(teach.Teach)
+            teach.teach(settings, self.prepared, folder / "teacher", folder / "work")
+        if not (folder / "features").exists():
+            cache = self.section(policy.Cache)
+            bar = progress.Progress("cache", cache.views * len(self.prepared.rows("train")))
+            work = folder / "work"
+            writing.write(cache, self.prepared, load(self.teacher), folder / "features", work, bar)
+
+    def on_test(self, path: Path) -> Run:
+        """Top-1 of a model, clean and under noise, as fractions."""
+        model, description = checkpoint.load(path)
+        settings = self.section(accuracy.Evaluate)
+        result, _ = accuracy.accuracy(model, description["preprocess"], self.prepared, settings)
+        return {"clean": result["clean"]["top1"], "noisy": result["noisy"]["top1"]}
+
+    def on_val(self, path: Path) -> Run:
+        """Clean top-1 and negative log-likelihood of a model on val: what choices are made by."""
+        model, description = checkpoint.load(path)
+        prepared = self.prepared
+        settings = dataclasses.replace(self.section(accuracy.Evaluate), split="val")
+        rows = accuracy.judged_rows(prepared, settings)
+        logits = accuracy.predict(
+            model, prepared.images[rows], description["preprocess"], settings.batch
+        )
+        labels = torch.from_numpy(prepared.labels[rows])
+        result = accuracy.figures(logits, labels, settings.ece_bins)
+        return {"top1": result["top1"], "nll": result["nll"]}
+
+    def run(self, settings: Distill, method: str, seed: int, split: str = "test") -> Run:
+        """Train one student and judge it on a split; with it the milliseconds of a step."""
+        seeded = dataclasses.replace(settings.of_method(method), seed=seed, methods=(method,))
+        features = self.folder / "features"
+        mark = artifacts.digest(
+            [
+                split,
+                dataclasses.asdict(seeded),
+                artifacts.sha256(features / "manifest.json"),
+                artifacts.code(distill.ROOMS),
+            ]
+        )
+        finished = self.folder / "runs" / f"{method}-{seed}-{mark[:12]}.json"
+        if finished.exists():
+            run: Run = artifacts.read_json(finished)
+            return run
+        out = self.folder / "students" / f"{method}-{mark[:12]}"
+        arguments = (seeded, method, self.prepared, self.teacher, features, out)
+        figures = distill.distill(*arguments, self.folder / "work")
+        judge = self.on_val if split == "val" else self.on_test
+        run = judge(out / "student.safetensors")
+        run["step_ms"] = sum(figures["stage_ms"].values())
+        artifacts.write_json(finished, run)
+        return run

@@ -1,0 +1,133 @@
+"""Settings of every method chosen on val: `python -m benchmarks.tune digits --methods plain logits --trials 8`.
+
+Every method gets the same budget: trial 0 is the recipe as it is, the others are draws of the learning rate, the
+labelled share and the weights and temperatures of the method's own terms, the same draws for the same method and
+number of trials. The best is that with the highest clean top-1 on val; of equals that with the lowest negative
+log-likelihood. Test is never opened. Each finished trial is kept, so a killed search goes on. The choices are
+written to recipes/tuned/<recipe>.yaml, which `make repro RECIPE=` and the benchmarks merge into `distill.tuned`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.runs import Run, Runs, merged
+from pipeline.core import artifacts, cli
+from pipeline.distill.methods.table import TERMS, WITHOUT_LOSS, paired, terms_of
+from pipeline.distill.settings import Distill
+from pipeline.project import recipes
+
+SCHEMA = "cakd.tune/1"
+LR = (0.5, 1.0, 2.0)  # times the recipe's
+WEIGHT = (0.3, 1.0, 3.0, 10.0)  # times the recipe's
+SHARES = (0.25, 0.5, 0.75)
+TEMPERATURES = (1.0, 2.0, 4.0)
+TUNED_TEMPERATURES = ("logits", "dkd")  # the others' are part of their definition
+
+Choice = dict[str, Any]  # dotted key below `distill` -> value
+
+
+def trials(settings: Distill, method: str, count: int) -> Iterator[Choice]:
+    """`count` choices, the first empty: a function of the method and of the recipe's settings."""
+    yield {}
+    draw = random.Random(f"tune {method}")
+    for _ in range(count - 1):
+        choice: Choice = {"lr": settings.lr * draw.choice(LR)}
+        if paired(method):
+            choice["labelled_share"] = draw.choice(SHARES)
+        for term in dict.fromkeys(terms_of(method)):
+            choice |= _of_term(settings, term, draw)
+        yield choice
+
+
+def _of_term(settings: Distill, term: str, draw: random.Random) -> Choice:
+    """Draws of one term: every weight it has, and the temperature where it is free."""
+    if term == "adversarial":
+        weight = settings.cakd.adversarial_weight
+        return {"cakd.adversarial_weight": weight * draw.choice(WEIGHT)}
+    if term in WITHOUT_LOSS:
+        return {}
+    kind, name = TERMS[term]
+    section = name if name in ("logits", "cakd") else f"terms.{name}"
+    own = settings.of_term(name)
+    weights = dict.fromkeys(kind.losses.values())
+    choice = {f"{section}.{key}": getattr(own, key) * draw.choice(WEIGHT) for key in weights}
+    if term in TUNED_TEMPERATURES:
+        choice[f"{section}.temperature"] = draw.choice(TEMPERATURES)
+    return choice
+
+
+def best(scores: list[Run]) -> int:
+    """The trial with the highest top-1, of equals that with the lowest negative log-likelihood."""
+    return max(range(len(scores)), key=lambda i: (scores[i]["top1"], -scores[i]["nll"]))
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A row a method: val of the recipe as it is, val of the best trial, and what that trial changed."""
+    lines = [
+        "| method | val top-1 (%), recipe | val nll, recipe | val top-1 (%), best | val nll, best | chosen |",
+        "|---|--:|--:|--:|--:|---|",
+    ]
+    for method, row in result["methods"].items():
+        first, last = row["scores"][0], row["scores"][row["best"]]
+        changes = ", ".join(f"{key} {value:g}" for key, value in row["trials"][row["best"]].items())
+        lines.append(
+            f"| {method} | {100 * first['top1']:.1f} | {first['nll']:.3f} | {100 * last['top1']:.1f} "
+            f"| {last['nll']:.3f} | {changes or 'the recipe'} |"
+        )
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Search, print, write the choices beside the recipe and the record of the search to `<out>`."""
+    changes = [*args.set, "distill.tuned={}"]
+    params = merged(args.recipe, args.data, changes)
+    shared = Runs.of(args.recipe, params)
+    settings = shared.section(Distill)
+    methods = args.methods or list(settings.methods)
+    rows: dict[str, Any] = {}
+    for method in methods:
+        choices = list(trials(settings, method, args.trials))
+        scores = [
+            shared.run(settings.with_choice(choice, method), method, settings.seed, "val")
+            for choice in choices
+        ]
+        rows[method] = {"trials": choices, "scores": scores, "best": best(scores)}
+        recipes.write_tuned(args.recipe, args.recipes, method, choices[rows[method]["best"]])
+    result = {"recipe": args.recipe, "methods": rows}
+    shown = markdown(result)
+    print(shown)
+    if args.out is None:
+        return
+    params["prepare"]["path"] = None  # a place of this machine
+    made_by = artifacts.provenance(params, teacher=shared.teacher)
+    flags = "".join(
+        (
+            " --data PATH" if args.data else "",
+            f" --methods {' '.join(args.methods)}" if args.methods else "",
+            f" --trials {args.trials}",
+            *(f" -S {change}" for change in args.set),
+        )
+    )
+    record.write(
+        args.out, SCHEMA, result, made_by, f"python -m benchmarks.tune {args.recipe}{flags}", shown
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="benchmarks.tune", description=__doc__)
+    parser.add_argument("recipe", help="a name of recipes/")
+    parser.add_argument("--data", metavar="PATH", help="where its images are (prepare.path)")
+    parser.add_argument("--methods", nargs="+", help="default: distill.methods of the recipe")
+    parser.add_argument(
+        "--trials", type=int, default=8, help="of each method, the recipe's own included"
+    )
+    parser.add_argument("-S", "--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--recipes", type=Path, default=Path("recipes"), help="folder of recipes")
+    parser.add_argument("--out", type=Path, help="where to write, without suffix")
+    cli.run(main, parser)
