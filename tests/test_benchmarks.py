@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from benchmarks import exporters, latency, methods, store
+from benchmarks import exporters, latency, methods, runs, store
 from exporters.artifact import counts, inputs
 from exporters.ort import session
 
@@ -29,14 +29,14 @@ def test_a_cached_step_is_held_against_the_same_step_online(tmp_path, capsys):
 
 
 def test_differences_are_paired_by_seed_and_their_interval_is_students():
-    runs = {
+    by_method = {
         name: [
             {"clean": c, "noisy": c / 2, "step_ms": ms}
             for c, ms in zip(clean, (9.0, 10.0, 50.0), strict=True)
         ]
         for name, clean in {"plain": (0.5, 0.7, 0.6), "cakd": (0.52, 0.72, 0.65)}.items()
     }
-    found = methods.compared(runs)
+    found = methods.compared(by_method)
     row = found["cakd"]["clean_minus_plain"]
     assert row["mean"] == pytest.approx(3.0)
     # differences 2, 2, 5: deviation sqrt(3), t with 2 degrees of freedom 4.303, root of 3 seeds
@@ -44,7 +44,7 @@ def test_differences_are_paired_by_seed_and_their_interval_is_students():
     assert found["cakd"]["step_over_plain"] == 1.0 and "clean_minus_plain" not in found["plain"]
     assert math.isnan(methods.interval([1.0])[1])
     taught = {"clean": 0.55, "noisy": 0.4}
-    shown = methods.table({"teacher": taught, "methods": found, "seeds": 3})
+    shown = methods.markdown({"teachers": [taught], "methods": found, "seeds": 3})
     assert shown.startswith("**The teacher is not better than the plain student.**")
     assert "| cakd | 63.0 | +3.0 ± 4.3 |" in shown
 
@@ -52,7 +52,7 @@ def test_differences_are_paired_by_seed_and_their_interval_is_students():
 def test_a_finished_run_is_read_and_not_repeated(
     prepared, teacher_path, features, tmp_path, monkeypatch
 ):
-    bench = methods.Bench({"evaluate": {}}, tmp_path)
+    bench = runs.Runs({"evaluate": {}}, tmp_path)
     (tmp_path / "prepared").symlink_to(prepared.folder)
     (tmp_path / "teacher").symlink_to(teacher_path.parent)
     (tmp_path / "features").symlink_to(features)
@@ -60,7 +60,7 @@ def test_a_finished_run_is_read_and_not_repeated(
     from tests.test_training import QUICK
 
     first = bench.run(QUICK, "plain", 3)
-    monkeypatch.setattr(methods.distill, "distill", None)
+    monkeypatch.setattr(runs.distill, "distill", None)
     assert bench.run(QUICK, "plain", 3) == first
     assert 0 < first["clean"] <= 1 and first["step_ms"] > 0
 

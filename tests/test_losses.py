@@ -12,10 +12,15 @@ from pipeline.distill import objective, robust
 from pipeline.distill.robust import Discriminator
 
 
+def cross_entropy(logits, labels, labelled):
+    unmixed = objective.Targets(labels, labels, torch.ones(len(labels)), False, labelled)
+    return objective.cross_entropy(logits, unmixed)
+
+
 def test_cross_entropy_is_the_mean_over_labelled_images_only():
     logits = torch.randn(4, 3, requires_grad=True)
     labels = torch.tensor([2, -1, 0, -1])
-    loss = objective.cross_entropy(logits, labels, 2.0)
+    loss = cross_entropy(logits, labels, 2.0)
     expected = F.cross_entropy(logits[[0, 2]], labels[[0, 2]])
     assert loss.item() == pytest.approx(expected.item())
     loss.backward()
@@ -23,14 +28,24 @@ def test_cross_entropy_is_the_mean_over_labelled_images_only():
 
 
 def test_cross_entropy_of_an_unlabelled_batch_is_zero():
-    assert objective.cross_entropy(torch.randn(2, 3), torch.tensor([-1, -1]), 0.0) == 0
+    assert cross_entropy(torch.randn(2, 3), torch.tensor([-1, -1]), 0.0) == 0
 
 
 def test_cross_entropies_of_the_parts_of_a_batch_add_up_to_that_of_the_batch():
     logits, labels = torch.randn(6, 3), torch.tensor([2, -1, -1, 0, 1, -1])
-    whole = objective.cross_entropy(logits, labels, 3.0)
-    parts = [objective.cross_entropy(logits[i::2], labels[i::2], 1.5) for i in range(2)]
+    whole = cross_entropy(logits, labels, 3.0)
+    parts = [cross_entropy(logits[i::2], labels[i::2], 1.5) for i in range(2)]
     torch.testing.assert_close(sum(parts) / 2, whole)
+
+
+def test_the_label_of_a_mixed_view_is_mixed_by_its_share():
+    logits, labels, partners = torch.randn(3, 4), torch.tensor([0, 3, 1]), torch.tensor([2, 3, 0])
+    shares = torch.tensor([0.25, 0.6, 1.0])
+    targets = objective.Targets(labels, partners, shares, mixed=True, labelled=3.0)
+    soft = shares[:, None] * F.one_hot(labels, 4) + (1 - shares[:, None]) * F.one_hot(partners, 4)
+    for smoothing in (0.0, 0.2):
+        expected = F.cross_entropy(logits, soft, label_smoothing=smoothing)
+        torch.testing.assert_close(objective.cross_entropy(logits, targets, smoothing), expected)
 
 
 def test_adversarial_term_leaves_the_discriminators_parameters_and_gradients_untouched():

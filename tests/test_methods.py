@@ -12,15 +12,26 @@ from torch.nn import functional as F
 from pipeline import teach
 from pipeline.core.errors import UserError
 from pipeline.distill.kernels.philox import Key
-from pipeline.distill.methods import at, crd, dkd, fitnet, irg, minilm, ofa, rkd, rsd, table
+from pipeline.distill.methods import (
+    affinity,
+    at,
+    crd,
+    dkd,
+    fitnet,
+    irg,
+    minilm,
+    ofa,
+    queue,
+    rkd,
+    rsd,
+    table,
+)
 from pipeline.distill.methods.logits import divergence
 from pipeline.distill.methods.table import (
     METHODS,
     TERMS,
     WITHOUT_LOSS,
-    Terms,
     reads,
-    settings,
     terms_of,
 )
 from pipeline.distill.methods.term import Sizes, StudentOutputs, TeacherSpace
@@ -44,7 +55,7 @@ def sizes():
     space = TeacherSpace(H, D, torch.zeros(D), torch.ones(D))
     tap = Tap("layer", C, (SIDE, SIDE), (SIDE, SIDE))
     spec = StudentSpec(E, {"layer": (C, (SIDE, SIDE))})
-    return Sizes(K, spec, tap, space, images=40, views=2)
+    return Sizes(K, spec, tap, space, labels=torch.arange(40) % 4 - 1, views=2)
 
 
 def seen(**changes):
@@ -178,10 +189,53 @@ def test_the_contrast_falls_as_pairs_of_one_image_agree_and_the_memory_follows()
 
 def test_negatives_are_a_function_of_seed_and_step():
     term = crd.Crd(crd.CrdConfig(), sizes())
-    key = seen().key
-    assert torch.equal(term._negatives(key), term._negatives(key))
-    assert not torch.equal(term._negatives(key), term._negatives(Key(7, key.ids, 6)))
-    assert term._negatives(key).shape == (B, 40)  # 16,384 asked for, 40 images
+    key, at = seen().key, seen().key.ids // 2
+    assert torch.equal(term._negatives(key, at), term._negatives(key, at))
+    assert not torch.equal(term._negatives(key, at), term._negatives(Key(7, key.ids, 6), at))
+    assert term._negatives(key, at).shape == (B, 39)  # 16,384 asked for, 39 other images
+
+
+def test_a_negative_is_no_view_of_the_anchors_image_and_not_of_its_shown_class():
+    labels = torch.arange(40) % 4 - 1
+    term = crd.Crd(crd.CrdConfig(), sizes())
+    for step in range(20):
+        at = torch.arange(40)
+        negatives = term._negatives(Key(7, at, step), at)
+        drawn = set()
+        for anchor, others in zip(at.tolist(), negatives, strict=True):
+            assert anchor not in others
+            if labels[anchor] >= 0:
+                assert (labels[others] != labels[anchor]).all()
+            drawn |= set(others.tolist())
+        assert drawn == set(range(40))
+
+
+def test_a_queue_knows_no_difference_where_the_embeddings_point_alike_and_fills_in_turn():
+    torch.manual_seed(0)
+    term = queue.Queue(queue.QueueConfig(size=10), sizes()).double()
+    turned = queue.queue_divergence(3 * draw(B, D), draw(B, D), draw(9, D, seed=3), 0.07)
+    assert turned.item() == pytest.approx(0, abs=1e-12)
+    assert queue.queue_divergence(draw(B, D, seed=1), draw(B, D), draw(9, D, seed=3), 0.07) > 0.1
+    for step in range(3):
+        theirs = draw(B, D, seed=step)
+        term(seen(), taught(pooled=theirs))
+    unit = F.normalize(theirs, dim=1)
+    torch.testing.assert_close(term.stored[[2, 3, 4, 5, 6, 7]], unit)  # 12 to 18, of ten places
+    assert term.position == 18
+    before = term.stored.clone()
+    term.eval()(seen(), taught())
+    assert torch.equal(before, term.stored)
+
+
+def test_affinities_know_no_rotation_no_scale_and_no_width():
+    tokens = seen().feature.flatten(2).mT
+    turn = torch.linalg.qr(draw(C, C, seed=1))[0]
+    wider = torch.cat((4 * tokens @ turn, torch.zeros(B, N, 2)), dim=2)
+    term = affinity.Affinity(affinity.AffinityConfig(), sizes())
+    assert term(seen(), taught(h=wider))["affinity"].item() == pytest.approx(0, abs=1e-12)
+    assert term(seen(), taught(h=wider.roll(1, dims=1)))["affinity"] > 0.1
+    rows = affinity.log_affinities(tokens, 0.07).exp().sum(2)
+    torch.testing.assert_close(rows, torch.ones_like(rows))
 
 
 def test_ofa_with_gamma_1_is_the_teachers_cross_entropy_and_above_it_the_sure_count_more():
@@ -202,9 +256,9 @@ def test_ofa_hears_every_stage():
 def test_redundancy_is_zero_for_decorrelated_equal_embeddings_and_knows_no_scale():
     basis = torch.linalg.qr(draw(32, D + 1))[0]
     x = torch.linalg.qr(torch.cat((torch.ones(32, 1).double(), basis[:, :D]), 1))[0][:, 1:]
-    assert rsd.suppressed(5 * x + 2, x, 0.01).item() == pytest.approx(0, abs=1e-3)
+    assert rsd.suppressed(5 * x + 2, x, 0.01).item() == pytest.approx(0, abs=1e-2)
     same = x[:, :1].expand(32, D)
-    assert rsd.suppressed(same, same, 0.01).item() == pytest.approx(0.01 * (D - 1), rel=1e-2)
+    assert rsd.suppressed(same, same, 0.01).item() == pytest.approx(0.01 * (D - 1) * D, rel=1e-2)
     assert rsd.suppressed(x.roll(1, dims=1), x, 0.01) > 0.9
 
 
@@ -228,7 +282,7 @@ def test_an_unlabelled_image_is_held_against_the_teachers_answer():
 def test_a_term_reads_only_what_it_says(term):
     """What it does not name is missing; it still gives finite losses, and each has a weight."""
     kind, name = TERMS[term]
-    made = kind(settings(*_defaults())[name], sizes()).double()
+    made = kind(QUICK.of_term(name), sizes()).double()
     missing = {"logits": None, "qkv": None, "tokens": None, "pooled": None}
     given = taught()
     given = replace(
@@ -239,13 +293,6 @@ def test_a_term_reads_only_what_it_says(term):
     losses = made(mine, given)
     assert set(losses) == set(made.weights(1.0))
     assert all(torch.isfinite(v) for v in losses.values())
-
-
-def _defaults():
-    from pipeline.distill.methods.cakd import CakdConfig
-    from pipeline.distill.methods.logits import LogitsConfig
-
-    return LogitsConfig(), CakdConfig(), Terms()
 
 
 def test_a_sum_of_methods_is_a_method_with_the_terms_of_both():
@@ -264,6 +311,7 @@ def test_a_sum_of_methods_is_a_method_with_the_terms_of_both():
         ("gl+lgits", "method: got 'gl\\+lgits', whose part 'lgits' is no method; did you mean"),
         ("cakd+gl", "which has 'gl' twice; name each part once"),
         ("robust", "whose discriminator judges h'_S of gl; add gl"),
+        ("control+logits", "expected nothing but trans beside control"),
     ],
 )
 def test_a_method_that_is_none_is_refused_with_the_reason(method, message):
@@ -317,7 +365,7 @@ def knowing(prepared, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", SUMS)
 def test_two_hundred_steps_on_digits_bring_every_loss_down(method, prepared, knowing):
-    config = replace(QUICK, epochs=10)
+    config = replace(QUICK, steps=210)
     trainer = build(config, method, prepared, *knowing)
     timer = stopwatch.Stopwatch()
     rows = [train_step(trainer, step, timer) for step in range(200)]

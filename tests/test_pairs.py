@@ -79,7 +79,9 @@ def seen(made):
     opened = Store(made.features, made.prepared, made.path)
     rows = made.prepared.rows("train")[:4]
     found = opened.read(opened.records(rows, [0] * 4))
-    batch = views.view_batch(made.prepared.images, opened.geometry, opened.seed, rows, [0] * 4)
+    batch = views.view_batch(
+        made.prepared.images, opened.geometry, opened.seed, rows, [0] * 4, rows
+    )
     vit, description = checkpoint.load(made.path)
     return found, views.normalise(batch, description["preprocess"]), vit
 

@@ -38,7 +38,7 @@ def first_batch(found: Prepared):
     config = settings.Distill(methods=("plain",), student="test_resnet", batch=16)
     chosen = batches.Batches(config, found, distilled=False, n_views=1)(0)
     rows, ks, labels = chosen.rows, chosen.view_numbers, chosen.labels
-    return views.view_batch(found.images, views.Geometry(), 0, rows, ks).numpy(), labels
+    return views.view_batch(found.images, views.Geometry(), 0, rows, ks, rows).numpy(), labels
 
 
 def test_folder_parquet_and_archives_give_the_same_index_and_the_same_first_batch(splits, tmp_path):

@@ -35,7 +35,7 @@ def broken(features, tmp_path):
 
 def views_of(prepared, opened, records):
     rows, ks = prepared.rows("train")[records // 2], records % 2
-    return views.view_batch(prepared.images, opened.geometry, opened.seed, rows, ks), rows, ks
+    return views.view_batch(prepared.images, opened.geometry, opened.seed, rows, ks, rows), rows, ks
 
 
 def test_a_float32_record_replays_to_the_live_teachers_tokens(features, prepared, teacher_path):

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError
 from pipeline.data import views
+from pipeline.data.mixing import Mix
 from pipeline.distill import curves, robust
 from pipeline.distill import distill as distillation
 from pipeline.distill.batches import Batches, BatchIndices, Stream
@@ -31,12 +32,13 @@ from pipeline.distill.kernels.reference import attention, dropout, gl_project, h
 from pipeline.distill.methods import cakd
 from pipeline.distill.methods.cakd import CakdConfig
 from pipeline.distill.methods.term import TeacherSpace
-from pipeline.distill.settings import Distill
+from pipeline.distill.settings import CrossEntropyConfig, Distill
 from pipeline.distill.trainer import build, discriminator_step, student_step, train_step
 from pipeline.models import checkpoint, teacher
 from pipeline.models.student import Taps
 from pipeline.store import policy, writing
 from pipeline.training import loop, stopwatch
+from pipeline.training.compute import Compute
 from pipeline.training.seeds import step_seed
 from tests.accidents import UNCOUNTED
 from tests.conftest import CNN, ROOT
@@ -46,9 +48,10 @@ QUICK = Distill(
     methods=("plain", "cakd+logits"),
     student="test_resnet",
     student_kwargs=CNN,
-    epochs=1,
+    steps=21,
     checkpoint_every=5,
 )
+GEOMETRY = views.Geometry()
 
 
 @pytest.fixture
@@ -108,33 +111,34 @@ def test_a_step_computes_every_term_from_its_own_rows_views_masks_and_trans(
 
     chosen = trainer.feed.views.batches(step)
     rows, ks, labels = chosen.rows, chosen.view_numbers, torch.from_numpy(chosen.labels)
-    store = trainer.feed.features.store
-    batch = views.view_batch(prepared.images, store.geometry, store.seed, rows, ks)
-    taught = teacher.load(teacher_path)(batch)
-    records = [list(prepared.rows("train")).index(r) * 2 + k for r, k in zip(rows, ks, strict=True)]
-    seeds = [step_seed(3, step, f"trans {record}") for record in records]
+    assert chosen.fresh == 32
+    store, train = trainer.feed.features.store, prepared.rows("train")
+    batch = views.view_batch(prepared.images, store.geometry, store.seed, rows, ks, train)
+    taught = teacher.load(teacher_path)(batch[32:])
+    records = [list(train).index(r) * 2 + k for r, k in zip(rows[32:], ks[32:], strict=True)]
+    seeds = [step_seed(3, step, f"trans {r} {k}") for r, k in zip(rows, ks, strict=True)]
     pixels = config.cakd.trans(batch, seeds)
     assert not torch.equal(pixels, batch.float())
     with Taps(student, ["layer4"]) as taps:
         logits = student(views.normalise(pixels, trainer.reader.preprocess))
-        native = taps.features["layer4"]
+        native = taps.features["layer4"][32:]
         feature = F.interpolate(native, (8, 8), mode="bilinear")
     key = Key(3, torch.tensor(records), step)
     project, p = parts["pca"].project, 0.5 * (1 - step / 21)
     maps = [
         F.interpolate(c(native), (8, 8), mode="bilinear") for c in (project.q, project.k, project.v)
     ]
-    qkv_s = torch.stack([m.flatten(2).mT.reshape(64, 64, 2, 16) for m in maps], dim=2)
+    qkv_s = torch.stack([m.flatten(2).mT.reshape(32, 64, 2, 16) for m in maps], dim=2)
     mixed = torch.where(swap_masks(key, qkv_s.shape, p, "element"), taught.qkv, qkv_s)
     x = dropout(feature.flatten(2).transpose(1, 2), key, 0.1)
     gl = parts["gl"].project
     h_s = gl_project(x, gl.weight, gl.bias, gl.groups)
     v_s, v_t = qkv_s[:, :, 2].transpose(1, 2), taught.qkv[:, :, 2].transpose(1, 2)
     expected = {
-        "cross_entropy": F.cross_entropy(logits[:8], labels[:8]),
+        "cross_entropy": F.cross_entropy(logits[:32], labels[:32]),
         "logits": 16
         * F.kl_div(
-            (logits / 4).log_softmax(1), (taught.logits / 4).softmax(1), reduction="batchmean"
+            (logits[32:] / 4).log_softmax(1), (taught.logits / 4).softmax(1), reduction="batchmean"
         ),
         "attention": F.mse_loss(attention(*heads(mixed)), attention(*heads(taught.qkv))),
         "gram": F.mse_loss(v_s @ v_s.mT / 4, v_t @ v_t.mT / 4),
@@ -225,8 +229,8 @@ def test_a_diverged_training_is_named_and_publishes_nothing(
 def test_a_few_unlabelled_images_do_not_change_the_share_of_labels(prepared):
     shown = prepared.splits == "train"
     shown[prepared.rows("train")[0]] = False
-    labels = Batches(QUICK, replace(prepared, student_label=shown), True, 2)(0).labels
-    assert (labels >= 0).sum() == 63
+    labels = batches(replace(prepared, student_label=shown))(0).labels
+    assert (labels >= 0).sum() == 32
 
 
 def test_the_students_step_leaves_the_discriminator_alone_and_its_own_step_moves_only_it(make):
@@ -288,7 +292,8 @@ def test_in_the_stores_own_write_batches_the_losses_are_the_same_bits(
     def in_order(self, step):
         records = np.arange(step * 64, step * 64 + 64)
         chosen = rows[records // 2]
-        return BatchIndices(chosen, records % 2, prepared.labels[chosen], records)
+        labels, ones = prepared.labels[chosen], np.ones(64, np.float32)
+        return BatchIndices(0, chosen, records % 2, labels, labels, ones, records)
 
     monkeypatch.setattr(Batches, "__call__", in_order)
     cached, live = (
@@ -331,9 +336,9 @@ def test_one_record_in_a_thousand_is_held_against_its_view(make, monkeypatch):
     trainer, checked = make("logits"), []
     monkeypatch.setattr(views, "check_hashes", lambda v, h, rows: checked.append(len(rows)))
     timer = stopwatch.Stopwatch()
-    for step in range(20):
+    for step in range(40):
         next(trainer.feed.batches(step, timer))
-    assert checked == [64, 1]  # the first batch, then record 1,000 of the 1,280
+    assert checked == [32, 1]  # the first batch, then record 1,000 of the 1,280
 
 
 def test_warm_up_brings_the_distillation_terms_in_over_the_first_tenth(make):
@@ -363,30 +368,211 @@ def test_cakd_holds_no_logit_term_and_plain_holds_nothing_of_the_teacher(make):
     assert plain.feed.features is None and not list(plain.objective.parameters())
 
 
-def test_with_scarce_labels_a_batch_holds_an_eighth_of_labelled_images(prepared):
-    batches = Batches(QUICK, prepared, distilled=True, n_views=2)
+def batches(prepared, config=QUICK, paired=True, n_views=2, geometry=GEOMETRY):
+    return Batches(config, prepared, paired, n_views, geometry, seed=0)
+
+
+def test_a_paired_batch_has_labelled_images_in_fresh_views_and_all_images_in_cached_ones(prepared):
+    drawn = batches(prepared)
     for step in range(30):
-        chosen = batches(step)
+        chosen = drawn(step)
         shown = chosen.labels >= 0
-        assert len(chosen.rows) == 64 and shown.sum() == 8
+        assert len(chosen.rows) == 64 and chosen.fresh == 32
+        assert shown[:32].all() and not shown[32:].any()
         assert prepared.student_label[chosen.rows[shown]].all()
         assert (prepared.labels[chosen.rows][shown] == chosen.labels[shown]).all()
-        assert set(chosen.view_numbers) <= {0, 1}
-    assert batches.labels_seen == 50
+        assert set(chosen.view_numbers[32:]) <= {0, 1}
+    assert drawn(29).view_numbers[:32].max() > 10  # a fresh view at every pass of 50 images
+    assert drawn.labels_seen == 50
+
+
+def test_the_share_of_labels_is_the_one_asked_and_leaves_room_for_two_others(prepared):
+    for share, fresh in ((0.25, 16), (0.001, 1), (0.999, 62)):
+        assert batches(prepared, replace(QUICK, labelled_share=share))(0).fresh == fresh
+    with pytest.raises(UserError, match="labelled_share: got 0.0, with 50 of 1297 images labelled"):
+        batches(prepared, replace(QUICK, labelled_share=0.0))
+    silent = replace(QUICK, labelled_share=0.0, cross_entropy=CrossEntropyConfig(weight=0.0))
+    assert (batches(prepared, silent)(0).labels == -1).all()
 
 
 def test_plain_trains_on_labelled_images_only_for_the_same_number_of_steps(prepared):
-    plain, distilled = (Batches(QUICK, prepared, d, 2) for d in (False, True))
+    plain, paired = batches(prepared, paired=False), batches(prepared)
     chosen = plain(20)
-    assert plain.steps == distilled.steps == 21
+    assert plain.steps == paired.steps == 21 and chosen.fresh == 64
     assert (chosen.labels >= 0).all() and prepared.student_label[chosen.rows].all()
     assert chosen.view_numbers.max() > 2  # a fresh view at every pass
 
 
+def test_the_control_sees_the_batches_of_a_distilled_method_and_reads_no_teacher(make):
+    control, cakd = make("control"), make("gl+pca")
+    for step in (0, 7):
+        for name, column in vars(control.feed.views.indices(step)[0]).items():
+            assert np.array_equal(column, getattr(cakd.feed.views.indices(step)[0], name))
+    assert control.feed.features is None and set(loss_terms(control)) == {"cross_entropy"}
+
+
+WEIGHTLESS = {
+    "logits": {"logits.weight": 0.0},
+    **{f"terms.{t}": {f"terms.{t}.weight": 0.0} for t in ("dkd", "fitnet", "at", "crd", "ofa")},
+    **{f"terms.{t}": {f"terms.{t}.weight": 0.0} for t in ("rsd", "minilm", "queue", "affinity")},
+    "terms.rkd": {"terms.rkd.distance_weight": 0.0, "terms.rkd.angle_weight": 0.0},
+    "terms.irg": {f"terms.irg.{k}_weight": 0.0 for k in ("vertex", "edge", "transform")},
+    "cakd": {f"cakd.{k}_weight": 0.0 for k in ("attention", "gram", "tokens", "adversarial")},
+}
+
+
+@pytest.mark.parametrize("settings", WEIGHTLESS)
+@pytest.mark.parametrize("change", [{}, {"clip_norm": 0.1, "optimizer": "sgd"}])
+def test_without_weight_every_method_is_its_control_to_the_bit(settings, change, make):
+    config = replace(QUICK, **change).with_choice(WEIGHTLESS[settings], "all")
+    method = settings.removeprefix("terms.")
+    control = "control+trans" if method == "cakd" else "control"
+    timer = stopwatch.Stopwatch()
+    ours, theirs = make(method, config), make(control, config)
+    for step in range(6):
+        train_step(ours, step, timer)
+        train_step(theirs, step, timer)
+    for a, b in zip(ours.student.parameters(), theirs.student.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_with_all_labels_every_image_of_the_batch_is_labelled(prepared):
     every = replace(prepared, student_label=prepared.splits == "train")
-    chosen = Batches(QUICK, every, True, 2)(0)
+    chosen = batches(every)(0)
     assert (chosen.labels == every.labels[chosen.rows]).all()
+
+
+MIXED = replace(GEOMETRY, mix=Mix(mixup=1.0, cutmix=0.4, probability=0.8))
+
+
+def test_a_labelled_view_is_mixed_with_a_labelled_image_whose_label_is_known(prepared):
+    drawn = batches(prepared, geometry=MIXED)
+    for step in range(10):
+        chosen = drawn(step)
+        labelled = slice(0, chosen.fresh)
+        assert (chosen.partner_labels[labelled] >= 0).all()
+        assert 0.5 < (chosen.shares < 1).mean() <= 1
+    mixed = views.mixed_with(MIXED, 0, chosen.rows[:32], chosen.view_numbers[:32], drawn.shown, 32)
+    assert prepared.student_label[mixed.partners].all()
+    assert (prepared.labels[mixed.partners] == chosen.partner_labels[:32]).all()
+    assert (mixed.shares == chosen.shares[:32]).all()
+
+
+def mixed_store(prepared, teacher_path, folder, **changes):
+    cache = policy.Cache(views=2, geometry=MIXED, dtype="float32", **changes)
+    writing.write(
+        cache, prepared, teacher.load(teacher_path), folder, folder.parent / "w", lambda _: None
+    )
+    return folder
+
+
+def test_in_mixed_views_the_cached_teacher_answers_as_the_one_that_runs(
+    prepared, teacher_path, tmp_path, monkeypatch
+):
+    """In the store's write batches to the bit; the view hashes say that both saw the same mix."""
+    rows = prepared.rows("train")
+
+    def in_order(self, step):
+        records = np.arange(step * 64, step * 64 + 64)
+        hidden, ones = np.full(64, -1), np.ones(64, np.float32)
+        return BatchIndices(0, rows[records // 2], records % 2, hidden, hidden, ones, records)
+
+    monkeypatch.setattr(Batches, "__call__", in_order)
+    stores = [
+        mixed_store(prepared, teacher_path, tmp_path / mode, mode=mode) for mode in ("on", "off")
+    ]
+    cached, live = (build(QUICK, "cakd+logits", prepared, teacher_path, s) for s in stores)
+    a, b = loss_terms(cached, 0), loss_terms(live, 0)
+    assert {t: v.item() for t, v in a.items()} == {t: v.item() for t, v in b.items()}
+
+
+def test_killed_with_mixing_momentum_clipping_and_averaging_it_goes_on_to_the_same_bits(
+    prepared, teacher_path, tmp_path, monkeypatch
+):
+    store = mixed_store(prepared, teacher_path, tmp_path / "mixed")
+    config = replace(
+        QUICK,
+        optimizer="sgd",
+        clip_norm=0.5,
+        weights="balanced",
+        cross_entropy=CrossEntropyConfig(label_smoothing=0.1),
+        compute=Compute(ema=0.9),
+    )
+    whole = run(config, "cakd+queue", prepared, teacher_path, store, tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    exact = train_step
+
+    def step(trainer, number, timer):
+        if number == 12:
+            raise Killed
+        return exact(trainer, number, timer)
+
+    monkeypatch.setattr(distillation, "train_step", step)
+    with pytest.raises(Killed):
+        run(config, "cakd+queue", prepared, teacher_path, store, tmp_path / "killed")
+    monkeypatch.setattr(distillation, "train_step", exact)
+    again = run(config, "cakd+queue", prepared, teacher_path, store, tmp_path / "killed")
+    assert json.dumps(again["curves"]) == json.dumps(whole["curves"])
+    assert again["weights"] == whole["weights"]
+    name = "cakd+queue/student.safetensors"
+    first, second = (artifacts.sha256(tmp_path / k / name) for k in ("whole", "killed"))
+    assert first == second
+
+
+@pytest.mark.parametrize(("optimizer", "kind"), [("adamw", "AdamW"), ("sgd", "SGD")])
+def test_norms_and_biases_do_not_decay(optimizer, kind, make):
+    trainer = make("gl+pca", replace(QUICK, optimizer=optimizer))
+    made = trainer.optimizers["student"]
+    assert type(made).__name__ == kind
+    for group in made.param_groups:
+        matrices = {p.ndim > 1 for p in group["params"]}
+        assert matrices == {group["weight_decay"] > 0}
+        assert optimizer != "sgd" or (group["nesterov"] and group["momentum"] == 0.9)
+    trained = sum(len(group["params"]) for group in made.param_groups)
+    assert trained == len([*trainer.student.parameters(), *trainer.objective.trained()])
+
+
+def test_a_clipped_step_has_no_longer_gradient_than_asked(make):
+    trainer = make("gl+pca", replace(QUICK, clip_norm=0.01))
+    student_step(trainer, 3, stopwatch.Stopwatch())
+    for parameters in (trainer.student.parameters(), trainer.objective.trained()):
+        norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+        assert norm.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_balanced_weights_bring_every_term_to_the_asked_ratio(make):
+    config = replace(QUICK, weights="balanced", balance=0.25, cakd=CakdConfig(warmup=0.0))
+    trainer = make("gl+pca+logits", config)
+    timer = stopwatch.Stopwatch()
+    first = train_step(trainer, 0, timer)
+    for term in ("attention", "gram", "tokens", "logits"):
+        assert first[f"ratio_{term}"] == pytest.approx(0.25, rel=1e-5)
+    for step in range(1, 20):
+        train_step(trainer, step, timer)
+        if step == 15:
+            found = trainer.objective.weights(1.0)
+    assert trainer.objective.weights(1.0) == found  # by the first sixteen steps
+    assert all(w > 0 for w in found.values()) and found["cross_entropy"] == 1.0
+
+
+def test_the_ratio_of_a_term_is_its_weighted_gradient_over_that_of_the_cross_entropy(make):
+    trainer = make("logits", QUICK.with_choice({"logits.weight": 3.0}, "all"))
+    figures = train_step(trainer, 0, stopwatch.Stopwatch())
+    again = make("logits", QUICK.with_choice({"logits.weight": 3.0}, "all"))
+    norms = {}
+    for term, loss in loss_terms(again, 0).items():
+        again.student.zero_grad()
+        loss.backward(retain_graph=True)
+        named = again.student.named_parameters()
+        grads = [
+            p.grad.flatten() for n, p in named if not n.startswith("fc.") and p.grad is not None
+        ]
+        norms[term] = torch.cat(grads).norm().item()
+    expected = 3 * norms["logits"] / norms["cross_entropy"]
+    assert figures["ratio_logits"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_one_pass_of_a_stream_is_a_permutation(prepared):
@@ -474,7 +660,10 @@ def test_every_term_is_logged_and_the_figures_have_their_units(
     prepared, teacher_path, features, tmp_path
 ):
     figures = run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path)
-    assert {*LOSS_TERMS, "discriminator", "discriminator_accuracy"} == set(figures["curves"])
+    ratios = {f"ratio_{term}" for term in LOSS_TERMS if term != "cross_entropy"}
+    named = {*LOSS_TERMS, *ratios, "discriminator", "discriminator_accuracy"}
+    assert named == set(figures["curves"])
+    assert set(figures["weights"]) == set(LOSS_TERMS) and figures["weights"]["gram"] == 0.05
     assert figures["curves"]["attention"][-1][0] == figures["steps"] == 21
     assert set(figures["stage_ms"]) == set(curves.STAGES)
     assert figures["img_per_s"]["median"] > 0 and 0 <= figures["stall_fraction"] < 1
@@ -482,7 +671,7 @@ def test_every_term_is_logged_and_the_figures_have_their_units(
 
 def test_a_changed_view_is_noticed_while_training(prepared, teacher_path, features, monkeypatch):
     trainer = build(QUICK, "logits", prepared, teacher_path, features)
-    trainer.feed.views.seed += 1
+    trainer.feed.views.batches.seed += 1
     with pytest.raises(UserError, match="are not the pixels the teacher saw"):
         train_step(trainer, 0, stopwatch.Stopwatch())
 
@@ -507,8 +696,11 @@ def test_learning_rate_warms_up_and_ends_near_zero():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 0}, "epochs is 0; allowed: 1 or more"),
-        ({"labelled_share": 1.5}, "labelled_share is 1.5"),
+        ({"steps": 0}, "steps is 0; allowed: 1 or more"),
+        ({"epochs": 3}, "steps, epochs are 21, 3; expected one of them, the other null"),
+        ({"steps": None}, "steps, epochs are None, None; expected one of them"),
+        ({"weights": "balanced", "balance": 0.0}, "weights is balanced with"),
+        ({"labelled_share": 1.5}, "labelled_share, momentum are 1.5, 0.9; allowed"),
         ({"lr": -1.0}, "lr, weight_decay are -1.0"),
     ],
 )

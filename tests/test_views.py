@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from pipeline.core.errors import UserError
 from pipeline.data import views
+from pipeline.data.mixing import Mix, mixture
 from pipeline.data.views import Geometry
+
+NONE = np.array([], dtype=np.int64)  # nothing is mixed
+POOL = np.arange(6)
 
 
 @pytest.fixture
@@ -18,9 +24,9 @@ def images() -> np.ndarray:
 
 def test_a_view_has_the_same_bits_in_any_batch_and_order(images):
     geometry = Geometry(rotate=20)
-    together = views.view_batch(images, geometry, 3, [0, 1, 2, 5], [0, 1, 2, 3])
-    turned = views.view_batch(images, geometry, 3, [5, 2, 1, 0], [3, 2, 1, 0])
-    alone = views.view_batch(images, geometry, 3, [2], [2])
+    together = views.view_batch(images, geometry, 3, [0, 1, 2, 5], [0, 1, 2, 3], NONE)
+    turned = views.view_batch(images, geometry, 3, [5, 2, 1, 0], [3, 2, 1, 0], NONE)
+    alone = views.view_batch(images, geometry, 3, [2], [2], NONE)
     assert torch.equal(together.flip(0), turned)
     assert torch.equal(together[2:3], alone)
 
@@ -39,13 +45,15 @@ def test_the_teachers_own_training_views_are_none_of_the_cached_ones():
 
 def test_the_whole_image_without_any_freedom_is_itself(images):
     still = Geometry(crop=(1.0, 1.0), aspect=1.0, rotate=0.0, flip=False)
-    assert torch.equal(views.view_batch(images, still, 0, range(6), [0] * 6), views.whole(images))
+    assert torch.equal(
+        views.view_batch(images, still, 0, range(6), [0] * 6, NONE), views.whole(images)
+    )
 
 
 def test_flip_mirrors_half_of_the_views_left_to_right(images):
     mirror = Geometry(crop=(1.0, 1.0), aspect=1.0, rotate=0.0, flip=True)
     rows = [0] * 200
-    batch = views.view_batch(images, mirror, 0, rows, range(200))
+    batch = views.view_batch(images, mirror, 0, rows, range(200), NONE)
     whole = views.whole(images)[0]
     kinds = [torch.equal(v, whole) for v in batch]
     assert all(
@@ -59,7 +67,7 @@ def test_a_half_crop_shows_a_quarter_of_the_image_at_twice_the_scale():
         np.arange(0, 240, 10, dtype=np.uint8)[None, None, :, None], (1, 24, 24, 3)
     )
     geometry = Geometry(crop=(0.25, 0.25), aspect=1.0, flip=False)
-    view = views.view_batch(ramp, geometry, 0, [0], [0])[0, 0, 0].float()
+    view = views.view_batch(ramp, geometry, 0, [0], [0], NONE)[0, 0, 0].float()
     steps = view.diff()
     assert steps[2:-2].mean().item() == pytest.approx(5, abs=0.3)
 
@@ -73,12 +81,75 @@ def test_normalise_matches_the_numpy_preprocessing_of_the_exporters(images):
 
 
 def test_a_changed_pixel_is_refused_by_its_hash_naming_the_row(images):
-    batch = views.view_batch(images, Geometry(), 0, [3, 4], [0, 0])
+    batch = views.view_batch(images, Geometry(), 0, [3, 4], [0, 0], NONE)
     hashes = views.view_hashes(batch)
     views.check_hashes(batch, hashes, [3, 4])
     batch[1, 0, 0, 0] ^= 1
     with pytest.raises(UserError, match=r"1 of 2 checked views.*image row 4"):
         views.check_hashes(batch, hashes, [3, 4])
+
+
+ROWS = np.arange(200) % 6
+
+
+def mixed(mix, rows=ROWS, views_=None, pool=POOL):
+    numbers = np.arange(len(rows)) if views_ is None else views_
+    return mixture(mix, 3, rows, numbers, pool, 16)
+
+
+def test_a_mix_is_a_function_of_seed_image_and_view():
+    mix = Mix(mixup=0.8, cutmix=1.0)
+    whole, some = mixed(mix), mixed(mix, ROWS[50:60], np.arange(50, 60))
+    for name, column in vars(whole).items():
+        assert np.array_equal(column[50:60], getattr(some, name)), name
+    other = mixture(mix, 4, ROWS, np.arange(200), POOL, 16)
+    assert not np.array_equal(whole.shares, other.shares)
+
+
+def test_shares_are_uniform_with_alpha_1_and_near_the_ends_with_a_small_one():
+    even, steep = mixed(Mix(mixup=1.0)).shares, mixed(Mix(mixup=0.1)).shares
+    assert abs(even.mean() - 0.5) < 0.07 and abs(even.std() - 12**-0.5) < 0.03
+    assert steep.std() > 0.4
+    off = mixed(Mix(cutmix=1.0, probability=0.0)).shares
+    assert (off == 1).all() and not Mix(probability=1.0).on
+
+
+def test_the_share_of_a_cut_view_is_the_area_it_keeps():
+    found = mixed(Mix(cutmix=1.0))
+    top, bottom, left, right = found.boxes.T
+    assert np.allclose(found.shares, 1 - (bottom - top) * (right - left) / 256)
+    assert set(found.partners) == set(POOL) and (found.shares < 1).mean() > 0.9
+
+
+def test_a_mixed_view_holds_both_images_in_their_shares(images):
+    still = Geometry(crop=(1.0, 1.0), aspect=1.0, flip=False, mix=Mix(mixup=1.0))
+    flat = np.stack([np.full((16, 16, 3), 40 * i, np.uint8) for i in range(6)])
+    rows, ks = np.arange(6), np.arange(6)
+    batch = views.view_batch(flat, still, 0, rows, ks, POOL)
+    found = views.mixed_with(still, 0, rows, ks, POOL, 16)
+    expected = 40 * (rows * found.shares + found.partners * (1 - found.shares))
+    assert np.abs(batch.float().mean(dim=(1, 2, 3)).numpy() - expected).max() <= 0.5
+    cut = replace(still, mix=Mix(cutmix=1.0))
+    batch = views.view_batch(flat, cut, 0, rows, ks, POOL)
+    found = views.mixed_with(cut, 0, rows, ks, POOL, 16)
+    expected = 40 * (rows * found.shares + found.partners * (1 - found.shares))
+    assert np.allclose(batch.float().mean(dim=(1, 2, 3)).numpy(), expected, atol=1e-3)
+
+
+def test_a_mixed_view_has_the_same_bits_in_any_batch(images):
+    geometry = Geometry(rotate=20, mix=Mix(mixup=1.0, cutmix=1.0))
+    together = views.view_batch(images, geometry, 3, [0, 1, 2, 5], [0, 1, 2, 3], POOL)
+    alone = views.view_batch(images, geometry, 3, [2], [2], POOL)
+    assert torch.equal(together[2], alone[0])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [({"mixup": -1.0}, "mixup is -1.0"), ({"probability": 1.5}, "probability is 1.5")],
+)
+def test_impossible_mixes_are_refused_with_the_value(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Mix(**kwargs)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def summarise(
         "steps": trainer.feed.steps,
         "batch": trainer.config.batch,
         "labels_seen": trainer.feed.labels_seen,
+        "weights": trainer.objective.weights(1.0),
         "stage_ms": stage_ms,
         "curves": _thinned(curves),
     }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.data.prepared import UNLABELLED, Prepared
 from pipeline.distill import balance, robust
@@ -151,6 +152,11 @@ def build(
     check_stored(method, store.manifest, config.cakd.layer)
     space = TeacherSpace.of(store.manifest)
     distilled = bool(reads(method, "teacher"))
+    if not distilled and not config.cross_entropy.weight:
+        raise UserError(
+            f"distill.cross_entropy.weight: got 0 with method {method!r}, which has no other loss; expected above 0; "
+            f"set distill.tuned.{method}: {{cross_entropy.weight: 1.0}}"
+        )
     sizes = _sizes(config, method, network, prepared, teacher_path, store) if distilled else None
     torch.manual_seed(config.seed)
     objective = Objective(method, config, sizes).to(device)

@@ -46,7 +46,7 @@ def merged(name: str, folder: Path, sections: Sections, data: str | None = None)
         config.parse(sections[section], whole[section], where)
     choices = tuned_path(name, folder)
     if choices.is_file():
-        whole["distill"]["tuned"] = config.read(choices)
+        whole["distill"]["tuned"] = whole["distill"].get("tuned", {}) | config.read(choices)
         config.parse(sections["distill"], whole["distill"], f"{choices}: distill")
     if data is not None:
         whole["prepare"]["path"] = data

@@ -123,7 +123,7 @@ class Gl(Term):
             tokens_of(on_grid(seen.feature, self.tokens)),
             layer.weight,
             layer.bias,
-            self.target(taught),
+            self.target(taught.h),
             layer.groups,
             config.dropout,
             seen.key,
@@ -131,9 +131,9 @@ class Gl(Term):
         )
         return {"tokens": loss}
 
-    def target(self, taught: TeacherOutputs) -> Tensor:
+    def target(self, h_t: Tensor) -> Tensor:
         """What h'_S is held against: h_T (B, N, D), per-channel standardised where asked (decision 12)."""
-        return _standardised(self.config, taught.h, self.mean, self.std)
+        return _standardised(self.config, h_t, self.mean, self.std)
 
 
 def _standardised(config: CakdConfig, h: Tensor, mean: Tensor, std: Tensor) -> Tensor:
