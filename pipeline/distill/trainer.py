@@ -154,8 +154,8 @@ def build(
     distilled = bool(reads(method, "teacher"))
     if not distilled and not config.cross_entropy.weight:
         raise UserError(
-            f"distill.cross_entropy.weight: got 0 with method {method!r}, which has no other loss; expected above 0; "
-            f"set distill.tuned.{method}: {{cross_entropy.weight: 1.0}}"
+            f"distill.cross_entropy.weight: got 0 with method {method!r}, which has no other loss; expected above "
+            f"0; set distill.tuned.{method}: {{cross_entropy.weight: 1.0}}"
         )
     sizes = _sizes(config, method, network, prepared, teacher_path, store) if distilled else None
     torch.manual_seed(config.seed)

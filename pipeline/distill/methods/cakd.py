@@ -60,7 +60,7 @@ class CakdConfig:
                 raise ValueError(f"cakd.{name} is {getattr(self, name)}; allowed: 1 or more")
         if self.standardise and self.layer == "before_last":
             raise ValueError(
-                "cakd.standardise is true with layer before_last; expected layer last, the one whose channel "
+                f"cakd.standardise is true with layer {self.layer}; expected layer last, the one whose channel "
                 "statistics the feature cache holds"
             )
         if self.discriminator_lr <= 0:

@@ -45,7 +45,8 @@ def _curve(lines: Mapping[str, Any], methods: Sequence[str], name: str, term: st
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axis.grid(axis="y")
         axis.set_xlabel("step")
-        axis.set_ylabel("fraction" if term.endswith("accuracy") else "loss")
+        unit = "gradient ratio" if term.startswith("ratio_") else "loss"
+        axis.set_ylabel("fraction" if term.endswith("accuracy") else unit)
         return canvas.svg(
             figure, name, f"Training curve of the loss term {term}: {', '.join(lines)}"
         )
