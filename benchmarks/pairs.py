@@ -152,10 +152,8 @@ class Reach:
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], found: Losses) -> None:
         """After the objective's forward pass."""
-        feature, losses = (
-            args[0].feature,
-            [loss for t, loss in found.terms.items() if t not in BY_LABEL],
-        )
+        feature = args[2].feature  # of the student's outputs
+        losses = [loss for t, loss in found.terms.items() if t not in BY_LABEL]
         for term, loss in found.terms.items():
             if term not in BY_LABEL:
                 (gradient,) = torch.autograd.grad(loss, feature, retain_graph=True)
@@ -188,7 +186,7 @@ def trainer(made: Taught, student: str, method: str) -> Trainer:
         student=student,
         student_kwargs=STUDENTS[student],
         batch=BATCH,
-        epochs=1,
+        steps=4,
         cakd=CakdConfig(warmup=0.0),  # else every term of the first step weighs 0
     )
     return build(config, method, made.prepared, made.path, made.features)

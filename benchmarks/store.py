@@ -80,7 +80,7 @@ def trainers(args: argparse.Namespace) -> Iterator[dict[str, Trainer]]:
             methods=(args.method,),
             student=args.student,
             batch=args.batch,
-            epochs=10_000,
+            steps=1_000_000,
             workers=args.workers,
         )
         made = {}

@@ -202,8 +202,8 @@ def test_the_shapes_can_be_cut_to_some_numbers_of_tokens():
 
 
 def test_resident_batches_repeat_and_are_what_the_feed_says_it_has_chosen(prepared):
-    config = settings.Distill(methods=("plain",), student="test_resnet", batch=8)
-    made = feed.Views(batches.Batches(config, prepared, False, 1), views.Geometry(), 3)
+    config = settings.Distill(methods=("plain",), student="test_resnet", steps=4, batch=8)
+    made = feed.Views(batches.Batches(config, prepared, False, 1, views.Geometry(), 3))
     resident = training.ResidentViews(made, torch.device("cpu"))
     for step in (0, 5, 2 * training.RESIDENT):
         (batch,), (chosen,) = resident[step], resident.indices(step)

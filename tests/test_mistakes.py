@@ -71,7 +71,7 @@ TYPOS = {
     "a method": (
         "distill.methods",
         ["plane"],
-        "method: got 'plane'; did you mean 'plain'? allowed: plain, logits, dkd",
+        "method: got 'plane'; did you mean 'plain'? allowed: plain, control, logits, dkd",
     ),
     "a teacher": (
         "teach.model",
@@ -139,7 +139,7 @@ TYPOS = {
             "kwargs": {"img_size": 32, "window_size": 4, "depths": [1, 1, 1, 1]},
         },
         "method: 'cakd' reads the teacher's queries, keys and values (pca), and this one has none for it: it "
-        "has no row of blocks over one grid of tokens; choose another teacher, or a sum of plain, logits",
+        "has no row of blocks over one grid of tokens; choose another teacher, or a sum of plain, control, logits",
     ),
 }
 

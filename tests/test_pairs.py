@@ -193,7 +193,8 @@ def test_attention_terms_are_refused_to_a_teacher_without_q_k_v_before_any_step(
         told.value
     )
     assert str(told.value).endswith(
-        "a sum of plain, logits, dkd, fitnet, at, rkd, irg, crd, ofa, rsd, gl, robust, trans"
+        "a sum of plain, control, logits, dkd, fitnet, at, rkd, irg, crd, ofa, rsd, queue, affinity, gl, "
+        "robust, trans"
     )
 
 
@@ -210,7 +211,7 @@ def test_a_store_of_q_k_v_is_refused_for_a_teacher_without(made, tmp_path):
 
 def test_a_teacher_without_q_k_v_goes_through_training_and_evaluation(made, tmp_path):
     taught = made("swin")
-    recipe = settings.Distill(("gl+robust+logits",), "resnet18", batch=8, epochs=1)
+    recipe = settings.Distill(("gl+robust+logits",), "resnet18", batch=8, steps=4)
     given = (taught.prepared, taught.path, taught.features, tmp_path / "student", tmp_path / "work")
     curves = distill.distill(recipe, "gl+robust+logits", *given)["curves"]
     assert {"tokens", "adversarial", "logits"} <= set(curves)
@@ -259,7 +260,7 @@ def test_a_student_that_cannot_be_tapped_is_refused_by_name_and_reason(student, 
 
 def test_a_student_without_maps_still_learns_from_logits(made):
     taught = made("vit")
-    recipe = settings.Distill(("logits",), "hrnet_w18_small", batch=8, epochs=1)
+    recipe = settings.Distill(("logits",), "hrnet_w18_small", batch=8, steps=4)
     trainer = build(recipe, "logits", taught.prepared, taught.path, taught.features)
     assert trainer.reader.tap is None and trainer.objective.terms == ("logits",)
     with pytest.raises(UserError, match="names no feature maps for HighResolutionNet"):

@@ -32,7 +32,7 @@ PARAMS = {
         "methods": ["cakd+logits"],
         "student": "test_resnet",
         "student_kwargs": CNN,
-        "epochs": 1,
+        "steps": 21,
         "checkpoint_every": 3,
     },
 }

@@ -226,7 +226,7 @@ def made(
 def train_and_evaluate(folder: Path, digits: Path, teacher: Path, features: Path) -> None:
     """train/<method>.json of two quick trainings in `folder`, and what evaluate makes of them in judged/."""
     methods = ("plain", "cakd")
-    student = {"student": "test_resnet", "student_kwargs": CNN, "epochs": 1}
+    student = {"student": "test_resnet", "student_kwargs": CNN, "steps": 21}
     cache = {"dtype": "float32", "views": 2, "shard_mb": 9}  # as the fixture `features`
     params = folder / "params-of-training.yaml"
     settings = {"distill": {"methods": methods, **student}, "cache": cache, "evaluate": {}}

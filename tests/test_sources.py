@@ -35,8 +35,8 @@ def prepared(out, **kwargs) -> Prepared:
 
 
 def first_batch(found: Prepared):
-    config = settings.Distill(methods=("plain",), student="test_resnet", batch=16)
-    chosen = batches.Batches(config, found, distilled=False, n_views=1)(0)
+    config = settings.Distill(methods=("plain",), student="test_resnet", steps=4, batch=16)
+    chosen = batches.Batches(config, found, False, 1, views.Geometry(), 0)(0)
     rows, ks, labels = chosen.rows, chosen.view_numbers, chosen.labels
     return views.view_batch(found.images, views.Geometry(), 0, rows, ks, rows).numpy(), labels
 

@@ -16,7 +16,7 @@ from tests.house import FLOORS, ROOT
 PARAMS: dict[str, dict[str, Any]] = {
     "teach": {"epochs": 1},
     "cache": {"views": 1},
-    "distill": {"epochs": 1, "methods": ["plain", "logits", "cakd+logits"]},
+    "distill": {"steps": 21, "methods": ["plain", "logits", "cakd+logits"]},
     "export": {"reference_images": 32, "calibration_images": 32},
     "bench": {"enabled": ["ort-fp32", "rtx-fp16"], "seconds_per_row": 0.2, "rounds": 4},
     "report": {"budgets": {}},
