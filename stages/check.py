@@ -7,6 +7,7 @@ With `--recipe NAME` params.yaml is written by that recipe first.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def pair(prepare: Prepare, teach: Teach, cache: Cache, distill: settings.Distill
     for method in distill.methods:
         check_attention(method, found.no_attention)
     check_layout(cache, found)
+    _warn_token_pooled(teach, vit, distill)
     student = checkpoint.create(distill.student, distill.student_kwargs, CLASSES, "distill")
     if not any(reads(method, "teacher") for method in distill.methods):
         return "no method reads a teacher"
@@ -100,6 +102,20 @@ def pair(prepare: Prepare, teach: Teach, cache: Cache, distill: settings.Distill
     tap = find_tap(student, prepare.image_size, found.grid, distill.cakd.tap)
     rows, columns = tap.grid
     return f"tap {tap.module} {rows}x{columns} for {tap.tokens[0]}x{tap.tokens[1]} tokens"
+
+
+def _warn_token_pooled(teach: Teach, vit: Any, distill: settings.Distill) -> None:
+    """Say on stderr where methods read patch tokens that the teacher's own training does not reach."""
+    if getattr(vit, "global_pool", None) != "token" or distill.cakd.layer == "before_last":
+        return
+    reading = [m for m in distill.methods if reads(m, "teacher") & {"tokens", "qkv"}]
+    if reading:
+        print(
+            f"warning: teach.model {teach.model} pools by its class token, so its training gives the patch tokens "
+            f"of its last block no gradient, and {', '.join(reading)} read these; set teach.kwargs global_pool: avg "
+            "and fc_norm: false, or distill.cakd.layer: before_last (docs/decisions.md, 4)",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

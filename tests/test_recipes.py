@@ -26,7 +26,7 @@ from pipeline.store import writing
 from pipeline.store.policy import Cache
 from pipeline.teach import Teach, _build
 from pipeline.training import stopwatch
-from stages.check import CHECKED, SECTIONS, main
+from stages.check import CHECKED, SECTIONS, main, pair
 from tests import containers
 from tests.house import ROOT
 
@@ -330,3 +330,28 @@ def test_the_page_lists_every_recipe():
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert [n for n in NAMES if f"| [`{n}`](../recipes/{n}.yaml) |" not in page] == []
     assert Path(FOLDER / f"{recipes.DEFAULT}.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "warned"),
+    [
+        ("digits", {}, False),
+        ("digits", {"global_pool": "token"}, True),
+        ("cifar10-mini", {}, False),
+        ("imagenette", {}, True),
+    ],
+)
+def test_a_teacher_whose_patch_tokens_are_not_trained_is_named_once(
+    recipe, changes, warned, capsys
+):
+    params = whole(recipe)
+    kinds = ("prepare", "teach", "cache", "distill")
+    params["teach"]["kwargs"] = {
+        k: v
+        for k, v in (params["teach"]["kwargs"] | changes).items()
+        if k != "fc_norm" or not changes
+    }
+    pair(*(config.parse(SECTIONS[kind], params[kind], kind) for kind in kinds))
+    warning = capsys.readouterr().err
+    assert warning.count("warning: teach.model") == warned
+    assert ("pools by its class token" in warning) == warned

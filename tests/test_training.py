@@ -723,6 +723,41 @@ def test_impossible_decisions_are_refused_with_the_value(kwargs, message):
         CakdConfig(**kwargs)
 
 
+def test_before_last_reads_the_normed_input_of_the_last_block(make, online, prepared, teacher_path):
+    config = replace(QUICK, cakd=CakdConfig(layer="before_last"))
+    cached, live = make("gl", config), build(config, "gl+pca", prepared, teacher_path, online)
+    indices = cached.feed.views.indices(0)[0].cached
+    whole = next(cached.feed.batches(0, stopwatch.Stopwatch()))
+    vit, description = checkpoint.load(teacher_path)
+    pixels = views.normalise(whole.views[-len(indices.rows) :], description["preprocess"])
+    x = pixels
+    states = []
+    for block in vit.blocks[-2:]:
+        block.register_forward_hook(lambda _, args, out: states.append((args[0], out)))
+    with torch.no_grad():
+        vit(x)
+        expected = vit.blocks[-1].norm1(states[1][0])[:, 1:]
+        before = vit.blocks[-2]
+        packed = before.attn.qkv(before.norm1(states[0][0]))[:, 1:]
+    torch.testing.assert_close(whole.teacher.h, expected)
+    assert whole.teacher.qkv is None
+    running = next(live.feed.batches(0, stopwatch.Stopwatch())).teacher
+    torch.testing.assert_close(running.h, expected)
+    torch.testing.assert_close(running.qkv.flatten(2), packed, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="layer: got before_last for 'cakd', which reads Q, K, V"):
+        make("cakd", config)
+    with pytest.raises(ValueError, match="standardise is true with layer before_last"):
+        CakdConfig(layer="before_last", standardise=True)
+
+
+def test_without_labels_or_teacher_nothing_can_be_trained(make):
+    silent = replace(QUICK, cross_entropy=CrossEntropyConfig(weight=0.0))
+    with pytest.raises(UserError, match="got 0 with method 'plain', which has no other loss"):
+        make("plain", silent)
+    figures = train_step(make("logits", silent), 0, stopwatch.Stopwatch())
+    assert figures["logits"] > 0
+
+
 def test_standardising_brings_the_target_to_unit_scale(make):
     config = replace(QUICK, cakd=CakdConfig(standardise=True))
     trainer = make("cakd", config)
