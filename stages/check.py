@@ -112,8 +112,8 @@ def _warn_token_pooled(teach: Teach, vit: Any, distill: settings.Distill) -> Non
     if reading:
         print(
             f"warning: teach.model {teach.model} pools by its class token, so its training gives the patch tokens "
-            f"of its last block no gradient, and {', '.join(reading)} read these; set teach.kwargs global_pool: avg "
-            "and fc_norm: false, or distill.cakd.layer: before_last (docs/decisions.md, 4)",
+            f"of its last block no gradient; {', '.join(reading)} read these; set teach.kwargs global_pool: avg, "
+            "fc_norm: false, or distill.cakd.layer: before_last (docs/decisions.md, 4)",
             file=sys.stderr,
         )
 
