@@ -272,7 +272,7 @@ def test_under_autocast_the_losses_are_computed_in_float32(
             (args[0].embedding.dtype, args[0].logits.dtype, torch.is_autocast_enabled("cpu"))
         )
 
-    trainer.objective.parts[method].register_forward_pre_hook(look)
+    trainer.objective.loss_terms[method].register_forward_pre_hook(look)
     figures = train_step(trainer, 0, stopwatch.Stopwatch())
     assert seen == [(torch.float32, torch.float32, False)]
     assert all(value == value for value in figures.values())

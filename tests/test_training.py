@@ -106,7 +106,7 @@ def test_a_step_computes_every_term_from_its_own_rows_views_masks_and_trans(
     config = replace(QUICK, seed=3, cakd=CakdConfig(standardise=True, swap_anneal=True))
     trainer, step = make("cakd+logits", config), 9
     student = copy.deepcopy(trainer.student).train()
-    parts, space = trainer.objective.parts, trainer.space
+    parts, space = trainer.objective.loss_terms, trainer.space
     found = loss_terms(trainer, step)
 
     chosen = trainer.feed.views.batches(step)
@@ -155,7 +155,7 @@ def test_the_step_follows_warm_up_and_schedule(make):
     timer = stopwatch.Stopwatch()
     for step, moved in ((0, False), (5, True)):
         student_step(trainer, step, timer)
-        gradient = trainer.objective.parts["pca"].project.q.weight.grad
+        gradient = trainer.objective.loss_terms["pca"].project.q.weight.grad
         assert (gradient.abs().sum() > 0) == moved
         rate = trainer.optimizers["student"].param_groups[0]["lr"]
         assert rate == loop.learning_rate(step, 21, QUICK.lr)
@@ -452,7 +452,9 @@ def test_a_labelled_view_is_mixed_with_a_labelled_image_whose_label_is_known(pre
         labelled = slice(0, chosen.fresh)
         assert (chosen.partner_labels[labelled] >= 0).all()
         assert 0.5 < (chosen.shares < 1).mean() <= 1
-    mixed = views.mixed_with(MIXED, 0, chosen.rows[:32], chosen.view_numbers[:32], drawn.shown, 32)
+    mixed = views.mixed_with(
+        MIXED, 0, chosen.rows[:32], chosen.view_numbers[:32], drawn.labelled_rows, 32
+    )
     assert prepared.student_label[mixed.partners].all()
     assert (prepared.labels[mixed.partners] == chosen.partner_labels[:32]).all()
     assert (mixed.shares == chosen.shares[:32]).all()
@@ -761,7 +763,7 @@ def test_without_labels_or_teacher_nothing_can_be_trained(make):
 def test_standardising_brings_the_target_to_unit_scale(make):
     config = replace(QUICK, cakd=CakdConfig(standardise=True))
     trainer = make("cakd", config)
-    gl = trainer.objective.parts["gl"]
+    gl = trainer.objective.loss_terms["gl"]
     h = gl.mean + 3 * gl.std
     torch.testing.assert_close(gl.target(h), torch.full_like(h, 3.0))
     space = trainer.space

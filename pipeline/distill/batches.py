@@ -96,23 +96,30 @@ class Batches:
         seed: int,
     ) -> None:
         train = prepared.rows("train")
-        shown = train[prepared.student_label[train]]
-        self.prepared, self.train, self.shown, self.n_views = prepared, train, shown, n_views
+        labelled_rows = train[prepared.student_label[train]]
+        self.prepared, self.train, self.labelled_rows, self.n_views = (
+            prepared,
+            train,
+            labelled_rows,
+            n_views,
+        )
         self.geometry, self.seed = geometry, seed
         self.steps = config.step_count(len(train))
-        self.labels_seen = len(shown)
+        self.labels_seen = len(labelled_rows)
         self._drawn: dict[int, BatchIndices] = {}
         fresh = _labelled_count(config) if paired else config.batch
-        if paired and not fresh and len(shown) < len(train) and config.cross_entropy.weight:
+        if paired and not fresh and len(labelled_rows) < len(train) and config.cross_entropy.weight:
             raise UserError(
-                f"distill.labelled_share: got {config.labelled_share}, with {len(shown)} of {len(train)} images "
-                "labelled; expected a share above 0, or every image labelled, or cross_entropy.weight 0"
+                f"distill.labelled_share: got {config.labelled_share}, with {len(labelled_rows)} of {len(train)} "
+                "images labelled; expected a share above 0, or every image labelled, or cross_entropy.weight 0"
             )
-        labelled = Stream(shown, config.seed, "labelled")
+        labelled = Stream(labelled_rows, config.seed, "labelled")
         every = Stream(train, config.seed, "all")
         parts = (
             _Part(labelled, fresh, cached=False, labelled=True),
-            _Part(every, config.batch - fresh, cached=True, labelled=len(shown) == len(train)),
+            _Part(
+                every, config.batch - fresh, cached=True, labelled=len(labelled_rows) == len(train)
+            ),
         )
         self.parts = [part for part in parts if part.count]
 

@@ -57,7 +57,7 @@ def distill(
         trainer = build(config, method, prepared, teacher_path, features, policy, ranks)
         timer = Stopwatch(trainer.device)
         steps = trainer.feed.steps
-        shown = progress.Progress(
+        bar = progress.Progress(
             f"distill {method}",
             steps,
             batch=config.batch,
@@ -66,7 +66,7 @@ def distill(
         )
         with trainer.feed.watched(), closing(trainer.feed):
             curves = loop.run_steps(
-                shown,
+                bar,
                 config.checkpoint_every,
                 folder / "checkpoint.safetensors",
                 trainer.modules,

@@ -55,7 +55,7 @@ class Views(Dataset[list[Batch]]):
     def _pixels(self, part: BatchIndices) -> Tensor:
         """Fresh views are mixed with labelled images only: their mixed label must be known."""
         batches = self.batches
-        pools = (slice(part.fresh), batches.shown), (slice(part.fresh, None), batches.train)
+        pools = (slice(part.fresh), batches.labelled_rows), (slice(part.fresh, None), batches.train)
         return torch.cat(
             [
                 views.view_batch(
@@ -75,8 +75,8 @@ class Views(Dataset[list[Batch]]):
 class Feed:
     """Micro-batches with the teacher's tokens in them; `workers` processes make the views ahead, or none does."""
 
-    def __init__(self, made: Views, features: Features | None, workers: int) -> None:
-        self.views, self.features, self.workers = made, features, workers
+    def __init__(self, batches: Views, features: Features | None, workers: int) -> None:
+        self.views, self.features, self.workers = batches, features, workers
         self._next = -1
         self._ahead: Iterator[list[Batch] | UserError] = iter(())
 
@@ -96,8 +96,8 @@ class Feed:
         Raises UserError: a worker that was killed, damaged records, views that are not the cached ones.
         """
         with timer.stage("view"):
-            made = self._made(step)
-        for number, batch in enumerate(made):
+            batches = self._rendered(step)
+        for number, batch in enumerate(batches):
             if self.features is None:
                 yield batch
                 continue
@@ -115,23 +115,23 @@ class Feed:
         if coming:
             self.features.prefetch(coming[0].cached)
 
-    def _made(self, step: int) -> list[Batch]:
+    def _rendered(self, step: int) -> list[Batch]:
         if self.workers == 0:
             return self.views[step]
         if step != self._next:
             self._ahead = iter(self._loader(step))
         self._next = step + 1
         try:
-            made = next(self._ahead)
+            batches = next(self._ahead)
         except (EOFError, OSError) as error:  # its end of a pipe or of a socket has gone
             if str(error).startswith("Caught"):
                 raise
             with suppress(RuntimeError):  # torch's own word of it: taken here, not in a destructor
                 time.sleep(SIGNAL_SECONDS)
             raise self._killed(error) from None
-        if isinstance(made, UserError):
-            raise made
-        return made
+        if isinstance(batches, UserError):
+            raise batches
+        return batches
 
     def close(self) -> None:
         """Let the workers go."""

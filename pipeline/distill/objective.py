@@ -68,7 +68,7 @@ class Objective(nn.Module):
     def __init__(self, method: str, config: Distill, sizes: Sizes | None) -> None:
         super().__init__()
         self.terms = terms_of(method)
-        self.parts = nn.ModuleDict()
+        self.loss_terms = nn.ModuleDict()
         self.cakd: CakdConfig = config.cakd
         self.labels = config.cross_entropy
         self.discriminator: nn.Module | None = None
@@ -78,7 +78,7 @@ class Objective(nn.Module):
         for term in self.terms:
             if term not in WITHOUT_LOSS:
                 kind, name = TERMS[term]
-                self.parts[term] = kind(config.of_term(name), sizes)
+                self.loss_terms[term] = kind(config.of_term(name), sizes)
         if "adversarial" in self.terms:
             self.discriminator = Discriminator(sizes.space.width)
         if config.weights == "balanced":
@@ -94,8 +94,8 @@ class Objective(nn.Module):
 
     def _fixed(self, progress: float) -> dict[str, float]:
         weights = {"cross_entropy": self.labels.weight}
-        for part in self.parts.values():
-            weights |= part.weights(progress)  # type: ignore[operator]
+        for term in self.loss_terms.values():
+            weights |= term.weights(progress)  # type: ignore[operator]
         if self.discriminator is not None:
             grown = ramp(progress, self.cakd.warmup)
             weights["adversarial"] = grown * self.cakd.adversarial_weight
@@ -104,9 +104,9 @@ class Objective(nn.Module):
     def _warmth(self, progress: float) -> dict[str, float]:
         """How much of its weight each term has at this share of the training."""
         shares: dict[str, float] = {}
-        for part in self.parts.values():
-            assert isinstance(part, Term)
-            shares |= dict.fromkeys(part.losses, part.warmth(progress))
+        for term in self.loss_terms.values():
+            assert isinstance(term, Term)
+            shares |= dict.fromkeys(term.losses, term.warmth(progress))
         return shares | {"adversarial": ramp(progress, self.cakd.warmup)}
 
     def forward(
@@ -128,16 +128,16 @@ class Objective(nn.Module):
         }
         if teacher is None or outputs is None:
             return Losses(terms)
-        for name, part in self.parts.items():
+        for name, term in self.loss_terms.items():
             if name in PROJECTORS:
                 with timer.stage("projector"), autocast():
-                    terms |= part(outputs, teacher)
+                    terms |= term(outputs, teacher)
             else:
                 with timer.stage("terms"):
-                    terms |= part(outputs, teacher)
+                    terms |= term(outputs, teacher)
         if self.discriminator is None:
             return Losses(terms)
-        gl = self.parts["gl"]
+        gl = self.loss_terms["gl"]
         assert isinstance(gl, Gl) and gl.fake is not None
         with timer.stage("adversarial"):
             terms["adversarial"] = robust.adversarial(
@@ -147,11 +147,11 @@ class Objective(nn.Module):
 
     def trained(self) -> list[nn.Parameter]:
         """What is trained together with the student: everything but the discriminator."""
-        return list(self.parts.parameters())
+        return list(self.loss_terms.parameters())
 
     def projectors(self) -> dict[str, Tensor] | None:
         """The state of both projectors, as `cakd.Projectors` reads it; None where the method has not both."""
-        pca, gl = (dict(self.parts.items()).get(name) for name in PROJECTORS)
+        pca, gl = (dict(self.loss_terms.items()).get(name) for name in PROJECTORS)
         if not isinstance(pca, Pca) or not isinstance(gl, Gl):
             return None
         both = nn.ModuleDict({"pca": pca.project, "gl": gl.project})

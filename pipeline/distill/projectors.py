@@ -45,8 +45,11 @@ class PartiallyCrossAttention(nn.Module):
         if self.at == "tokens":
             feature = on_grid(feature, self.tokens)
         x = self.reduce(feature)
-        parts = (self.q, self.k, self.v)
-        weight, bias = torch.cat([p.weight for p in parts]), torch.cat([_bias(p) for p in parts])
+        layers = (self.q, self.k, self.v)
+        weight, bias = (
+            torch.cat([layer.weight for layer in layers]),
+            torch.cat([_bias(layer) for layer in layers]),
+        )
         maps = on_grid(F.conv2d(x, weight, bias, padding=1), self.tokens)
         packed = maps.permute(0, 2, 3, 1)
         return packed.reshape(len(x), -1, 3, self.n_heads, len(bias) // (3 * self.n_heads))

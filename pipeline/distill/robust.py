@@ -76,7 +76,7 @@ class Trans:
                 batch, *shape
             )
 
-        chosen = uniform(1, 1, 1) < self.probability
+        transformed = uniform(1, 1, 1) < self.probability
         changed = pixels + 255 * self.colour * (2 * uniform(3, 1, 1) - 1)
         changed = changed + 255 * self.brightness * (2 * uniform(1, 1, 1) - 1)
         changed = changed + 255 * self.noise * uniform(1, 1, 1) * noise
@@ -87,7 +87,7 @@ class Trans:
         mask = inside[:, 0, :, None] & inside[:, 1, None, :]
         mean = pixels.mean(dim=(2, 3), keepdim=True)
         changed = torch.where(mask[:, None], mean, changed)
-        return torch.where(chosen, changed.clamp(0, 255), pixels)
+        return torch.where(transformed, changed.clamp(0, 255), pixels)
 
     def _draw(self, seeds: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
         """Nine uniform numbers an image (B, 9), the first decides; noise (B, 3, S, S) where it is wanted."""

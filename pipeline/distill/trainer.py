@@ -118,7 +118,7 @@ class Trainer:
 
     def measures(self, step: int) -> bool:
         """Whether the gradient norms are taken: at RATIOS steps, and while balanced weights are being found."""
-        if not self.objective.parts:
+        if not self.objective.loss_terms:
             return False
         measuring = self.objective.balance is not None and self.objective.balance.measuring
         return measuring or step % max(1, self.feed.steps // RATIOS) == 0

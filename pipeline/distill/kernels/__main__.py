@@ -13,13 +13,13 @@ from pipeline.distill.kernels.choice import IMPLS, choose_gl, choose_pca
 def main(args: argparse.Namespace) -> None:
     """Print the choice for this machine's device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = {
+    choices = {
         "pca_loss": choose_pca(args.impl, device, args.tokens, args.width),
         "gl_mse": choose_gl(
             args.impl, device, getattr(torch, args.dtype), args.channels, args.teacher
         ),
     }
-    for loss, (name, why) in found.items():
+    for loss, (name, why) in choices.items():
         print(f"{loss} on {device.type}: {name} ({why})")
 
 

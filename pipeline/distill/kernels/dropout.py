@@ -1,4 +1,4 @@
-"""Drop-out of tokens in one pass, its mask drawn on the way: the same bits as `reference.dropout`, none kept.
+"""Dropout of tokens in one pass, its mask drawn on the way: the same bits as `reference.dropout`, none kept.
 
 The backward is the same kernel on the upstream gradient.
 """
@@ -43,10 +43,10 @@ def dropout_kernel(
     at = chunk * COLUMNS + columns[None, :]
     inside = (rows < n)[:, None] & (at < channels)
     identity, now, key = tl.load(ids + sample), tl.load(stream + 1), tl.load(stream)
-    kept = swap_mask(rows, columns, 0, n, DRAW, identity, now, key, digits, first, 0, chunk)
+    keep = swap_mask(rows, columns, 0, n, DRAW, identity, now, key, digits, first, 0, chunk)
     wide = sample.to(tl.int64)
     value = tl.load(tokens + wide * s_b + rows[:, None] * s_n + at, mask=inside, other=0.0)
-    value = tl.where(kept, value.to(tl.float32) * scale, 0.0).to(out.dtype.element_ty)
+    value = tl.where(keep, value.to(tl.float32) * scale, 0.0).to(out.dtype.element_ty)
     tl.store(out + wide * o_b + rows[:, None] * o_n + at, value, mask=inside)
 
 
@@ -55,12 +55,12 @@ def dropout(x: Tensor, ids: Tensor, stream: Tensor, p: float) -> Tensor:
     batch, n, channels = x.shape
     x = x if x.stride(2) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    chosen, options, _ = settings("dropout", x)
+    tiling, options, _ = settings("dropout", x)
     drawn, _ = draws(ids, stream, 1 - p, "element")
-    dropout_kernel[(triton.cdiv(n, chosen.block), triton.cdiv(channels, WIDEST_HEAD), batch)](
+    dropout_kernel[(triton.cdiv(n, tiling.block), triton.cdiv(channels, WIDEST_HEAD), batch)](
         *(x, out, *drawn, 1 / rounded(1 - p), n, channels),
         *(*x.stride()[:2], *out.stride()[:2]),
-        BLOCK=chosen.block,
+        BLOCK=tiling.block,
         **options,
     )
     return out

@@ -266,8 +266,8 @@ def flash(
     """The attention term of `reference.pca_loss`, float32 scalar, and its gradient times B H N d. Any N."""
     batch, n, _, n_heads, width = qkv_s.shape
     gradient = torch.empty(qkv_s.shape, dtype=qkv_s.dtype, device=qkv_s.device)
-    chosen, options, precision = settings("flash_forward", qkv_s)
-    blocks = triton.cdiv(n, chosen.block)
+    tiling, options, precision = settings("flash_forward", qkv_s)
+    blocks = triton.cdiv(n, tiling.block)
     losses, log_sums, deltas = (
         torch.empty(batch * n_heads * count, dtype=torch.float32, device=qkv_s.device)
         for count in (blocks, n, n)
@@ -287,19 +287,19 @@ def flash(
     }
     flash_forward_kernel[(blocks, n_heads, batch)](
         *(qkv_s, qkv_t, doubled, log_sums, deltas, losses, *drawn, count, *common),
-        BLOCK=chosen.block,
-        KEYS=chosen.inner,
+        BLOCK=tiling.block,
+        KEYS=tiling.inner,
         **fixed,
         **options,
     )
     saved = (qkv_s, qkv_t, doubled, log_sums, deltas, gradient, *drawn, *common)
     g_b, g_n, g_m, g_h = gradient.stride()[:4]
-    chosen, options, _ = settings("flash_queries", qkv_s)
-    flash_queries_kernel[(triton.cdiv(n, chosen.block), n_heads, batch)](
-        *(*saved, g_b, g_n, g_h), BLOCK=chosen.block, KEYS=chosen.inner, **fixed, **options
+    tiling, options, _ = settings("flash_queries", qkv_s)
+    flash_queries_kernel[(triton.cdiv(n, tiling.block), n_heads, batch)](
+        *(*saved, g_b, g_n, g_h), BLOCK=tiling.block, KEYS=tiling.inner, **fixed, **options
     )
-    chosen, options, _ = settings("flash_keys", qkv_s)
-    flash_keys_kernel[(triton.cdiv(n, chosen.inner), n_heads, batch)](
-        *(*saved, g_b, g_n, g_m, g_h), BLOCK=chosen.block, KEYS=chosen.inner, **fixed, **options
+    tiling, options, _ = settings("flash_keys", qkv_s)
+    flash_keys_kernel[(triton.cdiv(n, tiling.inner), n_heads, batch)](
+        *(*saved, g_b, g_n, g_m, g_h), BLOCK=tiling.block, KEYS=tiling.inner, **fixed, **options
     )
     return losses.sum(), gradient

@@ -20,7 +20,7 @@ from pipeline.distill.kernels.philox import Key
 
 @torch.library.custom_op("cakd::dropout", mutates_args=())
 def dropout_op(x: Tensor, ids: Tensor, stream: Tensor, p: float) -> Tensor:
-    """Drop-out of tokens (B, N, c) keyed by sample and step, 0 < p < 1."""
+    """Dropout of tokens (B, N, c) keyed by sample and step, 0 < p < 1."""
     if x.is_cuda and has_triton():
         from pipeline.distill.kernels import dropout
 
@@ -115,8 +115,8 @@ def _to_operands(
         upstream = upstream if of_out is None else upstream + of_out
     if upstream is None:
         return (None,) * 7
-    found = group_linear_backward_op(x, weight, upstream, ctx.order, ctx.sizes, ctx.impl)
-    return (*found, None, None, None, None)
+    gradients = group_linear_backward_op(x, weight, upstream, ctx.order, ctx.sizes, ctx.impl)
+    return (*gradients, None, None, None, None)
 
 
 dropout_op.register_autograd(_drop_upstream, setup_context=_keep_draw)

@@ -84,13 +84,13 @@ def gram(v_s: Tensor, v_t: Tensor) -> tuple[Tensor, Tensor]:
     batch, n, n_heads, width = v_s.shape
     gradient = torch.empty(v_s.shape, dtype=v_s.dtype, device=v_s.device)
     losses = torch.empty(batch * n_heads, dtype=torch.float32, device=v_s.device)
-    chosen, options, precision = settings("gram", v_s)
+    tiling, options, precision = settings("gram", v_s)
     gram_kernel[(n_heads, batch)](
         *(v_s, v_t, gradient, losses, 1 / (batch * n_heads * n * n * width), n),
         *(*v_s.stride()[:3], *v_t.stride()[:3], *gradient.stride()[:3]),
         WIDTH=width,
         COLUMNS=padded(width),
-        BLOCK=chosen.block,
+        BLOCK=tiling.block,
         PRECISION=precision,
         **options,
     )

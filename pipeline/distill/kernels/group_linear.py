@@ -200,17 +200,17 @@ def project(
     goal = None if target is None else _unit(target)
     out = torch.empty(batch, n, width, dtype=x.dtype, device=x.device)
     residual = torch.empty_like(out) if target is not None else out.new_empty(0)
-    chosen, options, precision = settings("gl_project", x)
-    tiles = _tiles(x.device, tuple(sizes), batch, chosen.block)
-    grid = (triton.cdiv(width, chosen.columns), len(tiles))
+    tiling, options, precision = settings("gl_project", x)
+    tiles = _tiles(x.device, tuple(sizes), batch, tiling.block)
+    grid = (triton.cdiv(width, tiling.columns), len(tiles))
     losses = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=x.device)
     project_kernel[grid](
         *(x, weight, bias, out if goal is None else goal, out, residual, losses),
         *(constant(x.device, *order), tiles, 1 / out.numel(), n, channels, width),
         *(*x.stride()[:2], *(out if goal is None else goal).stride()[:2]),
-        BLOCK=chosen.block,
-        COLUMNS=chosen.columns,
-        DEPTH=chosen.inner,
+        BLOCK=tiling.block,
+        COLUMNS=tiling.columns,
+        DEPTH=tiling.inner,
         TARGET=target is not None,
         PRECISION=precision,
         **options,
@@ -227,13 +227,13 @@ def gradients(
     x, weight, upstream = _unit(x), weight.contiguous(), upstream.contiguous()
     indices = constant(x.device, *order)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    chosen, options, precision = settings("gl_input", x)
-    tiles = _tiles(x.device, tuple(sizes), batch, chosen.block)
-    input_kernel[(triton.cdiv(channels, chosen.columns), len(tiles))](
+    tiling, options, precision = settings("gl_input", x)
+    tiles = _tiles(x.device, tuple(sizes), batch, tiling.block)
+    input_kernel[(triton.cdiv(channels, tiling.columns), len(tiles))](
         *(upstream, weight, d_x, indices, tiles, n, channels, width),
-        BLOCK=chosen.block,
-        COLUMNS=chosen.columns,
-        DEPTH=chosen.inner,
+        BLOCK=tiling.block,
+        COLUMNS=tiling.columns,
+        DEPTH=tiling.inner,
         PRECISION=precision,
         **options,
     )
@@ -241,8 +241,8 @@ def gradients(
     d_bias = torch.empty(weight.shape[:2], dtype=weight.dtype, device=x.device)
     starts = accumulate(sizes[:-1], initial=0)
     groups = constant(x.device, *(v for pair in zip(starts, sizes, strict=True) for v in pair))
-    chosen, options, _ = settings("gl_weight", x)
-    grid = (triton.cdiv(channels, chosen.columns), triton.cdiv(width, chosen.block), len(sizes))
+    tiling, options, _ = settings("gl_weight", x)
+    grid = (triton.cdiv(channels, tiling.columns), triton.cdiv(width, tiling.block), len(sizes))
     weight_kernel[grid](
         *(
             x,
@@ -257,9 +257,9 @@ def gradients(
             width,
             *x.stride()[:2],
         ),
-        BLOCK=chosen.block,
-        COLUMNS=chosen.columns,
-        DEPTH=chosen.inner,
+        BLOCK=tiling.block,
+        COLUMNS=tiling.columns,
+        DEPTH=tiling.inner,
         PRECISION=precision,
         **options,
     )

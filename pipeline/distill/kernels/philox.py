@@ -35,11 +35,11 @@ class Key:
 
     def stream(self) -> Tensor:
         """(2,) int64: seed and step beside the ids, filled in on their device without a copy from the host."""
-        parts = [
+        words = [
             torch.full((1,), v, dtype=torch.int64, device=self.ids.device)
             for v in (self.seed, self.step)
         ]
-        return torch.cat(parts)
+        return torch.cat(words)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> list[Tensor]:

@@ -90,13 +90,13 @@ def gl_project(x: Tensor, weight: Tensor, bias: Tensor, groups: Sequence[Sequenc
     group is one contiguous product.
     """
     order = torch.tensor([t for g in groups for t in g], device=x.device)
-    parts = x[:, order].split([len(g) for g in groups], dim=1)
-    outs = [F.linear(part, w, b) for part, w, b in zip(parts, weight, bias, strict=True)]
-    return torch.cat(outs, dim=1)[:, order.argsort()]
+    inputs = x[:, order].split([len(g) for g in groups], dim=1)
+    outputs = [F.linear(x_g, w, b) for x_g, w, b in zip(inputs, weight, bias, strict=True)]
+    return torch.cat(outputs, dim=1)[:, order.argsort()]
 
 
 def dropout(x: Tensor, key: Key, p: float) -> Tensor:
-    """Drop-out of x (B, N, c) with a mask keyed as the swap masks are: same sample and step, same mask."""
+    """Dropout of x (B, N, c) with a mask keyed as the swap masks are: same sample and step, same mask."""
     if p == 0:
         return x
     keep = bernoulli(key, x.shape[1], x.shape[2], DROPOUT_TENSOR, 1 - p)

@@ -73,14 +73,14 @@ def swap_mix(
     batch, n, _, n_heads, width = qkv_s.shape
     other = qkv_s if qkv_t is None else qkv_t
     out = torch.empty(qkv_s.shape, dtype=qkv_s.dtype, device=qkv_s.device)
-    chosen, options, _ = settings("swap_mix", qkv_s)
+    tiling, options, _ = settings("swap_mix", qkv_s)
     drawn, granular = draws(ids, stream, p, granularity)
-    swap_mix_kernel[(triton.cdiv(n, chosen.block), batch, 3 * n_heads)](
+    swap_mix_kernel[(triton.cdiv(n, tiling.block), batch, 3 * n_heads)](
         *(qkv_s, other, out, *drawn, n, n_heads),
         *(*qkv_s.stride()[:4], *other.stride()[:4], *out.stride()[:4]),
         WIDTH=width,
         COLUMNS=padded(width),
-        BLOCK=chosen.block,
+        BLOCK=tiling.block,
         GRAN=granular,
         ZERO=qkv_t is None,
         **options,

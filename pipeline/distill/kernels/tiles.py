@@ -37,8 +37,8 @@ def settings(kernel: str, tensor: Tensor) -> tuple[Config, dict[str, int], str]:
     if tensor.is_cuda:
         major, minor = torch.cuda.get_device_capability(tensor.device)
         architecture = 10 * major + minor
-    chosen = config(kernel, architecture)
-    return chosen, {"num_warps": chosen.warps, "num_stages": chosen.stages}, "ieee"
+    tiling = config(kernel, architecture)
+    return tiling, {"num_warps": tiling.warps, "num_stages": tiling.stages}, "ieee"
 
 
 def padded(width: int) -> int:

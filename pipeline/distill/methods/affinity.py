@@ -41,9 +41,11 @@ class Affinity(Term):
         super().__init__()
         self.config, self.grid = config, sizes.grid
 
-    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
+    def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """KL of the teacher's rows to the student's, mean over tokens."""
-        assert seen.feature is not None
-        ours = log_affinities(tokens_of(on_grid(seen.feature, self.grid)), self.config.temperature)
-        theirs = log_affinities(taught.h, self.config.temperature)
+        assert outputs.feature is not None
+        ours = log_affinities(
+            tokens_of(on_grid(outputs.feature, self.grid)), self.config.temperature
+        )
+        theirs = log_affinities(teacher.h, self.config.temperature)
         return {"affinity": F.kl_div(ours, theirs, reduction="none", log_target=True).sum(2).mean()}

@@ -35,8 +35,8 @@ class At(Term):
         super().__init__()
         self.config, self.grid = config, sizes.grid
 
-    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
+    def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """Squared distance of the two maps, mean over elements and images."""
-        assert seen.feature is not None
-        ours = attention_map(tokens_of(on_grid(seen.feature, self.grid)))
-        return {"at": F.mse_loss(ours, attention_map(taught.h))}
+        assert outputs.feature is not None
+        ours = attention_map(tokens_of(on_grid(outputs.feature, self.grid)))
+        return {"at": F.mse_loss(ours, attention_map(teacher.h))}

@@ -86,15 +86,15 @@ class Pca(Term):
             config.project_at,
         )
 
-    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
+    def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """The two terms of eq. 4."""
         config = self.config
-        p = config.swap_p * (1 - seen.progress) if config.swap_anneal else config.swap_p
-        qkv_s = self.project(seen.feature)
-        found = pca.pca_loss(
-            qkv_s, taught.attention_inputs, seen.key, p, config.granularity, config.impl
+        p = config.swap_p * (1 - outputs.progress) if config.swap_anneal else config.swap_p
+        qkv_s = self.project(outputs.feature)
+        losses = pca.pca_loss(
+            qkv_s, teacher.attention_inputs, outputs.key, p, config.granularity, config.impl
         )
-        return {"attention": found[0], "gram": found[1]}
+        return {"attention": losses[0], "gram": losses[1]}
 
 
 class Gl(Term):
@@ -115,18 +115,18 @@ class Gl(Term):
         self.register_buffer("std", sizes.space.std, persistent=False)
         self.fake: Tensor | None = None
 
-    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
+    def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """Eq. 6."""
-        assert seen.feature is not None
+        assert outputs.feature is not None
         layer, config = self.project, self.config
         loss, self.fake = gl.gl_mse(
-            tokens_of(on_grid(seen.feature, self.tokens)),
+            tokens_of(on_grid(outputs.feature, self.tokens)),
             layer.weight,
             layer.bias,
-            self.target(taught.h),
+            self.target(teacher.h),
             layer.groups,
             config.dropout,
-            seen.key,
+            outputs.key,
             config.impl,
         )
         return {"tokens": loss}
@@ -163,7 +163,7 @@ class Projectors(nn.Module):
 
     @torch.no_grad()
     def projected(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """The student's attention (B, H, N, d) with no swap, and h'_S (B, N, D) with no drop-out."""
+        """The student's attention (B, H, N, d) with no swap, and h'_S (B, N, D) with no dropout."""
         tokens = gl.gl_project(
             tokens_of(on_grid(feature, self.tap.tokens)),
             self.gl.weight,

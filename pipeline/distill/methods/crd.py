@@ -75,12 +75,12 @@ class Crd(Term):
         self.register_buffer("log_normaliser", torch.zeros(2))
         self.register_buffer("measured", torch.zeros(2, dtype=torch.bool))
 
-    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
+    def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """Both directions of the noise contrastive loss, eq. 17 and 18, mean over images."""
-        ours = F.normalize(self.embed_s(seen.embedding), dim=1)
-        theirs = F.normalize(self.embed_t(pooled(taught)), dim=1)
-        at = seen.key.ids // self.views
-        others = self._negatives(seen.key, at)
+        ours = F.normalize(self.embed_s(outputs.embedding), dim=1)
+        theirs = F.normalize(self.embed_t(pooled(teacher)), dim=1)
+        at = outputs.key.ids // self.views
+        others = self._negatives(outputs.key, at)
         loss = self._contrast(0, ours, self.memory_t, at, others)
         loss = loss + self._contrast(1, theirs, self.memory_s, at, others)
         if self.training:
@@ -94,8 +94,8 @@ class Crd(Term):
         images, which = at.unique(return_inverse=True)
         total = torch.zeros(len(images), memory.shape[1], device=memory.device, dtype=memory.dtype)
         mean = F.normalize(total.index_add(0, which, fresh.to(memory.dtype)), dim=1)
-        kept = self.config.momentum * memory[images] + (1 - self.config.momentum) * mean
-        memory[images] = F.normalize(kept, dim=1)
+        moved = self.config.momentum * memory[images] + (1 - self.config.momentum) * mean
+        memory[images] = F.normalize(moved, dim=1)
 
     def _register_excluded(self, labels: Tensor) -> None:
         """Images ordered by label, and for each the range of that order that is no negative of it."""

@@ -60,9 +60,9 @@ class Dkd(Term):
         super().__init__()
         self.config = config
 
-    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
+    def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """alpha TCKD + beta NCKD, mean over images."""
         target, others = decoupled(
-            seen.logits, taught.logits, seen.targets(taught), self.config.temperature
+            outputs.logits, teacher.logits, outputs.targets(teacher), self.config.temperature
         )
         return {"dkd": (self.config.alpha * target + self.config.beta * others).mean()}

@@ -31,8 +31,8 @@ class Fitnet(Term):
         self.config, self.grid = config, sizes.grid
         self.regressor = nn.Conv2d(sizes.channels, sizes.space.width, 1)
 
-    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
+    def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """mse(h_T, r(h_S)), eq. 3 as a mean."""
-        assert seen.feature is not None
-        hint = tokens_of(self.regressor(on_grid(seen.feature, self.grid)))
-        return {"fitnet": F.mse_loss(hint, taught.h)}
+        assert outputs.feature is not None
+        hint = tokens_of(self.regressor(on_grid(outputs.feature, self.grid)))
+        return {"fitnet": F.mse_loss(hint, teacher.h)}

@@ -51,13 +51,13 @@ class Irg(Term):
         super().__init__()
         self.config = config
 
-    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
+    def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """Mean squared differences of vertices, of edges at both layers, of what the edges become in between."""
         with torch.no_grad():
-            theirs = edges(pooled(taught)), edges(taught.logits)
-        ours = edges(seen.embedding), edges(seen.logits)
+            theirs = edges(pooled(teacher)), edges(teacher.logits)
+        ours = edges(outputs.embedding), edges(outputs.logits)
         return {
-            "irg_vertex": F.mse_loss(seen.logits, taught.logits),
+            "irg_vertex": F.mse_loss(outputs.logits, teacher.logits),
             "irg_edge": (F.mse_loss(ours[0], theirs[0]) + F.mse_loss(ours[1], theirs[1])) / 2,
             "irg_transform": F.mse_loss(ours[1] - ours[0], theirs[1] - theirs[0]),
         }

@@ -27,8 +27,9 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over images; both (B, K)."""
     log_student = F.log_softmax(student / temperature, dim=-1)
     log_teacher = F.log_softmax(teacher / temperature, dim=-1)
-    found = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-    return found * temperature**2
+    return temperature**2 * F.kl_div(
+        log_student, log_teacher, reduction="batchmean", log_target=True
+    )
 
 
 class Logits(Term):
@@ -40,6 +41,6 @@ class Logits(Term):
         super().__init__()
         self.config = config
 
-    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
+    def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """T^2 KL of the class distributions."""
-        return {"logits": divergence(seen.logits, taught.logits, self.config.temperature)}
+        return {"logits": divergence(outputs.logits, teacher.logits, self.config.temperature)}

@@ -49,11 +49,11 @@ class Minilm(Term):
             sizes.channels, sizes.space.n_heads, sizes.space.width, sizes.grid, config.reduce
         )
 
-    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
+    def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """The two divergences of the last block."""
         (q, k, v), (q_t, k_t, v_t) = (
-            heads(self.project(seen.feature)),
-            heads(taught.attention_inputs),
+            heads(self.project(outputs.feature)),
+            heads(teacher.attention_inputs),
         )
         return {
             "minilm_attention": kl(relation(q, k), relation(q_t, k_t)),

@@ -60,12 +60,12 @@ class Ofa(Term):
             for channels in sizes.spec.stage_channels
         )
 
-    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
+    def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """The enhanced loss of every branch and of the student's own logits, summed."""
-        pairs = zip(self.branches, seen.stages, strict=True)
-        answers = [*(branch(x) for branch, x in pairs), seen.logits]
-        target, config = seen.targets(taught), self.config
+        pairs = zip(self.branches, outputs.stages, strict=True)
+        answers = [*(branch(x) for branch, x in pairs), outputs.logits]
+        target, config = outputs.targets(teacher), self.config
         losses = [
-            enhanced(a, taught.logits, target, config.gamma, config.temperature) for a in answers
+            enhanced(a, teacher.logits, target, config.gamma, config.temperature) for a in answers
         ]
         return {"ofa": sum(losses[1:], losses[0])}

@@ -62,10 +62,10 @@ class Queue(Term):
         self.register_buffer("stored", F.normalize(torch.randn(size, sizes.space.width), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
+    def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """The divergence, with the batch's own embeddings not yet in the queue."""
-        theirs = pooled(taught)
-        ours = self.project(seen.embedding)
+        theirs = pooled(teacher)
+        ours = self.project(outputs.embedding)
         loss = queue_divergence(ours, theirs, self.stored.clone(), self.config.temperature)
         if self.training:
             fresh = ranks.of_all_ranks(F.normalize(theirs, dim=1))[-len(self.stored) :]

@@ -27,9 +27,9 @@ COINCIDE = (
 
 def distances(x: Tensor) -> Tensor:
     """Distances (B, B) between embeddings (B, e), in units of their mean."""
-    found = pairwise_distances(x)
-    apart = found > 0
-    return found / found[apart].mean() if apart.any() else found
+    pairs = pairwise_distances(x)
+    apart = pairs > 0
+    return pairs / pairs[apart].mean() if apart.any() else pairs
 
 
 def angles(x: Tensor) -> Tensor:
@@ -55,11 +55,11 @@ class Rkd(Term):
         super().__init__()
         self.config = config
 
-    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
+    def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """Huber losses of distances and of angles."""
-        found = {}
+        losses = {}
         for name, relation in (("distance", distances), ("angle", angles)):
             with torch.no_grad():
-                theirs = relation(pooled(taught))
-            found[f"rkd_{name}"] = F.smooth_l1_loss(relation(seen.embedding), theirs)
-        return found
+                theirs = relation(pooled(teacher))
+            losses[f"rkd_{name}"] = F.smooth_l1_loss(relation(outputs.embedding), theirs)
+        return losses

@@ -52,7 +52,7 @@ class Rsd(Term):
             nn.Linear(hidden, sizes.space.width, bias=False),
         )
 
-    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
+    def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """Distance of the cross-correlation from the identity."""
-        ours = self.decouple(seen.embedding)
-        return {"rsd": suppressed(ours, pooled(taught), self.config.kappa)}
+        ours = self.decouple(outputs.embedding)
+        return {"rsd": suppressed(ours, pooled(teacher), self.config.kappa)}

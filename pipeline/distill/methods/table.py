@@ -93,25 +93,25 @@ def terms_of(method: str) -> tuple[str, ...]:
 
     Raises UserError: an unknown part, `robust` without `gl`, a sum that names a term twice.
     """
-    found: list[str] = []
+    terms: list[str] = []
     for part in method.split("+"):
         if part not in METHODS:
             whose = "" if part == method else f", whose part {part!r} is no method"
             raise UserError(f"method: got {method!r}{whose}; {nearest(part, METHODS)}")
-        found += METHODS[part]
-    twice = sorted({term for term in found if found.count(term) > 1})
+        terms += METHODS[part]
+    twice = sorted({term for term in terms if terms.count(term) > 1})
     if twice:
         raise UserError(
             f"method: got {method!r}, which has {twice[0]!r} twice; name each part once"
         )
-    if "adversarial" in found and "gl" not in found:
+    if "adversarial" in terms and "gl" not in terms:
         raise UserError(f"method: got {method!r}, whose discriminator judges h'_S of gl; add gl")
-    if "control" in method.split("+") and set(found) - {"trans"}:
+    if "control" in method.split("+") and set(terms) - {"trans"}:
         raise UserError(
             f"method: got {method!r}; expected nothing but trans beside control, which reads no teacher; remove "
             "control"
         )
-    return tuple(found)
+    return tuple(terms)
 
 
 def reads(method: str, side: str) -> frozenset[str]:

@@ -79,9 +79,9 @@ class StudentOutputs:
     key: Key
     progress: float  # share of the training done, 0 to 1
 
-    def targets(self, taught: TeacherOutputs) -> Tensor:
+    def targets(self, teacher: TeacherOutputs) -> Tensor:
         """The label of each image (B,); where none is shown, the teacher's answer."""
-        return torch.where(self.labels >= 0, self.labels, taught.logits.argmax(1))
+        return torch.where(self.labels >= 0, self.labels, teacher.logits.argmax(1))
 
 
 class Term(nn.Module):
@@ -97,7 +97,7 @@ class Term(nn.Module):
     student: ClassVar[frozenset[str]] = frozenset()
     config: Any
 
-    def forward(self, seen: StudentOutputs, taught: TeacherOutputs) -> dict[str, Tensor]:
+    def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """Unweighted losses by the names they have in the logs."""
         raise NotImplementedError
 
@@ -111,10 +111,10 @@ class Term(nn.Module):
         return ramp(progress, getattr(self.config, "warmup", 0.0))
 
 
-def pooled(taught: TeacherOutputs) -> Tensor:
+def pooled(teacher: TeacherOutputs) -> Tensor:
     """The teacher's embedding (B, D), the input of its head."""
-    assert taught.pooled is not None  # the method was refused where the store cannot give it
-    return taught.pooled
+    assert teacher.pooled is not None  # the method was refused where the store cannot give it
+    return teacher.pooled
 
 
 def pairwise_distances(x: Tensor) -> Tensor:
