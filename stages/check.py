@@ -13,7 +13,7 @@ from typing import Any
 
 from exporters.bench.subjects import Bench
 from exporters.build import Build
-from exporters.ort.export import Export
+from exporters.ort.export import BEST, Export
 from pipeline.core import cli, config
 from pipeline.core.atomic import atomic
 from pipeline.core.errors import UserError, nearest
@@ -68,10 +68,10 @@ def checked(params: Path) -> str:
     cache = config.load(Cache, params)
     for section in (Evaluate, Build):
         config.load(section, params)
-    if export.method not in distill.methods:
+    if export.method not in (BEST, *distill.methods):
         raise UserError(
             f"export.method: got {export.method!r}, which distill.methods does not train; "
-            f"{nearest(export.method, distill.methods)}"
+            f"{nearest(export.method, (BEST, *distill.methods))}"
         )
     check_targets(report.budgets, bench.enabled)
     tap = pair(prepare, teach, cache, distill)

@@ -14,7 +14,7 @@ from exporters.artifact import inputs, onnx_file
 from exporters.artifact.eager import EagerSession
 from exporters.artifact.reference import IMAGES
 from exporters.ort import export as ort_export
-from exporters.ort.export import Export
+from exporters.ort.export import BEST, Export
 from pipeline.core import artifacts, cli, config
 from pipeline.core.atomic import atomic_dir
 from pipeline.core.errors import UserError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SCHEMA = "cakd.export/1"
+SELECTION = "cakd.selection/1"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -34,8 +35,10 @@ def main(args: argparse.Namespace) -> None:
     began = time.monotonic()
     params = config.load(Export, args.params)
     prepared = Prepared.open(args.prepared)
-    checkpoints = {"student": args.student, "teacher": args.teacher}
-    preprocess = agreed(checkpoints, prepared, params.method)
+    method = selected(args.selection, params.method)
+    student = args.students / method / "student.safetensors"
+    checkpoints = {"student": student, "teacher": args.teacher}
+    preprocess = agreed(checkpoints, prepared, method)
     rows = spread(prepared.rows("val"), params.reference_images)
     shown = spread(prepared.rows("train"), params.calibration_images)
     with atomic_dir(args.out) as folder:
@@ -54,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
         np.save(folder / "calibration.npy", calibration)
         document = {
             "schema": SCHEMA,
-            "method": params.method,
+            "method": method,
             "opset": params.opset,
             "models": models,
             "reference_images": len(rows),
@@ -65,11 +68,23 @@ def main(args: argparse.Namespace) -> None:
             ),
         }
         artifacts.write_json(folder / "export.json", document)
-    student = models["student"]
+    made = models["student"]
     print(
-        f"{args.out}: student {student['size_mb']:.2f} MB, opset {params.opset}, max abs "
-        f"{student['parity']['max_abs']:.1e} from torch ({time.monotonic() - began:.0f} s)"
+        f"{args.out}: {method}, student {made['size_mb']:.2f} MB, opset {params.opset}, max abs "
+        f"{made['parity']['max_abs']:.1e} from torch ({time.monotonic() - began:.0f} s)"
     )
+
+
+def selected(path: Path, asked: str) -> str:
+    """The method that selection.json names. Raises UserError: it was made for another export.method."""
+    found = artifacts.read_json(path, SELECTION)
+    artifacts.expect(found, path, "run select again", selected=str)
+    method: str = found["selected"]
+    if asked not in (BEST, method):
+        raise UserError(
+            f"{path}: got {method!r}; expected {asked!r}, export.method; run select again"
+        )
+    return method
 
 
 def export(
@@ -99,7 +114,7 @@ def agreed(
 ) -> dict[str, dict[str, Any]]:
     """The preprocessing of each model.
 
-    Raises UserError: models and images of different sizes, a student of another method than ships.
+    Raises UserError: models and images of different sizes, a student of another method than is selected.
     """
     from pipeline.models.checkpoint import describe
 
@@ -107,8 +122,8 @@ def agreed(
     trained = described["student"].get("method")
     if trained != method:
         raise UserError(
-            f"{checkpoints['student']}: a student of {trained}, but export.method is {method}; give that of "
-            f"{method}, or correct export.method"
+            f"{checkpoints['student']}: got a student of {trained}; expected one of {method}, which is selected; "
+            "run distill again"
         )
     found = {name: description["preprocess"] for name, description in described.items()}
     sizes = {name: preprocess["image_size"] for name, preprocess in found.items()}
@@ -122,7 +137,8 @@ def agreed(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m stages.export", description=__doc__)
-    parser.add_argument("student", type=Path, help="the student.safetensors that ships")
+    parser.add_argument("students", type=Path, help="the folder of the students, one a method")
+    parser.add_argument("selection", type=Path, help="reports/selection.json")
     parser.add_argument("teacher", type=Path, help="teacher.safetensors")
     parser.add_argument("prepared", type=Path, help="data/prepared")
     parser.add_argument("out", type=Path, help="artifacts/export")

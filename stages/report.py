@@ -26,12 +26,8 @@ def main(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     section = config.load(Report, args.params)
     folders = (args.build, args.bench)
-    sources = Sources(args.accuracy, args.train_perf, *folders, args.device, args.curves)
-    targets, shipped = (
-        config.value("bench.enabled", args.params),
-        config.value("export.method", args.params),
-    )
-    summary = summarise(sources, targets, shipped, section)
+    files = (args.accuracy, args.selection, args.train_perf, *folders, args.device, args.curves)
+    summary = summarise(Sources(*files), config.value("bench.enabled", args.params), section)
     earlier = history.read(args.history)
     artifacts.write_json(args.edge_json, raw.without_raw(summary))
     artifacts.write_json(args.parity, parity(summary, args.build))
@@ -39,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
         publish(args.pareto, pareto.table(pareto.points(summary)))
     publish(args.edge_md, page.markdown([summary], earlier))
     seen = artifacts.read_json(args.evidence, gallery.EVIDENCE)
-    shown = gallery.gallery(seen, Prepared.open(args.prepared), shipped)
+    shown = gallery.gallery(seen, Prepared.open(args.prepared), summary["shipped"])
     publish(args.index_html, page.page([summary], shown, earlier))
     print(
         f"{args.index_html}: {args.index_html.stat().st_size / 1e6:.2f} MB, "
@@ -101,6 +97,7 @@ def run_parser() -> argparse.ArgumentParser:
     parser = _parser()
     add = parser.add_argument
     add("accuracy", type=Path, help="reports/accuracy.json")
+    add("selection", type=Path, help="reports/selection.json")
     add("train_perf", type=Path, help="reports/train_perf.json")
     add("build", type=Path, help="artifacts/build, a folder a target")
     add("bench", type=Path, help="reports/bench, a JSON a target")

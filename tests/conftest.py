@@ -115,10 +115,14 @@ def export(digits: Path, folder: Path) -> None:
         }
         if role == "teacher":  # real pairs differ in normalisation: each must get its own
             description["preprocess"]["mean"] = [0.48, 0.45, 0.40]
-        checkpoint.save(folder / f"{role}.safetensors", model, description)
+        path = folder / "students" / "cakd" if role == "student" else folder
+        checkpoint.save(path / f"{role}.safetensors", model, description)
     params = folder / "params.yaml"
     params.write_text("export:\n  method: cakd\n  reference_images: 64\n  calibration_images: 96\n")
-    paths = [folder / "student.safetensors", folder / "teacher.safetensors", digits, folder / "out"]
+    selection = folder / "selection.json"
+    selection.write_text('{"schema": "cakd.selection/1", "selected": "cakd"}')
+    models = [folder / "students", selection, folder / "teacher.safetensors"]
+    paths = [*models, digits, folder / "out"]
     done = command_line.process("stages.export", *paths, "--params", params)
     assert done.returncode == 0, done.stderr
     (folder / "told.txt").write_text(done.stdout + done.stderr)

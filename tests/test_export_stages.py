@@ -84,22 +84,33 @@ def test_images_of_another_size_than_the_models_are_exit_2(
 
     other = tmp_path / "prepared"
     prepare(Prepare("digits", image_size=16, val=20, test=20), other)
-    paths = [exported / "student.safetensors", exported / "teacher.safetensors", other]
+    paths = [*chosen(exported), exported / "teacher.safetensors", other]
     params = exported.parent / "params.yaml"
     done = command("stages.export", *paths, tmp_path / "out", "--params", params)
     assert done.returncode == 2 and "holds 16" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_a_student_of_another_method_than_ships_is_exit_2(
+def chosen(exported: Path) -> list[Path]:
+    """The folder of students and the selection that `exported` was made of."""
+    return [exported.parent / "students", exported.parent / "selection.json"]
+
+
+def test_a_selection_or_student_of_another_method_is_exit_2(
     exported: Path, digits: Path, tmp_path: Path, command: Command
 ) -> None:
-    params = tmp_path / "params.yaml"
-    params.write_text("export:\n  method: logits\n")
-    paths = [exported / "student.safetensors", exported / "teacher.safetensors", digits]
-    done = command("stages.export", *paths, tmp_path / "out", "--params", params)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "a student of cakd, but export.method is logits" in done.stderr
+    params, selection, students = (tmp_path / n for n in ("params.yaml", "selection.json", "s"))
+    shutil.copytree(exported.parent / "students" / "cakd", students / "logits")
+    selection.write_text('{"schema": "cakd.selection/1", "selected": "logits"}')
+    paths = [students, selection, exported / "teacher.safetensors", digits, tmp_path / "out"]
+    for method, message in (
+        ("cakd", f"{selection}: got 'logits'; expected 'cakd', export.method; run select again"),
+        ("best", "got a student of cakd; expected one of logits, which is selected; run distill"),
+    ):
+        params.write_text(f"export:\n  method: {method}\n")
+        done = command("stages.export", *paths, "--params", params)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert message in done.stderr
     assert not (tmp_path / "out").exists()
 
 

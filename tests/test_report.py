@@ -79,6 +79,12 @@ def accuracy() -> dict[str, Any]:
     return {"schema": "cakd.accuracy/1", "noise": noise, "models": models, **HEAD}
 
 
+def selection(method: str) -> dict[str, Any]:
+    judged = {m: {"top1": t, "nll": 1 - t, "n": 100} for m, t in TOP1.items() if m != "teacher"}
+    chosen = {"selected": method, "reason": f"best top-1 on val, {100 * TOP1[method]:.1f} %"}
+    return {"schema": "cakd.selection/1", "split": "val", "methods": judged, **chosen, **HEAD}
+
+
 def train_perf() -> dict[str, Any]:
     terms = {
         "plain": ["cross_entropy"],
@@ -218,6 +224,7 @@ class Run:
         self.folder, self.prepared = folder, prepared
         self.write("evidence.json", evidence(Prepared.open(prepared)))
         self.write("accuracy.json", accuracy())
+        self.write("selection.json", selection("cakd"))
         self.write("train_perf.json", train_perf())
         self.write("device.json", {"schema": "cakd.device/1", **HEAD})
         for target in ENABLED:
@@ -241,7 +248,6 @@ class Run:
             {
                 "report": {"title": "Digits at the edge", "budgets": budgets},
                 "bench": {"enabled": ENABLED},
-                "export": {"method": "cakd"},
             },
         )
 
@@ -252,7 +258,8 @@ def run(tmp_path: Path, digits: Path) -> Run:
 
 
 def stage(run: Run, *options: Any, **environment: str) -> CompletedProcess[str]:
-    inputs = [run.folder / n for n in ("accuracy.json", "train_perf.json", "build", "bench")]
+    names = ("accuracy.json", "selection.json", "train_perf.json", "build", "bench")
+    inputs = [run.folder / n for n in names]
     outputs = [OUT / n for n in ("edge.json", "parity.json", "edge.md", "index.html")]
     seen = [run.folder / "device.json", run.prepared, run.folder / "evidence.json"]
     paths = [*inputs, *seen, *(run.folder / o for o in outputs)]
@@ -267,9 +274,9 @@ def command(arguments: list[Any], **environment: str) -> CompletedProcess[str]:
 def summary(
     run: Run, budgets: dict[str, float] | None = None, curves: Path | None = None
 ) -> dict[str, Any]:
-    names = ("accuracy.json", "train_perf.json", "build", "bench", "device.json")
+    names = ("accuracy.json", "selection.json", "train_perf.json", "build", "bench", "device.json")
     sources = Sources(*(run.folder / name for name in names), curves)
-    return summarise(sources, ENABLED, "cakd", Report(budgets=budgets or {}))
+    return summarise(sources, ENABLED, Report(budgets=budgets or {}))
 
 
 def change_row(run: Run, target: str, **values: Any) -> None:
@@ -371,13 +378,10 @@ def test_a_wrong_budget_is_refused_before_anything_is_written(
     assert not (run.folder / OUT).exists()
 
 
-def test_a_method_that_was_not_trained_is_refused_with_the_nearest(run: Run) -> None:
-    run.write("params.yaml", {**run.read("params.yaml"), "export": {"method": "cakb"}})
+def test_a_method_that_was_not_evaluated_is_refused_with_the_nearest(run: Run) -> None:
+    run.write("selection.json", {**selection("cakd"), "selected": "cakb"})
     done = stage(run)
     assert done.returncode == 2 and "did you mean 'cakd'?" in done.stderr
-    run.write("params.yaml", {**run.read("params.yaml"), "export": {}})
-    done = stage(run)
-    assert done.returncode == 2 and "no key 'export.method'" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from exporters.device import timing
 from pipeline.core import artifacts
 from pipeline.core.errors import GateFailed
 from pipeline.report.raw import without_raw
-from stages import build, device, distill, evaluate
+from stages import build, device, distill, evaluate, select
 from tests.conftest import CNN
 from tests.test_report import Run, summary
 
@@ -100,6 +100,10 @@ CONTRACT = {
         "methods.cakd.stage_ms": STAGE_MS,
     },
     "device.json": {"": FILE},
+    "judged/selection.json": {
+        "": f"{FILE} split methods selected reason",
+        "methods.cakd": "top1 nll n",
+    },
     "edge.json": {"": FILE},
     "build/build.json": {"": FILE},
     "export.json": {"": FILE},
@@ -159,6 +163,7 @@ WRONG = {  # file -> (where, a value that must be refused)
         ("curves", {"gram": [1]}),
         ("losses.gram", "0.1"),
     ],
+    "judged/selection.json": [("split", "test"), ("methods", {}), ("methods.cakd.top1", 98.3)],
     "edge.json": [("verdict.status", "FAIL"), ("budgets.0.value", None), ("models.cakd.points", 1)],
     "build/build.json": [("models.student.artefact", None), ("models.student.status", "skipped")],
     "bundle/manifest.json": [
@@ -230,6 +235,7 @@ def train_and_evaluate(folder: Path, digits: Path, teacher: Path, features: Path
     cache = {"dtype": "float32", "views": 2, "shard_mb": 9}  # as the fixture `features`
     params = folder / "params-of-training.yaml"
     settings = {"distill": {"methods": methods, **student}, "cache": cache, "evaluate": {}}
+    settings["export"] = {"method": "best"}
     params.write_text(json.dumps(settings))
     for method in methods:
         args = {"prepared": digits, "teacher": teacher, "features": features, "method": method}
@@ -239,6 +245,8 @@ def train_and_evaluate(folder: Path, digits: Path, teacher: Path, features: Path
     outs = {name: folder / "judged" / f"{name}.json" for name in ("accuracy", "evidence", "perf")}
     inputs = {"prepared": digits, "teacher": teacher, "students": folder / "students"}
     evaluate.main(Namespace(**inputs, train=folder / "train", **outs, params=params))
+    chosen = {"prepared": digits, "students": folder / "students", "params": params}
+    select.main(Namespace(**chosen, out=folder / "judged" / "selection.json"))
 
 
 def bench_on_device(edge: Path) -> str:

@@ -52,6 +52,10 @@ def test_the_report_has_the_targets_and_the_accuracy_of_every_method(finished):
     assert set(accuracy["models"]) == {"teacher", "plain", "cakd+logits"}
     assert accuracy["models"]["plain"]["labels_seen"] == 50
     assert {"schema", "machine", "provenance"} <= set(accuracy)
+    selected = json.loads((folder / "reports" / "selection.json").read_text())["selected"]
+    made = json.loads((folder / "artifacts" / "export" / "export.json").read_text())
+    student = json.loads((folder / "artifacts" / "export" / "student.json").read_text())
+    assert made["method"] == student["method"] == selected
     edge = (folder / "reports" / "edge.md").read_text()
     assert "| ort-fp32 |" in edge and "cakd+logits" in edge
     assert (folder / "reports" / "index.html").stat().st_size > 20_000

@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 OPSET = 18  # the one PyTorch's exporter writes natively; others are converted from it
 BATCHES = (1, 2, 7)  # what a free batch axis must take
+BEST = "best"  # of `method`: whichever has the best top-1 on val (stages/select.py)
 
 
 @dataclass(frozen=True)
 class Export:
     """`export:` which student ships, as which ONNX, and how many images travel with it for the checks."""
 
-    method: str
+    method: str = BEST
     opset: int = OPSET
     reference_images: int = 128
     calibration_images: int = 256

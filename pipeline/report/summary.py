@@ -56,6 +56,7 @@ class Sources:
     """
 
     accuracy: Path
+    selection: Path
     train_perf: Path
     build: Path
     bench: Path
@@ -63,19 +64,19 @@ class Sources:
     curves: Path | None = None
 
 
-def summarise(
-    sources: Sources, targets: Sequence[str], shipped: str, config: Report
-) -> dict[str, Any]:
-    """Read one run, of `targets` only, and judge it by its `shipped` method. Samples and curves are in it.
+def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[str, Any]:
+    """Read one run, of `targets` only, and judge it by the exported student. Samples and curves are in it.
 
     Raises UserError: a file missing or of another schema, a method or a budget's target that is not there.
     """
     check_targets(config.budgets, targets)
     accuracy = artifacts.read_json(sources.accuracy, "cakd.accuracy/1")
+    selection = artifacts.read_json(sources.selection, "cakd.selection/1")
+    shipped = selection["selected"]
     if shipped not in accuracy["models"]:
         raise UserError(
-            f"export.method is {shipped!r}, which {sources.accuracy} does not hold; "
-            f"{nearest(shipped, accuracy['models'])}"
+            f"{sources.selection}: selected is {shipped!r}, which {sources.accuracy} does not hold; "
+            f"{nearest(shipped, accuracy['models'])}; run evaluate and select again"
         )
     parity = read_parity(sources.build, targets)
     paths = {name: sources.bench / f"{name}.json" for name in targets}
@@ -83,12 +84,14 @@ def summarise(
     training = artifacts.read_json(sources.train_perf, "cakd.train_perf/1")["methods"]
     if sources.curves is not None:
         training = with_curves(training, sources.curves)
-    inputs = {name: getattr(sources, name) for name in ("accuracy", "train_perf", "device")}
+    files = ("accuracy", "selection", "train_perf", "device")
+    inputs = {name: getattr(sources, name) for name in files}
     inputs |= {f"bench/{name}": path for name, path in paths.items()}
     summary = {
         "schema": SCHEMA,
         "title": config.title,
         "shipped": shipped,
+        "selection": {key: selection[key] for key in ("split", "methods", "reason")},
         "noise": accuracy.get("noise", []),
         "models": compare(accuracy["models"]),
         "targets": [
