@@ -58,12 +58,12 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from pipeline.prepare.sources.sample import SourceImages, Sample, existing, check_label_column
+from pipeline.prepare.sources.sample import Columns, SourceImages, Sample, existing
 
 
-def read(path: str | None, label_column: str | None) -> SourceImages:
+def read(path: str | None, columns: Columns) -> SourceImages:
     """Every picture of the file, in one split."""
-    check_label_column("arrays", label_column)
+    columns.only("arrays")
     with np.load(existing("arrays", path, "an .npz with x and y"), allow_pickle=False) as held:
         x, y = held["x"], held["y"]
     samples = [

@@ -202,8 +202,8 @@ FOLDERS = {
     ),
     "an empty class": (
         lambda f: pictures(f, cat=3, dog=0),
-        "class 'dog' holds no image (.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp); add images or "
-        "remove the folder",
+        "class 'dog' holds no image (.apng, .avif, .bmp, .dib, .gif, .jfif, .jpe, .jpeg, .jpg, .pbm, .pgm, "
+        ".png, .pnm, .ppm, .tif, .tiff, .webp); add images or remove the folder",
     ),
     "too few pictures to cut a test split": (
         lambda f: pictures(f, cat=2, dog=2),
@@ -211,8 +211,8 @@ FOLDERS = {
     ),
     "a broken picture": (
         lambda f: (pictures(f, cat=3, dog=3) / "dog" / "1.png").write_bytes(b"no"),
-        "images/dog/1.png: not a readable image (empty, or no format that is read here); repair or remove "
-        "it, or set prepare.on_error: skip",
+        "images/dog/1.png: not a readable image (no format that is read here; it begins with b'no'); repair "
+        "or remove it, or set prepare.on_error: skip",
     ),
 }
 

@@ -119,7 +119,7 @@ def test_pictures_that_stand_twice_are_reported(folder, tmp_path):
     assert len(torn) == 1 and sorted(origins) == ["train/cat/5.png", "train/dög/torn.png"]
     told = " ".join(remarks(index))
     assert "in more than one split (what is tested was seen before): 8" in told
-    assert "pictures under more than one label: 1" in told
+    assert "images under more than one label: 1" in told
 
 
 def test_broken_pictures_are_left_out_and_listed_where_asked(folder, tmp_path):

@@ -19,6 +19,7 @@ from pipeline.distill import batches, settings
 from pipeline.prepare import prepare as prepare_prepare
 from pipeline.prepare.prepare import Prepare, prepare
 from pipeline.prepare.sources import cifar, parquet, unpickle, zoo
+from pipeline.prepare.sources.sample import Columns
 from tests import containers
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "cifar100"
@@ -72,8 +73,8 @@ def test_folder_parquet_and_archives_give_the_same_index_and_the_same_first_batc
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no CIFAR-100 parquet files beside the repository")
 def test_cifar_100_itself_is_the_same_from_parquet_folder_and_archive(tmp_path, monkeypatch):
     """1,000 real pictures of the first shard and 500 of the test file, written anew in both other layouts."""
-    found = parquet.read(str(SHARED / "train-00000-of-00005.parquet"), None)
-    held_out = parquet.read(str(SHARED / "test-00000-of-00001.parquet"), None)
+    found = parquet.read(str(SHARED / "train-00000-of-00005.parquet"), Columns())
+    held_out = parquet.read(str(SHARED / "test-00000-of-00001.parquet"), Columns())
     monkeypatch.setattr(containers, "FINE", found.classes)
     monkeypatch.setattr(containers, "COARSE_OF", [0] * 100)
     splits = {}
@@ -130,13 +131,13 @@ def table(path, **columns):
 
 def test_text_labels_and_bare_numbers_are_classes_and_null_or_minus_one_is_no_label(tmp_path):
     names = table(tmp_path / "names.parquet", label=["dog", "cat", None, "dog"])
-    found = parquet.read(names, None)
+    found = parquet.read(names, Columns())
     assert found.classes == ["cat", "dog"]
     assert [(s.label, s.split) for s in found.samples] == [
         *((1, None), (0, None), (None, "train"), (1, None))
     ]
     numbers = table(tmp_path / "numbers.parquet", target=[0, 2, -1])
-    found = parquet.read(numbers, "target")
+    found = parquet.read(numbers, Columns("target"))
     assert found.classes == ["0", "1", "2"] and found.samples[2].label is None
     assert np.array_equal(np.asarray(found.samples[1].read()), containers.pictures(3, 5)[0][1])
 
@@ -201,7 +202,7 @@ def test_mistakes_in_parquet_are_named(spoil, column, message, splits, tmp_path,
 )
 def test_columns_that_are_no_labels_or_no_pictures_are_named(columns, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        parquet.read(table(tmp_path / "a.parquet", **columns), None)
+        parquet.read(table(tmp_path / "a.parquet", **columns), Columns())
 
 
 def test_a_label_above_the_named_classes_is_named(tmp_path):
@@ -214,7 +215,7 @@ def test_a_label_above_the_named_classes_is_named(tmp_path):
     column = read.schema.get_field_index("fine_label")
     pq.write_table(read.set_column(column, "fine_label", [[9] * 8]), path)
     with pytest.raises(UserError, match=r"holds class 9, its metadata names 4 classes \(0 to 3\)"):
-        parquet.read(str(path), None)
+        parquet.read(str(path), Columns())
 
 
 class Evil:
@@ -286,27 +287,27 @@ def test_mistakes_in_a_cifar_folder_are_named(spoil, message, splits, tmp_path):
     folder = containers.as_cifar100(tmp_path, splits)
     spoil(folder)
     with pytest.raises(UserError, match=message):
-        cifar.read(str(folder), None)
+        cifar.read(str(folder), Columns())
 
 
 def test_mistakes_in_a_cifar_archive_are_named(splits, tmp_path):
     folder = containers.as_cifar100(tmp_path, splits)
     with pytest.raises(UserError, match="label_column: got 'fine'; did you mean 'fine_labels'"):
-        cifar.read(str(folder), "fine")
+        cifar.read(str(folder), Columns("fine"))
     (folder / "test").unlink()
     archive = containers.packed(folder)
     with pytest.raises(
         UserError, match="cifar-100-python/test is missing; fetch the archive again"
     ):
-        cifar.read(str(archive), None)
+        cifar.read(str(archive), Columns())
     archive.write_bytes(archive.read_bytes()[:200])
     with pytest.raises(UserError, match="not a readable archive"):
-        cifar.read(str(archive), None)
+        cifar.read(str(archive), Columns())
     with pytest.raises(UserError, match="prepare.path: got None; source 'cifar' needs"):
-        cifar.read(None, None)
+        cifar.read(None, Columns())
     other = containers.packed(containers.as_cifar100(tmp_path / "b", splits).rename(tmp_path / "x"))
     with pytest.raises(UserError, match="x.tar.gz holds x/.*; give cifar-10-python.tar.gz"):
-        cifar.read(str(other), None)
+        cifar.read(str(other), Columns())
 
 
 def as_mnist(root, pixels, labels, split):
@@ -338,7 +339,7 @@ def test_a_torchvision_set_is_read_as_torchvision_lays_it_out(tmp_path):
 
 def test_a_torchvision_set_without_a_split_is_cut(tmp_path):
     config = Prepare("torchvision:FakeData", str(tmp_path), image_size=8, val=20, test=20)
-    found = zoo.read("FakeData", str(tmp_path), None)
+    found = zoo.read("FakeData", str(tmp_path), Columns())
     assert len(found.classes) == 10 and len(found.samples) == 1000
     assert config.source == "torchvision:FakeData" and found.samples[0].split is None
 
@@ -348,7 +349,7 @@ def test_torchvisions_cifar_goes_through_the_reader_that_executes_nothing(
 ):
     containers.as_cifar10(tmp_path, splits)
     monkeypatch.setattr(pickle, "load", lambda *_, **__: pytest.fail("unpickled"))
-    found = zoo.read("CIFAR10", str(tmp_path), None)
+    found = zoo.read("CIFAR10", str(tmp_path), Columns())
     assert found.classes == containers.FINE and len(found.samples) == 56
 
 

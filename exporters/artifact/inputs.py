@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from PIL import Image
 from exporters.artifact import metadata
 from exporters.artifact.session import Array, Session
 from pipeline.core.errors import UserError
-from pipeline.data.decoding import decode, square_rgb
-from pipeline.data.images import SUFFIXES, image_files, square_pixels
+from pipeline.data.decoding import square_rgb
+from pipeline.data.images import SUFFIXES, image_files, read_square
 from pipeline.data.prepared import UNLABELLED, Prepared, normalised, spread
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -122,4 +121,4 @@ def read_folder(
     for place in spread(np.arange(len(found)), limit):
         path = found[place]
         name = path.parent.name if path.parent != folder else None
-        yield square_pixels(partial(decode, path), str(path), size), name
+        yield read_square(path, size), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from pipeline.core.errors import UserError
 from pipeline.data import tree
-from pipeline.data.decoding import square_rgb
+from pipeline.data.decoding import decode, square_rgb
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif"}
 SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif"}
@@ -38,6 +39,11 @@ def square_pixels(read: Callable[[], Image.Image], origin: str, size: int) -> ND
     except Exception as error:  # a decoder raises whatever the bytes lead it to
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise BrokenImage(origin, reason) from None
+
+
+def read_square(path: Path, size: int) -> NDArray[np.uint8]:
+    """An image file as (size, size, 3) uint8 RGB. Raises BrokenImage as `square_pixels`."""
+    return square_pixels(partial(decode, path), str(path), size)
 
 
 def image_files(folder: Path) -> list[Path]:

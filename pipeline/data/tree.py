@@ -34,7 +34,7 @@ def walk(root: Path) -> Iterator[File]:
     that cannot be listed.
     """
     todo: list[tuple[str, str, str | None, frozenset[tuple[int, int]]]]
-    todo = [(str(root), "", None, frozenset({_identity(root)}))]
+    todo = [(str(root), "", None, frozenset(map(_identity, [root, *root.resolve().parents])))]
     while todo:
         folder, prefix, inherited, above = todo.pop()
         try:
@@ -51,10 +51,19 @@ def walk(root: Path) -> Iterator[File]:
             if not path.is_dir():
                 dead = not path.exists()
                 yield File(name, reason or (None if dead or path.is_file() else SPECIAL), dead)
-            elif entry.is_symlink() and _identity(path) in above:
+            elif _identity(path) in above:
                 yield File(name, reason or LOOP)
             else:
                 todo.append((entry.path, f"{name}/", reason, above | {_identity(path)}))
+
+
+def folders(folder: Path) -> list[str]:
+    """Names of the folders directly in `folder`, links and what is no user's left out."""
+    return sorted(
+        p.name
+        for p in folder.iterdir()
+        if p.is_dir() and not p.is_symlink() and not _reason(p.name)
+    )
 
 
 def _reason(name: str) -> str | None:

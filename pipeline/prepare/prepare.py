@@ -1,18 +1,21 @@
-"""A source's pictures -> a prepared folder: decoded, ordered by their pixels, split, labels shown or hidden."""
+"""Images of a source -> a prepared folder: decoded, ordered by their pixels, split, with the student's labels."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from pipeline.core import artifacts
 from pipeline.core.atomic import atomic_dir
@@ -20,7 +23,14 @@ from pipeline.core.errors import UserError, nearest
 from pipeline.data.images import BrokenImage, square_pixels
 from pipeline.data.prepared import MAX_SIDE, SCHEMA, SOURCE_SCHEMA, SPLITS, UNLABELLED
 from pipeline.prepare.sources import cifar, digits, imagefolder, parquet, zoo
-from pipeline.prepare.sources.sample import Sample, Source, SourceImages, legible
+from pipeline.prepare.sources.sample import (
+    Columns,
+    Sample,
+    Source,
+    SourceImages,
+    legible,
+    shortened,
+)
 
 SOURCES: dict[str, Source] = {
     "digits": digits.read,
@@ -36,14 +46,16 @@ class Prepare:
 
     source: str  # digits | imagefolder | parquet | cifar | torchvision:<Name>
     path: str | None = None  # a folder, file or pattern, as the source says
-    label_column: str | None = None  # of parquet and cifar, where there are several
+    label_column: str | None = None  # of a table, parquet or cifar, where there are several
+    image_column: str | None = None  # of a table or parquet, where there are several
+    label_pattern: str | None = (
+        None  # of imagefolder: its first group is the class in a file's name
+    )
     image_size: int = 224  # pixels, square
     student_labels: int | str = "all"  # "all", or N labels a class
     val: float = 0.1  # images held out for gates and calibration: a share below 1, a count from 1
     test: float = 0.2  # the same for the test split, where the source brings none
-    on_error: Literal["stop", "skip"] = (
-        "stop"  # a picture that cannot be read: stop, or list it and go on
-    )
+    on_error: Literal["stop", "skip"] = "stop"  # an unreadable image: stop, or list it and go on
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -58,121 +70,154 @@ class Prepare:
             )
         if not 8 <= self.image_size <= MAX_SIDE:
             raise ValueError(f"image_size is {self.image_size}; allowed: 8 to {MAX_SIDE} pixels")
+        if self.label_pattern is not None and _groups(self.label_pattern) < 1:
+            raise ValueError(
+                f"label_pattern is {self.label_pattern!r}; allowed: a regular expression with a group, '([a-z]+)_'"
+            )
         for name, share in (("val", self.val), ("test", self.test)):
             if share <= 0 or (share > 1 and share % 1):
                 raise ValueError(f"{name} is {share}; allowed: a share below 1 or a count from 1")
 
 
-def prepare(config: Prepare, out: Path) -> dict[str, Any]:
-    """Run a source, split it, write the prepared folder atomically; returns the index without its records,
+def _groups(pattern: str) -> int:
+    try:
+        return re.compile(pattern).groups
+    except re.error:
+        return 0
 
-    with the source's `notes`. Records are sorted by the SHA-256 of their pixels: the same pictures and labels give
-    the same folder, byte for byte, from an image folder, a parquet file or an archive (but for `source.json`).
+
+@dataclass(frozen=True)
+class Decoded:
+    """The images that were read, in the order of their pixels' SHA-256."""
+
+    samples: list[Sample]
+    digests: list[str]
+    skipped: list[dict[str, str]]  # `origin` and `reason` of the images that were not
+    animated: list[str]  # origins of files with several frames
+
+
+def prepare(config: Prepare, out: Path) -> dict[str, Any]:
+    """Read a source, split it, write the prepared folder atomically.
+
+    Returns the index without its records, and `notes` and `left_out` of `source.json`. Records are sorted by the
+    SHA-256 of their pixels: the same images and labels give the same folder, byte for byte, from an image folder,
+    parquet files or an archive (but for `source.json`).
 
     Raises UserError: everything a source raises, a broken image (unless `on_error: skip`), a split larger than
     the data, too few labels a class, disk full.
     """
-    found = _found(config)
+    source = _read_source(config)
     with atomic_dir(out) as folder:
-        samples, digests, skipped = _decode(found, config, folder / "images.npy")
-        splits = _assign_splits(samples, config)
-        shown = _choose_student_labels(samples, splits, found.classes, config)
+        decoded = _decode(source, config, folder / "images.npy")
+        splits = _assign_splits(decoded.samples, config)
+        labels_shown = _choose_student_labels(decoded.samples, splits, source.classes, config)
         records = [
             {
-                "sha256": digests[row],
+                "sha256": decoded.digests[row],
                 "label": UNLABELLED if sample.label is None else sample.label,
                 "split": splits[row],
-                "student_label": row in shown,
+                "student_label": row in labels_shown,
             }
-            for row, sample in enumerate(samples)
+            for row, sample in enumerate(decoded.samples)
         ]
         header = {
             "schema": SCHEMA,
-            "classes": found.classes,
+            "classes": source.classes,
             "image_size": config.image_size,
             "counts": {s: sum(r["split"] == s for r in records) for s in SPLITS},
-            "student_labels": len(shown),
+            "student_labels": len(labels_shown),
             "labelled_train": sum(
                 r["split"] == "train" and r["label"] != UNLABELLED for r in records
             ),
             "images_sha256": artifacts.sha256(folder / "images.npy"),
-            "skipped": skipped,
+            "skipped": decoded.skipped,
             "duplicates": duplicates(records),
         }
         artifacts.write_json(folder / "index.json", {**header, "records": records})
-        source = {
+        notes = [*source.notes]
+        if decoded.animated:
+            notes.append(
+                f"several frames or pages, of which the first is read: {len(decoded.animated)} files "
+                f"({shortened(decoded.animated, 3)})"
+            )
+        reading = {"notes": notes, "left_out": source.left_out}
+        origins = {
             "schema": SOURCE_SCHEMA,
             "source": config.source,
-            "notes": found.notes,
-            "origins": [sample.origin for sample in samples],
+            **reading,
+            "origins": [sample.origin for sample in decoded.samples],
             "provenance": artifacts.provenance(config.__dict__),
         }
-        artifacts.write_json(folder / "source.json", source)
-    return {**header, "notes": found.notes}
+        artifacts.write_json(folder / "source.json", origins)
+    return {**header, **reading}
 
 
-def _found(config: Prepare) -> SourceImages:
+def _read_source(config: Prepare) -> SourceImages:
     """What the source holds, once every label and split of it makes sense."""
+    columns = Columns(config.label_column, config.image_column, config.label_pattern)
     if config.source in SOURCES:
-        found = SOURCES[config.source](config.path, config.label_column)
+        source = SOURCES[config.source](config.path, columns)
     else:
-        name = config.source.removeprefix(zoo.PREFIX)
-        found = zoo.read(name, config.path, config.label_column)
-    for name in found.classes:
+        source = zoo.read(config.source.removeprefix(zoo.PREFIX), config.path, columns)
+    for name in source.classes:
         if legible(name) != name:
             raise UserError(
                 f"prepare.path: {config.path}: class {name!r} holds a line break or another control character; "
                 "rename it"
             )
-    if len(found.classes) < 2:
+    if len(source.classes) < 2:
         raise UserError(
-            f"prepare.path: {config.path} has {len(found.classes)} classes "
-            f"({', '.join(found.classes) or 'none'}); at least 2 are needed"
+            f"prepare.path: {config.path} has {len(source.classes)} classes "
+            f"({', '.join(source.classes) or 'none'}); at least 2 are needed"
         )
-    for sample in found.samples:
+    for sample in source.samples:
         if sample.label is None and sample.split in ("val", "test"):
             raise UserError(
                 f"prepare.path: {sample.origin} of {config.path} is in {sample.split} and has no label; leave "
                 "that split out, and test is cut from train"
             )
-    return found
+    return source
 
 
-def _decode(
-    found: SourceImages, config: Prepare, path: Path
-) -> tuple[list[Sample], list[str], list[dict[str, str]]]:
-    """Every picture into `path` (N, S, S, 3); the samples in the order of their pixels' SHA-256, the digests, and
-
-    the pictures left out.
-    """
-    shape = (len(found.samples), config.image_size, config.image_size, 3)
+def _decode(source: SourceImages, config: Prepare, path: Path) -> Decoded:
+    """Decode every image into `path`, (N, S, S, 3) uint8."""
+    shape = (len(source.samples), config.image_size, config.image_size, 3)
     images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     _reserve(path)
-    kept: list[tuple[str, str, int, Sample]] = []
-    skipped = []
-    for sample in found.samples:
-        row = len(kept)
+    rows: list[tuple[str, str, int, Sample]] = []
+    skipped, animated = [], list[str]()
+    for sample in source.samples:
+        row = len(rows)
         try:
-            images[row] = square_pixels(sample.read, sample.origin, config.image_size)
+            images[row] = square_pixels(
+                partial(_noting_frames, sample, animated), sample.origin, config.image_size
+            )
         except BrokenImage as error:
             if config.on_error == "stop":
-                raise _placed(error, config) from None
+                raise _with_path(error, config) from None
             skipped.append({"origin": error.origin, "reason": error.reason})
             continue
         digest = hashlib.sha256(images[row].tobytes()).hexdigest()
-        kept.append((digest, f"{sample.split} {sample.label}", row, sample))
-    order = sorted(range(len(kept)), key=lambda i: kept[i][:3])
+        rows.append((digest, f"{sample.split} {sample.label}", row, sample))
+    order = sorted(range(len(rows)), key=lambda i: rows[i][:3])
     _reorder(images, order)
     images.flush()
     if skipped:
-        _shorten(path, images[: len(kept)])
-    return [kept[i][3] for i in order], [kept[i][0] for i in order], skipped
+        _shorten(path, images[: len(rows)])
+    return Decoded([rows[i][3] for i in order], [rows[i][0] for i in order], skipped, animated)
 
 
-def _placed(error: BrokenImage, config: Prepare) -> BrokenImage:
+def _noting_frames(sample: Sample, animated: list[str]) -> Image.Image:
+    image = sample.read()
+    if image.info.get("frames") == "several":
+        animated.append(sample.origin)
+    return image
+
+
+def _with_path(error: BrokenImage, config: Prepare) -> BrokenImage:
     """The error with the whole path of a file below `prepare.path`."""
-    below = Path(config.path or "") / error.origin
-    return BrokenImage(str(below), error.reason) if below.exists() else error
+    path = Path(config.path or "") / error.origin
+    return BrokenImage(str(path), error.reason) if os.path.lexists(path) else error
 
 
 def _reserve(path: Path) -> None:
@@ -190,7 +235,7 @@ def _reserve(path: Path) -> None:
 
 
 def _reorder(images: NDArray[np.uint8], order: Sequence[int]) -> None:
-    """images[i] = images[order[i]] for every i, in place, one picture in memory: cycle by cycle."""
+    """images[i] = images[order[i]] for every i, in place, one image in memory: cycle by cycle."""
     done = np.zeros(len(order), dtype=bool)
     for start in range(len(order)):
         if done[start] or order[start] == start:
@@ -204,17 +249,17 @@ def _reorder(images: NDArray[np.uint8], order: Sequence[int]) -> None:
         done[at] = True
 
 
-def _shorten(path: Path, kept: NDArray[np.uint8]) -> None:
-    """Write the file anew with the pictures that were kept."""
-    shorter = path.with_suffix(".kept.npy")
-    np.save(shorter, kept)
+def _shorten(path: Path, images: NDArray[np.uint8]) -> None:
+    """Write the file anew with the images that were read."""
+    shorter = path.with_suffix(".shorter.npy")
+    np.save(shorter, images)
     shorter.replace(path)
 
 
 def duplicates(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Identical pixels in more than one split (what is tested was seen), or under more than one label.
 
-    Found after resizing, so two files that differ only in what a smaller picture cannot show count as one.
+    Compared after resizing, so two files that differ only in what a smaller image cannot show count as one.
     """
     found = []
     for digest, group in groupby(enumerate(records), key=lambda pair: pair[1]["sha256"]):
@@ -233,18 +278,27 @@ def duplicates(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def remarks(index: dict[str, Any]) -> list[str]:
-    """What a user must know of a prepared folder: pictures left out, and pictures that stand in it twice."""
-    across = [d for d in index["duplicates"] if len(d["splits"]) > 1]
-    torn = [d for d in index["duplicates"] if len(d["labels"]) > 1]
+    """What a user must know of a prepared folder: images skipped or twice, and last what was read and what not."""
+    across = sum(len(d["splits"]) > 1 for d in index["duplicates"])
+    torn = sum(len(d["labels"]) > 1 for d in index["duplicates"])
     skipped = [f"skipped {s['origin']}: {s['reason']}" for s in index["skipped"]]
-    said = skipped[:5] + [f"... and {len(skipped) - 5} more skipped"] * (len(skipped) > 5)
+    lines = skipped[:5] + [f"... and {len(skipped) - 5} more skipped"] * (len(skipped) > 5)
     if across:
-        said.append(
-            f"pictures in more than one split (what is tested was seen before): {len(across)}"
-        )
+        lines.append(f"images in more than one split (what is tested was seen before): {across}")
     if torn:
-        said.append(f"pictures under more than one label: {len(torn)}")
-    return said
+        lines.append(f"images under more than one label: {torn}")
+    return [*lines, _account(index)]
+
+
+def _account(index: dict[str, Any]) -> str:
+    """One line: how many images were read, how many files were not, and why."""
+    reasons = sorted(index["left_out"].items(), key=lambda item: -len(item[1]))
+    files = sum(len(names) for _, names in reasons) + len(index["skipped"])
+    line = f"read {sum(index['counts'].values())} images; not read: {files} files"
+    told = [f"{len(names)} {reason} ({shortened(names, 1)})" for reason, names in reasons]
+    told = [f"{len(index['skipped'])} broken"] * bool(index["skipped"]) + told
+    more = [f"and {len(told) - 8} more kinds, see source.json"] * (len(told) > 8)
+    return f"{line}: {', '.join(told[:8] + more)}" if told else line
 
 
 def _assign_splits(samples: Sequence[Sample], config: Prepare) -> list[str]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.core.errors import UserError, nearest
 from pipeline.prepare.sources import unpickle
-from pipeline.prepare.sources.sample import Sample, SourceImages, existing, legible
+from pipeline.prepare.sources.sample import Columns, Sample, SourceImages, existing, legible
 
 EXPECTED = "cifar-10-python.tar.gz, cifar-100-python.tar.gz, or the folder one of them unpacks to"
 SIDE = 32
@@ -52,14 +52,16 @@ LAYOUTS = (
 )
 
 
-def read(path: str | None, label_column: str | None) -> SourceImages:
-    """The train and the test split. `label_column` of CIFAR-100: `fine_labels` (the default) or `coarse_labels`.
+def read(path: str | None, columns: Columns) -> SourceImages:
+    """The train and the test split.
 
+    `prepare.label_column` of CIFAR-100: `fine_labels` (the default) or `coarse_labels`.
     Raises UserError: no such archive, a member missing or damaged, a pickle that names anything but arrays.
     """
+    columns.only("cifar", "label")
     root = existing("cifar", path, EXPECTED)
     layout, member = _folder(root) if root.is_dir() else _archive(root)
-    column = label_column or next(iter(layout.names))
+    column = columns.label or next(iter(layout.names))
     if column not in layout.names:
         raise UserError(
             f"prepare.label_column: got {column!r}; {nearest(column, layout.names)}, or null for the first"

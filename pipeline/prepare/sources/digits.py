@@ -7,14 +7,14 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from pipeline.prepare.sources.sample import Sample, SourceImages, check_label_column
+from pipeline.prepare.sources.sample import Columns, Sample, SourceImages
 
 
-def read(_: str | None, label_column: str | None) -> SourceImages:
+def read(_: str | None, columns: Columns) -> SourceImages:
     """1,797 grey digits, 8x8 pixels with values 0 to 16, in one split (Alpaydin and Kaynak, UCI, 1998)."""
     from sklearn.datasets import load_digits
 
-    check_label_column("digits", label_column)
+    columns.only("digits")
     bunch = load_digits()
     pixels = (bunch.images * (255 / 16)).round().astype(np.uint8)
     samples = [

@@ -1,95 +1,174 @@
-"""A folder of class folders, as torchvision's ImageFolder and most data sets on the web are laid out."""
+"""A folder of images as people have them: class folders, a table of labels, or labels in the file names."""
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
 
 from pipeline.core.errors import UserError, nearest
 from pipeline.data import tree
 from pipeline.data.decoding import decode
-from pipeline.data.images import SUFFIXES, image_files
-from pipeline.data.prepared import SPLITS
+from pipeline.data.images import SUFFIXES
+from pipeline.prepare.sources import tables
+from pipeline.prepare.sources.layout import Layout, Level, layout_of
 from pipeline.prepare.sources.sample import (
+    Columns,
+    FileLabels,
     Sample,
     SourceImages,
-    check_label_column,
+    classes_of,
     existing,
     legible,
-    train_and_test,
+    shortened,
 )
+from pipeline.prepare.sources.splits import TRAIN, UNLABELLED, roles, split_of, split_of_path
 
-EXPECTED = "the folder that holds train/ or the class folders"
+EXPECTED = "the folder that holds train/ or the class folders, or images and a table of labels"
 
 
-def read(path: str | None, label_column: str | None) -> SourceImages:
-    """Class folders under train/ and val/ or test/, or one tree of class folders; `unlabelled/` beside them.
+def read(path: str | None, columns: Columns) -> SourceImages:
+    """Class folders, in split folders or not; else a table of labels beside the images; else labels in file names.
 
-    With train/ and val/ only, val/ is the test split, as the field reports it, and val is cut from train.
-    Raises UserError: no path, no folder, no class, a class with no image, classes that differ between splits.
+    Split folders have any common name (`splits.py:split_of`). Every file below the path is a sample, a table that
+    was read, or in `left_out` with its reason.
+    Raises UserError: no path, no folder, no class, a class with no image, classes that differ between splits, a
+    layout that can be read in two ways, and what `tables.py` raises.
     """
-    check_label_column("imagefolder", label_column)
     root = existing("imagefolder", path, EXPECTED)
     if not root.is_dir():
         raise UserError(f"prepare.path: {root} is not a folder; give {EXPECTED}")
-    trees = _trees(root)
-    labelled = {folder: _class_folders(folder) for folder in trees}
-    first = next(iter(trees))
-    classes = sorted(labelled[first])
+    left_out, images, others = _files(root)
+    sheets = [name for name in others if PurePosixPath(name).suffix.lower() in tables.SUFFIXES]
+    if columns.pattern is not None or not sheets:
+        columns.only("imagefolder", "pattern")
+    labels = _labels(root, images, sheets, columns)
+    for name, reason in labels.reasons.items():
+        left_out.setdefault(reason, []).append(name)
+    for name in others:
+        if name not in labels.reasons and name not in labels.tables:
+            suffix = PurePosixPath(name).suffix.lower() or legible(PurePosixPath(name).name)
+            left_out.setdefault(f"{suffix}, not a format that is read", []).append(name)
+    ours = roles(dict.fromkeys(labels.splits[n] for n in labels.labels))
+    samples = []
+    for name, label in labels.labels.items():
+        absent = labels.absent.get(name)
+        decoder = partial(_absent, absent) if absent else partial(decode, root / name)
+        split = ours[labels.splits[name]] or (TRAIN if label is None else None)
+        samples.append(Sample(legible(name), decoder, label, split))
+    return SourceImages(labels.classes, samples, labels.notes, left_out)
+
+
+def _absent(reason: str) -> Image.Image:
+    raise ValueError(reason)
+
+
+def _files(root: Path) -> tuple[dict[str, list[str]], list[str], list[str]]:
+    """Files below the root: those that no user put there by reason, images, other files."""
+    left_out: dict[str, list[str]] = {}
+    images, others = [], []
+    for file in sorted(tree.walk(root), key=lambda f: f.name):
+        suffix = PurePosixPath(file.name).suffix.lower()
+        if file.reason is not None:
+            left_out.setdefault(file.reason, []).append(file.name)
+        elif suffix in SUFFIXES:
+            images.append(file.name)
+        elif file.dead and not suffix:
+            link = root / file.name
+            raise UserError(
+                f"{link}: got a link to {link.readlink()}, which is not there; expected a folder or file; "
+                "mount it, or remove the link"
+            )
+        else:
+            others.append(file.name)
+    return left_out, images, others
+
+
+def _labels(root: Path, images: list[str], sheets: list[str], columns: Columns) -> FileLabels:
+    if columns.pattern is not None:
+        return _by_pattern(images, columns.pattern)
+    if columns != Columns():
+        return tables.read(root, images, sheets, columns)
+    layout = layout_of(root, images, bool(sheets))
+    if sheets and len(layout.trees[TRAIN].classes()) < 2:
+        return tables.read(root, images, sheets, columns)
+    labels = _by_folder(root, layout, images)
+    tables.check_agreement(root, images, sheets, labels)
+    return labels
+
+
+def _by_pattern(images: list[str], pattern: str) -> FileLabels:
+    """Labels from the file names; splits from the folders, where they name any."""
+    texts, splits, reasons = {}, {}, {}
+    for name in images:
+        split, match = split_of_path(name), re.search(pattern, PurePosixPath(name).name)
+        if split == UNLABELLED or (match and match[1]):
+            texts[name] = match[1] if match and split != UNLABELLED else ""
+            splits[name] = TRAIN if split in (None, UNLABELLED) else str(split)
+        else:
+            reasons[name] = "a name that prepare.label_pattern does not match"
+    if not any(texts.values()):
+        raise UserError(
+            f"prepare.label_pattern: got {pattern!r}, which matches none of {len(images)} image names "
+            f"({shortened(images)}); expected a pattern whose first group is the class"
+        )
+    classes, number = classes_of(texts.values(), "prepare.label_pattern")
+    return FileLabels(classes, {n: number[t] for n, t in texts.items()}, splits, reasons)
+
+
+def _by_folder(root: Path, layout: Layout, images: list[str]) -> FileLabels:
+    classes = sorted(layout.trees[TRAIN].classes())
+    labels: dict[str, int | None] = {}
+    splits: dict[str, str] = {}
+    for kind, level in layout.trees.items():
+        _check_level(root, level, classes)
+        for label, folders in sorted(level.classes().items()):
+            for name in (name for folder in folders for name in folder.below()):
+                labels[name], splits[name] = classes.index(label), kind
+    for name in (name for level in layout.unlabelled for name in level.below()):
+        labels[name], splits[name] = None, TRAIN
+    reasons = {n: _outside(layout, n) for n in images if n not in labels}
+    return FileLabels(classes, labels, splits, reasons)
+
+
+def _check_level(root: Path, level: Level, classes: list[str]) -> None:
+    """Raise UserError where the class folders of a split are none, too few, empty, or not those of train."""
+    folder = root / level.name
+    if not classes:
+        raise UserError(
+            f"{folder}: found 0 class folders (none); at least 2 are needed, or for its "
+            f"{len(level.images)} images a table of labels (.csv, .tsv) beside them, or prepare.label_pattern"
+        )
+    for name in tree.folders(folder):
+        if name not in level.folders and not split_of(name):
+            raise UserError(
+                f"{folder / name}: class {name!r} holds no image ({', '.join(sorted(SUFFIXES))}); add images or "
+                "remove the folder"
+            )
     if len(classes) < 2:
         raise UserError(
-            f"{first}: found {len(classes)} class folders ({', '.join(classes) or 'none'}); at least 2 are needed"
+            f"{folder}: found 1 class folders ({shortened(classes)}); at least 2 are needed"
         )
-    samples: list[Sample] = []
-    for folder, split in trees.items():
-        unknown = sorted(set(labelled[folder]) - set(classes))
-        if unknown:
-            raise UserError(
-                f"{folder}: class {unknown[0]!r} is not in train/; {nearest(unknown[0], classes)}"
-            )
-        for name, below in sorted(labelled[folder].items()):
-            samples += _of_class(root, below, classes.index(name), split)
-    samples += [_sample(root, p, None, "train") for p in image_files(root / "unlabelled")]
-    return SourceImages(classes, samples, _left_out(root))
-
-
-def _trees(root: Path) -> dict[Path, str | None]:
-    """The folders that hold class folders, train/ first, each with its split."""
-    there = [s for s in SPLITS if (root / s).is_dir()]
-    if not there:
-        return {root: None}
-    if "train" not in there:
-        raise UserError(f"{root}: has {'/, '.join(there)}/ but no train/; add train/")
-    return {root / name: split for name, split in train_and_test(there).items()}
-
-
-def _class_folders(tree: Path) -> dict[str, Path]:
-    return {
-        p.name: p
-        for p in tree.iterdir()
-        if p.is_dir() and p.name != "unlabelled" and p.name[0] != "."
-    }
-
-
-def _of_class(root: Path, folder: Path, label: int, split: str | None) -> list[Sample]:
-    found = image_files(folder)
-    if not found:
+    unknown = sorted(set(level.classes()) - set(classes))
+    if unknown:
         raise UserError(
-            f"{folder}: class {folder.name!r} holds no image ({', '.join(sorted(SUFFIXES))}); add images or "
-            "remove the folder"
+            f"{folder}: class {unknown[0]!r} is not in train/; {nearest(unknown[0], classes)}"
         )
-    return [_sample(root, p, label, split) for p in found]
 
 
-def _sample(root: Path, path: Path, label: int | None, split: str | None) -> Sample:
-    return Sample(legible(path.relative_to(root).as_posix()), partial(decode, path), label, split)
-
-
-def _left_out(root: Path) -> list[str]:
-    files = (Path(f.name) for f in tree.walk(root) if f.reason is None)
-    others = Counter(p.suffix.lower() or p.name for p in files if p.suffix.lower() not in SUFFIXES)
-    if not others:
-        return []
-    told = ", ".join(f"{n} {legible(suffix)}" for suffix, n in others.most_common(5))
-    return [f"left out, not a format that is read here: {told}"]
+def _outside(layout: Layout, name: str) -> str:
+    """Why the class folders give an image no label."""
+    for level in layout.flat:
+        if name.startswith(level.name):
+            return f"no label, {level.name} has no class folders"
+    below = name.removeprefix(layout.top.name).split("/")
+    place = name.rpartition("/")[0]
+    if layout.trees[TRAIN] is not layout.top and len(below) > 1:
+        beside = f"{layout.top.name}{below[0]}/"
+        if not any(tree.name.startswith(beside) for tree in layout.trees.values()):
+            place = beside.rstrip("/")
+    return (
+        f"outside the class folders, in {legible(place)}/" if place else "outside the class folders"
+    )

@@ -13,91 +13,133 @@ from typing import Any
 from PIL import Image
 
 from pipeline.core.errors import UserError, nearest
-from pipeline.data.decoding import decode
-from pipeline.prepare.sources.sample import Sample, SourceImages, existing, legible, train_and_test
+from pipeline.data import tree
+from pipeline.data.decoding import decode, what_it_is
+from pipeline.prepare.sources.sample import (
+    Columns,
+    Sample,
+    SourceImages,
+    composed,
+    existing,
+    legible,
+    shortened,
+)
+from pipeline.prepare.sources.splits import TRAIN, UNLABELLED, roles, split_of, split_of_path
 
 EXPECTED = "a .parquet file, a folder of them, or a pattern ('/data/train-00000-of-*.parquet')"
-SPLITS = "train|test|validation|valid|val|dev"
-SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
-MAX_CLASS_NUMBER = 1_000_000  # class numbers
+# train-00000-of-00003.parquet, also with a hash behind it, as the hub names converted files; and 0000.parquet
+SHARD = re.compile(r"(?P<name>.*?)(?P<index>\d+)(?P<rest>[-_]of[-_]\d+)(-[0-9a-f]{6,})?\.parquet")
+NUMBERED = re.compile(r"(?P<name>)(?P<index>\d{4,})(?P<rest>)\.parquet")
+MAX_CLASS_NUMBER = 1_000_000
+MAX_SHARDS = 100_000
 USUAL = ("label", "labels", "fine_label", "class", "target")
 
 
-def read(path: str | None, label_column: str | None) -> SourceImages:
+def read(path: str | None, columns: Columns) -> SourceImages:
     """Rows of one file or several; the split is in a file's name (`train-00000-of-00005`) or its folder's.
 
-    Labels: `label_column`, else the ClassLabel column with most classes. A null or negative label is no label.
-    Raises UserError: no pyarrow, no or not all shards, no image column, an unknown label column, a damaged
-    file, labels that are not class numbers or names.
+    Labels: `prepare.label_column`, else the ClassLabel column with most classes. A null or negative label is no
+    label. Class names may stand in another order in another file: rows are matched by name.
+    Raises UserError, naming the file: no pyarrow, no or not all shards, no image column, an unknown label column,
+    a damaged file, labels that are not class numbers or names, class names that another file does not have.
     """
-    by_split = _by_split(_files(path))
-    tables = {f: _Table(f) for files in by_split.values() for f in files}
-    first = next(iter(tables.values()))
-    chosen, notes = _label_column(first, label_column)
-    labels = {f: table.column(chosen) for f, table in tables.items()}
-    classes = _classes(first, chosen, [v for column in labels.values() for v in column])
-    number = {name: i for i, name in enumerate(classes)}
+    columns.only("parquet", "label", "image")
+    root, files, left_out = _files(path)
+    by_split = _by_split(root, files)
+    readers = {file: _File(file, columns.image) for group in by_split.values() for file in group}
+    first = next(iter(readers.values()))
+    label_column, notes = _label_column(first, columns.label)
+    labels = {file: _labels(reader, label_column) for file, reader in readers.items()}
+    classes = _classes(readers, label_column, labels)
+    ours = roles(kind for kind in by_split if kind != UNLABELLED)
     samples: list[Sample] = []
-    for split, files in by_split.items():
-        for file in files:
-            samples += _samples(tables[file], labels[file], number, split)
-    return SourceImages(classes, samples, notes)
+    for kind, group in by_split.items():
+        for file in group:
+            known = _numbers(labels[file], readers[file].class_names(label_column), classes)
+            if kind == UNLABELLED:
+                known = [None] * len(known)
+            origin = legible(file.relative_to(root).as_posix())
+            samples += _samples(readers[file], origin, known, ours.get(kind))
+    return SourceImages(classes, samples, notes, left_out)
 
 
-def _files(path: str | None) -> list[Path]:
+def _files(path: str | None) -> tuple[Path, list[Path], dict[str, list[str]]]:
+    """The folder that names count from, the parquet files, other files by the reason why they are not read."""
     if path is not None and set("*?[") & set(path) and not Path(path).exists():
-        found = sorted(Path(path).parent.glob(Path(path).name))
+        parts = Path(path).parts
+        fixed = next(i for i, part in enumerate(parts) if set("*?[") & set(part))
+        root = Path(*parts[:fixed])
+        found = sorted(root.glob("/".join(parts[fixed:])))
         if not found:
             raise UserError(f"prepare.path: no file matches {path}; give {EXPECTED}")
-        return found
+        return root, found, {}
     root = existing("parquet", path, EXPECTED)
     if root.is_file():
-        return [root]
-    found = sorted(root.rglob("*.parquet"))
-    if not found:
+        return root.parent, [root], {}
+    names: list[str] = []
+    left_out: dict[str, list[str]] = {}
+    for file in sorted(tree.walk(root), key=lambda f: f.name):
+        suffix = Path(file.name).suffix.lower()
+        if file.reason is None and suffix == ".parquet":
+            names.append(file.name)
+        else:
+            why = file.reason or f"{suffix or legible(Path(file.name).name)}, not a parquet file"
+            left_out.setdefault(why, []).append(file.name)
+    if not names:
         raise UserError(f"prepare.path: {root} holds no .parquet file; give {EXPECTED}")
-    _check_shards(found)
-    return found
+    _check_shards(root, names)
+    return root, [root / name for name in names], left_out
 
 
-def _check_shards(found: list[Path]) -> None:
-    there = {p.name for p in found}
-    for path in found:
-        shard = SHARD.search(path.name)
-        for i in range(int(shard[2]) if shard else 0):
-            assert shard is not None
-            name = f"{path.name[: shard.start()]}-{i:0{len(shard[1])}d}-of-{shard[2]}.parquet"
-            if name not in there:
+def _check_shards(root: Path, names: list[str]) -> None:
+    """Raise UserError where a shard is missing, by the total or by a gap in the numbers, or there twice."""
+    groups: dict[tuple[str, str, str], dict[int, str]] = {}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        shard = SHARD.fullmatch(file) or NUMBERED.fullmatch(file)
+        if shard is None:
+            continue
+        group = groups.setdefault((folder, shard["name"], shard["rest"]), {})
+        if int(shard["index"]) in group:
+            raise UserError(
+                f"{root}: got {group[int(shard['index'])]} and {name}, the same shard twice; expected one "
+                "version of each; remove the older one"
+            )
+        group[int(shard["index"])] = name
+    for (folder, prefix, rest), group in groups.items():
+        total = re.search(r"\d+", rest)
+        for i in range(min(int(total[0]), MAX_SHARDS) if total else max(group) + 1):
+            if i not in group:
+                some = group[min(group)].rpartition("/")[2]
+                width = len(some) - len(prefix) - len(some[len(prefix) :].lstrip("0123456789"))
                 raise UserError(
-                    f"{path.parent}: {name} is missing; add it, or give the part you want as a pattern "
-                    f"(prepare.path: '{path.parent}/{path.name}')"
+                    f"{root / folder}: {prefix}{i:0{width}d}{rest}.parquet is missing; add it, or give the part "
+                    f"you want as a pattern (prepare.path: '{root / folder / some}')"
                 )
 
 
-def _by_split(found: list[Path]) -> dict[str | None, list[Path]]:
-    """Files by our split, None (train, to be cut from) first; files that name no split are all of None."""
+def _by_split(root: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """Split -> files, train first. Files that name no split, or all the same one, are train."""
     named: dict[str, list[Path]] = {}
-    for path in found:
-        name = re.match(rf"({SPLITS})[-_.]", path.name) or re.fullmatch(
-            f"({SPLITS})", path.parent.name
-        )
-        named.setdefault(name[1] if name else "", []).append(path)
+    for file in files:
+        name = file.relative_to(root).as_posix()
+        split = split_of(file.stem)
+        named.setdefault(split.kind if split else split_of_path(name) or "", []).append(file)
     if len(named) == 1:
-        return {None: found}
-    if "train" not in named or "" in named:
-        bare = ", ".join(p.name for p in named.get("", [])) or "no train file"
+        return {TRAIN: files}
+    if TRAIN not in named or "" in named:
+        bare = shortened(p.name for p in named.get("", [])) or "no train file"
         raise UserError(
             f"prepare.path: splits {', '.join(filter(None, named))} and {bare}; name each file after its split "
             "(train-*.parquet, test-*.parquet)"
         )
-    ours = train_and_test(["train", *(s for s in named if s != "train")])
-    return {ours[name]: named[name] for name in ours}
+    return {kind: named[kind] for kind in sorted(named, key=lambda kind: kind != TRAIN)}
 
 
-class _Table:
+class _File:
     """One parquet file; rows are read by row group, the last group is kept."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, image_column: str | None) -> None:
         try:
             from pyarrow import parquet
         except ImportError as error:
@@ -109,33 +151,45 @@ class _Table:
             self.file = parquet.ParquetFile(path)
         except Exception as error:  # pyarrow raises whatever the bytes lead it to
             raise UserError(
-                f"{path}: not a readable parquet file ({error}); fetch it again"
+                f"{path}: not a readable parquet file ({_head_of(path) or error}); fetch it again"
             ) from None
         self.schema = self.file.schema_arrow
-        self._held: tuple[int, list[Any]] = (-1, [])
+        self._group: tuple[int, list[Any]] = (-1, [])
         self.features = self._features()
-        self.image = self._image_column()
+        self.image = self._image_column(image_column)
 
-    def _features(self) -> dict[str, Any]:
-        """The Hugging Face feature description in the schema's metadata, {} without one.
+    def _features(self) -> dict[str, dict[str, Any]]:
+        """The Hugging Face description of the columns that the schema's metadata describes by a dict.
 
-        Raises UserError: one that is damaged.
+        Raises UserError: no JSON.
         """
         metadata = (self.schema.metadata or {}).get(b"huggingface", b"{}")
         try:
-            found = json.loads(metadata).get("info", {}).get("features", {})
-            described = {name: dict(feature) for name, feature in found.items()}
-            for feature in described.values():
-                if feature.get("_type") == "ClassLabel":
-                    feature["names"] = [str(n) for n in feature["names"]]
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+            found = json.loads(metadata)
+            for key in ("info", "features"):
+                found = (found.get(key) if isinstance(found, dict) else None) or {}
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{self.path}: the huggingface metadata is damaged ({type(error).__name__}: {error}); "
                 "fetch it again"
             ) from None
-        return described
+        return (
+            {n: f for n, f in found.items() if isinstance(f, dict)}
+            if isinstance(found, dict)
+            else {}
+        )
 
-    def _image_column(self) -> str:
+    def class_names(self, column: str) -> list[str] | None:
+        """The class names of a ClassLabel column, None where the metadata has none."""
+        feature = self.features.get(column, {})
+        names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
+        if isinstance(names, dict):  # {"0": "cat", "1": "dog"}
+            names = list(names.values())
+        return (
+            [composed(str(name)) for name in names] if isinstance(names, list) and names else None
+        )
+
+    def _image_column(self, requested: str | None) -> str:
         from pyarrow import types
 
         def is_image(kind: Any) -> bool:
@@ -143,12 +197,17 @@ class _Table:
             return bool(inner or types.is_binary(kind) or types.is_large_binary(kind))
 
         found = [f.name for f in self.schema if is_image(f.type)]
-        if len(found) != 1:
+        if requested is not None and requested not in found:
+            raise UserError(
+                f"prepare.image_column: {self.path} has no column of images {requested!r}; "
+                f"{nearest(requested, found)}"
+            )
+        if requested is None and len(found) != 1:
             raise UserError(
                 f"{self.path}: image columns: {', '.join(found) or 'none'}, of {', '.join(self.schema.names)}; "
-                "exactly one is needed, a struct {bytes, path} or binary"
+                "exactly one is needed, a struct {bytes, path} or binary; name one in prepare.image_column"
             )
-        return str(found[0])
+        return requested or str(found[0])
 
     def column(self, name: str) -> list[Any]:
         """All values of a column. Raises UserError: this file lacks it, or is damaged."""
@@ -160,76 +219,133 @@ class _Table:
             raise UserError(f"{self.path}: damaged ({error}); fetch it again") from None
         return values
 
-    def picture(self, group: int, row: int) -> Image.Image:
+    def image_at(self, group: int, row: int) -> Image.Image:
         """Decode the image of a row of a row group."""
-        if self._held[0] != group:
+        if self._group[0] != group:
             table = self.file.read_row_group(group, columns=[self.image])
-            self._held = (group, table.column(0).to_pylist())
-        cell = self._held[1][row]
+            self._group = (group, table.column(0).to_pylist())
+        cell = self._group[1][row]
         encoded = cell["bytes"] if isinstance(cell, dict) else cell
         if encoded is None:
-            raise ValueError("the row holds no bytes, only a path")
+            raise ValueError("the row holds no bytes, only a path" if cell else "the row is null")
         return decode(io.BytesIO(encoded))
 
 
-def _label_column(table: _Table, wanted: str | None) -> tuple[str, list[str]]:
+def _head_of(path: Path) -> str | None:
+    """What a file is that pyarrow cannot read, where its beginning says so."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError as error:
+        return str(error.strerror)
+    name = what_it_is(head)
+    return None if name.startswith("no format") else name
+
+
+def _label_column(file: _File, requested: str | None) -> tuple[str, list[str]]:
     """The column of class labels, and a note where the data set has others."""
-    features = table.features
-    labels = [n for n, f in features.items() if f.get("_type") == "ClassLabel"]
-    columns = [n for n in table.schema.names if n != table.image]
-    if wanted is not None:
-        if wanted not in columns:
+    columns = [n for n in file.schema.names if n != file.image]
+    labels = [n for n in columns if file.class_names(n)]
+    if requested is not None:
+        if requested not in columns:
             raise UserError(
-                f"prepare.label_column: {table.path} has no column {wanted!r}; {nearest(wanted, columns)}"
+                f"prepare.label_column: {file.path} has no column {requested!r}; {nearest(requested, columns)}"
             )
-        return wanted, []
-    found = sorted(labels, key=lambda n: -len(features[n]["names"])) or [
+        return requested, []
+    found = sorted(labels, key=lambda n: -len(file.class_names(n) or ())) or [
         n for n in USUAL if n in columns
     ]
     if not found:
         raise UserError(
-            f"{table.path}: no ClassLabel column; got {', '.join(columns) or 'no other column'}; name the "
+            f"{file.path}: no ClassLabel column; got {', '.join(columns) or 'no other column'}; name the "
             "one that holds the labels in prepare.label_column"
         )
     others = f"labels: {found[0]} (prepare.label_column: also {', '.join(found[1:])})"
     return found[0], [others] if found[1:] else []
 
 
-def _classes(table: _Table, column: str, values: list[Any]) -> list[str]:
-    names = table.features.get(column, {}).get("names")
-    if names is None and all(v is None or isinstance(v, str) for v in values):
-        return sorted({v for v in values if v is not None})
-    for value in values:
-        if value is not None and not (type(value) is int and value < MAX_CLASS_NUMBER):
-            raise UserError(
-                f"{table.path}: column {column!r} holds {reprlib.repr(value)}; allowed: class numbers from 0 to "
-                f"{MAX_CLASS_NUMBER - 1}, or class names"
-            )
-    top = max((v for v in values if v is not None), default=-1)
-    if names is None:
-        return [str(i) for i in range(top + 1)]
-    if top >= len(names):
+def _labels(file: _File, column: str) -> list[int | str | None]:
+    """The labels of a file: class numbers, or texts; None for a null, a NaN or a negative one."""
+    names = file.class_names(column)
+    labels: list[int | str | None] = []
+    for value in file.column(column):
+        label = composed(value) if isinstance(value, str) else value
+        if isinstance(label, float) and (label != label or label.is_integer()):
+            label = None if label != label else int(label)
+        if label is not None and not isinstance(label, str):
+            if not isinstance(label, int) or label >= MAX_CLASS_NUMBER:
+                raise UserError(
+                    f"{file.path}: column {column!r} holds {reprlib.repr(value)}; allowed: class numbers from 0 "
+                    f"to {MAX_CLASS_NUMBER - 1}, or class names"
+                )
+            label = None if label < 0 else int(label)
+            if names and label is not None and label >= len(names):
+                raise UserError(
+                    f"{file.path}: column {column!r} holds class {label}, its metadata names {len(names)} classes "
+                    f"(0 to {len(names) - 1}); mend the metadata or the labels"
+                )
+        labels.append(label)
+    return labels
+
+
+def _classes(
+    files: dict[Path, _File], column: str, labels: dict[Path, list[int | str | None]]
+) -> list[str]:
+    """The class names of all files: those of the first that has any, else the texts, else the numbers."""
+    first = next((f for f in files.values() if f.class_names(column)), None)
+    names = first.class_names(column) if first else None
+    numbers = {label for cells in labels.values() for label in cells if isinstance(label, int)}
+    texts = {label for cells in labels.values() for label in cells if isinstance(label, str)}
+    if names is None and numbers and texts:
+        mixed = next(f for f, cells in labels.items() if any(isinstance(c, str) for c in cells))
         raise UserError(
-            f"{table.path}: column {column!r} holds class {top}, its metadata names {len(names)} classes (0 to "
-            f"{len(names) - 1}); mend the metadata or the labels"
+            f"{mixed}: column {column!r} holds {min(texts)!r}, and class numbers elsewhere; expected one or the "
+            "other; mend the column"
         )
-    return list(names)
-
-
-def _samples(
-    table: _Table, labels: list[Any], number: dict[str, int], split: str | None
-) -> list[Sample]:
-    samples = []
-    row = 0
-    for group in range(table.file.num_row_groups):
-        for at in range(table.file.metadata.row_group(group).num_rows):
-            value = labels[row]
-            label = number[value] if isinstance(value, str) else value
-            known = None if label is None or label < 0 else int(label)
-            read = partial(table.picture, group, at)
-            origin = f"{legible(table.path.name)}:{row}"
-            samples.append(
-                Sample(origin, read, known, split or ("train" if known is None else None))
+    if names is None and texts:
+        return sorted(texts)
+    if names is None:
+        start = 1 if numbers and min(numbers) == 1 else 0
+        return [str(i) for i in range(start, max(numbers, default=-1) + 1)]
+    for path, file in files.items():
+        own = file.class_names(column)
+        unknown = sorted(
+            {*(own or ()), *(c for c in labels[path] if isinstance(c, str))} - set(names)
+        )
+        if unknown and first:
+            raise UserError(
+                f"{path}: got the class {unknown[0]!r}, which {first.path} does not name; "
+                f"{nearest(unknown[0], names)}"
             )
-            row += 1
+        if own is None and first and any(isinstance(c, int) for c in labels[path]):
+            raise UserError(
+                f"{path}: got class numbers and no names, where {first.path} has names; expected names in every "
+                "file; fetch it again"
+            )
+    return names
+
+
+def _numbers(
+    labels: list[int | str | None], own: list[str] | None, classes: list[str]
+) -> list[int | None]:
+    """The labels of a file as classes of all files: by name, where the file's own names stand in another order."""
+    number = {name: i for i, name in reversed(list(enumerate(classes)))}
+    names = dict(enumerate(own or ()))
+    return [
+        None if label is None
+        else label if own == classes and isinstance(label, int)
+        else number[label if isinstance(label, str) else names.get(label, str(label))]
+        for label in labels
+    ]  # fmt: skip
+
+
+def _samples(file: _File, origin: str, labels: list[int | None], split: str | None) -> list[Sample]:
+    samples: list[Sample] = []
+    for group in range(file.file.num_row_groups):
+        for at in range(file.file.metadata.row_group(group).num_rows):
+            row = len(samples)
+            own = split or (TRAIN if labels[row] is None else None)
+            samples.append(
+                Sample(f"{origin}:{row}", partial(file.image_at, group, at), labels[row], own)
+            )
     return samples

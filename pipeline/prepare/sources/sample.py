@@ -1,9 +1,9 @@
-"""What every source gives: class names and samples, and the words for what a source may lack."""
+"""What every source returns: class names and samples, and the checks that sources share."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,19 +11,16 @@ from PIL import Image
 
 from pipeline.core.errors import UserError
 
-UNFIT = (
-    "Cc",
-    "Cs",
-    "Zl",
-    "Zp",
-)  # Unicode's controls, halves of a character, line and paragraph ends
+# Unicode's controls, halves of a character, ends of lines and paragraphs.
+ILLEGIBLE = ("Cc", "Cs", "Zl", "Zp")
+NO_LABEL = {"", "nan"}  # not "none", which is a class of its own in sets of defects
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture before it is prepared. `label` None: unlabelled; `split` None: train, to be cut from."""
+    """One image before it is prepared. `label` None: unlabelled; `split` None: train, to be cut from."""
 
-    origin: str  # where it was read from, for people: a path below the source, a file and its row; legible
+    origin: str  # a path below the source, or a file and its row; in one line
     read: Callable[[], Image.Image]
     label: int | None
     split: str | None
@@ -31,50 +28,126 @@ class Sample:
 
 @dataclass(frozen=True)
 class SourceImages:
-    """All that a source holds. `notes`: what a user should know of the reading, a sentence each."""
+    """All that a source holds."""
 
     classes: list[str]
     samples: Sequence[Sample]
+    notes: list[str] = field(default_factory=list)  # a sentence each
+    left_out: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # reason -> files that are not read
+
+
+@dataclass(frozen=True)
+class FileLabels:
+    """What one way of labelling image files gives. Images by their names below the root."""
+
+    classes: list[str]
+    labels: dict[str, int | None]  # of every image that is read; None: unlabelled
+    splits: dict[str, str]  # train, val or test, as the layout names it
+    reasons: dict[str, str] = field(default_factory=dict)  # why other files are not read
+    absent: dict[str, str] = field(
+        default_factory=dict
+    )  # images that are not there, and who names them
     notes: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)  # files that the labels were read from
 
 
-Source = Callable[["str | None", "str | None"], SourceImages]  # (path, label column) -> Found
+@dataclass(frozen=True)
+class Columns:
+    """Where the labels stand: `prepare.label_column`, `prepare.image_column` and `prepare.label_pattern`."""
+
+    label: str | None = None
+    image: str | None = None
+    pattern: str | None = None
+
+    def only(self, source: str, *accepted: str) -> None:
+        """Raise UserError where one is set that the source has no use for."""
+        keys = {"label": "label_column", "image": "image_column", "pattern": "label_pattern"}
+        for name, key in keys.items():
+            value = getattr(self, name)
+            if value is not None and name not in accepted:
+                raise UserError(
+                    f"prepare.{key}: got {value!r}, but source {source!r} has no use for it; set it to null"
+                )
 
 
-def existing(source: str, path: str | None, what: str) -> Path:
-    """The path a source reads. Raises UserError: none given, nothing there."""
+Source = Callable[["str | None", Columns], SourceImages]  # prepare.path, the columns
+
+
+def existing(source: str, path: str | None, expected: str) -> Path:
+    """The path that a source reads. Raises UserError: none given, nothing there."""
     if path is None:
-        raise UserError(f"prepare.path: got {path}; source '{source}' needs {what}")
+        raise UserError(f"prepare.path: got {path}; source '{source}' needs {expected}")
     try:
-        there, readable = Path(path).exists(), Path(path).is_file() or Path(path).is_dir()
+        exists, readable = Path(path).exists(), Path(path).is_file() or Path(path).is_dir()
     except OSError as error:
-        raise UserError(f"prepare.path: {path}: {error.strerror}; give {what}") from None
-    if not there:
-        raise UserError(f"prepare.path: {path} does not exist; give {what}")
+        raise UserError(f"prepare.path: {path}: {error.strerror}; give {expected}") from None
+    if not exists:
+        raise UserError(f"prepare.path: {path} does not exist; give {expected}")
     if not readable:
-        raise UserError(f"prepare.path: {path} is neither a file nor a folder; give {what}")
+        raise UserError(f"prepare.path: {path} is neither a file nor a folder; give {expected}")
     return Path(path)
 
 
 def legible(name: str) -> str:
-    """A name in one line that any file can hold: line breaks, controls and broken characters as escapes."""
+    """Escape what would break a line of a report: line ends, control and broken characters."""
     return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in UNFIT else c for c in name
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in ILLEGIBLE else c
+        for c in name
     )
 
 
-def check_label_column(source: str, column: str | None) -> None:
-    """Raise UserError where a label column is named for a source that has none."""
-    if column is not None:
+def composed(name: str) -> str:
+    """Compose accents (Unicode NFC): macOS writes a name decomposed, other systems mostly do not."""
+    return unicodedata.normalize("NFC", name)
+
+
+def shortened(names: Iterable[str], limit: int = 5) -> str:
+    """The first few names of a list, for a message."""
+    shown = sorted(names)
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(map(legible, shown[:limit])) + more
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a cell holds, `3.0` included, which is how a table with gaps writes 3; else None."""
+    try:
+        value = float(text)
+        return int(value) if value.is_integer() else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def classes_of(texts: Iterable[str], where: str) -> tuple[list[str], dict[str, int | None]]:
+    """Cells of a label column -> class names, and the class of every cell (None: no label).
+
+    Whole numbers are ordered as numbers and may begin at any; a negative one is no label. Other texts are in
+    alphabetical order. Raises UserError: fractions.
+    """
+    cells = set(texts)
+    labels = {cell: composed(cell.strip()) for cell in cells}
+    known = {cell: label for cell, label in labels.items() if label.lower() not in NO_LABEL}
+    numbers = {cell: whole_number(label) for cell, label in known.items()}
+    names: list[str]
+    if known and all(number is not None for number in numbers.values()):
+        names = [str(n) for n in sorted({n for n in numbers.values() if n is not None and n >= 0})]
+        known = {cell: str(number) for cell, number in numbers.items() if str(number) in names}
+    elif known and all(_is_number(label) for label in known.values()):
+        fraction = next(label for label in known.values() if whole_number(label) is None)
         raise UserError(
-            f"prepare.label_column: got {column!r}, but source {source!r} has no columns; set it to null"
+            f"{where}: got {fraction!r}; expected class names or whole numbers; name the column of the classes in "
+            "prepare.label_column"
         )
+    else:
+        names = sorted(set(known.values()))
+    place = {name: i for i, name in enumerate(names)}
+    return names, {cell: place[known[cell]] if cell in known else None for cell in cells}
 
 
-def train_and_test(splits: Sequence[str]) -> dict[str, str | None]:
-    """A source's own split names -> ours: `train` is cut further; `val` without `test` is the test split."""
-    named = {"validation": "val", "valid": "val", "dev": "val"}
-    ours: dict[str, str | None] = {s: named.get(s, s) for s in splits}
-    if "test" not in ours.values():
-        ours = {s: "test" if name == "val" else name for s, name in ours.items()}
-    return {s: None if name == "train" else name for s, name in ours.items()}
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -15,7 +15,8 @@ from PIL import Image
 
 from pipeline.core.errors import UserError, nearest
 from pipeline.prepare.sources import cifar
-from pipeline.prepare.sources.sample import Sample, SourceImages, check_label_column, train_and_test
+from pipeline.prepare.sources.sample import Columns, Sample, SourceImages
+from pipeline.prepare.sources.splits import roles
 
 PREFIX = "torchvision:"
 ARCHIVES = ("CIFAR10", "CIFAR100")
@@ -23,7 +24,7 @@ SPLIT_NAMES = (("train", "trainval"), ("val", "valid"), ("test",))
 LABELS = ("targets", "labels", "_labels", "y")  # where torchvision's classes keep what they list
 
 
-def read(name: str, path: str | None, label_column: str | None) -> SourceImages:
+def read(name: str, path: str | None, columns: Columns) -> SourceImages:
     """The data set `torchvision.datasets.<name>` under `path`, downloaded where it is not there yet.
 
     Raises UserError: unknown name, no path, no network, not a data set of pictures with one class each.
@@ -35,10 +36,10 @@ def read(name: str, path: str | None, label_column: str | None) -> SourceImages:
             "already (data/downloads)"
         )
     if name in ARCHIVES:
-        return _archive(kind, Path(path), label_column)
-    check_label_column(PREFIX + name, label_column)
+        return _archive(kind, Path(path), columns)
+    columns.only(PREFIX + name)
     parts = _splits(name, kind, Path(path))
-    ours = train_and_test(list(parts))
+    ours = roles(parts)
     classes = _class_names(name, parts)
     samples = [
         Sample(f"{split}/{i:06d}", partial(_picture, dataset, i), label, ours[split])
@@ -62,7 +63,7 @@ def _class_of(name: str) -> Any:
     return getattr(datasets, name)
 
 
-def _archive(kind: Any, root: Path, label_column: str | None) -> SourceImages:
+def _archive(kind: Any, root: Path, columns: Columns) -> SourceImages:
     from torchvision.datasets.utils import download_url
 
     if not (root / kind.base_folder).is_dir():
@@ -70,8 +71,8 @@ def _archive(kind: Any, root: Path, label_column: str | None) -> SourceImages:
             download_url(kind.url, root, kind.filename, kind.tgz_md5)
         except (OSError, RuntimeError) as error:
             raise _not_there(kind.__name__, root, error) from None
-        return cifar.read(str(root / kind.filename), label_column)
-    return cifar.read(str(root / kind.base_folder), label_column)
+        return cifar.read(str(root / kind.filename), columns)
+    return cifar.read(str(root / kind.base_folder), columns)
 
 
 def _not_there(name: str, root: Path, error: Exception) -> UserError:

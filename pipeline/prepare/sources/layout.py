@@ -1,0 +1,142 @@
+"""Where the images of a folder lie: split folders under any common name, class folders, images without either."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.core.errors import UserError
+from pipeline.data import tree
+from pipeline.prepare.sources.sample import composed, shortened
+from pipeline.prepare.sources.splits import TRAIN, UNLABELLED, SplitName, split_of
+
+
+@dataclass
+class Level:
+    """A folder with images at any depth. Names count from the root and end in `/`, the root's is empty."""
+
+    name: str = ""
+    images: list[str] = field(default_factory=list)  # directly in it
+    folders: dict[str, Level] = field(default_factory=dict)
+
+    def below(self) -> list[str]:
+        """Every image in it, at any depth."""
+        return [*self.images, *(name for f in self.folders.values() for name in f.below())]
+
+    def split(self) -> SplitName | None:
+        """The split that the folder's own name names."""
+        return split_of(self.name.rstrip("/").rpartition("/")[2])
+
+    def unlabelled(self) -> list[Level]:
+        """The folders in it that are named so."""
+        return [f for f in self.folders.values() if (s := f.split()) and s.kind == UNLABELLED]
+
+    def classes(self) -> dict[str, list[Level]]:
+        """Class -> its folders: two where a name stands there composed and decomposed."""
+        found: dict[str, list[Level]] = {}
+        for name, folder in self.folders.items():
+            if folder not in self.unlabelled():
+                found.setdefault(composed(name), []).append(folder)
+        return found
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`trees`: split -> the level of its class folders, train first. `flat`: the split folders without any."""
+
+    top: Level
+    trees: dict[str, Level]
+    flat: list[Level]
+    unlabelled: list[Level]
+
+
+def layout_of(root: Path, images: Iterable[str], has_tables: bool) -> Layout:
+    """Sort the images below `root` by their folders.
+
+    Raises UserError: splits without train, two folders for one split, a split among class folders.
+    """
+    top = Level()
+    for name in images:
+        at = top
+        for part in name.split("/")[:-1]:
+            at = at.folders.setdefault(part, Level(f"{at.name}{part}/"))
+        at.images.append(name)
+    while (inner := _only(root, top)) and inner.folders:
+        if inner.split() and not all(f.split() for f in inner.folders.values()):
+            break
+        top = inner
+    splits = _splits(root, top, has_tables)
+    trees = {kind: _unwrapped(root, level, kind) for kind, level in splits.items()}
+    labelled = {k: v for k, v in trees.items() if k == TRAIN or v.classes()} or {TRAIN: top}
+    unlabelled = [*top.unlabelled(), *(labelled[TRAIN].unlabelled() if splits else [])]
+    _check_classes(root, labelled)
+    return Layout(top, labelled, [splits[k] for k in splits if k not in labelled], unlabelled)
+
+
+def _only(root: Path, level: Level) -> Level | None:
+    """The one folder of a level that holds nothing else."""
+    names = tree.folders(root / level.name) or list(level.folders)
+    one = len(names) == len(level.folders) == 1 and not level.images
+    return level.folders.get(names[0]) if one else None
+
+
+def _unwrapped(root: Path, level: Level, kind: str) -> Level:
+    """The level of the class folders in a split folder: `seg_train/seg_train/cat`, `train/images/cat`."""
+    while inner := _only(root, level):
+        split = inner.split()
+        if not inner.folders and not (split and split.kind == kind):
+            break
+        level = inner
+    return level
+
+
+def _splits(root: Path, top: Level, has_tables: bool) -> dict[str, Level]:
+    """Split -> its folder, train first; {} where the folders of the level are classes."""
+    folders = [f for levels in top.classes().values() for f in levels]
+    named = {f.name: split for f in folders if (split := f.split())}
+    others = [f.name for f in folders if f.name not in named]
+    by_kind: dict[str, list[Level]] = {}
+    for folder in folders:
+        if folder.name in named:
+            by_kind.setdefault(named[folder.name].kind, []).append(folder)
+    for kind, same in by_kind.items():  # where train/ and train_masks/ stand there, train/ is meant
+        by_kind[kind] = [f for f in same if named[f.name].exact] or same
+    exact = [name for name, split in named.items() if split.exact]
+    nested = any(
+        f.folders for f in by_kind.get(TRAIN, [])
+    )  # as a split is, and a class is mostly not
+    if not exact and (TRAIN not in by_kind or (others and not nested)):
+        return {}
+    for kind, same in by_kind.items():
+        if len(same) > 1:
+            raise UserError(
+                f"{root}: got {shortened(f.name for f in same)} for the {kind} split; expected one folder; "
+                "merge them, or rename the one that is not meant"
+            )
+    beside = f" beside {shortened(others)}" if others else ""
+    if TRAIN not in by_kind:
+        raise UserError(
+            f"{root}: has {shortened(exact)} but no train/{beside}; expected train/ with the class folders in it; "
+            "add train/, or rename a class that is named like a split"
+        )
+    if others and not nested and not has_tables:
+        raise UserError(
+            f"{root}: got {shortened(exact or named)}{beside}, a split among class folders; expected train/ "
+            "with the class folders in it; move them there, or rename a class that is named like a split"
+        )
+    return {kind: by_kind[kind][0] for kind in sorted(by_kind, key=lambda k: k != TRAIN)}
+
+
+def _check_classes(root: Path, trees: dict[str, Level]) -> None:
+    """Raise UserError where a split's name stands among classes, but for a class that all splits have."""
+    for level in trees.values():
+        for name, folders in level.classes().items():
+            split = split_of(name)
+            everywhere = len(trees) > 1 and all(name in t.classes() for t in trees.values())
+            flat = not any(folder.folders for folder in folders)
+            if split and split.exact and not (everywhere and flat) and len(level.classes()) > 1:
+                raise UserError(
+                    f"{root / level.name}: got {name}/ among class folders; expected classes only; "
+                    "move a split beside train/, or rename a class that is named like one"
+                )

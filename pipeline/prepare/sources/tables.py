@@ -1,0 +1,308 @@
+"""Labels of image files from .csv and .tsv tables beside them: `file,label`, ids without suffix, one-hot."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from pipeline.core.errors import UserError, nearest
+from pipeline.prepare.sources.sample import (
+    Columns,
+    FileLabels,
+    classes_of,
+    composed,
+    legible,
+    shortened,
+    whole_number,
+)
+from pipeline.prepare.sources.splits import TRAIN, UNLABELLED, split_of, split_of_path
+
+SUFFIXES = {".csv": ",;\t|", ".tsv": "\t"}  # and the delimiters that each may have
+USUAL = (
+    *("label", "labels", "fine_label", "class", "target"),
+    *("class_name", "classname", "label_name", "classes", "category", "species", "breed"),
+    *("diagnosis", "dx", "class_id", "classid", "category_id", "label_id", "y"),
+)
+SPLIT_COLUMNS = ("split", "set", "subset", "partition", "phase", "data set", "data_set", "usage")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: its name below the root, the column names, the rows with their line numbers."""
+
+    name: str
+    header: list[str]
+    rows: list[tuple[int, list[str]]]
+
+    def column(self, name: str) -> list[str]:
+        """The cells of a column."""
+        at = self.header.index(name)
+        return [cells[at].strip() for _, cells in self.rows]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a table is understood."""
+
+    table: Table
+    image: str
+    label: str  # a column, or "" for one-hot columns
+    labels: list[str]  # of every row
+    splits: list[str | None]  # of every row that a column of splits gives
+    notes: list[str]
+
+
+def read(root: Path, images: list[str], names: list[str], columns: Columns) -> FileLabels:
+    """The labels of all tables that name images below `root`.
+
+    Raises UserError: no table in which a column of image names and one of labels are understood, a name that fits
+    several images, an image with two labels.
+    """
+    index = _Index(images)
+    readings, reasons, faults = [], {}, []
+    for name in names:
+        if "submission" in name.lower():
+            reasons[name] = "a table of answers to hand in, by its name"
+            continue
+        try:
+            readings.append(_reading(_table(root, name), index, columns))
+        except UserError as error:
+            faults.append(str(error))
+            reasons[name] = "a table in which no labels are understood"
+    usual = [r for r in readings if columns.label or not r.label or r.label.lower() in USUAL]
+    for reading in readings if usual else []:
+        if reading not in usual:  # `test.csv` with a column of widths is no table of labels
+            reasons[reading.table.name] = "a table in which no labels are understood"
+    readings = usual or readings
+    if not readings:
+        several = f"{root}: got {len(names)} tables and none with labels; {'; '.join(faults[:3])}"
+        raise UserError(faults[0] if len(faults) == 1 else several)
+    return _joined(index, images, readings, reasons)
+
+
+def check_agreement(root: Path, images: list[str], names: list[str], folders: FileLabels) -> None:
+    """Raise UserError where a table gives the images of class folders other labels than their folders."""
+    index = _Index(images)
+    for name in names:
+        try:
+            reading = _reading(_table(root, name), index, Columns(), usual_only=True)
+        except UserError:
+            continue
+        pairs: dict[int, set[str]] = {}
+        for cell, label in zip(reading.table.column(reading.image), reading.labels, strict=True):
+            for image in index.find(cell, reading.table.name)[:1]:
+                number = folders.labels.get(image)
+                if number is not None and label:
+                    pairs.setdefault(number, set()).add(label)
+        torn = [number for number, labels in pairs.items() if len(labels) > 1]
+        if torn or len({label for labels in pairs.values() for label in labels}) < len(pairs):
+            example = folders.classes[torn[0] if torn else min(pairs)]
+            raise UserError(
+                f"{root / name}: got other labels (column {reading.label or 'one-hot'!r}) than the class folders, "
+                f"for images of {example}/ among others; expected labels of one kind; set prepare.label_column to "
+                "read the table, or move it away to read the folders"
+            )
+
+
+class _Index:
+    """Images by path, file name and stem."""
+
+    def __init__(self, images: list[str]) -> None:
+        self.paths: dict[str, str] = {composed(name): name for name in images}
+        self.names: dict[str, list[str]] = {}
+        self.kinds = {name: split_of_path(name) for name in images}
+        for name in images:
+            path = PurePosixPath(composed(name))
+            for key in {path.name, path.stem}:
+                self.names.setdefault(key, []).append(name)
+
+    def find(self, cell: str, table: str) -> list[str]:
+        """The images that a cell of a table may mean: one, none, or several of one name."""
+        value = composed(cell.strip().replace("\\", "/")).removeprefix("./")
+        folder, _, file = table.rpartition("/")
+        for path in (f"{folder}/{value}" if folder else value, value):
+            if path in self.paths:
+                return [self.paths[path]]
+        base = value.rpartition("/")[2]
+        same = self.names.get(base) or self.names.get(PurePosixPath(base).stem) or []
+        kind = split_of(file) or split_of(folder.rpartition("/")[2])
+        choices: list[Callable[[str], bool]] = [
+            lambda name: composed(name).endswith(f"/{value}"),
+            lambda name: kind is not None and self.kinds[name] == kind.kind,
+            lambda name: name.startswith(f"{folder}/"),
+        ]
+        for fits in choices:
+            same = [name for name in same if fits(name)] or same
+        if kind is not None and any(k == kind.kind for k in self.kinds.values()):
+            same = [name for name in same if self.kinds[name] in (kind.kind, None)]
+        return same
+
+
+def _table(root: Path, name: str) -> Table:
+    path = root / name
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        first = text.split("\n", 1)[0]
+        delimiter = max(SUFFIXES[path.suffix.lower()], key=first.count)
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        rows = [(lines.line_num, cells) for cells in lines if any(map(str.strip, cells))]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); expected a table in UTF-8; save it again"
+        ) from None
+    if len(rows) < 2:
+        raise UserError(f"{path}: got {len(rows)} lines; expected a header and a row an image")
+    header = [legible(composed(cell.strip())) for cell in rows[0][1]]
+    for line, cells in rows:
+        if len(cells) != len(header):
+            raise UserError(
+                f"{path}: got {len(cells)} columns in line {line}; expected {len(header)}, as in the header; "
+                "mend the line"
+            )
+    return Table(name, header, rows[1:])
+
+
+def _reading(table: Table, index: _Index, columns: Columns, usual_only: bool = False) -> Reading:
+    if any(
+        index.find(cell, table.name) for cell in table.header
+    ):  # no header: the first row is an image's
+        header = [f"column {i + 1}" for i in range(len(table.header))]
+        table = Table(table.name, header, [(1, table.header), *table.rows])
+    shown = f"{table.name}: got the header {', '.join(table.header)}"
+    image = _image_column(table, index, columns.image, shown)
+    rest = [name for name in table.header if name != image]
+    split = next(
+        (n for n in rest if n.lower() in SPLIT_COLUMNS and _are_splits(table.column(n))), None
+    )
+    rest = [name for name in rest if name != split]
+    splits: list[str | None] = (
+        [None] * len(table.rows) if split is None else [_kind(cell) for cell in table.column(split)]
+    )
+    usual = sorted((n for n in rest if n.lower() in USUAL), key=lambda n: USUAL.index(n.lower()))
+    if columns.label is not None:
+        if columns.label not in rest:
+            raise UserError(
+                f"{shown}; expected prepare.label_column {columns.label!r}; {nearest(columns.label, rest)}"
+            )
+        usual = [columns.label]
+    if not usual and len(rest) == 1 and not usual_only:
+        usual = rest
+    if usual:
+        also = [n for n in rest if n.lower() in USUAL and n != usual[0]]
+        more = f" (prepare.label_column: also {', '.join(also)})" if also else ""
+        notes = [f"labels: column {usual[0]!r} of {legible(table.name)}{more}"]
+        return Reading(table, image, usual[0], table.column(usual[0]), splits, notes)
+    hot = [n for n in rest if {whole_number(cell) for cell in table.column(n)} <= {0, 1}]
+    if len(hot) < 2:
+        raise UserError(
+            f"{shown}; expected a column of labels ({', '.join(USUAL[:5])}, ...) or one-hot columns of 0 and 1; "
+            "name the column in prepare.label_column"
+        )
+    notes = [f"labels: one-hot columns {shortened(hot)} of {legible(table.name)}"]
+    return Reading(table, image, "", _one_hot(table, hot), splits, notes)
+
+
+def _image_column(table: Table, index: _Index, requested: str | None, shown: str) -> str:
+    """The column that names most images."""
+    hits = {
+        name: frozenset(
+            found[0] for cell in set(table.column(name)) if (found := index.find(cell, table.name))
+        )
+        for name in table.header
+    }
+    if requested is not None:
+        if not hits.get(requested):
+            raise UserError(
+                f"{shown}; expected prepare.image_column {requested!r} to name images; "
+                f"{nearest(requested, [n for n in hits if hits[n]])}"
+            )
+        return requested
+    most = max(map(len, hits.values()))
+    best = [name for name in hits if len(hits[name]) == most]
+    if most == 0:
+        raise UserError(
+            f"{shown}; expected a column with the names of the images, with their suffix or without; got none of "
+            f"{shortened(index.paths, 3) or 'no images'}"
+        )
+    if len({hits[name] for name in best}) > 1:
+        raise UserError(
+            f"{shown}; expected one column of image names, got {', '.join(best)}; name one in prepare.image_column"
+        )
+    return best[0]
+
+
+def _one_hot(table: Table, hot: list[str]) -> list[str]:
+    columns = [table.column(name) for name in hot]
+    labels = []
+    for (line, _), cells in zip(table.rows, zip(*columns, strict=True), strict=True):
+        ones = [name for name, cell in zip(hot, cells, strict=True) if whole_number(cell) == 1]
+        if len(ones) != 1:
+            raise UserError(
+                f"{table.name}: got {len(ones)} ones in line {line} ({', '.join(ones) or 'all 0'}); expected one "
+                "class an image, one-hot; name a single column in prepare.label_column"
+            )
+        labels.append(ones[0])
+    return labels
+
+
+def _kind(cell: str) -> str | None:
+    split = split_of(cell)
+    return split.kind if split else None
+
+
+def _are_splits(cells: list[str]) -> bool:
+    return all(_kind(cell) for cell in set(cells) - {""}) and any(cells)
+
+
+def _joined(
+    index: _Index, images: list[str], readings: list[Reading], reasons: dict[str, str]
+) -> FileLabels:
+    """One label an image, out of all tables."""
+    texts: dict[str, str] = {}
+    splits: dict[str, str] = {}
+    absent: dict[str, str] = {}
+    rows: dict[str, str] = {}
+    again = 0
+    for reading in readings:
+        table, by_name = reading.table, split_of(PurePosixPath(reading.table.name).name)
+        listed = zip(
+            table.rows, table.column(reading.image), reading.labels, reading.splits, strict=True
+        )
+        for (line, _), cell, text, given in listed:
+            row, found = f"line {line} of {table.name}", index.find(cell, table.name)
+            if len(found) > 1:
+                raise UserError(
+                    f"{row}: got {cell!r}, which fits {shortened(found)}; expected one image; write its path from "
+                    "the table"
+                )
+            name = found[0] if found else str(PurePosixPath(table.name).parent / cell)
+            if not found:
+                absent[name] = f"named in {row}, but not there"
+            if texts.get(name, text) != text:
+                raise UserError(
+                    f"{row}: got {text!r} for {name}, which is {texts[name]!r} in {rows[name]}; expected one "
+                    "label an image; mend the table, or name another column in prepare.label_column"
+                )
+            again += name in texts
+            kind = given or index.kinds.get(name) or (by_name.kind if by_name else None) or TRAIN
+            texts[name], rows[name] = ("", row) if kind == UNLABELLED else (text, row)
+            splits[name] = TRAIN if kind == UNLABELLED else kind
+    where = ", ".join(reading.table.name for reading in readings)
+    for name in images:
+        if name not in texts and index.kinds[name] == UNLABELLED:
+            texts[name], splits[name] = "", TRAIN
+        elif name not in texts:
+            folder = name.rpartition("/")[0]
+            reasons[name] = f"no label in {legible(where)}" + (
+                f", in {legible(folder)}/" if folder else ""
+            )
+    classes, number = classes_of(texts.values(), where)
+    notes = [note for reading in readings for note in reading.notes]
+    notes += [f"rows that name an image again, with the same label: {again}"] * bool(again)
+    labels = {name: number[text] for name, text in texts.items()}
+    return FileLabels(
+        classes, labels, splits, reasons, absent, notes, [r.table.name for r in readings]
+    )
