@@ -256,7 +256,7 @@ KEYS = {  # defaults of the dataclasses that BASE does not set
         "seed",
     ),
     "cache": ("mode", "layout", "dtype", "batch", "shard_mb", "seed", "device"),
-    "distill": ("epochs", "batch", "lr", "labelled_share", "seed", "workers", "logits"),
+    "distill": ("steps", "batch", "lr", "labelled_share", "seed", "workers", "logits"),
     "evaluate": ("batch", "ece_bins", "seed"),
     "export": ("opset", "reference_images", "calibration_images"),
     "build": ("fp32_rel", "int8_calibration", "int8_search_s"),
