@@ -49,17 +49,21 @@ def _of_term(settings: Distill, term: str, draw: random.Random) -> Choice:
     """Draws of one term: every weight it has, and the temperature where it is free."""
     if term == "adversarial":
         weight = settings.cakd.adversarial_weight
-        return {"cakd.adversarial_weight": weight * draw.choice(WEIGHT)}
+        return {"cakd.adversarial_weight": _times(weight, draw)}
     if term in WITHOUT_LOSS:
         return {}
     kind, name = TERMS[term]
     section = name if name in ("logits", "cakd") else f"terms.{name}"
     own = settings.of_term(name)
     weights = dict.fromkeys(kind.losses.values())
-    choice = {f"{section}.{key}": getattr(own, key) * draw.choice(WEIGHT) for key in weights}
+    choice = {f"{section}.{key}": _times(getattr(own, key), draw) for key in weights}
     if term in TUNED_TEMPERATURES:
         choice[f"{section}.temperature"] = draw.choice(TEMPERATURES)
     return choice
+
+
+def _times(weight: float, draw: random.Random) -> float:
+    return float(f"{weight * draw.choice(WEIGHT):.6g}")
 
 
 def best(scores: list[Run]) -> int:

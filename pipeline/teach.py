@@ -125,7 +125,8 @@ def _check_size(embedding: Any, config: Teach, image_size: int) -> None:
     expected = tuple(embedding.img_size)
     if expected != (image_size,) * 2:
         raise UserError(
-            f"teach.model: {config.model} takes {expected[0]} px, the prepared images are {image_size} px; "
+            f"teach.model: {config.model} takes {expected[0]}x{expected[1]} px, the prepared images are "
+            f"{image_size}x{image_size} px; "
             "set teach.kwargs.img_size or prepare.image_size"
         )
     patch = tuple(embedding.patch_size)

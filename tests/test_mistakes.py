@@ -113,8 +113,58 @@ TYPOS = {
     "another image size": (
         "prepare.image_size",
         64,
-        "teach.model: vit_tiny_patch16_224 takes 32 px, the prepared images are 64 px; set "
+        "teach.model: vit_tiny_patch16_224 takes 32x32 px, the prepared images are 64x64 px; set "
         "teach.kwargs.img_size or prepare.image_size",
+    ),
+    "a teacher of grey images": (
+        "teach.kwargs.in_chans",
+        1,
+        "teach.model: VisionTransformer does not take an RGB image of 32x32 px (",
+    ),
+    "a teacher without blocks": (
+        "teach.kwargs.depth",
+        0,
+        "teach.model: VisionTransformer has 0 blocks; expected 1 or more; correct teach.kwargs (depth)",
+    ),
+    "a teacher that does not pool": (
+        "teach.kwargs.global_pool",
+        "",
+        "teach.model: VisionTransformer gives logits of shape (1, 65, 10) for one image; expected (1, classes)",
+    ),
+    "a teacher of oblong images": (
+        "teach.kwargs.img_size",
+        [32, 48],
+        "teach.model: vit_tiny_patch16_224 takes 32x48 px, the prepared images are 32x32 px; set",
+    ),
+    "a student of one stage": (
+        "distill.student_kwargs.channels",
+        [8],
+        "distill.student: ResNet does not take an RGB image of 32 px ('ResNet' object has no attribute",
+    ),
+    "a student of grey images": (
+        "distill.student_kwargs.in_chans",
+        1,
+        "distill.student: ResNet does not take an RGB image of 32 px (",
+    ),
+    "a student of another pooling": (
+        "distill.student_kwargs.global_pool",
+        "",
+        "; correct distill.student_kwargs, or set another prepare.image_size",
+    ),
+    "a teacher of the hub": (
+        "teach.model",
+        "hf-hub:timm/vit_tiny_patch16_224.augreg_in21k",
+        "use the architecture's name ('vit_tiny_patch16_224'?) with its weights as a .safetensors file",
+    ),
+    "a student of the hub, in its other spelling": (
+        "distill.student",
+        "hf_hub:timm/resnet18.a1_in1k",
+        "distill.student: got 'hf_hub:timm/resnet18.a1_in1k'; expected a model name of timm",
+    ),
+    "a student of a folder": (
+        "distill.student",
+        "local-dir:models/mine",
+        "distill.student: got 'local-dir:models/mine'; expected a model name of timm",
     ),
     "a patch that does not divide the image": (
         "teach.kwargs.patch_size",

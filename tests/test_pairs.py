@@ -244,7 +244,7 @@ def test_a_map_with_its_channels_last_is_read_channels_first():
 
 STUDENTS_REFUSED = {
     "hrnet_w18_small": "names no feature maps for HighResolutionNet that are one tensor each; .* as logits",
-    "inception_v3": "InceptionV3 cannot take images of 64 px .*; set another prepare.image_size",
+    "inception_v3": "InceptionV3 does not take an RGB image of 64 px .*, or set another prepare.image_size",
     "efficientvit_m0": "stages.2 1x1; neither of the last two reaches half of the teacher's 8x8 tokens",
 }
 

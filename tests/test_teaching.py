@@ -82,7 +82,7 @@ def test_a_training_that_diverges_is_stopped_and_publishes_nothing(prepared, tmp
 
 def test_a_grid_that_does_not_fit_the_images_is_refused_with_both_sizes(prepared, tmp_path):
     config = replace(QUICK, kwargs=VIT | {"img_size": 64})
-    with pytest.raises(UserError, match="takes 64 px, the prepared images are 32 px"):
+    with pytest.raises(UserError, match="takes 64x64 px, the prepared images are 32x32 px"):
         teach(config, prepared, tmp_path)
 
 

@@ -21,6 +21,7 @@ from pipeline.core.errors import UserError, nearest
 from pipeline.data.prepared import MAX_SIDE
 
 MAX_CLASSES = 1_000_000
+REMOTE_SOURCES = ("hf-hub", "hf_hub", "local-dir", "local_dir")  # prefixes of names that timm loads elsewhere
 
 
 def validate_description(description: dict[str, Any], path: Path) -> None:
@@ -67,6 +68,13 @@ def create(
     Raises UserError: unknown name, no pretrained weights to be had, kwargs the model refuses.
     """
     where, arguments = KEYS.get(section, (section, "its kwargs"))
+    source, _, rest = name.partition(":")
+    if source in REMOTE_SOURCES and rest:
+        raise UserError(
+            f"{where}: got {name!r}; expected a model name of timm {timm.__version__}, because every stage rebuilds "
+            f"the model offline; use the architecture's name ({rest.split('/')[-1].split('.')[0]!r}?) with its "
+            "weights as a .safetensors file in teach.weights"
+        )
     if not timm.is_model(name):
         raise UserError(f"{where}: timm {timm.__version__} has no model {name!r}; {_similar(name)}")
     try:
@@ -76,16 +84,16 @@ def create(
     except Exception as error:  # timm raises whatever the constructor or the hub raised
         if pretrained:
             raise UserError(
-                f"{where}: no pretrained weights of {name} to be had ({_first_line(error)}); check the network, "
+                f"{where}: no pretrained weights of {name} to be had ({first_line(error)}); check the network, "
                 "or give a .safetensors file, or scratch, as teach.weights"
             ) from error
         raise UserError(
-            f"{where}: timm refused {kwargs} for {name}: {_first_line(error)}; correct {arguments}"
+            f"{where}: timm refused {kwargs} for {name}: {first_line(error)}; correct {arguments}"
         ) from error
     return model
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

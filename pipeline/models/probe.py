@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from pipeline.core.errors import UserError
+from pipeline.models.checkpoint import first_line
 
 ROW_BY_ROW = (
     VisionTransformer,
@@ -108,6 +109,11 @@ def probe_teacher(vit: Any, image_size: int | None = None) -> TeacherSpec:
         )
     blocks: Any = getattr(vit, "blocks", None)
     a_row = isinstance(blocks, nn.Sequential | nn.ModuleList)
+    if a_row and not len(blocks):
+        raise UserError(
+            f"teach.model: {type(vit).__name__} has {len(blocks)} blocks; expected 1 or more; correct teach.kwargs "
+            "(depth)"
+        )
     seen = AttentionRecorder(blocks[-1] if a_row else vit)
     if a_row:
         fuse_attention(seen.block)
@@ -169,8 +175,21 @@ def _probe_with_zeros(vit: Any, seen: AttentionRecorder, image_size: int | None)
     parameter = next(vit.parameters())
     was_training = vit.training
     vit.eval()
-    with seen:
-        final: Tensor = vit.forward_features(torch.zeros(1, 3, *size, device=parameter.device))
+    image = torch.zeros(1, 3, *size, device=parameter.device)
+    try:
+        with seen:
+            final: Tensor = vit.forward_features(image)
+        logits: Tensor = vit.forward_head(final)
+    except Exception as error:  # a network raises whatever its layers raise
+        raise UserError(
+            f"teach.model: {type(vit).__name__} does not take an RGB image of {size[0]}x{size[1]} px "
+            f"({first_line(error)}); correct teach.kwargs"
+        ) from None
+    if logits.ndim != 2:
+        raise UserError(
+            f"teach.model: {type(vit).__name__} gives logits of shape {tuple(logits.shape)} for one image; expected "
+            "(1, classes); correct teach.kwargs (global_pool)"
+        )
     vit.train(was_training)
     return final
 

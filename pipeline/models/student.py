@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.errors import UserError, nearest
+from pipeline.models.checkpoint import first_line
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,10 @@ def probe_student(student: nn.Module, image_size: int) -> StudentSpec:
         try:
             with torch.no_grad():
                 student.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
-        except (
-            RuntimeError,
-            AssertionError,
-        ) as error:  # smaller than a kernel; not what it was built for
+        except Exception as error:  # a network raises whatever its layers raise
             raise UserError(
-                f"distill.student: {name} cannot take images of {image_size} px ({str(error).splitlines()[0]}); "
-                "set another prepare.image_size"
+                f"distill.student: {name} does not take an RGB image of {image_size} px ({first_line(error)}); "
+                "correct distill.student_kwargs, or set another prepare.image_size"
             ) from None
         student.train(was_training)
         for module in modules:
