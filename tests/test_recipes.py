@@ -292,7 +292,7 @@ def test_what_was_edited_by_hand_is_not_replaced_unless_forced(tmp_path):
         return recipes.apply(name, FOLDER, params, SECTIONS, **kwargs)
 
     assert apply("imagenette", data="/data/a b") == (
-        f"{params}: written by {FOLDER / 'imagenette.yaml'}, 35 values unlike the default; images: /data/a b"
+        f"{params}: written by {FOLDER / 'imagenette.yaml'}, 42 values unlike the default; images: /data/a b"
     )
     assert config.read(params)["prepare"]["path"] == "/data/a b"
     assert apply("imagenette", data="/data/a b").endswith("imagenette.yaml already")

@@ -21,7 +21,12 @@ from pipeline.core.errors import UserError, nearest
 from pipeline.data.prepared import MAX_SIDE
 
 MAX_CLASSES = 1_000_000
-REMOTE_SOURCES = ("hf-hub", "hf_hub", "local-dir", "local_dir")  # prefixes of names that timm loads elsewhere
+REMOTE_SOURCES = (
+    "hf-hub",
+    "hf_hub",
+    "local-dir",
+    "local_dir",
+)  # prefixes of names that timm loads elsewhere
 
 
 def validate_description(description: dict[str, Any], path: Path) -> None:
@@ -70,10 +75,11 @@ def create(
     where, arguments = KEYS.get(section, (section, "its kwargs"))
     source, _, rest = name.partition(":")
     if source in REMOTE_SOURCES and rest:
+        architecture = rest.split("/")[-1].split(".")[0]
         raise UserError(
-            f"{where}: got {name!r}; expected a model name of timm {timm.__version__}, because every stage rebuilds "
-            f"the model offline; use the architecture's name ({rest.split('/')[-1].split('.')[0]!r}?) with its "
-            "weights as a .safetensors file in teach.weights"
+            f"{where}: got {name!r}; expected a model name of timm {timm.__version__}, because every stage "
+            f"rebuilds the model offline; use the architecture's name ({architecture!r}?) with its weights as a "
+            ".safetensors file in teach.weights"
         )
     if not timm.is_model(name):
         raise UserError(f"{where}: timm {timm.__version__} has no model {name!r}; {_similar(name)}")
@@ -94,6 +100,7 @@ def create(
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

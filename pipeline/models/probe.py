@@ -111,8 +111,8 @@ def probe_teacher(vit: Any, image_size: int | None = None) -> TeacherSpec:
     a_row = isinstance(blocks, nn.Sequential | nn.ModuleList)
     if a_row and not len(blocks):
         raise UserError(
-            f"teach.model: {type(vit).__name__} has {len(blocks)} blocks; expected 1 or more; correct teach.kwargs "
-            "(depth)"
+            f"teach.model: {type(vit).__name__} has {len(blocks)} blocks; expected 1 or more; correct "
+            "teach.kwargs (depth)"
         )
     seen = AttentionRecorder(blocks[-1] if a_row else vit)
     if a_row:
@@ -187,8 +187,8 @@ def _probe_with_zeros(vit: Any, seen: AttentionRecorder, image_size: int | None)
         ) from None
     if logits.ndim != 2:
         raise UserError(
-            f"teach.model: {type(vit).__name__} gives logits of shape {tuple(logits.shape)} for one image; expected "
-            "(1, classes); correct teach.kwargs (global_pool)"
+            f"teach.model: {type(vit).__name__} gives logits of shape {tuple(logits.shape)} for one image; "
+            "expected (1, classes); correct teach.kwargs (global_pool)"
         )
     vit.train(was_training)
     return final
