@@ -147,6 +147,11 @@ CASES = [
         classes=("bus", "test_tube", "train_station"),
     ),
     Case(
+        "`bus/` `x_train/` `x_test/`",
+        {"bus": 4, "x_train": 4, "x_test": 2},
+        refused="got x_test/, x_train/ beside bus/, a split among class folders",
+    ),
+    Case(
         "a class `train` in both splits",
         {"train/bus": 4, "train/train": 4, "test/bus": 2, "test/train": 2},
         train=8,

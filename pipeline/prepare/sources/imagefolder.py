@@ -13,7 +13,7 @@ from pipeline.data import tree
 from pipeline.data.decoding import decode
 from pipeline.data.images import SUFFIXES
 from pipeline.prepare.sources import tables
-from pipeline.prepare.sources.layout import Layout, Level, layout_of
+from pipeline.prepare.sources.layout import Layout, Level, layout_of, splits_of_images
 from pipeline.prepare.sources.sample import (
     Columns,
     FileLabels,
@@ -24,7 +24,7 @@ from pipeline.prepare.sources.sample import (
     legible,
     shortened,
 )
-from pipeline.prepare.sources.splits import TRAIN, UNLABELLED, roles, split_of, split_of_path
+from pipeline.prepare.sources.splits import TRAIN, UNLABELLED, roles, split_of
 
 EXPECTED = "the folder that holds train/ or the class folders, or images and a table of labels"
 
@@ -102,8 +102,8 @@ def _labels(root: Path, images: list[str], sheets: list[str], columns: Columns) 
 def _by_pattern(images: list[str], pattern: str) -> FileLabels:
     """Labels from the file names; splits from the folders, where they name any."""
     texts, splits, reasons = {}, {}, {}
-    for name in images:
-        split, match = split_of_path(name), re.search(pattern, PurePosixPath(name).name)
+    for name, split in splits_of_images(images).items():
+        match = re.search(pattern, PurePosixPath(name).name)
         if split == UNLABELLED or (match and match[1]):
             texts[name] = match[1] if match and split != UNLABELLED else ""
             splits[name] = TRAIN if split in (None, UNLABELLED) else str(split)

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.core.errors import UserError
 from pipeline.data import tree
 from pipeline.prepare.sources.sample import composed, shortened
-from pipeline.prepare.sources.splits import TRAIN, UNLABELLED, SplitName, split_of
+from pipeline.prepare.sources.splits import TRAIN, UNLABELLED, SplitName, split_of, sure_splits
 
 
 @dataclass
@@ -24,9 +24,14 @@ class Level:
         """Every image in it, at any depth."""
         return [*self.images, *(name for f in self.folders.values() for name in f.below())]
 
+    @property
+    def base(self) -> str:
+        """The folder's own name."""
+        return self.name.rstrip("/").rpartition("/")[2]
+
     def split(self) -> SplitName | None:
-        """The split that the folder's own name names."""
-        return split_of(self.name.rstrip("/").rpartition("/")[2])
+        """The split that its own name names."""
+        return split_of(self.base)
 
     def unlabelled(self) -> list[Level]:
         """The folders in it that are named so."""
@@ -56,12 +61,7 @@ def layout_of(root: Path, images: Iterable[str], has_tables: bool) -> Layout:
 
     Raises UserError: splits without train, two folders for one split, a split among class folders.
     """
-    top = Level()
-    for name in images:
-        at = top
-        for part in name.split("/")[:-1]:
-            at = at.folders.setdefault(part, Level(f"{at.name}{part}/"))
-        at.images.append(name)
+    top = _levels(images)
     while (inner := _only(root, top)) and inner.folders:
         if inner.split() and not all(f.split() for f in inner.folders.values()):
             break
@@ -72,6 +72,28 @@ def layout_of(root: Path, images: Iterable[str], has_tables: bool) -> Layout:
     unlabelled = [*top.unlabelled(), *(labelled[TRAIN].unlabelled() if splits else [])]
     _check_classes(root, labelled)
     return Layout(top, labelled, [splits[k] for k in splits if k not in labelled], unlabelled)
+
+
+def splits_of_images(images: Iterable[str]) -> dict[str, str | None]:
+    """The split that each image's folders name: the innermost that can only be a split."""
+    found: dict[str, str | None] = {}
+    todo: list[tuple[Level, str | None]] = [(_levels(images), None)]
+    while todo:
+        level, kind = todo.pop()
+        found |= dict.fromkeys(level.images, kind)
+        sure = sure_splits(level.folders)
+        todo += [(f, sure[n].kind if n in sure else kind) for n, f in level.folders.items()]
+    return found
+
+
+def _levels(images: Iterable[str]) -> Level:
+    top = Level()
+    for name in images:
+        at = top
+        for part in name.split("/")[:-1]:
+            at = at.folders.setdefault(part, Level(f"{at.name}{part}/"))
+        at.images.append(name)
+    return top
 
 
 def _only(root: Path, level: Level) -> Level | None:
@@ -94,19 +116,17 @@ def _unwrapped(root: Path, level: Level, kind: str) -> Level:
 def _splits(root: Path, top: Level, has_tables: bool) -> dict[str, Level]:
     """Split -> its folder, train first; {} where the folders of the level are classes."""
     folders = [f for levels in top.classes().values() for f in levels]
-    named = {f.name: split for f in folders if (split := f.split())}
-    others = [f.name for f in folders if f.name not in named]
+    sure = sure_splits(f.base for f in folders)
     by_kind: dict[str, list[Level]] = {}
     for folder in folders:
-        if folder.name in named:
-            by_kind.setdefault(named[folder.name].kind, []).append(folder)
+        if split := folder.split():
+            by_kind.setdefault(split.kind, []).append(folder)
     for kind, same in by_kind.items():  # where train/ and train_masks/ stand there, train/ is meant
-        by_kind[kind] = [f for f in same if named[f.name].exact] or same
-    exact = [name for name, split in named.items() if split.exact]
-    nested = any(
-        f.folders for f in by_kind.get(TRAIN, [])
-    )  # as a split is, and a class is mostly not
-    if not exact and (TRAIN not in by_kind or (others and not nested)):
+        exact = [f for f in same if f.base in sure and sure[f.base].exact]
+        by_kind[kind] = exact or [f for f in same if f.base in sure] or same
+    # Folders of images in a train folder: a split has them, a class mostly has not.
+    nested = any(f.folders for f in by_kind.get(TRAIN, []))
+    if not sure and not nested:
         return {}
     for kind, same in by_kind.items():
         if len(same) > 1:
@@ -114,16 +134,18 @@ def _splits(root: Path, top: Level, has_tables: bool) -> dict[str, Level]:
                 f"{root}: got {shortened(f.name for f in same)} for the {kind} split; expected one folder; "
                 "merge them, or rename the one that is not meant"
             )
+    others = [f.name for f in folders if not f.split()]
     beside = f" beside {shortened(others)}" if others else ""
+    got = shortened(f.name for f in folders if f.base in sure or (not sure and f.split()))
     if TRAIN not in by_kind:
         raise UserError(
-            f"{root}: has {shortened(exact)} but no train/{beside}; expected train/ with the class folders in it; "
-            "add train/, or rename a class that is named like a split"
+            f"{root}: has {got} but no train/{beside}; expected train/ with the class folders in it; add train/, "
+            "or rename a class that is named like a split"
         )
-    if others and not nested and not has_tables:
+    if others and not (has_tables or (nested and sure)):
         raise UserError(
-            f"{root}: got {shortened(exact or named)}{beside}, a split among class folders; expected train/ "
-            "with the class folders in it; move them there, or rename a class that is named like a split"
+            f"{root}: got {got}{beside}, a split among class folders; expected train/ with the class folders "
+            "in it; move them there, or rename a class that is named like a split"
         )
     return {kind: by_kind[kind][0] for kind in sorted(by_kind, key=lambda k: k != TRAIN)}
 

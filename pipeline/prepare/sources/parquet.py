@@ -24,7 +24,7 @@ from pipeline.prepare.sources.sample import (
     legible,
     shortened,
 )
-from pipeline.prepare.sources.splits import TRAIN, UNLABELLED, roles, split_of, split_of_path
+from pipeline.prepare.sources.splits import TRAIN, UNLABELLED, roles, split_of
 
 EXPECTED = "a .parquet file, a folder of them, or a pattern ('/data/train-00000-of-*.parquet')"
 # train-00000-of-00003.parquet, also with a hash behind it, as the hub names converted files; and 0000.parquet
@@ -122,9 +122,9 @@ def _by_split(root: Path, files: list[Path]) -> dict[str, list[Path]]:
     """Split -> files, train first. Files that name no split, or all the same one, are train."""
     named: dict[str, list[Path]] = {}
     for file in files:
-        name = file.relative_to(root).as_posix()
-        split = split_of(file.stem)
-        named.setdefault(split.kind if split else split_of_path(name) or "", []).append(file)
+        names = reversed([*file.relative_to(root).parts[:-1], file.stem])
+        split = next(filter(None, map(split_of, names)), None)
+        named.setdefault(split.kind if split else "", []).append(file)
     if len(named) == 1:
         return {TRAIN: files}
     if TRAIN not in named or "" in named:

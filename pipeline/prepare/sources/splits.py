@@ -18,10 +18,15 @@ KIND = {word: kind for kind, words in WORDS.items() for word in words}
 
 @dataclass(frozen=True)
 class SplitName:
-    """The split that a name names. `exact`: the name holds nothing else but digits (`train2017`)."""
+    """The split that a name names, and its other words: none in `train2017`, `images` in `test_images`."""
 
     kind: str
-    exact: bool
+    rest: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the name holds no other word."""
+        return not self.rest
 
 
 def split_of(name: str) -> SplitName | None:
@@ -36,15 +41,24 @@ def split_of(name: str) -> SplitName | None:
         named = {UNLABELLED}
     if len(named) != 1:
         return None
-    return SplitName(str(named.pop()), None not in kinds)
+    rest = (word.lower() for word, kind in zip(words, kinds, strict=True) if kind is None)
+    return SplitName(str(named.pop()), tuple(rest))
 
 
-def split_of_path(path: str) -> str | None:
-    """The split that a file's folders name: the innermost that names nothing else, else the outermost."""
-    folders = path.split("/")[:-1]
-    exact = [s.kind for folder in folders if (s := split_of(folder)) and s.exact]
-    outer = split_of(folders[0]) if folders else None
-    return exact[-1] if exact else (outer.kind if outer else None)
+def sure_splits(names: Iterable[str]) -> dict[str, SplitName]:
+    """Those of the folders of one level that can only be splits.
+
+    `train` is one, and so are `x_train` and `x_test`; `test_tube` beside `beaker` may be a class.
+    """
+    splits = {name: split_of(name) for name in names}
+    named = {name: split for name, split in splits.items() if split}
+    return {
+        name: split
+        for name, split in named.items()
+        if split.exact
+        or any(s.rest == split.rest and s.kind != split.kind for s in named.values())
+        or (len(named) == len(splits) > 1 and TRAIN in {s.kind for s in named.values()})
+    }
 
 
 def roles(kinds: Iterable[str]) -> dict[str, str | None]:

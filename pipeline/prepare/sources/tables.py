@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipeline.core.errors import UserError, nearest
+from pipeline.prepare.sources.layout import splits_of_images
 from pipeline.prepare.sources.sample import (
     Columns,
     FileLabels,
@@ -18,7 +19,7 @@ from pipeline.prepare.sources.sample import (
     shortened,
     whole_number,
 )
-from pipeline.prepare.sources.splits import TRAIN, UNLABELLED, split_of, split_of_path
+from pipeline.prepare.sources.splits import TRAIN, UNLABELLED, split_of
 
 SUFFIXES = {".csv": ",;\t|", ".tsv": "\t"}  # and the delimiters that each may have
 USUAL = (
@@ -113,7 +114,7 @@ class _Index:
     def __init__(self, images: list[str]) -> None:
         self.paths: dict[str, str] = {composed(name): name for name in images}
         self.names: dict[str, list[str]] = {}
-        self.kinds = {name: split_of_path(name) for name in images}
+        self.kinds = splits_of_images(images)
         for name in images:
             path = PurePosixPath(composed(name))
             for key in {path.name, path.stem}:
