@@ -129,17 +129,25 @@ class _Index:
                 return [self.paths[path]]
         base = value.rpartition("/")[2]
         same = self.names.get(base) or self.names.get(PurePosixPath(base).stem) or []
+        same = [name for name in same if _same_folders(name, value)]
         kind = split_of(file) or split_of(folder.rpartition("/")[2])
         choices: list[Callable[[str], bool]] = [
-            lambda name: composed(name).endswith(f"/{value}"),
             lambda name: kind is not None and self.kinds[name] == kind.kind,
             lambda name: name.startswith(f"{folder}/"),
+            # A table that names no split and no folder: Kaggle's ids are those of train/, test/ has them again.
+            lambda name: kind is None and self.kinds[name] == TRAIN,
         ]
         for fits in choices:
             same = [name for name in same if fits(name)] or same
         if kind is not None and any(k == kind.kind for k in self.kinds.values()):
             same = [name for name in same if self.kinds[name] in (kind.kind, None)]
         return same
+
+
+def _same_folders(name: str, value: str) -> bool:
+    """Whether one path ends in the other's folders: `images/0.png` may be `/data/images/0`, not `masks/0.png`."""
+    ours, theirs = composed(name).split("/")[-2::-1], value.split("/")[-2::-1]
+    return all(a == b for a, b in zip(ours, theirs, strict=False))
 
 
 def _table(root: Path, name: str) -> Table:
