@@ -14,6 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -X faulthandler -m pytest $(SHARED) --
 ROUNDS ?= 100
 MINUTES ?= 8
 OUT ?= .work/gpu
+export RECIPE DATA OUT # the shell reads them as variables: a path may hold any character
 PACKAGES := pipeline exporters stages benchmarks
 
 .DEFAULT_GOAL := help
@@ -31,7 +32,7 @@ venv: $(VENV)/.installed  ## .venv with everything installed
 
 repro: $(VENV)/.installed  ## the whole chain on params.yaml, or on RECIPE=name [DATA=path]; prints where the report is
 	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "repro: not a git repository; run 'git init' here first (DVC needs it)" >&2; exit 2; }
-	@$(BIN)/python -m stages.check $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(DATA),--data '$(DATA)') $(if $(FORCE),--force)
+	@$(BIN)/python -m stages.check $(if $(RECIPE),--recipe "$$RECIPE") $(if $(DATA),--data "$$DATA") $(if $(FORCE),--force)
 	@$(BIN)/python -m pipeline.project.dvc_locks
 	@$(BIN)/dvc repro
 	@echo "report: $(CURDIR)/reports/index.html (for CI: reports/edge.md)"
@@ -47,7 +48,7 @@ test-all: $(VENV)/.installed  ## both, and the slow and the GPU tests
 
 gpu:  ## all that only a CUDA device can tell, MINUTES=8 [DATA=cifar100] [OUT=DIR]; needs no .venv (docs/gpu.md)
 	@python="$$(command -v $(BIN)/python || echo $(PYTHON))"; \
-	"$$python" -m benchmarks.gpu --minutes $(MINUTES) --out '$(OUT)' $(if $(DATA),--data '$(DATA)')
+	"$$python" -m benchmarks.gpu --minutes $(MINUTES) --out "$$OUT" $(if $(DATA),--data "$$DATA")
 
 coverage: $(VENV)/.installed  ## lines of pipeline/, stages/, exporters/ that test and test-ci run
 	$(BIN)/coverage erase

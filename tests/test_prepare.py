@@ -191,7 +191,7 @@ def test_mistakes_in_a_folder_are_named_and_nothing_is_left_behind(
         ({"path": None}, "prepare.path: got None"),
         (
             {"path": "nowhere"},
-            "prepare.path: nowhere does not exist; give the folder that holds train/",
+            "does not exist in .*; give the folder that holds train/",
         ),
         ({"path": __file__}, "test_prepare.py is not a folder"),
         ({"label_column": "fine"}, "prepare.label_column: got 'fine', but source 'imagefolder'"),

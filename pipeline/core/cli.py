@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import errno
+import io
 import os
 import shlex
 import signal
@@ -44,6 +45,12 @@ def run(
 
     `launch` names the module that may run as several processes (`relaunch`).
     """
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a name is printed in any terminal, escaped where it must be
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = parser.parse_args(argv)
     try:
         if launch is not None:

@@ -79,12 +79,20 @@ def existing(source: str, path: str | None, expected: str) -> Path:
     """The path that a source reads. Raises UserError: none given, nothing there."""
     if path is None:
         raise UserError(f"prepare.path: got {path}; source '{source}' needs {expected}")
+    path = str(Path(path).expanduser())
     try:
         exists, readable = Path(path).exists(), Path(path).is_file() or Path(path).is_dir()
     except OSError as error:
         raise UserError(f"prepare.path: {path}: {error.strerror}; give {expected}") from None
     if not exists:
-        raise UserError(f"prepare.path: {path} does not exist; give {expected}")
+        absolute = Path(path).is_absolute()
+        where = "" if absolute else f" in {Path.cwd()}"
+        copy = (
+            ""
+            if absolute
+            else ", or its absolute path (dvc exp run --temp and --queue run in a copy)"
+        )
+        raise UserError(f"prepare.path: {path} does not exist{where}; give {expected}{copy}")
     if not readable:
         raise UserError(f"prepare.path: {path} is neither a file nor a folder; give {expected}")
     return Path(path)
