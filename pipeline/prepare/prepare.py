@@ -261,12 +261,12 @@ def duplicates(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Compared after resizing, so two files that differ only in what a smaller image cannot show count as one.
     """
-    found = []
+    groups = []
     for digest, group in groupby(enumerate(records), key=lambda pair: pair[1]["sha256"]):
         rows, same = zip(*group, strict=True)
         splits, labels = {r["split"] for r in same}, {r["label"] for r in same}
         if len(splits) > 1 or len(labels) > 1:
-            found.append(
+            groups.append(
                 {
                     "sha256": digest,
                     "splits": [s for s in SPLITS if s in splits],
@@ -274,7 +274,7 @@ def duplicates(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     "rows": list(rows),
                 }
             )
-    return found
+    return groups
 
 
 def remarks(index: dict[str, Any]) -> list[str]:
@@ -291,14 +291,14 @@ def remarks(index: dict[str, Any]) -> list[str]:
 
 
 def _account(index: dict[str, Any]) -> str:
-    """One line: how many images were read, how many files were not, and why."""
+    """The line of how many images were read, how many files were not, and why."""
     reasons = sorted(index["left_out"].items(), key=lambda item: -len(item[1]))
     files = sum(len(names) for _, names in reasons) + len(index["skipped"])
     line = f"read {sum(index['counts'].values())} images; not read: {files} files"
-    told = [f"{len(names)} {reason} ({shortened(names, 1)})" for reason, names in reasons]
-    told = [f"{len(index['skipped'])} broken"] * bool(index["skipped"]) + told
-    more = [f"and {len(told) - 8} more kinds, see source.json"] * (len(told) > 8)
-    return f"{line}: {', '.join(told[:8] + more)}" if told else line
+    kinds = [f"{len(names)} {reason} ({shortened(names, 1)})" for reason, names in reasons]
+    kinds = [f"{len(index['skipped'])} broken"] * bool(index["skipped"]) + kinds
+    more = [f"and {len(kinds) - 8} more kinds, see source.json"] * (len(kinds) > 8)
+    return f"{line}: {', '.join(kinds[:8] + more)}" if kinds else line
 
 
 def _assign_splits(samples: Sequence[Sample], config: Prepare) -> list[str]:

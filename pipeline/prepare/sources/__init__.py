@@ -1,1 +1,1 @@
-"""Where pictures come from: one file a kind of container; each gives classes and samples, and decodes lazily."""
+"""Where images come from: one file for each kind of container; each returns classes and lazy samples."""

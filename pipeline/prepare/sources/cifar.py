@@ -103,19 +103,19 @@ def _read_file(folder: Path, name: str) -> bytes:
 
 
 def _archive(path: Path) -> tuple[Layout, Member]:
-    """Members are read in memory, by name: nothing of the archive is written to the disk."""
+    """Read the members in memory, by name: nothing of the archive is written to the disk."""
     try:
         with tarfile.open(path) as tar:
-            there = {m.name: m for m in tar.getmembers() if m.isfile()}
-            wanted = {f"{layout.folder}/{layout.meta}": layout for layout in LAYOUTS}
-            layout = next((wanted[n] for n in there if n in wanted), None)
+            files = {m.name: m for m in tar.getmembers() if m.isfile()}
+            known = {f"{layout.folder}/{layout.meta}": layout for layout in LAYOUTS}
+            layout = next((known[n] for n in files if n in known), None)
             if layout is None:
-                shown = ", ".join(sorted(there)[:3]) or "nothing"
-                raise UserError(f"prepare.path: {path} holds {shown}; give {EXPECTED}")
+                some = ", ".join(sorted(files)[:3]) or "nothing"
+                raise UserError(f"prepare.path: {path} holds {some}; give {EXPECTED}")
             inside = f"{layout.folder}/"
-            held = {
+            members = {
                 name.removeprefix(inside): _extracted(tar, m)
-                for name, m in there.items()
+                for name, m in files.items()
                 if name.removeprefix(inside) in layout.members()
             }
     except UserError:
@@ -126,9 +126,9 @@ def _archive(path: Path) -> tuple[Layout, Member]:
         ) from None
 
     def member(name: str) -> bytes:
-        if name not in held:
+        if name not in members:
             raise UserError(f"{path}: {inside}{name} is missing; fetch the archive again")
-        return held[name]
+        return members[name]
 
     return layout, member
 
@@ -147,7 +147,7 @@ def _too_large(name: Path | str) -> UserError:
     )
 
 
-def _of(batch: Any, key: str, origin: str) -> Any:
+def _value(batch: Any, key: str, origin: str) -> Any:
     if not isinstance(batch, dict) or key not in batch:
         keys = ", ".join(map(str, batch)) if isinstance(batch, dict) else type(batch).__name__
         raise UserError(f"{origin}: no {key!r} in it, got {keys}; fetch the archive again")
@@ -156,10 +156,10 @@ def _of(batch: Any, key: str, origin: str) -> Any:
 
 def _texts(batch: Any, key: str, origin: str) -> list[str]:
     """A list of names. Raises UserError: no list, or not of texts."""
-    names = _of(batch, key, origin)
+    names = _value(batch, key, origin)
     if not isinstance(names, list) or not all(isinstance(n, str | bytes) for n in names):
         raise UserError(
-            f"{origin}: {key} is no list of names but {reprlib.repr(names)}; fetch it again"
+            f"{origin}: {key}: got {reprlib.repr(names)}; expected a list of names; fetch it again"
         )
     return [n.decode(errors="backslashreplace") if isinstance(n, bytes) else n for n in names]
 
@@ -168,9 +168,11 @@ def _samples(
     batch: Any, column: str, split: str | None, origin: str, n_classes: int
 ) -> list[Sample]:
     """One batch: `data` (n, 3072) uint8, rows of 1,024 red, green and blue values."""
-    pixels, labels = _of(batch, "data", origin), _of(batch, column, origin)
+    pixels, labels = _value(batch, "data", origin), _value(batch, column, origin)
     if not isinstance(labels, list):
-        raise UserError(f"{origin}: {column} is {reprlib.repr(labels)}, no list; fetch it again")
+        raise UserError(
+            f"{origin}: {column}: got {reprlib.repr(labels)}; expected a list; fetch it again"
+        )
     names = [str(i) for i in range(len(labels))]
     if "filenames" in batch:
         names = _texts(batch, "filenames", origin)
@@ -179,18 +181,18 @@ def _samples(
         raise UserError(
             f"{origin}: data is {shape} for {len(labels)} labels; expected ({len(labels)}, 3072); fetch it again"
         )
-    pictures = pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
+    images = pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
     samples = []
-    for name, picture, label in zip(names, pictures, labels, strict=True):
+    for name, image, label in zip(names, images, labels, strict=True):
         if not (type(label) is int and 0 <= label < n_classes):
             raise UserError(
                 f"{origin}: label {label!r} of {name}; allowed: 0 to {n_classes - 1}; fetch it again"
             )
-        read = partial(_picture, picture)
+        read = partial(_image, image)
         location = legible(f"{origin.rpartition(': ')[2]}/{name}")
         samples.append(Sample(location, read, label, split))
     return samples
 
 
-def _picture(pixels: Any) -> Image.Image:
+def _image(pixels: Any) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))

@@ -39,11 +39,11 @@ class Level:
 
     def classes(self) -> dict[str, list[Level]]:
         """Class -> its folders: two where a name stands there composed and decomposed."""
-        found: dict[str, list[Level]] = {}
+        groups: dict[str, list[Level]] = {}
         for name, folder in self.folders.items():
             if folder not in self.unlabelled():
-                found.setdefault(composed(name), []).append(folder)
-        return found
+                groups.setdefault(composed(name), []).append(folder)
+        return groups
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ def layout_of(root: Path, images: Iterable[str], has_tables: bool) -> Layout:
 
 def splits_of_images(images: Iterable[str]) -> dict[str, str | None]:
     """The split that each image's folders name: the innermost that can only be a split."""
-    found: dict[str, str | None] = {}
+    splits: dict[str, str | None] = {}
     todo: list[tuple[Level, str | None]] = [(_levels(images), None)]
     while todo:
         level, kind = todo.pop()
-        found |= dict.fromkeys(level.images, kind)
+        splits |= dict.fromkeys(level.images, kind)
         sure = sure_splits(level.folders)
         todo += [(f, sure[n].kind if n in sure else kind) for n, f in level.folders.items()]
-    return found
+    return splits
 
 
 def _levels(images: Iterable[str]) -> Level:

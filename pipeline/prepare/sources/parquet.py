@@ -69,10 +69,10 @@ def _files(path: str | None) -> tuple[Path, list[Path], dict[str, list[str]]]:
         parts = Path(path).parts
         fixed = next(i for i, part in enumerate(parts) if set("*?[") & set(part))
         root = Path(*parts[:fixed])
-        found = sorted(root.glob("/".join(parts[fixed:])))
-        if not found:
+        matches = sorted(root.glob("/".join(parts[fixed:])))
+        if not matches:
             raise UserError(f"prepare.path: no file matches {path}; give {EXPECTED}")
-        return root, found, {}
+        return root, matches, {}
     root = existing("parquet", path, EXPECTED)
     if root.is_file():
         return root.parent, [root], {}
@@ -165,17 +165,17 @@ class _File:
         """
         metadata = (self.schema.metadata or {}).get(b"huggingface", b"{}")
         try:
-            found = json.loads(metadata)
+            described = json.loads(metadata)
             for key in ("info", "features"):
-                found = (found.get(key) if isinstance(found, dict) else None) or {}
+                described = (described.get(key) if isinstance(described, dict) else None) or {}
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{self.path}: the huggingface metadata is damaged ({type(error).__name__}: {error}); "
                 "fetch it again"
             ) from None
         return (
-            {n: f for n, f in found.items() if isinstance(f, dict)}
-            if isinstance(found, dict)
+            {n: f for n, f in described.items() if isinstance(f, dict)}
+            if isinstance(described, dict)
             else {}
         )
 
@@ -196,18 +196,18 @@ class _File:
             inner = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
             return bool(inner or types.is_binary(kind) or types.is_large_binary(kind))
 
-        found = [f.name for f in self.schema if is_image(f.type)]
-        if requested is not None and requested not in found:
+        images = [f.name for f in self.schema if is_image(f.type)]
+        if requested is not None and requested not in images:
             raise UserError(
                 f"prepare.image_column: {self.path} has no column of images {requested!r}; "
-                f"{nearest(requested, found)}"
+                f"{nearest(requested, images)}"
             )
-        if requested is None and len(found) != 1:
+        if requested is None and len(images) != 1:
             raise UserError(
-                f"{self.path}: image columns: {', '.join(found) or 'none'}, of {', '.join(self.schema.names)}; "
+                f"{self.path}: image columns: {', '.join(images) or 'none'}, of {', '.join(self.schema.names)}; "
                 "exactly one is needed, a struct {bytes, path} or binary; name one in prepare.image_column"
             )
-        return requested or str(found[0])
+        return requested or str(images[0])
 
     def column(self, name: str) -> list[Any]:
         """All values of a column. Raises UserError: this file lacks it, or is damaged."""
@@ -252,16 +252,16 @@ def _label_column(file: _File, requested: str | None) -> tuple[str, list[str]]:
                 f"prepare.label_column: {file.path} has no column {requested!r}; {nearest(requested, columns)}"
             )
         return requested, []
-    found = sorted(labels, key=lambda n: -len(file.class_names(n) or ())) or [
+    candidates = sorted(labels, key=lambda n: -len(file.class_names(n) or ())) or [
         n for n in USUAL if n in columns
     ]
-    if not found:
+    if not candidates:
         raise UserError(
             f"{file.path}: no ClassLabel column; got {', '.join(columns) or 'no other column'}; name the "
             "one that holds the labels in prepare.label_column"
         )
-    others = f"labels: {found[0]} (prepare.label_column: also {', '.join(found[1:])})"
-    return found[0], [others] if found[1:] else []
+    others = f"labels: {candidates[0]} (prepare.label_column: also {', '.join(candidates[1:])})"
+    return candidates[0], [others] if candidates[1:] else []
 
 
 def _labels(file: _File, column: str) -> list[int | str | None]:

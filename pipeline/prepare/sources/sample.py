@@ -46,9 +46,8 @@ class FileLabels:
     labels: dict[str, int | None]  # of every image that is read; None: unlabelled
     splits: dict[str, str]  # train, val or test, as the layout names it
     reasons: dict[str, str] = field(default_factory=dict)  # why other files are not read
-    absent: dict[str, str] = field(
-        default_factory=dict
-    )  # images that are not there, and who names them
+    # Images that a table names and that are not there, with the row that names them.
+    absent: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)  # files that the labels were read from
 

@@ -218,7 +218,9 @@ def _image_column(table: Table, index: _Index, requested: str | None, shown: str
     """The column that names most images."""
     hits = {
         name: frozenset(
-            found[0] for cell in set(table.column(name)) if (found := index.find(cell, table.name))
+            matches[0]
+            for cell in set(table.column(name))
+            if (matches := index.find(cell, table.name))
         )
         for name in table.header
     }
@@ -281,14 +283,14 @@ def _joined(
             table.rows, table.column(reading.image), reading.labels, reading.splits, strict=True
         )
         for (line, _), cell, text, given in listed:
-            row, found = f"line {line} of {table.name}", index.find(cell, table.name)
-            if len(found) > 1:
+            row, matches = f"line {line} of {table.name}", index.find(cell, table.name)
+            if len(matches) > 1:
                 raise UserError(
-                    f"{row}: got {cell!r}, which fits {shortened(found)}; expected one image; write its path from "
-                    "the table"
+                    f"{row}: got {cell!r}, which fits {shortened(matches)}; expected one image; write its "
+                    "path from the table"
                 )
-            name = found[0] if found else str(PurePosixPath(table.name).parent / cell)
-            if not found:
+            name = matches[0] if matches else str(PurePosixPath(table.name).parent / cell)
+            if not matches:
                 absent[name] = f"named in {row}, but not there"
             if texts.get(name, text) != text:
                 raise UserError(

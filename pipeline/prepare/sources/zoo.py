@@ -1,6 +1,6 @@
 """Any classification data set of torchvision, by its class name: `torchvision:Flowers102`.
 
-torchvision downloads, checks and lists; the pictures then go the same way as all others. CIFAR is only
+torchvision downloads, checks and lists; the images then go the same way as all others. CIFAR is only
 downloaded by it: its own reader would unpickle the archives, ours (`cifar`) executes nothing.
 """
 
@@ -27,7 +27,7 @@ LABELS = ("targets", "labels", "_labels", "y")  # where torchvision's classes ke
 def read(name: str, path: str | None, columns: Columns) -> SourceImages:
     """The data set `torchvision.datasets.<name>` under `path`, downloaded where it is not there yet.
 
-    Raises UserError: unknown name, no path, no network, not a data set of pictures with one class each.
+    Raises UserError: unknown name, no path, no network, not a data set of images with one class each.
     """
     kind = _class_of(name)
     if path is None:
@@ -38,12 +38,12 @@ def read(name: str, path: str | None, columns: Columns) -> SourceImages:
     if name in ARCHIVES:
         return _archive(kind, Path(path), columns)
     columns.only(PREFIX + name)
-    parts = _splits(name, kind, Path(path))
-    ours = roles(parts)
-    classes = _class_names(name, parts)
+    datasets = _splits(name, kind, Path(path))
+    ours = roles(datasets)
+    classes = _class_names(name, datasets)
     samples = [
-        Sample(f"{split}/{i:06d}", partial(_picture, dataset, i), label, ours[split])
-        for split, dataset in parts.items()
+        Sample(f"{split}/{i:06d}", partial(_image, dataset, i), label, ours[split])
+        for split, dataset in datasets.items()
         for i, label in enumerate(_labels(name, dataset, len(classes)))
     ]
     return SourceImages(classes, samples)
@@ -70,12 +70,12 @@ def _archive(kind: Any, root: Path, columns: Columns) -> SourceImages:
         try:
             download_url(kind.url, root, kind.filename, kind.tgz_md5)
         except (OSError, RuntimeError) as error:
-            raise _not_there(kind.__name__, root, error) from None
+            raise _not_available(kind.__name__, root, error) from None
         return cifar.read(str(root / kind.filename), columns)
     return cifar.read(str(root / kind.base_folder), columns)
 
 
-def _not_there(name: str, root: Path, error: Exception) -> UserError:
+def _not_available(name: str, root: Path, error: Exception) -> UserError:
     return UserError(
         f"{PREFIX}{name}: not in {root} and not to be downloaded ({error}); check the network, or put its files "
         "there by hand"
@@ -89,21 +89,21 @@ def _splits(name: str, kind: Any, root: Path) -> dict[str, Any]:
         return {s: _open(name, kind, root, train=s == "train") for s in ("train", "test")}
     if "split" not in accepts:
         return {"train": _open(name, kind, root)}
-    found: dict[str, Any] = {}
+    datasets: dict[str, Any] = {}
     for names in SPLIT_NAMES:
         for split in names:
             try:
                 dataset = _open(name, kind, root, split=split)
             except ValueError:  # torchvision's answer to a split that it does not have
                 continue
-            found[names[0]] = dataset
+            datasets[names[0]] = dataset
             break
-    if "train" not in found:
+    if "train" not in datasets:
         raise UserError(
-            f"prepare.source: {PREFIX}{name} has no train split; got {', '.join(found) or 'none'}; "
+            f"prepare.source: {PREFIX}{name} has no train split; got {', '.join(datasets) or 'none'}; "
             "save it as class folders and use source: imagefolder"
         )
-    return found
+    return datasets
 
 
 def _open(name: str, kind: Any, root: Path, **split: Any) -> Any:
@@ -121,39 +121,39 @@ def _open(name: str, kind: Any, root: Path, **split: Any) -> Any:
             "source: imagefolder"
         ) from None
     except (OSError, RuntimeError, ImportError) as error:
-        raise _not_there(name, root, error) from None
+        raise _not_available(name, root, error) from None
 
 
-def _class_names(name: str, parts: dict[str, Any]) -> list[str]:
-    """The class names a data set tells, else the numbers up to the largest label."""
-    told = getattr(parts["train"], "classes", None)
-    if told:
-        return [c if isinstance(c, str) else ", ".join(c) for c in told]
-    labels = [label for dataset in parts.values() for label in _labels(name, dataset, None)]
+def _class_names(name: str, datasets: dict[str, Any]) -> list[str]:
+    """The data set's own class names, else the numbers up to the largest label."""
+    names = getattr(datasets["train"], "classes", None)
+    if names:
+        return [c if isinstance(c, str) else ", ".join(c) for c in names]
+    labels = [label for dataset in datasets.values() for label in _labels(name, dataset, None)]
     return [str(i) for i in range(max(labels, default=-1) + 1)]
 
 
 def _labels(name: str, dataset: Any, n_classes: int | None) -> list[int]:
     """Every label, from the list the data set keeps, else from each item. Raises UserError: no class numbers."""
-    kept = (getattr(dataset, attribute, None) for attribute in LABELS)
-    listed = next((k for k in kept if k is not None and len(k) == len(dataset)), None)
-    found = listed if listed is not None else [dataset[i][1] for i in range(len(dataset))]
+    lists = (getattr(dataset, attribute, None) for attribute in LABELS)
+    listed = next((k for k in lists if k is not None and len(k) == len(dataset)), None)
+    values = listed if listed is not None else [dataset[i][1] for i in range(len(dataset))]
     labels = []
-    for i, label in enumerate(found):
+    for i, label in enumerate(values):
         number = (
             label.item() if hasattr(label, "item") and getattr(label, "ndim", 1) == 0 else label
         )
         if not isinstance(number, int) or not 0 <= number < (n_classes or number + 1):
             raise UserError(
-                f"prepare.source: {PREFIX}{name}: label {i} is {label!r}; allowed: one class number a picture, "
+                f"prepare.source: {PREFIX}{name}: label {i} is {label!r}; allowed: one class number a image, "
                 f"0 to {(n_classes or 1) - 1}; choose a classification data set"
             )
         labels.append(number)
     return labels
 
 
-def _picture(dataset: Any, i: int) -> Image.Image:
-    picture = dataset[i][0]
-    if not isinstance(picture, Image.Image):
-        raise ValueError(f"item {i} is a {type(picture).__name__}, not a picture")
-    return picture
+def _image(dataset: Any, i: int) -> Image.Image:
+    image = dataset[i][0]
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"item {i} is a {type(image).__name__}, not a image")
+    return image
