@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import hashlib
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -15,6 +17,7 @@ from PIL import Image
 from pipeline.core.errors import UserError
 from pipeline.data.prepared import SPLITS, UNLABELLED, Prepared
 from pipeline.prepare.prepare import Prepare, prepare, remarks
+from stages import prepare as stages_prepare
 
 
 def draw(path, colour, mode="RGB", size=(20, 30)):
@@ -226,3 +229,63 @@ def test_one_class_is_refused_with_the_count(tmp_path):
     draw(tmp_path / "images" / "only" / "a.png", 0)
     with pytest.raises(UserError, match=r"found 1 class folders \(only\); at least 2"):
         prepare(Prepare("imagefolder", path=str(tmp_path / "images")), tmp_path / "p")
+
+
+def command(folder, out, capsys, **params):
+    """What `python -m stages.prepare` prints for an image folder, line by line."""
+    section = {"source": "imagefolder", "path": str(folder), "image_size": 16, "val": 4, **params}
+    (out.parent / "params.yaml").write_text(json.dumps({"prepare": section}))
+    stages_prepare.main(argparse.Namespace(out=out, params=out.parent / "params.yaml"))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_last_line_says_what_was_read_and_what_was_not(folder, tmp_path, capsys):
+    for name in ("train/cat/._0.png", "__MACOSX/x.png", "train/dög/a.txt", "train/b.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    (folder / "train" / "cat" / "dead.png").symlink_to("/not/mounted/7.png")
+    draw(folder / "train" / "loose.png", 7)
+    with pytest.raises(
+        UserError,
+        match="train/cat/dead.png: not a readable image .a link to /not/mounted/7.png, which is not there",
+    ):
+        command(folder, tmp_path / "p", capsys)
+    lines = command(folder, tmp_path / "p", capsys, on_error="skip")
+    assert lines[0].startswith(f"{tmp_path / 'p'}: 19 train, 4 val, 8 test; 2 classes, 16 px;")
+    assert lines[-1] == (
+        "  read 31 images; not read: 6 files: 1 broken, "
+        "2 .txt, not a format that is read (train/b.txt and 1 more), "
+        "1 hidden (train/cat/._0.png), 1 of an operating system (__MACOSX/x.png), "
+        "1 outside the class folders, in train/ (train/loose.png)"
+    )
+    source = json.loads((tmp_path / "p" / "source.json").read_text())
+    assert source["left_out"]["hidden"] == ["train/cat/._0.png"]
+
+
+def test_a_file_of_several_frames_is_mentioned(folder, tmp_path, capsys):
+    frames = [Image.new("RGB", (9, 9), (200, 10 * i, 0)) for i in range(3)]
+    for name in ("a.gif", "b.webp", "c.png", "d.tif"):
+        path = folder / "train" / "cat" / name
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+    lines = command(folder, tmp_path / "p", capsys)
+    assert lines[1] == (
+        "  several frames or pages, of which the first is read: 4 files (train/cat/a.gif, "
+        "train/cat/b.webp, train/cat/c.png and 1 more)"
+    )
+    assert lines[-1] == "  read 35 images; not read: 0 files"
+
+
+def test_class_folders_and_a_table_give_the_same_bytes(folder, tmp_path):
+    rows = []
+    for path in sorted(folder.glob("t*/*/*.png")):
+        split, label = path.relative_to(folder).parts[:2]
+        target = tmp_path / "flat" / split / f"{label}{path.name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+        rows.append(f"{split}/{label}{path.name},{label}")
+    (tmp_path / "flat" / "labels.csv").write_text("file,label\n" + "\n".join(rows) + "\n")
+    shutil.rmtree(folder / "unlabelled")
+    for name, path in (("a", folder), ("b", tmp_path / "flat")):
+        prepare(Prepare("imagefolder", str(path), image_size=16, val=4), tmp_path / name)
+    for name in ("index.json", "images.npy"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -292,7 +292,7 @@ def remarks(index: dict[str, Any]) -> list[str]:
 
 def _account(index: dict[str, Any]) -> str:
     """The line of how many images were read, how many files were not, and why."""
-    reasons = sorted(index["left_out"].items(), key=lambda item: -len(item[1]))
+    reasons = sorted(index["left_out"].items(), key=lambda item: (-len(item[1]), item[0]))
     files = sum(len(names) for _, names in reasons) + len(index["skipped"])
     line = f"read {sum(index['counts'].values())} images; not read: {files} files"
     kinds = [f"{len(names)} {reason} ({shortened(names, 1)})" for reason, names in reasons]
