@@ -21,7 +21,7 @@ from torch import nn
 
 from benchmarks import record
 from exporters.artifact import inputs
-from exporters.artifact.precision import PRECISIONS, beside
+from exporters.artifact.precision import PRECISIONS, precision_path
 from exporters.artifact.session import Unavailable
 from exporters.ort import export, int8
 from exporters.ov import convert as ov_convert
@@ -92,12 +92,12 @@ def through(name: str, folder: Path, args: argparse.Namespace) -> dict[str, dict
     pictures = chosen(source, args)
     how = int8.Settings(search_s=args.search_seconds)
     for precision in PRECISIONS:
-        out = beside(source, precision)
+        out = precision_path(source, precision)
         if precision != "fp32":
-            made = partial(export.convert, source, out, precision, pictures, how)
+            made = partial(export.convert_onnx, source, out, precision, pictures, how)
             found[f"ort {precision}"] = timed(made, out)
         ir = out.with_suffix(".xml")
-        made = partial(ov_convert.make, source, ir, precision, pictures, how)
+        made = partial(ov_convert.convert_to_ir, source, ir, precision, pictures, how)
         found[f"ov {precision}"] = timed(made, ir, ir.with_suffix(".bin"))
         plan = out.with_suffix(".plan")
         made = partial(engine, source, plan, precision, pictures)
@@ -109,8 +109,8 @@ def engine(
     source: Path, plan: Path, precision: str, pictures: int8.CalibrationImages
 ) -> dict[str, Any]:
     """A TensorRT-RTX engine: built, and run where there is a GPU."""
-    trt_convert.make(source, plan, precision, "rtx", calibration=pictures.shown)
-    told, verdict = trt_command.ran(source, plan)
+    trt_convert.build_plan(source, plan, precision, "rtx", calibration=pictures.shown)
+    told, verdict = trt_command.plan_parity(source, plan)
     return {"verdict": "built" if verdict == "skipped" else verdict, "reason": told}
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from benchmarks import record
 from exporters.artifact import agreement, inputs, metadata
 from exporters.artifact.session import TARGETS, Array, Session
-from exporters.bench.compare import compare
+from exporters.bench.compare import compare_artefacts
 from exporters.bench.measure import Subject
 from exporters.open import open_session
 from exporters.ort import export, int8
@@ -32,9 +32,13 @@ from pipeline.data.prepared import Prepared, normalised
 
 SCHEMA = "cakd.benchmark.int8/1"
 MAKERS: dict[str, tuple[str, str, Callable[..., dict[str, Any]]]] = {
-    "ORT, QDQ": ("ort-int8", ".onnx", partial(export.convert, precision="int8")),
-    "OpenVINO, QDQ": ("ov-int8", ".xml", partial(convert.make, precision="int8")),
-    "OpenVINO, NNCF": ("ov-int8", ".xml", partial(convert.make, precision="int8", by="nncf")),
+    "ORT, QDQ": ("ort-int8", ".onnx", partial(export.convert_onnx, precision="int8")),
+    "OpenVINO, QDQ": ("ov-int8", ".xml", partial(convert.convert_to_ir, precision="int8")),
+    "OpenVINO, NNCF": (
+        "ov-int8",
+        ".xml",
+        partial(convert.convert_to_ir, precision="int8", by="nncf"),
+    ),
 }
 
 
@@ -45,7 +49,7 @@ def test_images(session: Session, folder: Path) -> tuple[Array, NDArray[np.int64
     """
     notes = metadata.preprocessing(session.metadata)
     if notes is None or not (folder / "index.json").is_file():
-        x, labels = inputs.labelled(folder, session, 1 << 16)
+        x, labels = inputs.labelled_images(folder, session, 1 << 16)
     else:
         prepared = Prepared.open(folder)
         rows = prepared.rows("test")
@@ -66,7 +70,7 @@ def student(name: str, onnx: str, calib: str, test: str) -> dict[str, Any]:
     reference = OrtSession(source, 1)
     pictures = int8.calibration_images(source, Path(calib))
     x, labels = test_images(reference, Path(test))
-    exact = inputs.run(reference, x)
+    exact = inputs.run_batches(reference, x)
     found: dict[str, Any] = {
         "images": len(x),
         "fp32_top1": float((exact.argmax(axis=1) == labels).mean()),
@@ -80,10 +84,10 @@ def student(name: str, onnx: str, calib: str, test: str) -> dict[str, Any]:
             except (GateFailed, UserError) as error:
                 found["int8"][maker] = {"reason": str(error).split(": ", 1)[-1]}
                 continue
-            got = inputs.run(open_session(TARGETS[target], out, 1), x)
+            got = inputs.run_batches(open_session(TARGETS[target], out, 1), x)
             candidate = Subject(out.name, out, TARGETS[target])
             baseline = Subject(source.name, source, TARGETS["ort-fp32"])
-            versus, _ = compare(candidate, baseline, 0, None)
+            versus, _ = compare_artefacts(candidate, baseline, 0, None)
             found["int8"][maker] = {
                 "made": made.get("int8"),
                 "sqnr_centered_db": made["sqnr_centered_db"],

@@ -28,11 +28,11 @@ from onnx import helper, numpy_helper
 from benchmarks import record
 from benchmarks.exporters import checkpoint
 from exporters.artifact import inputs, precision
-from exporters.artifact.counts import figures
+from exporters.artifact.counts import count_model
 from exporters.artifact.session import TARGETS
 from exporters.bench import latency
 from exporters.bench.conditions import conditions
-from exporters.bench.measure import Subject, warmed
+from exporters.bench.measure import Subject, warmed_runners
 from exporters.device import timing
 from exporters.device.ov import shared_core
 from exporters.ort import export, int8
@@ -89,7 +89,7 @@ def fixed(source: Path) -> Path:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
     onnx.save(model, source)
-    convert.convert(source, source.with_suffix(".xml"))
+    convert.write_ir(source, source.with_suffix(".xml"))
     return source.with_suffix(".xml")
 
 
@@ -103,10 +103,10 @@ def peers(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         raise UserError(f"{BENCHMARK_APP}: not there; `pip install openvino` brings it")
     irs = {name: fixed(network(name, 224, folder)) for name in PEERS}
     calls = {name: call_on_a_set_input(ir) for name, ir in irs.items()}
-    pictures = timing.turns([np.zeros(1, np.float32)] * timing.MIN_INPUTS)
+    pictures = timing.cycle_inputs([np.zeros(1, np.float32)] * timing.MIN_INPUTS)
     subjects = [Subject(name, ir, TARGETS["ov-fp32"]) for name, ir in irs.items()]
     turns: dict[str, dict[str, list[float]]] = {n: {tool: [] for tool in TOOLS} for n in PEERS}
-    with warmed(subjects, None) as runners:
+    with warmed_runners(subjects, None) as runners:
         for _ in range(args.turns):
             for runner in runners:
                 name = runner.subject.model
@@ -191,7 +191,7 @@ def gate(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _macs(path: Path) -> int:
-    macs = figures(path).macs
+    macs = count_model(path).macs
     assert macs is not None
     return macs
 
@@ -199,7 +199,9 @@ def _macs(path: Path) -> int:
 def quiet_ratio(candidate: Path, baseline: Path, seconds: float) -> float:
     """Fastest calls by CPU time of a long run in turns: what is left when nothing disturbs."""
     target = TARGETS["ort-fp32"]
-    with warmed([Subject("", path, target) for path in (candidate, baseline)] * 3, None) as runners:
+    with warmed_runners(
+        [Subject("", path, target) for path in (candidate, baseline)] * 3, None
+    ) as runners:
         for order in latency.schedule(len(runners), 10):
             for i in order:
                 runners[i].block(seconds / 10)
@@ -243,11 +245,13 @@ def whole(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     x = inputs.smooth(64, size, size, seed=9)
     pictures = int8.CalibrationImages(x[::2], x[1::2], np.full(32, -1))
     how = int8.Settings(search_s=0.0)
-    export.convert(source, precision.beside(source, "int8"), "int8", pictures, how)
+    export.convert_onnx(source, precision.precision_path(source, "int8"), "int8", pictures, how)
     ir = source.with_suffix(".xml")
-    convert.make(source, ir, "fp32", None, how)
-    convert.make(source, precision.beside(ir, "int8"), "int8", pictures, how)
-    models = [path for made in (source, ir) for path in (made, precision.beside(made, "int8"))]
+    convert.convert_to_ir(source, ir, "fp32", None, how)
+    convert.convert_to_ir(source, precision.precision_path(ir, "int8"), "int8", pictures, how)
+    models = [
+        path for made in (source, ir) for path in (made, precision.precision_path(made, "int8"))
+    ]
     baseline = folder / "baseline"
     baseline.mkdir()
     for path in (*models, *(m.with_suffix(".bin") for m in models if m.suffix == ".xml")):

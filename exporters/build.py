@@ -13,7 +13,7 @@ from exporters.artifact import agreement, counts, inputs
 from exporters.artifact.reference import Exported
 from exporters.artifact.runtime import Build as Build
 from exporters.artifact.session import Target, Unavailable
-from exporters.device.kept import sidecar
+from exporters.device.compiled_cache import sidecar_path
 from exporters.open import RUNTIMES, open_session
 
 
@@ -27,7 +27,7 @@ def build_model(
     start, runtime = time.perf_counter(), RUNTIMES[target.runtime]
     try:
         artefact = runtime.make(target.precision, model, exported, out, gates)
-        row = check(target, target.precision, artefact, model, exported, gates)
+        row = artefact_parity(target, target.precision, artefact, model, exported, gates)
     except Unavailable as error:
         return _left_out(target, model, str(error))
     rows, reason = [row], row["reason"]
@@ -38,7 +38,7 @@ def build_model(
             reason = f"{row['precision_effective']}: {reason}; {target.name} offers nothing else"
             return _left_out(target, model, reason, rows)
         artefact = runtime.make("fp32", model, exported, out, gates)
-        rows.insert(0, check(target, "fp32", artefact, model, exported, gates))
+        rows.insert(0, artefact_parity(target, "fp32", artefact, model, exported, gates))
         reason = f"fell back to fp32: {reason}"
     entry = {
         "status": "built",
@@ -46,13 +46,13 @@ def build_model(
         "artefact": artefact.name,
         "precision_requested": target.precision,
         "precision_effective": rows[0]["precision_effective"],
-        "size_mb": sum(p.stat().st_size for p in counts.parts(artefact)) / 1e6,
+        "size_mb": sum(p.stat().st_size for p in counts.artefact_files(artefact)) / 1e6,
         "seconds": time.perf_counter() - start,
     }
     return entry, rows
 
 
-def check(
+def artefact_parity(
     target: Target, precision: str, artefact: Path, model: str, exported: Exported, gates: Build
 ) -> dict[str, Any]:
     """The artefact's parity row against torch's logits; for int8 the loss of top-1 too.
@@ -64,12 +64,12 @@ def check(
     except Unavailable as error:
         if not RUNTIMES[target.runtime].needs_gpu:
             raise
-        return agreement.skipped(artefact.name, precision, str(error))
+        return agreement.skipped_row(artefact.name, precision, str(error))
     reference = exported.logits[model]
-    got = inputs.run(session, exported.x[model])
-    row = agreement.row(artefact, session, reference, got, gates)
+    got = inputs.run_batches(session, exported.x[model])
+    row = agreement.parity_row(artefact, session, reference, got, gates)
     if row["precision_effective"] == "int8":
-        row = agreement.with_accuracy(row, reference, got, exported.labels, gates.int8_drop)
+        row = agreement.add_accuracy(row, reference, got, exported.labels, gates.int8_drop)
     return row
 
 
@@ -81,11 +81,11 @@ def _left_out(
     entry: dict[str, Any] = {"status": "skipped", "reason": reason, **dict.fromkeys(keys)}
     entry["precision_requested"] = target.precision
     artefact = target.artefact.format(model=model)
-    return entry, rows or [agreement.skipped(artefact, target.precision, reason)]
+    return entry, rows or [agreement.skipped_row(artefact, target.precision, reason)]
 
 
 def _remove(artefact: Path) -> None:
-    for part in (*counts.parts(artefact), sidecar(artefact)):
+    for part in (*counts.artefact_files(artefact), sidecar_path(artefact)):
         part.unlink(missing_ok=True)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from exporters.artifact.session import TARGETS, Target
 from exporters.bench import compare
-from exporters.bench.measure import Subject, measure, save_samples
-from exporters.bench.subjects import Bench, document
+from exporters.bench.measure import Subject, measure_rows, save_samples
+from exporters.bench.subjects import Bench, bench_document
 from exporters.bench.worker import read_reference
 from exporters.open import RUNTIMES
 from pipeline.core import artifacts, cli, config
@@ -46,13 +46,17 @@ def main(args: argparse.Namespace) -> None:
         for of in itertools.product(MODELS, params.threads, params.batches)
     ]
     seconds = params.seconds_per_row / params.rounds
-    found = measure(subjects, params.rounds, seconds, params.seed, reference)
+    found = measure_rows(subjects, params.rounds, seconds, params.seed, reference)
     rows = [one.row for one in found]
     inputs = {"build": built, "reference": reference}
     used = {key: value for key, value in params.__dict__.items() if key != "enabled"}
-    content = {"p50_ms": headline(rows), "pairs": compare.pairs(found, params.seed), "rows": rows}
+    content = {
+        "p50_ms": headline(rows),
+        "pairs": compare.student_over_teacher(found, params.seed),
+        "rows": rows,
+    }
     save_samples(args.out.with_suffix(".npz"), found)
-    artifacts.write_json(args.out, document(args.target, used, inputs, **content))
+    artifacts.write_json(args.out, bench_document(args.target, used, inputs, **content))
     print(f"{args.out}: p50 {', '.join(map(_said, rows))} ({time.monotonic() - began:.0f} s)")
 
 

@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
         held = {"labels": prepared.labels[rows]}
         for name in checkpoints:
             x = normalised(prepared.images[rows], preprocess[name])
-            logits = inputs.run(EagerSession(*loaded[name], usable_cores()), x)
+            logits = inputs.run_batches(EagerSession(*loaded[name], usable_cores()), x)
             held |= {IMAGES[name]: x, name: logits}  # type: ignore[dict-item]
         np.savez(folder / "reference.npz", **held)  # type: ignore[arg-type]
         calibration = normalised(prepared.images[shown], preprocess["student"])
@@ -102,7 +102,7 @@ def export(
         "weights_sha256": description["weights_sha256"],
         "size_mb": out.stat().st_size / 1e6,
         **count(model, description["preprocess"]["image_size"]),
-        "ops": onnx_file.histogram(onnx_file.read(out)),
+        "ops": onnx_file.histogram(onnx_file.read_onnx(out)),
         "preprocess": description["preprocess"],
         "num_classes": description["num_classes"],
         "parity": {key: row[key] for key in ("max_abs", "rel_between_std", "verdict")},

@@ -16,7 +16,7 @@ import pytest
 from exporters.artifact import counts
 from exporters.artifact.session import TARGETS
 from exporters.bench import __main__ as bench_command
-from exporters.bench import compare, gates, latency, measure, worker
+from exporters.bench import checks, compare, latency, measure, worker
 from exporters.bench.measure import Subject
 from exporters.bench.subjects import Bench, subjects_of
 from exporters.device import timing
@@ -99,7 +99,7 @@ def subject(folder: Path, play: str, **changes: Any) -> Subject:
 
 
 def rows_of(subjects: list[Subject], reference: Path | None = None) -> list[dict[str, Any]]:
-    return [one.row for one in measure.measure(subjects, 2, 0.05, 0, reference)]
+    return [one.row for one in measure.measure_rows(subjects, 2, 0.05, 0, reference)]
 
 
 def run_main(*argv: object) -> None:
@@ -148,7 +148,7 @@ def test_a_worker_that_hangs_is_killed_and_told_so(
 
 
 def test_no_worker_outlives_the_bench(player: None, tmp_path: Path) -> None:
-    with measure.warmed([subject(tmp_path, "")] * 2, None) as runners:
+    with measure.warmed_runners([subject(tmp_path, "")] * 2, None) as runners:
         processes = [r.worker.process for r in runners if r.worker]
         assert [p.poll() for p in processes] == [None, None]
     assert [p.poll() for p in processes] == [0, 0]
@@ -173,7 +173,7 @@ def test_a_free_batch_is_as_large_as_asked_and_a_fixed_one_refuses(
     assert (fed["batch"], fed["status"]) == (3, "measured")
     assert refused["reason"] == "batch 5 asked for, the artefact is fixed at 3"
     assert refused["batch"] == 5
-    made = worker.batches(Shape(None), None, 8)
+    made = worker.input_batches(Shape(None), None, 8)
     assert {len(b) for b in made} == {8} and len({b.tobytes() for b in made}) == len(made) >= 4
 
 
@@ -196,7 +196,7 @@ def test_the_reference_pictures_are_run_each_in_turn(
 ) -> None:
     x = np.arange(count, dtype=np.float32)[:, None, None, None] * np.ones((1, 3, 8, 8), np.float32)
     np.savez(tmp_path / "reference.npz", x=x)
-    made = worker.batches(Shape(batch), tmp_path / "reference.npz")
+    made = worker.input_batches(Shape(batch), tmp_path / "reference.npz")
     assert len(made) >= 4
     seen = np.concatenate(made)[:, 0, 0, 0]
     assert all(len(b) == (batch or 1) for b in made)
@@ -204,7 +204,7 @@ def test_the_reference_pictures_are_run_each_in_turn(
 
 
 def test_pictures_without_a_reference_are_smooth_different_and_seeded() -> None:
-    made, again = worker.batches(Shape(None), None), worker.batches(Shape(None), None)
+    made, again = worker.input_batches(Shape(None), None), worker.input_batches(Shape(None), None)
     assert len({b.tobytes() for b in made}) == len(made) == worker.PICTURES
     assert all(np.array_equal(a, b) for a, b in zip(made, again, strict=True))
 
@@ -212,7 +212,7 @@ def test_pictures_without_a_reference_are_smooth_different_and_seeded() -> None:
 def test_a_reference_of_another_size_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "reference.npz", x=np.ones((4, 3, 9, 9), np.float32))
     with pytest.raises(UserError, match=r"\(4, 3, 9, 9\).*\(N, 3, 8, 8\)"):
-        worker.batches(Shape(None), tmp_path / "reference.npz")
+        worker.input_batches(Shape(None), tmp_path / "reference.npz")
 
 
 def test_an_object_array_in_a_reference_is_refused_unread(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_file_twice_as_slow_fails_the_verdict_with_exit_3_after_writing(
     assert [r["artefact"] for r in written["rows"]] == [slow.name, plain.name]
     assert told["processes"] == 3 and told["rounds"] == 8 and told["reason"] is None
     assert {g["name"]: g["verdict"] for g in told["gates"]} == {
-        **dict.fromkeys(gates.GATES, "UNKNOWN"),  # a text file tells little
+        **dict.fromkeys(checks.CHECKS, "UNKNOWN"),  # a text file tells little
         "precision": "PASS",
         "bytes": "PASS",
     }
@@ -276,7 +276,7 @@ def test_a_gate_fails_the_verdict_whatever_the_time_unless_it_is_allowed(
     monkeypatch.setattr(compare, "PROCESSES", 1)
     plain = artefact(tmp_path, "")
     fat = tmp_path / "fat.onnx"
-    fat.write_text(" " * 2 * gates.NOTES_BYTES)
+    fat.write_text(" " * 2 * checks.NOTES_BYTES)
     with pytest.raises(GateFailed, match="bytes: 8192, baseline 0, limit 4096"):
         run_main(fat, "--against", plain)
     run_main(fat, "--against", plain, "--allow", "bytes")
@@ -292,11 +292,11 @@ def test_an_undecided_verdict_runs_as_long_again_once(
         seen.append((np.shape(a), np.shape(b)))
         return latency.Ratio(1.0, 0.9, 1.2, 0.1)
 
-    monkeypatch.setattr(latency, "compare", undecided)
+    monkeypatch.setattr(latency, "cpu_ratio", undecided)
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 0.01)
     monkeypatch.setattr(compare, "PROCESSES", 1)
     same = subject(tmp_path, "")
-    told, found = compare.compare(same, same, 0, None)
+    told, found = compare.compare_artefacts(same, same, 0, None)
     assert (told["verdict"], told["rounds"]) == ("INCONCLUSIVE", 16)
     assert seen == [((1, 8), (1, 8)), ((1, 16), (1, 16))]
     assert found[0].row["wall_ms"]["n"] >= 16
@@ -374,7 +374,7 @@ def test_the_calls_stand_beside_the_json_and_the_report_reads_them(
 
 def test_the_same_calls_make_the_same_bytes(tmp_path: Path) -> None:
     block = latency.Block([0.1, 0.2, 0.3], [0.1, 0.1, 0.2])
-    found = [measure.Measured({}, [[block, block]], counts.ModelCounts())]
+    found = [measure.Measurement({}, [[block, block]], counts.ModelCounts())]
     for name in ("a", "b"):
         measure.save_samples(tmp_path / name, found)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -592,12 +592,14 @@ def test_stage_pairs_student_and_teacher_at_the_fewest_threads_batch_by_batch(
 
 
 def test_pairs_of_a_gpu_are_of_the_engines_own_time() -> None:
-    def made(model: str, ms: float) -> measure.Measured:
+    def made(model: str, ms: float) -> measure.Measurement:
         blocks = [latency.Block([9.0], [9.0], [ms * drift]) for drift in (1.0, 1.5, 2.0)]
         row = {"model": model, "batch": 1, "threads": 1, "target": "trt-fp16", "status": "measured"}
-        return measure.Measured({**row, "engine_ms": {"p50": ms}}, [blocks], counts.ModelCounts())
+        return measure.Measurement(
+            {**row, "engine_ms": {"p50": ms}}, [blocks], counts.ModelCounts()
+        )
 
-    (pair,) = compare.pairs([made("student", 1.0), made("teacher", 4.0)], 0)
+    (pair,) = compare.student_over_teacher([made("student", 1.0), made("teacher", 4.0)], 0)
     assert pair["clock"] == "engine" and pair["ratio"]["median"] == 0.25
 
 

@@ -67,7 +67,7 @@ def test_a_finished_run_is_read_and_not_repeated(
 
 def test_a_student_goes_through_every_exporter_and_a_refusal_is_a_row(monkeypatch, tmp_path):
     monkeypatch.setattr(exporters, "STUDENTS", {"test_resnet": {"output_stride": 8}})
-    monkeypatch.setattr(exporters.trt_convert, "make", refuse)
+    monkeypatch.setattr(exporters.trt_convert, "build_plan", refuse)
     line = f"--size 32 --search-seconds 0 --out {tmp_path}/out"
     args = exporters.parser().parse_args(line.split())
     args.students = ["test_resnet"]
@@ -111,7 +111,7 @@ def test_a_slower_network_costs_a_known_layer_more_and_answers_alike(tmp_path):
     source = pooled(tmp_path / "net.onnx")
     more = latency.slower(source, tmp_path / "more.onnx", (2, 3))
     added = 8 * 8 * (8 * 8 * 2 * 3)  # places, then channels in, channels out, kernel
-    assert counts.figures(more).macs == counts.figures(source).macs + added
+    assert counts.count_model(more).macs == counts.count_model(source).macs + added
     x = inputs.smooth(4, 16, 16)
     a, b = (session.OrtSession(path, 1).run(x) for path in (source, more))
     assert np.abs(a - b).max() < 0.05 * np.abs(a).max()

@@ -27,12 +27,12 @@ from exporters.artifact import agreement, inputs, onnx_file
 from exporters.bench import latency
 from exporters.bundle import __main__ as bundle_command
 from exporters.bundle import make
-from exporters.device import actions, contents, cudart, gates, ort, picture, run, session, timing
+from exporters.device import actions, contents, cudart, image, ort, parity, run, runtimes, timing
 from exporters.device.builder import Builder
 from exporters.device.contents import Bundle
 from exporters.device.errors import UserError as Refused
 from exporters.device.errors import one_line
-from exporters.device.trt import TrtSession
+from exporters.device.trt import TrtModel
 from exporters.ort import quantize
 from exporters.ort.session import OrtSession
 from pipeline.core import artifacts, errors
@@ -156,7 +156,7 @@ def test_labels_preprocessing_and_answers_are_the_networks_own(made: Path, expor
 
 def test_no_parity_input_was_calibrated_on(exported: Path, digits: Path) -> None:
     source = exported / "student.onnx"
-    shown = make.pictures(source, OrtSession(source, 1), digits, None)
+    shown = make.parity_images(source, OrtSession(source, 1), digits, None)
     assert shown.ranges is not None
     seen = {row.tobytes() for row in shown.ranges.shown}
     assert not seen & {row.tobytes() for row in shown.x}
@@ -164,7 +164,7 @@ def test_no_parity_input_was_calibrated_on(exported: Path, digits: Path) -> None
 
 def test_int8_is_signed_for_tensorrt_and_unsigned_for_cpus(made: Path) -> None:
     for runtime, kind in (("trt", np.int8), ("ort", np.uint8), ("ov", np.uint8)):
-        proto = onnx_file.read(made / Bundle.open(made).model(runtime, "int8").file)
+        proto = onnx_file.read_onnx(made / Bundle.open(made).model(runtime, "int8").file)
         held = {w.name: onnx.numpy_helper.to_array(w) for w in proto.graph.initializer}
         points = [held[n.input[2]] for n in proto.graph.node if n.op_type == "QuantizeLinear"]
         assert points and {p.dtype for p in points} == {np.dtype(kind)}, runtime
@@ -213,11 +213,11 @@ def test_without_calibration_there_is_no_int8_and_the_manifest_says_why(
 def test_a_precision_that_fails_its_gate_is_left_out_with_the_figure(
     exported: Path, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = onnx_file.read(damaged)
+    wrong = onnx_file.read_onnx(damaged)
     half = quantize.to_fp16
     monkeypatch.setattr(quantize, "to_fp16", lambda _: half(wrong))
     (tmp_path / "out").mkdir()
-    manifest = make.make(exported / "student.onnx", tmp_path / "out", None, None)
+    manifest = make.build_bundle(exported / "student.onnx", tmp_path / "out", None, None)
     left = {e["precision"]: e["reason"] for e in manifest["left_out"]}
     assert "dB, fp16 gate 35 dB" in left["fp16"]
     assert not (tmp_path / "out" / "model-fp16.onnx").exists()
@@ -232,8 +232,10 @@ def test_a_precision_that_the_runtime_refuses_is_left_out_and_no_path_is_told(
         return proto
 
     monkeypatch.setattr(quantize, "to_fp16", broken)
-    monkeypatch.setattr(onnx_file, "save", lambda p, path: path.write_bytes(p.SerializeToString()))
-    manifest = make.make(exported / "student.onnx", tmp_path, None, None)
+    monkeypatch.setattr(
+        onnx_file, "write_onnx", lambda p, path: path.write_bytes(p.SerializeToString())
+    )
+    manifest = make.build_bundle(exported / "student.onnx", tmp_path, None, None)
     assert [m["precision"] for m in manifest["models"]] == ["fp32"]
     assert "Frobnicate" in manifest["left_out"][0]["reason"]
     assert str(tmp_path) not in json.dumps(manifest["left_out"])
@@ -243,7 +245,7 @@ def test_a_precision_that_the_runtime_refuses_is_left_out_and_no_path_is_told(
 def test_a_folder_with_too_few_images_for_a_networks_batch_is_told(
     exported: Path, digits: Path, tmp_path: Path, command: Command
 ) -> None:
-    proto = onnx_file.read(exported / "student.onnx")
+    proto = onnx_file.read_onnx(exported / "student.onnx")
     for entry in (*proto.graph.input, *proto.graph.output):
         entry.type.tensor_type.shape.dim[0].dim_value = 96
     onnx.save(proto, tmp_path / "s.onnx")
@@ -262,7 +264,7 @@ def test_a_folder_with_too_few_images_for_a_networks_batch_is_told(
 def test_a_network_that_answers_nan_is_never_bundled(
     exported: Path, tmp_path: Path, command: Command
 ) -> None:
-    proto = onnx_file.read(exported / "student.onnx")
+    proto = onnx_file.read_onnx(exported / "student.onnx")
     weight = next(w for w in proto.graph.initializer if len(w.dims) == 2)
     values = onnx.numpy_helper.to_array(weight) * np.float32(np.nan)
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
@@ -325,14 +327,14 @@ def test_only_a_bundle_and_what_running_it_left_is_replaced(copied: Path) -> Non
 def test_notes_of_another_network_are_refused(
     change: str, exported: Path, tmp_path: Path, command: Command
 ) -> None:
-    proto = onnx_file.read(exported / "student.onnx")
+    proto = onnx_file.read_onnx(exported / "student.onnx")
     wrong = {
         "shape": ("image_size", "64"),
         "crop": ("crop", "stretch"),
         "classes": ("classes", "a"),
     }
     key, value = wrong[change]
-    onnx.helper.set_model_props(proto, {**onnx_file.notes(proto), key: value})
+    onnx.helper.set_model_props(proto, {**onnx_file.read_metadata(proto), key: value})
     onnx.save(proto, tmp_path / "s.onnx")
     done = command("exporters.bundle", tmp_path / "s.onnx", tmp_path / "out", torch=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
@@ -390,9 +392,9 @@ def test_the_fusion_that_two_versions_of_onnx_runtime_get_wrong_is_off_there(
         InferenceSession=opened,
         SessionOptions=onnxruntime.SessionOptions,
     )
-    found = ort.OrtSession(module, made / "model-fp32.onnx", 1)
+    found = ort.OrtModel(module, made / "model-fp32.onnx", 1)
     x, logits = Bundle.open(made).parity()
-    assert gates.verify(logits, found.run(x), "fp32")[0] == "PASS" and asked == [off]
+    assert parity.verify_logits(logits, found.run(x), "fp32")[0] == "PASS" and asked == [off]
 
 
 def test_the_bench_in_words(made: Path, runner: Runner) -> None:
@@ -420,7 +422,7 @@ def test_a_picture_is_classified_as_the_pipeline_would(
     (tmp_path / "folder").mkdir()
     shutil.copy(tmp_path / "a picture.png", tmp_path / "folder")
     network = OrtSession(exported / "student.onnx", 1)
-    logits = network.run(inputs.from_folder(tmp_path / "folder", network, 1))[0]
+    logits = network.run(inputs.images_from_folder(tmp_path / "folder", network, 1))[0]
     assert [a["class"] for a in top] == np.argsort(-logits)[:5].tolist()
     shares = np.exp(logits) / np.exp(logits).sum()
     assert top[0]["probability"] == pytest.approx(float(shares.max()), abs=1e-3)
@@ -440,12 +442,12 @@ def test_any_picture_is_prepared_bit_for_bit_as_in_training(tmp_path: Path) -> N
         "palette.gif": Image.fromarray(rgba[..., :3]).quantize(16),
         "turned.jpg": Image.fromarray(rgba[..., :3]),
     }
-    notes = {"image_size": 24, "interpolation": "bicubic", "crop": picture.CROP}
+    notes = {"image_size": 24, "interpolation": "bicubic", "crop": image.CROP}
     notes |= {"mean": [0.0] * 3, "std": [1 / 255] * 3}
-    for name, image in kinds.items():
-        image.save(tmp_path / name, **({"exif": turned} if name == "turned.jpg" else {}))
+    for name, saved in kinds.items():
+        saved.save(tmp_path / name, **({"exif": turned} if name == "turned.jpg" else {}))
         ours = decoding.square_rgb(Image.open(tmp_path / name), 24)
-        x = picture.read(tmp_path / name, notes)[0].transpose(1, 2, 0)
+        x = image.read_image(tmp_path / name, notes)[0].transpose(1, 2, 0)
         assert np.array_equal(x.round().astype(np.uint8), ours), name
 
 
@@ -483,9 +485,9 @@ def test_a_damaged_file_is_named_before_anything_runs(copied: Path, runner: Runn
 
 
 def test_an_altered_runner_tells_on_itself(copied: Path, runner: Runner) -> None:
-    with (copied / "bundle" / "gates.py").open("a") as file:
+    with (copied / "bundle" / "parity.py").open("a") as file:
         file.write("FP32_REL = 1e9\n")
-    refused(runner(copied, "--verify"), "gates.py: damaged")
+    refused(runner(copied, "--verify"), "parity.py: damaged")
 
 
 def test_other_answers_than_the_makers_are_exit_3(copied: Path, runner: Runner) -> None:
@@ -647,7 +649,7 @@ def test_batches_of_any_size_share_the_engines_buffers_and_lose_none(
 ) -> None:
     monkeypatch.setattr(fake_jetson, "CUDA", fake_jetson.Cudart())
     monkeypatch.setattr(cudart, "_load", fake_jetson.CUDA.library)
-    engine = TrtSession(fake_jetson.tensorrt(), made / "model-fp32.onnx", "fp32", tmp_path)
+    engine = TrtModel(fake_jetson.tensorrt(), made / "model-fp32.onnx", "fp32", tmp_path)
     x, logits = Bundle.open(made).parity()
     for size in (1, 3, 2, 8, 16, 1):
         assert np.abs(engine.run(x[:size]) - logits[:size]).max() < 1e-5
@@ -658,7 +660,7 @@ def test_batches_of_any_size_share_the_engines_buffers_and_lose_none(
 @pytest.mark.parametrize("threads", [None, 2])
 def test_a_runtime_gets_the_threads_asked_for(name: str, threads: int | None, made: Path) -> None:
     args = Namespace(threads=threads, cache=None)
-    opened = actions.Opened(Bundle.open(made), name, session.library(name), "fp32", args)
+    opened = actions.Opened(Bundle.open(made), name, runtimes.import_runtime(name), "fp32", args)
     inner: Any = opened.session
     got = (
         inner._session.get_session_options().intra_op_num_threads
@@ -765,11 +767,11 @@ def test_of_a_long_message_the_end_is_kept(made: Path, tmp_path: Path) -> None:
 
     assert one_line("a\n b") == "a b" and one_line("") == "str"
     assert one_line("x" * 400 + " the reason", 20).endswith("x the reason")
-    proto = onnx_file.read(made / "model-fp32.onnx")
+    proto = onnx_file.read_onnx(made / "model-fp32.onnx")
     proto.ir_version = 999
     (tmp_path / "newer.onnx").write_bytes(proto.SerializeToString())
     with pytest.raises(Refused, match=r"newer\.onnx: .*IR version: 999.*newer onnxruntime"):
-        ort.OrtSession(onnxruntime, tmp_path / "newer.onnx", 1)
+        ort.OrtModel(onnxruntime, tmp_path / "newer.onnx", 1)
 
 
 CUDART = """
@@ -879,7 +881,7 @@ def test_the_gates_on_the_device_are_those_of_the_maker(precision: str) -> None:
         verdict, _ = agreement.judge(
             found, float(np.abs(a).max()), precision, agreement.Thresholds()
         )
-        assert gates.verify(a, b, precision)[0] == verdict
+        assert parity.verify_logits(a, b, precision)[0] == verdict
         seen.add(verdict)
     assert seen == {"PASS", "FAIL", "UNDECIDED"}
 
@@ -891,8 +893,8 @@ def test_a_percentile_on_the_device_needs_as_many_calls_as_the_makers(
     generator = np.random.default_rng(0)
     wall, cpu = (generator.random(n).tolist() for _ in range(2))
     monkeypatch.setattr(timing, "run_block", lambda *_, **__: timing.Block(wall, cpu))
-    theirs = latency.summarise([latency.Block(wall, cpu)])
-    found = timing.measure(lambda x: x, [np.zeros(1, np.float32)] * 4, 1)
+    theirs = latency.summarise_calls([latency.Block(wall, cpu)])
+    found = timing.time_calls(lambda x: x, [np.zeros(1, np.float32)] * 4, 1)
     assert theirs["wall_ms"].pop("p50_ci") is None  # of one block
     assert [found[k] for k in ("wall_ms", "cpu_ms")] == [theirs[k] for k in ("wall_ms", "cpu_ms")]
     assert found["wall_ms"]["n"] == n and (found["wall_ms"]["p99"] is None) == (n < 1000)
@@ -911,16 +913,16 @@ def test_the_warm_up_ends_when_it_is_stable_and_else_the_row_is_noisy(
             "run_block",
             lambda *_, c=calls, t=turns, **__: (c.append(1), timing.Block([next(t)], [1.0]))[1],
         )
-        found = timing.measure(lambda x: x, x, 1)
+        found = timing.time_calls(lambda x: x, x, 1)
         assert found["warm_up"]["stable"] is stable and len(calls) == blocks + 1
-        assert ("warm-up not stable" in timing.flags(found, 1)) is not stable
-    assert timing.flags({**found, "cpu_share": 0.5}, 1)[0].startswith("cpu/wall 0.50")
+        assert ("warm-up not stable" in timing.noise_flags(found, 1)) is not stable
+    assert timing.noise_flags({**found, "cpu_share": 0.5}, 1)[0].startswith("cpu/wall 0.50")
     with pytest.raises(ValueError, match="3 input buffers"):
-        timing.measure(lambda x: x, x[:3], 1)
+        timing.time_calls(lambda x: x, x[:3], 1)
 
 
 def test_precisions_runtimes_and_help_name_the_same_things() -> None:
-    assert tuple(session.MODULES) == contents.RUNTIMES
+    assert tuple(runtimes.MODULES) == contents.RUNTIMES
     assert {v.precision for v in make.VARIANTS} == set(contents.PRECISIONS)
     text = run.parser().format_help()
     for command in make.COMMANDS.values():

@@ -86,7 +86,7 @@ from onnx.reference import ReferenceEvaluator
 
 from exporters.artifact import onnx_file
 from exporters.artifact.runtime import Runtime
-from exporters.artifact.session import Array, checked_shape
+from exporters.artifact.session import Array, validated_shape
 from exporters.ort.runtime import make
 
 
@@ -100,7 +100,7 @@ class ReferenceSession:
         self.precision_effective = "fp32"
         self.metadata: Mapping[str, str] = onnx_file.notes(model)
         dims = [d.dim_value or None for d in model.graph.input[0].type.tensor_type.shape.dim]
-        self.input_shape = checked_shape(dims, self.metadata, path)
+        self.input_shape = validated_shape(dims, self.metadata, path)
 
     def run(self, x: Array) -> Array:
         """x (B, 3, S, S) -> logits (B, K)."""

@@ -22,7 +22,7 @@ def session(
     Fake().install(monkeypatch)
     monkeypatch.setenv("CAKD_CUDA_GRAPH", request.param)
     source = network(tmp_path / "net.onnx", "Relu")
-    plan, _ = convert.make(
+    plan, _ = convert.build_plan(
         source, tmp_path / "net.plan", "fp32", "tensorrt", Options(shapes=(1, 1, LARGEST))
     )
     return TrtSession(plan)

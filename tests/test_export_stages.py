@@ -55,7 +55,7 @@ def test_the_reference_is_the_val_split_with_torchs_own_logits(
     assert all((val == image).all(axis=(1, 2, 3)).any() for image in held["x"])
     for model in ("student", "teacher"):
         session = open_session(TARGETS["torch-eager"], exported / f"{model}.safetensors", 1)
-        assert np.abs(inputs.run(session, held[IMAGES[model]]) - held[model]).max() < 1e-5
+        assert np.abs(inputs.run_batches(session, held[IMAGES[model]]) - held[model]).max() < 1e-5
     assert len(set(held["labels"])) == 10
 
 

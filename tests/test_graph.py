@@ -53,7 +53,7 @@ def small(path: Path, batch: int | str) -> Path:
 def test_products_are_counted_for_one_image_whatever_the_batch(
     tmp_path: Path, batch: int | str
 ) -> None:
-    found = counts.figures(small(tmp_path / "net.onnx", batch))
+    found = counts.count_model(small(tmp_path / "net.onnx", batch))
     assert found.macs == 6 * 4 * 4 * 9 + 96 * 5 + 5 * 7
     assert found.params == 6 * 9 + 96 * 5 + 5 * 7  # the shape of Reshape is no weight
     assert found.opset == 18
@@ -65,16 +65,18 @@ def test_products_are_counted_for_one_image_whatever_the_batch(
 def test_the_ir_counts_as_its_onnx(tmp_path: Path, batch: int | str) -> None:
     pytest.importorskip("openvino")
     source = small(tmp_path / "net.onnx", batch)
-    convert.convert(source, tmp_path / "net.xml")
-    found = counts.figures(tmp_path / "net.xml")
-    assert found.macs == counts.figures(source).macs
+    convert.write_ir(source, tmp_path / "net.xml")
+    found = counts.count_model(tmp_path / "net.xml")
+    assert found.macs == counts.count_model(source).macs
     assert found.operators and not {"Const", "Parameter", "Result"} & set(found.operators)
-    assert found.params == pytest.approx(counts.figures(source).params, abs=5)  # scalars it adds
+    assert found.params == pytest.approx(
+        counts.count_model(source).params, abs=5
+    )  # scalars it adds
 
 
 def test_the_student_counts_as_pytorch_counts_it(exported: Path) -> None:
     told = json.loads((exported / "export.json").read_text())["models"]["student"]
-    found = counts.figures(exported / "student.onnx")
+    found = counts.count_model(exported / "student.onnx")
     assert found.macs == told["macs"]
     assert found.operators == told["ops"]
     assert found.params == pytest.approx(told["params"], rel=0.02)  # batch norms are folded
@@ -88,9 +90,9 @@ def test_int8_adds_nodes_but_neither_parameters_nor_products(
     pictures = int8.CalibrationImages(x[::2], x[1::2], np.full(len(x[1::2]), -1))
     how = int8.Settings(search_s=0.0, drop=1.0)
     gates = int8.agreement.Thresholds(int8_db=-200.0)
-    proto = int8.quantized(source, pictures, how, gates)
+    proto = int8.quantize_within_gates(source, pictures, how, gates)
     onnx.save(proto, tmp_path / "int8.onnx")
-    fp32, found = counts.figures(source), counts.figures(tmp_path / "int8.onnx")
+    fp32, found = counts.count_model(source), counts.count_model(tmp_path / "int8.onnx")
     assert found.macs == fp32.macs
     assert found.params == pytest.approx(fp32.params, rel=0.01)
     assert found.operators and found.operators["DequantizeLinear"] > 0
@@ -100,7 +102,7 @@ def test_what_cannot_be_read_is_unknown_and_no_error(tmp_path: Path) -> None:
     for name in ("a.onnx", "a.xml", "a.plan"):
         (tmp_path / name).write_bytes(b"no network")
     for name in ("a.onnx", "a.xml", "a.plan", "gone.onnx"):
-        assert counts.figures(tmp_path / name) == counts.ModelCounts()
+        assert counts.count_model(tmp_path / name) == counts.ModelCounts()
 
 
 def test_an_operator_of_unknown_shape_leaves_the_products_unknown(tmp_path: Path) -> None:
@@ -112,6 +114,6 @@ def test_an_operator_of_unknown_shape_leaves_the_products_unknown(tmp_path: Path
     model = onnx.load(path)
     model.opset_import.append(helper.make_opsetid("acme", 1))
     onnx.save(model, path)
-    found = counts.figures(path)
+    found = counts.count_model(path)
     assert found.macs is None and found.params == 16
     assert found.operators == {"Strange": 1, "MatMul": 1}

@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from exporters.artifact import onnx_file
-from exporters.artifact.precision import beside
+from exporters.artifact.precision import precision_path
 from exporters.ort import __main__ as ort_command
 from exporters.ort.session import OrtSession
 from exporters.ov import __main__ as ov_command
@@ -186,7 +186,7 @@ def test_a_truncated_file_is_refused(
 
 def ir(folder: Path) -> Path:
     pytest.importorskip("openvino", reason="the openvino extra is not installed")
-    convert.convert(hostile.CASES["plain"](folder), folder / "net.xml")
+    convert.write_ir(hostile.CASES["plain"](folder), folder / "net.xml")
     return folder / "net.xml"
 
 
@@ -291,7 +291,7 @@ def test_notes_are_carried_as_they_are(case: str, attempt: Attempt, tmp_path: Pa
     assert attempt("ort fp16", path, out)[0] == 0
     (made,) = out.iterdir()
     kept = {p.key: p.value for p in onnx.load(path).metadata_props}
-    assert onnx_file.notes(onnx.load(made)) == {**kept, "precision": "fp16"}
+    assert onnx_file.read_metadata(onnx.load(made)) == {**kept, "precision": "fp16"}
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_layers_compare_a_network_with_its_copy_of_either_precision(
         cli.run(ort_command.main, ort_command.parser(), argv)
     assert not ended.value.code
     with pytest.raises(SystemExit) as ended:
-        other = beside(made, precision)
+        other = precision_path(made, precision)
         cli.run(parity_command.main, parity_command.parser(), [str(source), str(other), "--layers"])
     assert not ended.value.code
 
@@ -341,7 +341,7 @@ def test_layers_find_the_node_where_an_fp16_copy_went_wrong(
         )
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
-        pair = [str(exported / "student.onnx"), str(beside(made, "fp16"))]
+        pair = [str(exported / "student.onnx"), str(precision_path(made, "fp16"))]
         cli.run(parity_command.main, parity_command.parser(), [*pair, "--layers"])
     told = capfd.readouterr().out
     gemm = next(n for n in onnx.load(damaged).graph.node if n.op_type == "Gemm")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from exporters.device import errors, picture
+from exporters.device import errors, image
 from pipeline.data.decoding import decode, square_rgb
 from pipeline.data.images import SUFFIXES, BrokenImage, image_files, square_pixels
 from tests import image_files as files
@@ -85,13 +85,13 @@ def test_a_truncated_photograph_is_named(tmp_path):
         square_pixels(partial(decode, tmp_path / "cut.jpg"), "cut.jpg", 8)
 
 
-NOTES = {"image_size": 8, "interpolation": "bicubic", "crop": picture.CROP}
+NOTES = {"image_size": 8, "interpolation": "bicubic", "crop": image.CROP}
 NOTES |= {"mean": [0.0] * 3, "std": [1 / 255] * 3}
 
 
 def on_device(path):
     """What the bundle's runner gives the network, as pixels."""
-    return picture.read(path, NOTES)[0].transpose(1, 2, 0).round().astype(np.uint8)
+    return image.read_image(path, NOTES)[0].transpose(1, 2, 0).round().astype(np.uint8)
 
 
 @pytest.mark.parametrize("name", files.READ)
@@ -112,7 +112,7 @@ def test_pipeline_and_runner_name_what_is_no_image(name, tmp_path):
     with pytest.raises(BrokenImage, match=f"{name}: not a readable image .*({reason}).*on_error"):
         square_pixels(partial(decode, tmp_path / name), name, 8)
     with pytest.raises(errors.UserError, match=f"{name}: cannot be read .*({reason})"):
-        picture.read(tmp_path / name, NOTES)
+        image.read_image(tmp_path / name, NOTES)
 
 
 def test_pipeline_and_runner_name_a_file_that_is_gone_and_a_dead_link(tmp_path):
@@ -124,7 +124,7 @@ def test_pipeline_and_runner_name_a_file_that_is_gone_and_a_dead_link(tmp_path):
         with pytest.raises(BrokenImage, match=f"{name}: not a readable image .*{reason}"):
             square_pixels(partial(decode, tmp_path / name), name, 8)
         with pytest.raises(errors.UserError, match=reason):
-            picture.read(tmp_path / name, NOTES)
+            image.read_image(tmp_path / name, NOTES)
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")

@@ -29,13 +29,13 @@ def zoo(tmp_path: Path) -> Path:
 
 
 def test_labels_are_the_places_of_the_folders_names(zoo: Path) -> None:
-    x, labels = inputs.labelled(zoo, SESSION, 100)  # type: ignore[arg-type]
+    x, labels = inputs.labelled_images(zoo, SESSION, 100)  # type: ignore[arg-type]
     assert x.shape == (19, 3, 8, 8) and x.dtype == np.float32
     assert labels.tolist() == [0] * 6 + [1] * 6 + [-1] * 7
 
 
 def test_fewer_than_all_are_spread_over_the_classes(zoo: Path) -> None:
-    x, labels = inputs.labelled(zoo, SESSION, 4)  # type: ignore[arg-type]
+    x, labels = inputs.labelled_images(zoo, SESSION, 4)  # type: ignore[arg-type]
     assert labels.tolist() == [0, 1, -1, -1]
     assert np.allclose(x[:, 0, 0, 0] * 255, [50, 100, 150, 0])
 
@@ -43,13 +43,13 @@ def test_fewer_than_all_are_spread_over_the_classes(zoo: Path) -> None:
 def test_a_prepared_folder_gives_its_val_split(digits: Path, prepared: object) -> None:
     names = "\n".join(prepared.classes)  # type: ignore[attr-defined]
     session = SimpleNamespace(metadata={**NOTES, "classes": names}, input_shape=(None, 3, 8, 8))
-    _, labels = inputs.labelled(digits, session, 1000)  # type: ignore[arg-type]
+    _, labels = inputs.labelled_images(digits, session, 1000)  # type: ignore[arg-type]
     rows = prepared.rows("val")  # type: ignore[attr-defined]
     assert labels.tolist() == prepared.labels[rows].tolist()  # type: ignore[attr-defined]
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no images found"):
-        inputs.labelled(tmp_path, SESSION, 4)  # type: ignore[arg-type]
+        inputs.labelled_images(tmp_path, SESSION, 4)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="not a folder"):
-        inputs.labelled(tmp_path / "lost", SESSION, 4)  # type: ignore[arg-type]
+        inputs.labelled_images(tmp_path / "lost", SESSION, 4)  # type: ignore[arg-type]

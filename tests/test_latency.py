@@ -14,13 +14,13 @@ import pytest
 from exporters.bench import latency
 from exporters.bench.latency import (
     Block,
-    compare,
-    flags,
+    cpu_ratio,
+    row_flags,
     schedule,
-    summarise,
+    summarise_calls,
 )
 from exporters.device import timing
-from exporters.device.timing import run_block, turns, warm_up
+from exporters.device.timing import cycle_inputs, run_block, warm_up
 
 ROOT = Path(__file__).parents[1]
 PICTURES = [np.full((1, 3, 2, 2), i, dtype=np.float32) for i in range(4)]
@@ -60,33 +60,33 @@ def test_a_block_times_each_call_in_wall_and_cpu_until_its_time_is_up(
     clock: Callable[..., Clock],
 ) -> None:
     made = clock(steady(40.0), share=0.5)
-    block = run_block(made.run, turns(PICTURES), 0.15)
+    block = run_block(made.run, cycle_inputs(PICTURES), 0.15)
     assert block.wall_ms == pytest.approx([40.0] * 4)
     assert block.cpu_ms == pytest.approx([20.0] * 4)
 
 
 def test_a_block_runs_once_however_slow_the_call(clock: Callable[..., Clock]) -> None:
     made = clock(steady(900.0))
-    assert run_block(made.run, turns(PICTURES), 0.15).wall_ms == [900.0]
-    assert run_block(made.run, turns(PICTURES), 0.0).wall_ms == [900.0]  # even out of time
+    assert run_block(made.run, cycle_inputs(PICTURES), 0.15).wall_ms == [900.0]
+    assert run_block(made.run, cycle_inputs(PICTURES), 0.0).wall_ms == [900.0]  # even out of time
 
 
 def test_a_block_gives_every_buffer_its_turn(clock: Callable[..., Clock]) -> None:
     made = clock(steady(25.0))
     seen = []
-    run_block(lambda x: (seen.append(float(x.flat[0])), made.run(x)), turns(PICTURES), 0.15)
+    run_block(lambda x: (seen.append(float(x.flat[0])), made.run(x)), cycle_inputs(PICTURES), 0.15)
     assert seen == [0, 1, 2, 3, 0, 1]
 
 
 def test_too_few_buffers_are_refused() -> None:
     with pytest.raises(ValueError, match="3 input buffers; at least 4"):
-        turns(PICTURES[:3])
+        cycle_inputs(PICTURES[:3])
 
 
 def test_real_clocks_tell_sleep_from_work() -> None:
-    asleep = run_block(lambda x: time.sleep(0.02), turns(PICTURES), 0.1)
+    asleep = run_block(lambda x: time.sleep(0.02), cycle_inputs(PICTURES), 0.1)
     assert min(asleep.wall_ms) >= 20 and max(asleep.cpu_ms) < 10
-    awake = run_block(lambda x: sum(range(200_000)), turns(PICTURES), 0.1)
+    awake = run_block(lambda x: sum(range(200_000)), cycle_inputs(PICTURES), 0.1)
     assert (
         max(c / w for c, w in zip(awake.cpu_ms, awake.wall_ms, strict=True)) > 0.5
     )  # a call left in peace
@@ -94,19 +94,19 @@ def test_real_clocks_tell_sleep_from_work() -> None:
 
 def test_warm_up_ends_when_three_block_medians_agree(clock: Callable[..., Clock]) -> None:
     falling = iter([160.0, 158.0, 230.0] + [151.0] * 20)
-    warm = warm_up(clock(falling).run, turns(PICTURES))
+    warm = warm_up(clock(falling).run, cycle_inputs(PICTURES))
     assert warm.stable
     assert warm.seconds == pytest.approx((160 + 158 + 230 + 3 * 151) / 1e3)
 
 
 def test_warm_up_gives_up_after_its_limit_and_says_so(clock: Callable[..., Clock]) -> None:
     rising = (150.0 * 1.02**i for i in range(100))
-    warm = warm_up(clock(rising).run, turns(PICTURES), limit=1.0)
+    warm = warm_up(clock(rising).run, cycle_inputs(PICTURES), limit=1.0)
     assert not warm.stable and 1.0 <= warm.seconds < 1.3
 
 
 def test_a_call_longer_than_the_limit_still_gets_three_blocks(clock: Callable[..., Clock]) -> None:
-    assert warm_up(clock(steady(3000.0)).run, turns(PICTURES)) == timing.WarmUp(9.0, True)
+    assert warm_up(clock(steady(3000.0)).run, cycle_inputs(PICTURES)) == timing.WarmUp(9.0, True)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_call_longer_than_the_limit_still_gets_three_blocks(clock: Callable[..
 def test_percentiles_are_given_only_where_enough_calls_carry_them(
     n: int, known: tuple[str, ...]
 ) -> None:
-    wall = summarise([Block([float(i + 1) for i in range(n)], [1.0] * n)])["wall_ms"]
+    wall = summarise_calls([Block([float(i + 1) for i in range(n)], [1.0] * n)])["wall_ms"]
     assert wall["n"] == n and wall["min"] == 1 and wall["p50"] == pytest.approx((n + 1) / 2)
     assert tuple(k for k in ("p90", "p99") if wall[k] is not None) == known
     if "p90" in known:
@@ -126,11 +126,11 @@ def test_engine_time_is_summarised_where_there_is_some_and_taken_call_by_call(
     clock: Callable[..., Clock],
 ) -> None:
     told = iter([99.0, 0.5, 0.25, 0.75, 0.5])  # the first is of what ran before the block
-    block = run_block(clock(steady(40.0)).run, turns(PICTURES), 0.15, lambda: next(told))
+    block = run_block(clock(steady(40.0)).run, cycle_inputs(PICTURES), 0.15, lambda: next(told))
     assert block.engine_ms == [0.5, 0.25, 0.75, 0.5]
-    assert summarise([block, block])["engine_ms"]["p50"] == 0.5
-    assert summarise([block, block])["engine_ms"]["n"] == 8
-    assert summarise([Block([1.0], [1.0])])["engine_ms"] is None
+    assert summarise_calls([block, block])["engine_ms"]["p50"] == 0.5
+    assert summarise_calls([block, block])["engine_ms"]["n"] == 8
+    assert summarise_calls([Block([1.0], [1.0])])["engine_ms"] is None
 
 
 def made_blocks(seed: int, between: float) -> list[list[float]]:
@@ -163,9 +163,9 @@ def test_blocks_that_differ_widen_the_interval_of_the_median_and_few_give_none()
 
 
 def test_the_worst_of_several_verdicts() -> None:
-    assert latency.worst(["PASS", "INCONCLUSIVE", "FAIL"]) == "FAIL"
-    assert latency.worst(["PASS", "INCONCLUSIVE"]) == "INCONCLUSIVE"
-    assert latency.worst(["PASS"]) == "PASS"
+    assert latency.worst_verdict(["PASS", "INCONCLUSIVE", "FAIL"]) == "FAIL"
+    assert latency.worst_verdict(["PASS", "INCONCLUSIVE"]) == "INCONCLUSIVE"
+    assert latency.worst_verdict(["PASS"]) == "PASS"
 
 
 QUIET = {"stable": True, "threads": 1, "load": 1.0, "cores": 2}
@@ -187,7 +187,7 @@ QUIET = {"stable": True, "threads": 1, "load": 1.0, "cores": 2}
 def test_a_disturbed_row_is_noisy_and_says_why(
     change: dict[str, object], cpu: float, reasons: list[str]
 ) -> None:
-    assert flags(Block([1.0] * 10, [cpu] * 10), **{**QUIET, **change}) == reasons  # type: ignore[arg-type]
+    assert row_flags(Block([1.0] * 10, [cpu] * 10), **{**QUIET, **change}) == reasons  # type: ignore[arg-type]
 
 
 def test_schedule_is_seeded_and_runs_everyone_once_a_round() -> None:
@@ -213,7 +213,7 @@ ALIKE = (1.0, 1.01, 0.99)
 )
 def test_the_verdict_sees_through_drift(slower: float, verdict: str) -> None:
     a, b = (rounds(10 * f, ALIKE, seed, DRIFT) for f, seed in ((slower, 1), (1, 2)))
-    ratio = compare(a, b)
+    ratio = cpu_ratio(a, b)
     assert ratio.verdict == verdict
     assert ratio.median == pytest.approx(slower, rel=0.02)
     assert ratio.ci_low <= ratio.median <= ratio.ci_high
@@ -233,10 +233,10 @@ def test_the_whole_interval_decides(low: float, high: float, verdict: str) -> No
 
 
 def test_processes_that_differ_widen_the_interval_that_rounds_alone_would_not() -> None:
-    lottery = compare(
+    lottery = cpu_ratio(
         rounds(2, (1.0, 1.25, 1.26), 1, DRIFT), rounds(2, (1.0, 1.01, 1.24), 2, DRIFT)
     )
-    alike = compare(rounds(2, ALIKE, 1, DRIFT), rounds(2, ALIKE, 2, DRIFT))
+    alike = cpu_ratio(rounds(2, ALIKE, 1, DRIFT), rounds(2, ALIKE, 2, DRIFT))
     assert lottery.median > 1.1  # above the tolerance, by luck of the processes
     assert lottery.verdict == "INCONCLUSIVE"
     assert lottery.ci_high - lottery.ci_low > 5 * (alike.ci_high - alike.ci_low)
@@ -244,7 +244,7 @@ def test_processes_that_differ_widen_the_interval_that_rounds_alone_would_not() 
 
 def test_tolerance_is_wider_for_a_net_below_5_ms() -> None:
     assert (
-        compare(rounds(4.5, ALIKE, 1, DRIFT / DRIFT), rounds(4.5, ALIKE, 2, DRIFT / DRIFT)).tol
+        cpu_ratio(rounds(4.5, ALIKE, 1, DRIFT / DRIFT), rounds(4.5, ALIKE, 2, DRIFT / DRIFT)).tol
         == 0.1
     )
     assert latency.tolerance(5.0) == 0.05
@@ -252,7 +252,7 @@ def test_tolerance_is_wider_for_a_net_below_5_ms() -> None:
 
 def test_one_process_a_side_is_paired_by_round() -> None:
     student, teacher = rounds(2, (1.0,), 1, DRIFT), rounds(8, (1.0,), 2, DRIFT)
-    ratio = latency.paired(student, teacher)
+    ratio = latency.paired_ratio(student, teacher)
     assert ratio.ci_low <= ratio.median <= ratio.ci_high
     assert ratio.median == pytest.approx(0.25, rel=0.02)
     assert ratio.ci_high - ratio.ci_low < 0.02  # the drift of the rounds, up to 2x, is gone
@@ -260,7 +260,7 @@ def test_one_process_a_side_is_paired_by_round() -> None:
 
 def test_the_same_numbers_give_the_same_interval() -> None:
     a, b = rounds(3, ALIKE, 1, DRIFT), rounds(3, ALIKE, 2, DRIFT)
-    assert compare(a, b, seed=4) == compare(a, b, seed=4)
+    assert cpu_ratio(a, b, seed=4) == cpu_ratio(a, b, seed=4)
 
 
 def test_latency_and_device_need_neither_torch_nor_a_runtime() -> None:

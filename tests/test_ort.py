@@ -22,7 +22,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_the_onnx_says_its_opset_batch_axis_and_notes(exported: Path) -> None:
-    proto = onnx_file.read(exported / "student.onnx")
+    proto = onnx_file.read_onnx(exported / "student.onnx")
     assert onnx_file.opset(proto) == export.OPSET
     assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     for model in ("teacher", "student"):  # of another normalisation each
@@ -61,7 +61,7 @@ def test_an_opset_torch_replaces_in_silence_is_refused(exported: Path, tmp_path:
 def test_an_onnx_that_is_not_the_checkpoint_is_never_written(
     exported: Path, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = onnx_file.read(damaged)
+    wrong = onnx_file.read_onnx(damaged)
     monkeypatch.setattr(export, "_trace", lambda *_: wrong)
     with pytest.raises(GateFailed, match="not the checkpoint"):
         export.export(exported / "student.safetensors", tmp_path / "s.onnx")
@@ -102,7 +102,7 @@ def zero_points(proto: onnx.ModelProto) -> dict[str, set[str]]:
 
 
 def test_int8_is_asymmetric_u8_for_cpus_and_symmetric_s8_for_tensorrt(exported: Path) -> None:
-    proto = onnx_file.read(exported / "student.onnx")
+    proto = onnx_file.read_onnx(exported / "student.onnx")
     x = np.load(exported / "calibration.npy")[:32]
     cpu = zero_points(quantize.to_int8(proto, x))
     assert cpu == {"activation": {"uint8 per tensor"}, "weight": {"int8 per channel"}}
@@ -128,7 +128,7 @@ def test_a_users_mistake_is_one_line_and_exit_2(
 
 def test_a_file_that_is_no_onnx_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"not a network")
-    for read in (onnx_file.read, lambda path: OrtSession(path, 1)):
+    for read in (onnx_file.read_onnx, lambda path: OrtSession(path, 1)):
         with pytest.raises(UserError, match=r"x\.onnx"):
             read(tmp_path / "x.onnx")
 

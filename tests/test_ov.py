@@ -63,7 +63,9 @@ def test_the_effective_precision_is_the_kernels_not_the_files(ir: Path) -> None:
 def test_without_a_hint_the_row_names_what_the_cpu_took(ir: Path) -> None:
     x = inputs.smooth(16, 32, 32)
     exact, free = (OvSession(ir / "student.xml", 1, p) for p in ("fp32", "default"))
-    row = agreement.row(ir / "student.xml", free, exact.run(x), free.run(x), agreement.Thresholds())
+    row = agreement.parity_row(
+        ir / "student.xml", free, exact.run(x), free.run(x), agreement.Thresholds()
+    )
     rounded = row["rel_between_std"] > 1e-4
     assert row["precision_effective"] in (("bf16", "fp16") if rounded else ("fp32",))
 
@@ -163,10 +165,13 @@ def test_a_fixed_batch_is_in_the_ir_and_changes_no_answer(
     session = OvSession(tmp_path / "student.xml", 1, "fp32")
     assert session.input_shape == (4, 3, 32, 32)
     x = inputs.smooth(8, 32, 32)
-    assert np.abs(inputs.run(session, x) - inputs.run(OrtSession(source, 1), x)).max() < 1e-5
-    fixed = onnx_file.read(source)
+    assert (
+        np.abs(inputs.run_batches(session, x) - inputs.run_batches(OrtSession(source, 1), x)).max()
+        < 1e-5
+    )
+    fixed = onnx_file.read_onnx(source)
     fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
-    onnx_file.save(fixed, tmp_path / "two.onnx")
+    onnx_file.write_onnx(fixed, tmp_path / "two.onnx")
     done = command("exporters.ov", tmp_path / "two.onnx", "--batch", 4, torch=False)
     assert done.returncode == 2 and "fixes it at 2; leave it out" in done.stderr
     done = command("exporters.ov", source, "--batch", 0, torch=False)
@@ -187,7 +192,7 @@ def test_nncf_makes_an_int8_with_the_notes_and_it_goes_through_the_gates(
     pictures = int8.calibration_images(source, digits)
     reference = OrtSession(source, 1)
     try:
-        row = convert.make(source, out, "int8", pictures, int8.Settings(), "nncf")
+        row = convert.convert_to_ir(source, out, "int8", pictures, int8.Settings(), "nncf")
     except GateFailed as error:
         decibel = float(re.search(r"(\S+) dB, int8 gate 15", str(error)).group(1))
         assert 10 < decibel < 15 and list(tmp_path.iterdir()) == []
@@ -197,7 +202,7 @@ def test_nncf_makes_an_int8_with_the_notes_and_it_goes_through_the_gates(
     session = OvSession(out, 1, "int8")
     assert session.precision_effective == "int8"
     assert session.metadata == {**reference.metadata, "precision": "int8", "int8": "by NNCF"}
-    alike = inputs.run(session, pictures.held).argmax(1) == inputs.run(
+    alike = inputs.run_batches(session, pictures.held).argmax(1) == inputs.run_batches(
         reference, pictures.held
     ).argmax(1)
     assert alike.mean() > 0.8
@@ -210,7 +215,9 @@ def test_without_nncf_one_line_says_how_to_get_it(
     pictures = int8.calibration_images(exported / "student.onnx", digits)
     out = tmp_path / "student-int8.xml"
     with pytest.raises(Unavailable, match=r"pip install '\.\[nncf\]'"):
-        convert.make(exported / "student.onnx", out, "int8", pictures, int8.Settings(), "nncf")
+        convert.convert_to_ir(
+            exported / "student.onnx", out, "int8", pictures, int8.Settings(), "nncf"
+        )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -86,9 +86,9 @@ def test_the_gate_is_that_of_the_coarsest_storage_or_arithmetic() -> None:
     def session(effective: str, **notes: str) -> SimpleNamespace:
         return SimpleNamespace(precision_effective=effective, metadata=notes)
 
-    assert agreement.coarsest(session("fp32")) == "fp32"
-    assert agreement.coarsest(session("fp32", precision="fp16")) == "fp16"
-    assert agreement.coarsest(session("fp32"), session("bf16"), session("fp16")) == "bf16"
+    assert agreement.coarsest_precision(session("fp32")) == "fp32"
+    assert agreement.coarsest_precision(session("fp32", precision="fp16")) == "fp16"
+    assert agreement.coarsest_precision(session("fp32"), session("bf16"), session("fp16")) == "bf16"
 
 
 def test_a_checkpoint_and_its_onnx_agree(exported: Path, digits: Path, command: Command) -> None:
@@ -107,19 +107,19 @@ def test_another_network_is_exit_3_without_torch(
 def test_layers_name_the_node_where_two_files_part(
     exported: Path, damaged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    layers.report(exported / "student.onnx", damaged, None)
+    layers.compare_layers(exported / "student.onnx", damaged, None)
     told = capsys.readouterr().out
-    gemm = next(n for n in onnx_file.read(damaged).graph.node if n.op_type == "Gemm")
+    gemm = next(n for n in onnx_file.read_onnx(damaged).graph.node if n.op_type == "Gemm")
     assert f"they part at {gemm.output[0]}\n" in told and ", 1 below" in told
 
 
 def test_layers_read_a_quantized_tensor_after_its_dequantization(
     exported: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    proto = onnx_file.read(exported / "student.onnx")
+    proto = onnx_file.read_onnx(exported / "student.onnx")
     calibration = np.load(exported / "calibration.npy")
-    onnx_file.save(quantize.to_int8(proto, calibration), tmp_path / "q.onnx")
-    layers.report(exported / "student.onnx", tmp_path / "q.onnx", digits)
+    onnx_file.write_onnx(quantize.to_int8(proto, calibration), tmp_path / "q.onnx")
+    layers.compare_layers(exported / "student.onnx", tmp_path / "q.onnx", digits)
     assert ", 0 below 15 dB" in capsys.readouterr().out
 
 

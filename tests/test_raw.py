@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from exporters.bench.latency import Block
-from exporters.bench.measure import Measured, save_samples
+from exporters.bench.measure import Measurement, save_samples
 from pipeline.core.errors import UserError
 from pipeline.distill import curves
 from pipeline.report import machines, raw
@@ -39,7 +39,7 @@ def beside(run: Run, *targets: str) -> None:  # noqa: F811
         calls = [row.pop("samples_ms") for row in found["rows"]]
         run.write(f"bench/{target}.json", found)
         processes = [[Block(ms, ms)] if ms else [] for ms in calls]
-        rows = [Measured({}, [blocks], None) for blocks in processes]  # type: ignore[arg-type]
+        rows = [Measurement({}, [blocks], None) for blocks in processes]  # type: ignore[arg-type]
         save_samples(run.folder / "bench" / f"{target}.npz", rows)
     perf = run.read("train_perf.json")
     for method, figures in perf["methods"].items():
@@ -90,7 +90,7 @@ def test_a_bench_json_is_merged_with_its_calls_and_without_them(run: Run) -> Non
     path.write_text(json.dumps(found))
     (target,) = machines.read_machine(path)["targets"]
     assert target["student"]["samples_ms"] == []
-    rows = [Measured({}, [[Block(ms, ms)]], None) for ms in calls]  # type: ignore[arg-type]
+    rows = [Measurement({}, [[Block(ms, ms)]], None) for ms in calls]  # type: ignore[arg-type]
     save_samples(path.with_suffix(".npz"), rows)
     (target,) = machines.read_machine(path)["targets"]
     assert len(target["student"]["samples_ms"]) == raw.KEPT_SAMPLES
@@ -98,7 +98,7 @@ def test_a_bench_json_is_merged_with_its_calls_and_without_them(run: Run) -> Non
 
 
 def others(path: Path, row: dict[str, Any]) -> None:
-    save_samples(path, [Measured({}, [[Block([99.0] * row["wall_ms"]["n"], [])]], None)])  # type: ignore[arg-type]
+    save_samples(path, [Measurement({}, [[Block([99.0] * row["wall_ms"]["n"], [])]], None)])  # type: ignore[arg-type]
 
 
 def one_call_less(path: Path, row: dict[str, Any]) -> None:

@@ -211,7 +211,7 @@ def made(
     run_bench(student, "--threads", "1,4096", "--json", folder / "bench.json")
     run_bench(student, "--self-test", "--json", folder / "against.json")
     edge = tmp_path_factory.mktemp("edge")
-    make.make(student, edge, None, None)
+    make.build_bundle(student, edge, None, None)
     (folder / "bundle-bench.json").write_text(bench_on_device(edge))
     train_and_evaluate(folder, digits, teacher_path, features)
     report = summary(Run(tmp_path_factory.mktemp("run"), digits), {"top1_min": 0.8})

@@ -11,7 +11,7 @@ import pytest
 
 from exporters.artifact import agreement, inputs, onnx_file
 from exporters.ort import int8, quantize, sensitive, session
-from exporters.ort.sensitive import Judged
+from exporters.ort.sensitive import Trial
 
 HARM = {"a": 1.0, "b": 9.0, "c": 0.5, "d": 4.0}  # what a node costs in dB while it is in int8
 
@@ -34,8 +34,8 @@ def decibel(network: frozenset[str]) -> float:
 def found(floor: float, seconds: float = 60.0) -> sensitive.Found:
     """The search on those nodes, with a gate of `floor` dB."""
 
-    def judge(network: frozenset[str]) -> Judged:
-        return Judged(decibel(network) >= floor, decibel(network))
+    def judge(network: frozenset[str]) -> Trial:
+        return Trial(decibel(network) >= floor, decibel(network))
 
     return sensitive.search(Nodes(), judge, seconds)  # type: ignore[arg-type]
 
@@ -75,7 +75,7 @@ def harmed(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Undone at once, ONNX Runtime would fold it away.
     """
-    proto = onnx_file.read(exported / "student.onnx")
+    proto = onnx_file.read_onnx(exported / "student.onnx")
     held = {w.name: w for w in proto.graph.initializer}
     node = [n for n in proto.graph.node if n.op_type == "Conv"][BAD]
     weight, bias = (onnx.numpy_helper.to_array(held[name]).copy() for name in node.input[1:])
@@ -94,7 +94,7 @@ def harmed(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     reader.input[list(reader.input).index(relu.output[0])] = "fixed"
     proto.graph.node.insert(list(proto.graph.node).index(reader), fixed)
     path = tmp_path_factory.mktemp("harmed") / "harmed.onnx"
-    onnx_file.save(proto, path)
+    onnx_file.write_onnx(proto, path)
     return path
 
 
@@ -103,29 +103,29 @@ def test_a_network_with_one_bad_node_is_shipped_with_that_node_in_float(
 ) -> None:
     x = np.load(exported / "calibration.npy")
     held = x[1::2]
-    expected = inputs.run(session.OrtSession(harmed, 1), held)
+    expected = inputs.run_batches(session.OrtSession(harmed, 1), held)
 
     def decibel(proto: onnx.ModelProto) -> float:
         path = harmed.with_name("tried.onnx")
-        onnx_file.save(proto, path)
-        got = inputs.run(session.OrtSession(path, 1), held)
+        onnx_file.write_onnx(proto, path)
+        got = inputs.run_batches(session.OrtSession(path, 1), held)
         return agreement.figures(expected, got)["sqnr_centered_db"]
 
-    bad = [n.name for n in onnx_file.read(harmed).graph.node if n.op_type == "Conv"][BAD]
-    with quantize.Calibrated(onnx_file.read(harmed), x[::2]) as net:
+    bad = [n.name for n in onnx_file.read_onnx(harmed).graph.node if n.op_type == "Conv"][BAD]
+    with quantize.Calibrated(onnx_file.read_onnx(harmed), x[::2]) as net:
         whole, freed = decibel(net.quantized()), decibel(net.quantized([bad]))
     assert freed > whole + 0.5
     gates = agreement.Thresholds(int8_db=(whole + freed) / 2)
     pictures = int8.CalibrationImages(x[::2], held, np.full(len(held), -1))
-    proto = int8.quantized(harmed, pictures, int8.Settings(), gates)
-    assert onnx_file.notes(proto)["int8"].startswith("1 group of nodes left in float after")
+    proto = int8.quantize_within_gates(harmed, pictures, int8.Settings(), gates)
+    assert onnx_file.read_metadata(proto)["int8"].startswith("1 group of nodes left in float after")
     assert decibel(proto) == freed
 
 
 @pytest.mark.parametrize("method", quantize.METHODS)
 def test_every_calibration_gives_int8_that_passes(method: str, exported: Path) -> None:
     x = np.load(exported / "calibration.npy")[:32]
-    proto = onnx_file.read(exported / "student.onnx")
+    proto = onnx_file.read_onnx(exported / "student.onnx")
     made = quantize.to_int8(proto, x, method=method)
     ops = onnx_file.histogram(made)
-    assert ops["QuantizeLinear"] > 10 and onnx_file.notes(made)["precision"] == "int8"
+    assert ops["QuantizeLinear"] > 10 and onnx_file.read_metadata(made)["precision"] == "int8"

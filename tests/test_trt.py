@@ -16,10 +16,11 @@ import pytest
 
 from exporters.artifact import agreement, inputs, onnx_file
 from exporters.artifact.session import Unavailable
+from exporters.device.compiled_cache import sidecar_path
 from exporters.ort.session import OrtSession
 from exporters.trt import build, convert, driver
 from exporters.trt.build import Options
-from exporters.trt.plan import MODULES, backend, obstacle, read_sidecar, sidecar_of, system
+from exporters.trt.plan import MODULES, backend, obstacle, read_sidecar, system
 from exporters.trt.session import TrtSession
 from pipeline.core.errors import UserError
 
@@ -80,7 +81,7 @@ def test_a_plan_without_its_own_sidecar_is_refused(plans: dict[str, Path], tmp_p
     plan = Path(shutil.copy(plans["fp32"], tmp_path / "s.plan"))
     with pytest.raises(UserError, match="its maker is unknown"):
         read_sidecar(plan)
-    shutil.copy(sidecar_of(plans["fp16"]), sidecar_of(plan))
+    shutil.copy(sidecar_path(plans["fp16"]), sidecar_path(plan))
     with pytest.raises(UserError, match="not the plan of"):
         read_sidecar(plan)
 
@@ -136,7 +137,7 @@ def test_a_profile_out_of_order_comes_with_tensorrts_own_words(exported: Path) -
 def test_every_unsupported_operator_is_listed_with_its_node(
     exported: Path, tmp_path: Path, command: Command
 ) -> None:
-    proto = onnx_file.read(exported / "student.onnx")
+    proto = onnx_file.read_onnx(exported / "student.onnx")
     odd = [n for n in proto.graph.node if n.op_type == "Relu"][:3]
     for i, node in enumerate(odd):
         node.op_type, node.domain, node.name = "Frobnicate", "acme", f"odd_{i}"
@@ -159,7 +160,7 @@ def test_onnx_runtimes_cpu_int8_is_refused_by_name_not_by_a_crash(
     from exporters.ort import quantize
 
     proto = quantize.to_int8(
-        onnx_file.read(exported / "student.onnx"), np.load(exported / "calibration.npy")[:16]
+        onnx_file.read_onnx(exported / "student.onnx"), np.load(exported / "calibration.npy")[:16]
     )
     onnx.save(proto, tmp_path / "cpu.onnx")
     with pytest.raises(UserError, match=r"cpu\.onnx: TensorRT cannot"):
@@ -266,10 +267,12 @@ def test_an_engine_agrees_with_its_onnx(
 ) -> None:
     source = exported / "student.onnx"
     calibration = np.load(exported / "calibration.npy")
-    plan, _ = convert.make(source, tmp_path / "s.plan", precision, calibration=calibration)
+    plan, _ = convert.build_plan(source, tmp_path / "s.plan", precision, calibration=calibration)
     session = TrtSession(plan, cuda_graph)
     x = np.load(exported / "reference.npz")["x"]
-    a = inputs.run(OrtSession(source, 1), x)
+    a = inputs.run_batches(OrtSession(source, 1), x)
     for batch in (1, 3, 8, 3):  # each captured once, the last replayed
         b = np.concatenate([session.run(part) for part in np.split(x, range(batch, len(x), batch))])
-        assert agreement.row(plan, session, a, b, agreement.Thresholds())["verdict"] == "PASS"
+        assert (
+            agreement.parity_row(plan, session, a, b, agreement.Thresholds())["verdict"] == "PASS"
+        )

@@ -15,10 +15,11 @@ import pytest
 
 from exporters.artifact.session import Unavailable
 from exporters.device import builder, cudart
+from exporters.device.compiled_cache import sidecar_path
 from exporters.trt import __main__ as trt_command
 from exporters.trt import convert, driver
 from exporters.trt.build import Options
-from exporters.trt.plan import read_sidecar, sidecar_of
+from exporters.trt.plan import read_sidecar
 from exporters.trt.session import TrtSession
 from pipeline.core.errors import UserError
 from tests import fake_tensorrt
@@ -65,7 +66,7 @@ def network(path: Path, *operators: str) -> Path:
 
 
 def made(source: Path, **options: Any) -> dict[str, Any]:
-    return convert.make(
+    return convert.build_plan(
         source, source.with_suffix(".plan"), "fp32", "tensorrt", Options(**options)
     )[1]
 
@@ -95,7 +96,7 @@ def test_every_option_reaches_tensorrt_and_the_sidecar(
     assert sidecar["version_compatible"] and sidecar["hardware_compatible"]
     assert sidecar["optimization_level"] == 0
     plan = source.with_suffix(".plan")
-    trt_command.show(trt_command.info_parser().parse_args([str(plan)]))
+    trt_command.print_info(trt_command.info_parser().parse_args([str(plan)]))
     told = capsys.readouterr().out
     for words in ("TF32 off", "version compatible", "hardware compatible", "optimization level 0"):
         assert words in told
@@ -106,8 +107,10 @@ def test_the_name_of_a_plan_tells_version_and_gpu(
     machine: Callable[..., Fake], source: Path
 ) -> None:
     machine()
-    plain, _ = convert.make(source, None, "fp32", "auto")
-    portable, _ = convert.make(source, None, "fp32", "auto", Options(hardware_compatible=True))
+    plain, _ = convert.build_plan(source, None, "fp32", "auto")
+    portable, _ = convert.build_plan(
+        source, None, "fp32", "auto", Options(hardware_compatible=True)
+    )
     assert plain.name == "net.trt11.4-sm90-fp32.plan"
     assert portable.name == "net.trt11.4-sm80plus-fp32.plan"
 
@@ -146,7 +149,9 @@ def test_a_timing_cache_of_another_version_or_gpu_is_refused_by_name(
     before = sorted(p.name for p in tmp_path.iterdir())
     fake = machine(**then)
     with pytest.raises(UserError, match=said):
-        convert.make(source, tmp_path / "b.plan", "fp32", "tensorrt", Options(timing_cache=cache))
+        convert.build_plan(
+            source, tmp_path / "b.plan", "fp32", "tensorrt", Options(timing_cache=cache)
+        )
     assert cache.read_bytes() == b"+" and fake.count("build") == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
@@ -349,7 +354,7 @@ def test_rtx_captures_by_itself_in_a_context_a_batch_size(
     machine: Callable[..., Fake], source: Path
 ) -> None:
     fake = machine()
-    plan, _ = convert.make(source, source.with_suffix(".plan"), "fp32", "rtx")
+    plan, _ = convert.build_plan(source, source.with_suffix(".plan"), "fp32", "rtx")
     session = TrtSession(plan)
     assert session.runtime == "tensorrt_rtx 11.4.0.106, CUDA graph"
     for call, batch in enumerate((2, 3, 2)):
@@ -511,7 +516,7 @@ def test_a_sidecar_with_a_key_that_cannot_be_meant_is_refused(
 ) -> None:
     machine()
     made(source)
-    path = sidecar_of(source.with_suffix(".plan"))
+    path = sidecar_path(source.with_suffix(".plan"))
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(UserError, match=rf"net\.plan\.json: {key} is {value!r}; build it with"):
         read_sidecar(source.with_suffix(".plan"))
@@ -520,7 +525,7 @@ def test_a_sidecar_with_a_key_that_cannot_be_meant_is_refused(
 def test_a_plan_of_the_older_schema_is_refused(machine: Callable[..., Fake], source: Path) -> None:
     machine()
     made(source)
-    sidecar = sidecar_of(source.with_suffix(".plan"))
+    sidecar = sidecar_path(source.with_suffix(".plan"))
     sidecar.write_text(sidecar.read_text().replace("cakd.plan/2", "cakd.plan/1"))
     with pytest.raises(UserError, match="schema is 'cakd.plan/1'"):
         TrtSession(source.with_suffix(".plan"))

@@ -61,8 +61,8 @@ def built(source: Path, precision: str) -> dict[str, Any]:
 
     plan = source.with_name(f"{precision}.plan")
     try:
-        _, sidecar = convert.make(source, plan, precision, "rtx")
-        text, verdict = trt_command.ran(source, plan)
+        _, sidecar = convert.build_plan(source, plan, precision, "rtx")
+        text, verdict = trt_command.plan_parity(source, plan)
     except UserError as error:
         return {"verdict": "refused", "reason": str(error)}
     row = {"verdict": verdict, "reason": text, "version": sidecar["version"]}
@@ -80,12 +80,12 @@ def timed(plan: Path) -> dict[str, Any]:
     found = {}
     for batch in BATCHES:
         x = smooth(4 * batch, height, width).reshape(4, batch, 3, height, width)
-        turns = timing.turns([np.ascontiguousarray(part) for part in x])
+        turns = timing.cycle_inputs([np.ascontiguousarray(part) for part in x])
         timing.warm_up(session.run, turns, engine=session.engine_ms)
         blocks = [
             timing.run_block(session.run, turns, engine=session.engine_ms) for _ in range(BLOCKS)
         ]
-        found[str(batch)] = latency.summarise(blocks)
+        found[str(batch)] = latency.summarise_calls(blocks)
     return found
 
 

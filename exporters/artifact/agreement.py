@@ -13,47 +13,49 @@ from numpy.typing import NDArray
 
 from exporters.artifact import counts, inputs, metadata
 from exporters.artifact.session import Array, Session
-from exporters.device import gates
+from exporters.device import parity
 from pipeline.core.errors import GateFailed, UserError
 
-Thresholds = gates.Thresholds  # the bounds
-BIT_EQUAL_DB = gates.BIT_EQUAL_DB
+Thresholds = parity.Thresholds  # the bounds
+BIT_EQUAL_DB = parity.BIT_EQUAL_DB
 ROUNDING = 1e-9  # of a difference of two accuracies
 IMAGES = 64
 
 
 def figures(reference: Array, other: Array) -> dict[str, float | None]:
-    """`exporters.device.gates.figures`. Raises UserError: shapes that differ, fewer than two images."""
+    """`exporters.device.parity.logit_metrics`. Raises UserError: shapes that differ, fewer than two images."""
     if reference.shape != other.shape:
         raise UserError(
             f"outputs are {reference.shape} and {other.shape}: these are two different networks"
         )
     if len(reference) < 2:
         raise UserError(f"parity: got {len(reference)} image; at least 2 are needed")
-    return gates.figures(reference, other)
+    return parity.logit_metrics(reference, other)
 
 
 def judge(
     row: dict[str, float | None], largest: float, precision: str, bounds: Thresholds
 ) -> tuple[str, str | None]:
-    """`exporters.device.gates.judge`; a PASS needs no reason."""
-    verdict, reason = gates.judge(row, largest, precision, bounds)
+    """`exporters.device.parity.parity_verdict`; a PASS needs no reason."""
+    verdict, reason = parity.parity_verdict(row, largest, precision, bounds)
     return verdict, None if verdict == "PASS" else reason
 
 
-def coarsest(*sessions: Session) -> str:
+def coarsest_precision(*sessions: Session) -> str:
     """The coarsest precision any of them stores or computes in: what decides the gate."""
     found = {s.precision_effective for s in sessions}
     found |= {s.metadata.get("precision", "fp32") for s in sessions}
     return max(found, key=metadata.PRECISIONS.index)
 
 
-def row(
+def parity_row(
     artefact: Path, session: Session, reference: Array, other: Array, bounds: Thresholds
 ) -> dict[str, Any]:
     """One row of parity.json: the session's outputs against a float32 reference's."""
     found = figures(reference, other)
-    verdict, reason = judge(found, float(np.abs(reference).max()), coarsest(session), bounds)
+    verdict, reason = judge(
+        found, float(np.abs(reference).max()), coarsest_precision(session), bounds
+    )
     told = session.metadata.get("int8")
     return {
         "artifact": artefact.name,
@@ -76,12 +78,12 @@ def top1_drop(reference: Array, other: Array, labels: NDArray[np.int64]) -> floa
     return before - after
 
 
-def loses(drop: float | None, bound: float) -> bool:
+def exceeds(drop: float | None, bound: float) -> bool:
     """Whether a drop is over its bound."""
     return drop is not None and drop > bound + ROUNDING
 
 
-def with_accuracy(
+def add_accuracy(
     found: dict[str, Any],
     reference: Array,
     other: Array,
@@ -93,12 +95,12 @@ def with_accuracy(
     if drop is None:
         return found
     found = {**found, "top1_drop": drop}
-    if found["verdict"] == "PASS" and loses(drop, bound):
+    if found["verdict"] == "PASS" and exceeds(drop, bound):
         found |= {"verdict": "FAIL", "reason": f"top-1 falls by {drop:.3f}, gate {bound:g}"}
     return found
 
 
-def passed(
+def gated_row(
     out: Path,
     sessions: tuple[Session, Session],
     x: Array,
@@ -112,16 +114,16 @@ def passed(
     """
     step = math.lcm(*(session.input_shape[0] or 1 for session in sessions))
     whole = slice(len(x) // step * step)
-    reference, made = (inputs.run(session, x[whole]) for session in sessions)
-    found = row(out, sessions[1], reference, made, Thresholds())
+    reference, made = (inputs.run_batches(session, x[whole]) for session in sessions)
+    found = parity_row(out, sessions[1], reference, made, Thresholds())
     if labels is not None:
-        found = with_accuracy(found, reference, made, labels[whole], bound)
+        found = add_accuracy(found, reference, made, labels[whole], bound)
     if found["verdict"] == "FAIL":
         raise GateFailed(f"{out}: {found['reason']}; not written")
     return found
 
 
-def skipped(artefact: str, precision: str, reason: str) -> dict[str, Any]:
+def skipped_row(artefact: str, precision: str, reason: str) -> dict[str, Any]:
     """The row of an artefact that could not run here."""
     empty = dict.fromkeys(
         ("max_abs", "rel_between_std", "sqnr_centered_db", "top1_agreement", "images")
@@ -136,7 +138,7 @@ def skipped(artefact: str, precision: str, reason: str) -> dict[str, Any]:
     }
 
 
-def pictures(a: Session, b: Session, folder: Path | None) -> Array:
+def comparison_images(a: Session, b: Session, folder: Path | None) -> Array:
     """The images both are shown: a folder's, prepared by the notes of whichever carries some, or smooth ones.
 
     Raises UserError: inputs of different shapes, no image in the folder.
@@ -148,12 +150,12 @@ def pictures(a: Session, b: Session, folder: Path | None) -> Array:
         x = inputs.smooth(count, *a.input_shape[2:])
     else:
         noted = a if metadata.preprocessing(a.metadata) else b
-        x = inputs.from_folder(folder, noted, IMAGES)
+        x = inputs.images_from_folder(folder, noted, IMAGES)
     step = math.lcm(a.input_shape[0] or 1, b.input_shape[0] or 1)
     return x[: len(x) // step * step]
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe_row(found: dict[str, Any]) -> str:
     """The figures of a row in one line."""
     parts = [f"max abs {found['max_abs']:.2e}" if found["max_abs"] is not None else "not finite"]
     if found["rel_between_std"] is not None:
@@ -166,10 +168,10 @@ def describe(found: dict[str, Any]) -> str:
     return f"{', '.join(parts)}: {found['verdict']}{reason}"
 
 
-def tell(out: Path, make: Callable[[], dict[str, Any]]) -> None:
+def print_result(out: Path, make: Callable[[], dict[str, Any]]) -> None:
     """Make `out`, and print its size, the seconds it took and what its row says."""
     start = time.perf_counter()
     found = make()
     seconds, size = time.perf_counter() - start, (counts.size_bytes(out) or 0) / 1e6
-    told = [found["precision_effective"], *filter(None, [found.get("int8")]), describe(found)]
+    told = [found["precision_effective"], *filter(None, [found.get("int8")]), describe_row(found)]
     print(f"{out}: {size:.2f} MB in {seconds:.1f} s, computes in {', '.join(told)}")

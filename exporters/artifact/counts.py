@@ -37,7 +37,7 @@ class ModelCounts:
     macs: int | None = None  # multiply-accumulates of one image
 
 
-def figures(artefact: Path) -> ModelCounts:
+def count_model(artefact: Path) -> ModelCounts:
     """Of an .onnx or .xml file; nothing but None of another kind, a damaged file, or without onnx installed."""
     readers = {".onnx": _of_onnx, ".xml": _of_ir}
     if artefact.suffix not in readers or not artefact.is_file():
@@ -48,7 +48,7 @@ def figures(artefact: Path) -> ModelCounts:
         return ModelCounts()
 
 
-def parts(artefact: Path) -> list[Path]:
+def artefact_files(artefact: Path) -> list[Path]:
     """The files there are of an artefact: itself, and the weights beside it."""
     beside = [artefact.with_suffix(suffix) for suffix in BESIDE.get(artefact.suffix, ())]
     return [path for path in (artefact, *beside) if path.is_file()]
@@ -56,14 +56,14 @@ def parts(artefact: Path) -> list[Path]:
 
 def size_bytes(artefact: Path) -> int | None:
     """Of all its parts; None where there is no file."""
-    found = parts(artefact)
+    found = artefact_files(artefact)
     return sum(path.stat().st_size for path in found) if found else None
 
 
 def _of_onnx(path: Path) -> ModelCounts:
     from exporters.artifact import onnx_file
 
-    model = onnx_file.read(path)
+    model = onnx_file.read_onnx(path)
     scales = {n for node in model.graph.node if node.op_type in QDQ for n in node.input[1:]}
     return ModelCounts(
         opset=onnx_file.opset(model),

@@ -41,12 +41,12 @@ def _cosines(length: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     return waves
 
 
-def from_folder(folder: Path, session: Session, limit: int) -> Array:
+def images_from_folder(folder: Path, session: Session, limit: int) -> Array:
     """Images of a folder as `labelled` gives them, without the labels."""
-    return labelled(folder, session, limit)[0]
+    return labelled_images(folder, session, limit)[0]
 
 
-def labelled(folder: Path, session: Session, limit: int) -> tuple[Array, NDArray[np.int64]]:
+def labelled_images(folder: Path, session: Session, limit: int) -> tuple[Array, NDArray[np.int64]]:
     """Up to `limit` images of a folder, prepared as the artefact's own notes say, and their labels, -1 unknown.
 
     An image's label is the index of its folder's name in the classes of the notes. An artefact without notes
@@ -70,13 +70,13 @@ def labelled(folder: Path, session: Session, limit: int) -> tuple[Array, NDArray
     return normalised(np.stack(pictures), notes), labels
 
 
-def shown(session: Session, count: int = 10) -> Array:
+def probe_images(session: Session, count: int = 10) -> Array:
     """Smooth images of the size the session takes: `count`, rounded up to its own batch."""
     batch = session.input_shape[0] or 1
     return smooth(math.ceil(max(count, 2) / batch) * batch, *session.input_shape[2:])
 
 
-def run(session: Session, x: Array) -> Array:
+def run_batches(session: Session, x: Array) -> Array:
     """Run all of x (N, 3, S, S), 16 at a time or as the artefact's own batch demands -> (N, K).
 
     Raises UserError: N is not a multiple of the artefact's fixed batch, outputs that are no logits.

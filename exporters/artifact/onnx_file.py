@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporters.artifact.session import checked_output, checked_shape
+from exporters.artifact.session import validate_output, validated_shape
 from pipeline.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MAX_PROTO_BYTES = 2**31  # bytes of one protobuf message
 
 
-def read(path: Path) -> onnx.ModelProto:
+def read_onnx(path: Path) -> onnx.ModelProto:
     """Load an ONNX file with its weights.
 
     Raises UserError: missing, not ONNX, empty, weights in a lost or foreign file, metadata that is not text.
@@ -39,7 +39,7 @@ def read(path: Path) -> onnx.ModelProto:
     return model
 
 
-def save(proto: onnx.ModelProto, path: Path) -> None:
+def write_onnx(proto: onnx.ModelProto, path: Path) -> None:
     """Write one self-contained file, after onnx.checker.
 
     Raises UserError: above ONNX's 2 GB, or shapes that contradict each other.
@@ -55,8 +55,8 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def classifier(proto: onnx.ModelProto, path: Path) -> tuple[int | None, int, int, int]:
-    """The shape of the one input that is no weight, (B or None, 3, H, W), as `session.checked_shape`.
+def classifier_input_shape(proto: onnx.ModelProto, path: Path) -> tuple[int | None, int, int, int]:
+    """The shape of the one input that is no weight, (B or None, 3, H, W), as `session.validated_shape`.
 
     Raises UserError: none or several, another type than float32, another shape, a first output that is no logits.
     """
@@ -65,9 +65,9 @@ def classifier(proto: onnx.ModelProto, path: Path) -> tuple[int | None, int, int
     if [_kind(i) for i in taken] != ["tensor(float)"]:
         listed = ", ".join(f"{i.name} {_kind(i)}" for i in taken)
         raise UserError(f"{path}: inputs are {listed}; allowed: one float32 image input")
-    shape = checked_shape(_dims(taken[0]), notes(proto), path)
+    shape = validated_shape(_dims(taken[0]), read_metadata(proto), path)
     made = proto.graph.output[0]
-    checked_output(_kind(made), _dims(made), shape, path)
+    validate_output(_kind(made), _dims(made), shape, path)
     return shape
 
 
@@ -84,7 +84,7 @@ def _dims(value: onnx.ValueInfoProto) -> list[int | None]:
     return [d.dim_value if d.HasField("dim_value") else None for d in shape.dim]
 
 
-def annotate(proto: onnx.ModelProto, notes: Mapping[str, str]) -> onnx.ModelProto:
+def replace_metadata(proto: onnx.ModelProto, notes: Mapping[str, str]) -> onnx.ModelProto:
     """Put the notes in; take out the exporter's own: source paths of the machine that exported."""
     import onnx
 
@@ -98,15 +98,15 @@ def annotate(proto: onnx.ModelProto, notes: Mapping[str, str]) -> onnx.ModelProt
     return proto
 
 
-def annotated(proto: onnx.ModelProto, **more: str) -> onnx.ModelProto:
+def add_metadata(proto: onnx.ModelProto, **more: str) -> onnx.ModelProto:
     """`proto` with these notes beside its own."""
     import onnx
 
-    onnx.helper.set_model_props(proto, {**notes(proto), **more})
+    onnx.helper.set_model_props(proto, {**read_metadata(proto), **more})
     return proto
 
 
-def notes(proto: onnx.ModelProto) -> dict[str, str]:
+def read_metadata(proto: onnx.ModelProto) -> dict[str, str]:
     """The flat notes of `exporters.artifact.metadata` it carries."""
     return {entry.key: entry.value for entry in proto.metadata_props}
 

@@ -10,7 +10,7 @@ from pipeline.core.errors import GateFailed, UserError, nearest
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
-def beside(out: Path, precision: str) -> Path:
+def precision_path(out: Path, precision: str) -> Path:
     """student.onnx -> student-int8.onnx; fp32 keeps the plain name."""
     return out if precision == "fp32" else out.with_stem(f"{out.stem}-{precision}")
 

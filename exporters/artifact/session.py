@@ -62,7 +62,7 @@ class Target:
         return artefact.suffix == Path(self.artefact).suffix
 
 
-class OurErrors:
+class PipelineErrors:
     """Mixin in front of a class of exporters.device: it raises the pipeline's own UserError."""
 
     name: str
@@ -76,7 +76,7 @@ class Unavailable(UserError):
     """This target cannot run here (package missing, no device); the text is the reason shown in its row."""
 
 
-def imported(package: str, name: str, remedy: str) -> Any:
+def import_package(package: str, name: str, remedy: str) -> Any:
     """A runtime's package. Raises Unavailable: not installed."""
     try:
         return importlib.import_module(package)
@@ -104,7 +104,7 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def checked_shape(
+def validated_shape(
     dims: Sequence[int | None], notes: Mapping[str, str], path: Path
 ) -> tuple[int | None, int, int, int]:
     """The declared input -> (B or None, 3, H, W); a free height or width is the notes' image_size.
@@ -145,7 +145,7 @@ def checked_shape(
     return (dims[0], channels, height, width)
 
 
-def checked_output(
+def validate_output(
     kind: str, dims: Sequence[int | None], taken: tuple[int | None, int, int, int], path: Path
 ) -> None:
     """The declared first output: floating logits with a row an image, (B, K) or (B, K, 1, 1).

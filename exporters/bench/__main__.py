@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from exporters.artifact.session import TARGETS
-from exporters.bench import gates
-from exporters.bench.measure import Measured, Subject, measure, save_samples
-from exporters.bench.subjects import Bench, document, subjects_of
-from exporters.bench.verdicts import compared, noise_floor, verdict_line
+from exporters.bench import checks
+from exporters.bench.measure import Measurement, Subject, measure_rows, save_samples
+from exporters.bench.subjects import Bench, bench_document, subjects_of
+from exporters.bench.verdicts import noise_floor, run_comparisons, verdict_line
 from exporters.bench.worker import read_reference
 from pipeline.core import artifacts, cli
 from pipeline.core.errors import GateFailed, UserError
@@ -23,7 +23,7 @@ COLUMNS = (
 )
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as aligned plain text; a skipped row ends with its reason, a noisy one with its flags."""
     cells = [[*COLUMNS, ""]]
     for r in rows:
@@ -53,20 +53,20 @@ def main(args: argparse.Namespace) -> None:
         read_reference(args.reference)
     verdicts: dict[str, Any] = {}
     if args.against or args.self_test:
-        verdicts, found = compared(args, subjects)
+        verdicts, found = run_comparisons(args, subjects)
     else:
         seconds = args.seconds / args.rounds
-        found = measure(subjects, args.rounds, seconds, args.seed, args.reference)
+        found = measure_rows(subjects, args.rounds, seconds, args.seed, args.reference)
     rows = [one.row for one in found]
-    print("\n".join([table(rows), *map(verdict_line, verdicts.get("comparisons", []))]))
-    write(args, subjects, found, {**verdicts, "rows": rows})
-    conclude(args, found, verdicts)
+    print("\n".join([format_table(rows), *map(verdict_line, verdicts.get("comparisons", []))]))
+    write_files(args, subjects, found, {**verdicts, "rows": rows})
+    raise_failures(args, found, verdicts)
 
 
-def write(
+def write_files(
     args: argparse.Namespace,
     subjects: Sequence[Subject],
-    found: Sequence[Measured],
+    found: Sequence[Measurement],
     content: dict[str, Any],
 ) -> None:
     """The files asked for by `--json` and `--samples`; without the latter the calls stand beside the JSON."""
@@ -79,10 +79,12 @@ def write(
         if args.against and args.against.is_file():
             inputs[args.against.name] = args.against
         params = {"rounds": args.rounds, "seconds": args.seconds, "seed": args.seed}
-        artifacts.write_json(args.json, document(",".join(names), params, inputs, **content))
+        artifacts.write_json(args.json, bench_document(",".join(names), params, inputs, **content))
 
 
-def conclude(args: argparse.Namespace, found: Sequence[Measured], verdicts: dict[str, Any]) -> None:
+def raise_failures(
+    args: argparse.Namespace, found: Sequence[Measurement], verdicts: dict[str, Any]
+) -> None:
     """The end of the command by what was found.
 
     Raises UserError: nothing could be measured or compared; GateFailed: a verdict is FAIL.
@@ -156,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
         "--self-test", action="store_true", help="MODEL against itself: the noise here"
     )
     add("--against-target", metavar="NAME", help="run BASELINE there; default: where MODEL runs")
-    add("--allow", nargs="+", default=(), choices=gates.GATES, help="hard gates that may change")
+    add("--allow", nargs="+", default=(), choices=checks.CHECKS, help="hard gates that may change")
     return p
 
 

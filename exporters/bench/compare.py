@@ -11,9 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from exporters.bench import gates, latency
+from exporters.bench import checks, latency
 from exporters.bench.conditions import conditions
-from exporters.bench.measure import Measured, Runner, Subject, measured, run_rounds, warmed
+from exporters.bench.measure import (
+    Measurement,
+    Runner,
+    Subject,
+    finish_measurement,
+    run_rounds,
+    warmed_runners,
+)
 from exporters.device import timing
 
 PROCESSES = 3  # a side
@@ -22,28 +29,28 @@ ROUNDS = 8  # and as many again where they do not decide
 Sides = list[list[list[float]]]  # candidate and baseline: CPU p50 in ms, (processes, rounds) each
 
 
-def compare(
+def compare_artefacts(
     candidate: Subject,
     baseline: Subject,
     seed: int,
     reference: Path | None,
     allowed: Collection[str] = (),
-) -> tuple[dict[str, Any], list[Measured]]:
+) -> tuple[dict[str, Any], list[Measurement]]:
     """The comparison, and what was measured of candidate and baseline.
 
     A side that cannot run, or dies, is told in `reason`: FAIL where only the candidate does, else INCONCLUSIVE.
     """
     before = conditions()
-    with warmed([candidate, baseline] * PROCESSES, reference) as runners:
+    with warmed_runners([candidate, baseline] * PROCESSES, reference) as runners:
         ratio, times, rounds = _timed(runners, seed)
         logits = [runner.ask("logits").get("logits") for runner in runners[:2]]
         notes = [runner.ask("describe").get("notes", {}) for runner in runners[:2]]
         after = conditions()
-        found = [measured(runners[side::2], before, after) for side in (0, 1)]
+        found = [finish_measurement(runners[side::2], before, after) for side in (0, 1)]
     reason = _stopped(found)
     same = (candidate.target, candidate.threads) == (baseline.target, baseline.threads)
     sides = [_side(*told) for told in zip(found, (candidate, baseline), notes, logits, strict=True)]
-    rows = gates.judge(sides[0], sides[1], allowed) if same else []
+    rows = checks.compare_checks(sides[0], sides[1], allowed) if same else []
     comparison = {
         "model": candidate.model,
         "target": candidate.target.name,
@@ -70,13 +77,13 @@ def _timed(runners: Sequence[Runner], seed: int) -> tuple[latency.Ratio | None, 
             return None, [[], []], rounds
         rounds += ROUNDS
         sides = [_medians([r.blocks for r in runners[side::2]], "cpu") for side in (0, 1)]
-        ratio = latency.compare(sides[0], sides[1], seed)
+        ratio = latency.cpu_ratio(sides[0], sides[1], seed)
         if ratio.verdict != "INCONCLUSIVE":
             break
     return ratio, sides, rounds
 
 
-def _stopped(found: Sequence[Measured]) -> str | None:
+def _stopped(found: Sequence[Measurement]) -> str | None:
     """Which side could not run to the end, and why."""
     told = [
         f"{side} {one.row['artefact']}: {one.row['reason']}"
@@ -87,7 +94,7 @@ def _stopped(found: Sequence[Measured]) -> str | None:
 
 
 def _verdict(
-    found: Sequence[Measured], ratio: latency.Ratio | None, rows: Sequence[dict[str, Any]]
+    found: Sequence[Measurement], ratio: latency.Ratio | None, rows: Sequence[dict[str, Any]]
 ) -> latency.Verdict:
     runs, ran = (one.measured for one in found)
     time: latency.Verdict = "INCONCLUSIVE" if runs or not ran else "FAIL"
@@ -97,9 +104,9 @@ def _verdict(
 
 
 def _side(
-    one: Measured, subject: Subject, notes: dict[str, str], logits: list[list[float]] | None
-) -> gates.Side:
-    return gates.Side(
+    one: Measurement, subject: Subject, notes: dict[str, str], logits: list[list[float]] | None
+) -> checks.Side:
+    return checks.Side(
         artefact=subject.artefact,
         precision=one.row["precision_effective"],
         params=one.row["params"],
@@ -118,7 +125,7 @@ def _spread(side: Sequence[Sequence[float]]) -> float | None:
     return round(float(medians.max() / medians.min() - 1), 4)
 
 
-def pairs(found: Sequence[Measured], seed: int) -> list[dict[str, Any]]:
+def student_over_teacher(found: Sequence[Measurement], seed: int) -> list[dict[str, Any]]:
     """Student over teacher where both ran at the fewest threads, batch by batch, paired round by round.
 
     By CPU time; on a GPU by the engine's own. One process a side: what two processes differ by is not in it.
@@ -136,7 +143,7 @@ def pairs(found: Sequence[Measured], seed: int) -> list[dict[str, Any]]:
             continue
         clock = "engine" if student.row["engine_ms"] else "cpu"
         a, b = (_medians(one.processes, clock) for one in (student, teacher))
-        ratio = latency.paired(a, b, seed)
+        ratio = latency.paired_ratio(a, b, seed)
         rows.append(
             {
                 "target": student.row["target"],

@@ -24,7 +24,7 @@ MIN_BLOCKS = 5  # of which an interval of the median is drawn
 DRAWS = 1000  # of a bootstrap over blocks
 
 
-def summarise(blocks: Sequence[Block], seed: int = 0) -> dict[str, Any]:
+def summarise_calls(blocks: Sequence[Block], seed: int = 0) -> dict[str, Any]:
     """`wall_ms` {p50, p90, p99, min, n, p50_ci}, `cpu_ms` {p50}, `engine_ms` as wall_ms without p50_ci, or None.
 
     p90 from 100 calls on, p99 from 1,000, else None.
@@ -62,7 +62,7 @@ def median_interval(blocks: Sequence[Sequence[float]], seed: int = 0) -> list[fl
     return [significant(bound) for bound in np.percentile(medians, [2.5, 97.5])]
 
 
-def flags(
+def row_flags(
     calls: Block,
     *,
     stable: bool,
@@ -118,7 +118,7 @@ class Ratio(Interval):
         return "PASS" if self.ci_high < 1 + self.tol else "INCONCLUSIVE"
 
 
-def worst(verdicts: Iterable[Verdict]) -> Verdict:
+def worst_verdict(verdicts: Iterable[Verdict]) -> Verdict:
     """FAIL before INCONCLUSIVE before PASS."""
     return min(verdicts, key=("FAIL", "INCONCLUSIVE", "PASS").index)
 
@@ -128,7 +128,7 @@ def tolerance(baseline_ms: float) -> float:
     return 0.05 if baseline_ms >= 5 else 0.10
 
 
-def paired(
+def paired_ratio(
     candidate: Sequence[Sequence[float]],
     baseline: Sequence[Sequence[float]],
     seed: int = 0,
@@ -150,9 +150,9 @@ def paired(
     return Interval(round(float(middle), 4), round(float(low), 4), round(float(high), 4))
 
 
-def compare(
+def cpu_ratio(
     candidate: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]], seed: int = 0
 ) -> Ratio:
     """The paired ratio of CPU p50 beside the tolerance of the baseline's time: what the verdict is of."""
     tol = tolerance(float(np.median(np.array(baseline))))
-    return Ratio(**vars(paired(candidate, baseline, seed)), tol=tol)
+    return Ratio(**vars(paired_ratio(candidate, baseline, seed)), tol=tol)

@@ -19,7 +19,7 @@ from exporters.artifact import counts
 from exporters.artifact.session import Target
 from exporters.bench import latency
 from exporters.bench.conditions import conditions
-from exporters.bench.worker import Worker, WorkerFailed, started
+from exporters.bench.worker import Worker, WorkerFailed, start_worker
 from exporters.device.timing import significant
 from exporters.open import RUNTIMES
 from pipeline.core.atomic import atomic
@@ -74,13 +74,13 @@ class Runner:
 
 
 @contextmanager
-def warmed(subjects: Sequence[Subject], reference: Path | None) -> Iterator[list[Runner]]:
+def warmed_runners(subjects: Sequence[Subject], reference: Path | None) -> Iterator[list[Runner]]:
     """A runner per subject, loaded and warmed up while the others idle; the processes end with the block."""
     with ExitStack() as stack:
         runners = []
         for subject in subjects:
             reason = subject.skip or _too_many_threads(subject)
-            process = started(
+            process = start_worker(
                 subject.artefact, subject.target, subject.threads, reference, subject.batch
             )
             runner = Runner(subject, None if reason else stack.enter_context(process), reason)
@@ -105,7 +105,7 @@ def run_rounds(runners: Sequence[Runner], rounds: int, seconds: float, seed: int
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """A subject's JSON row, and what it is drawn from: the blocks of each of its processes, counts of its file."""
 
     row: dict[str, Any]
@@ -118,32 +118,34 @@ class Measured:
         return bool(self.row["status"] == "measured")
 
 
-def measure(
+def measure_rows(
     subjects: Sequence[Subject], rounds: int, seconds: float, seed: int, reference: Path | None
-) -> list[Measured]:
+) -> list[Measurement]:
     """One each, in their order, from `rounds` blocks of `seconds`; one that cannot run has a row too.
 
     reference: an .npz whose `x` holds the pictures to run; None: seeded smooth ones.
     """
     before = conditions()
-    with warmed(subjects, reference) as runners:
+    with warmed_runners(subjects, reference) as runners:
         run_rounds(runners, rounds, seconds, seed)
         after = conditions()
-        return [measured([runner], before, after) for runner in runners]
+        return [finish_measurement([runner], before, after) for runner in runners]
 
 
-def measured(runners: Sequence[Runner], before: dict[str, Any], after: dict[str, Any]) -> Measured:
+def finish_measurement(
+    runners: Sequence[Runner], before: dict[str, Any], after: dict[str, Any]
+) -> Measurement:
     """One subject, measured by one process or several (figures of a process: the median)."""
     subject = runners[0].subject
     told = [runner.facts | runner.ask("describe") for runner in runners]
     reason = next((r.reason for r in runners if r.reason), None)
-    figures = counts.figures(subject.artefact)
+    figures = counts.count_model(subject.artefact)
     blocks = [b for r in runners for b in r.blocks] if reason is None else []
 
     def median(name: str) -> float | None:
         return significant(np.median([t[name] for t in told])) if blocks else None
 
-    summary = latency.summarise(blocks) if blocks else NO_FIGURES
+    summary = latency.summarise_calls(blocks) if blocks else NO_FIGURES
     p50 = summary["wall_ms"]["p50"]
     batch = told[0].get("batch", subject.batch or 1)
     size = counts.size_bytes(subject.artefact)
@@ -170,10 +172,10 @@ def measured(runners: Sequence[Runner], before: dict[str, Any], after: dict[str,
         "flags": _flags(subject, latency.Block.join(blocks), told, before, after) if blocks else [],
         "conditions": after,
     }
-    return Measured(row, [r.blocks for r in runners], figures)
+    return Measurement(row, [r.blocks for r in runners], figures)
 
 
-def save_samples(path: Path, found: Sequence[Measured]) -> None:
+def save_samples(path: Path, found: Sequence[Measurement]) -> None:
     """Write every call of every row as one .npz; docs/latency.md names the arrays. Same calls, same bytes."""
     arrays: dict[str, Any] = {}
     for i, subject in enumerate(found):
@@ -196,7 +198,7 @@ def _flags(
     before: dict[str, Any],
     after: dict[str, Any],
 ) -> list[str]:
-    return latency.flags(
+    return latency.row_flags(
         calls,
         stable=all(t["stable"] for t in told),
         threads=None if RUNTIMES[subject.target.runtime].needs_gpu else subject.threads,

@@ -90,7 +90,9 @@ def _readers(artefact: Path) -> str:
     )
 
 
-def document(target: str, params: Any, inputs: dict[str, Path], **content: Any) -> dict[str, Any]:
+def bench_document(
+    target: str, params: Any, inputs: dict[str, Path], **content: Any
+) -> dict[str, Any]:
     """A bench JSON: `content` (rows, and the verdict of a comparison) with its machine and provenance."""
     return {
         "schema": SCHEMA,

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from exporters.bench import compare, latency
-from exporters.bench.measure import Measured, Subject
+from exporters.bench.measure import Measurement, Subject
 from exporters.bench.subjects import default_target, subjects_of
 from exporters.open import RUNTIMES
 from pipeline.core.errors import UserError
 
 
-def pairs(args: argparse.Namespace, subjects: Sequence[Subject]) -> list[tuple[Subject, Subject]]:
+def with_baselines(
+    args: argparse.Namespace, subjects: Sequence[Subject]
+) -> list[tuple[Subject, Subject]]:
     """`--against` and `--self-test`: every subject beside its baseline, or beside itself.
 
     Raises UserError: work that is not on the CPU, a baseline that is missing or that its target does not read.
@@ -36,14 +38,18 @@ def _baseline(candidate: Subject, args: argparse.Namespace) -> Subject:
     return found
 
 
-def compared(args: argparse.Namespace, subjects: Sequence[Subject]) -> tuple[Any, list[Measured]]:
+def run_comparisons(
+    args: argparse.Namespace, subjects: Sequence[Subject]
+) -> tuple[Any, list[Measurement]]:
     """Every pair, one after the other: the verdicts, and what was measured in the order of the rows."""
     comparisons, found = [], []
-    for candidate, baseline in pairs(args, subjects):
-        told, both = compare.compare(candidate, baseline, args.seed, args.reference, args.allow)
+    for candidate, baseline in with_baselines(args, subjects):
+        told, both = compare.compare_artefacts(
+            candidate, baseline, args.seed, args.reference, args.allow
+        )
         comparisons.append(told)
         found += both
-    verdict = latency.worst(told["verdict"] for told in comparisons)
+    verdict = latency.worst_verdict(told["verdict"] for told in comparisons)
     return {"verdict": verdict, "comparisons": comparisons}, found
 
 

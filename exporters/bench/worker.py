@@ -45,7 +45,7 @@ class WorkerFailed(Exception):
 
 
 @contextmanager
-def started(
+def start_worker(
     artefact: Path,
     target: Target,
     threads: int,
@@ -126,7 +126,7 @@ class Worker:
         return f"the worker was {how}" + (f": {last[:300]}" if last else "")
 
 
-class Subject:
+class RequestHandler:
     """The child's end: the session and what can be asked of it, a method per request."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -144,8 +144,8 @@ class Subject:
         self.session = open_session(target, self.args.artefact, self.args.threads)
         loaded = time.perf_counter()
         self.engine_ms = getattr(self.session, "engine_ms", None)
-        self.pictures = batches(self.session, self.args.reference, self.args.batch)
-        self.turns = timing.turns(self.pictures)
+        self.pictures = input_batches(self.session, self.args.reference, self.args.batch)
+        self.turns = timing.cycle_inputs(self.pictures)
         ready = time.perf_counter()
         self.session.run(next(self.turns))
         return {
@@ -179,7 +179,9 @@ class Subject:
         }
 
 
-def batches(session: Session, reference: Path | None, wanted: int | None = None) -> list[Array]:
+def input_batches(
+    session: Session, reference: Path | None, wanted: int | None = None
+) -> list[Array]:
     """Pictures in batches of `wanted`, or as the artefact takes them (1 where it is free), MIN_INPUTS at least.
 
     Raises UserError: the reference holds no `x`, or `x` of another size than the input; another batch is fixed.
@@ -196,7 +198,7 @@ def batches(session: Session, reference: Path | None, wanted: int | None = None)
             raise UserError(
                 f"{reference}: x is {x.shape}, the artefact takes (N, 3, {height}, {width}); export again"
             )
-    return timing.batched(x, size)
+    return timing.batched_inputs(x, size)
 
 
 def read_reference(path: Path) -> Array:
@@ -227,7 +229,7 @@ def private_stdout() -> TextIO:
     return stream
 
 
-def serve(subject: Subject, requests: TextIO, answers: TextIO) -> None:
+def serve(subject: RequestHandler, requests: TextIO, answers: TextIO) -> None:
     """Answer request after request until their end or the first mistake."""
     for line in requests:
         request = json.loads(line)
@@ -254,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int)
     args = parser.parse_args(argv)
     answers = private_stdout()
-    serve(Subject(args), sys.stdin, answers)
+    serve(RequestHandler(args), sys.stdin, answers)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from exporters.artifact import agreement
-from exporters.bundle.make import COMMANDS, make, pack
+from exporters.bundle.make import COMMANDS, build_bundle, pack_tar
 from exporters.device import contents
 from pipeline.core import artifacts, cli
 from pipeline.core.atomic import atomic, atomic_dir
@@ -60,16 +60,16 @@ def main(args: argparse.Namespace) -> None:
     check_out(args.out)
     if args.out.suffix == ".tar":
         with tempfile.TemporaryDirectory() as folder, atomic(args.out) as temporary:
-            manifest = make(args.onnx, Path(folder), args.calib, args.images)
-            pack(Path(folder), temporary, args.out.stem)
+            manifest = build_bundle(args.onnx, Path(folder), args.calib, args.images)
+            pack_tar(Path(folder), temporary, args.out.stem)
         size = args.out.stat().st_size
     else:
         with atomic_dir(args.out) as temporary:
-            manifest = make(args.onnx, temporary, args.calib, args.images)
+            manifest = build_bundle(args.onnx, temporary, args.calib, args.images)
         size = sum(entry["bytes"] for entry in manifest["files"].values())
     for model in manifest["models"]:
         mb = manifest["files"][model["file"]]["bytes"] / 1e6
-        told = agreement.describe(model["parity"])
+        told = agreement.describe_row(model["parity"])
         print(f"{model['file']}: {mb:.2f} MB, for {', '.join(model['runtimes'])}, {told}")
     for entry in manifest["left_out"]:
         print(

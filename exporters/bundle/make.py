@@ -15,7 +15,7 @@ import numpy as np
 
 from exporters.artifact import agreement, inputs, metadata, onnx_file
 from exporters.artifact.session import Array
-from exporters.device import contents, picture
+from exporters.device import contents, image
 from exporters.ort import int8, quantize
 from exporters.ort.session import OrtSession
 from pipeline.core import artifacts
@@ -66,7 +66,7 @@ class ParityImages:
     ranges: int8.CalibrationImages | None
 
 
-def pictures(
+def parity_images(
     source: Path, session: OrtSession, calib: Path | None, images: Path | None
 ) -> ParityImages:
     """The parity inputs: of --images, else of the images of --calib held out from calibration, else smooth ones.
@@ -83,7 +83,10 @@ def pictures(
         pool = ranges.held
         told = "images of --calib held out from calibration"
     if images is not None:
-        pool, told = inputs.from_folder(images, session, int8.CALIBRATION), "images of --images"
+        pool, told = (
+            inputs.images_from_folder(images, session, int8.CALIBRATION),
+            "images of --images",
+        )
     usable = len(pool) // batch * batch
     if usable < 2:
         raise UserError(
@@ -93,7 +96,7 @@ def pictures(
     return ParityImages(np.ascontiguousarray(pool[rows]), told, ranges)
 
 
-def checked(source: Path, session: OrtSession) -> None:
+def validate_network(source: Path, session: OrtSession) -> None:
     """The network is one the runner can run. Raises UserError: not RGB, notes of another network."""
     shape = session.input_shape
     if shape[1] != 3:
@@ -106,22 +109,24 @@ def checked(source: Path, session: OrtSession) -> None:
         raise UserError(
             f"{source}: input is {shape[2]}x{shape[3]}, its notes say {size}; export it again"
         )
-    if (notes["interpolation"], notes["crop"]) != ("bicubic", picture.CROP):
+    if (notes["interpolation"], notes["crop"]) != ("bicubic", image.CROP):
         raise UserError(
             f"{source}: preprocessing {notes['interpolation']!r}, {notes['crop']!r}; the runner does "
-            f"'bicubic', {picture.CROP!r} only"
+            f"'bicubic', {image.CROP!r} only"
         )
 
 
-def make(source: Path, folder: Path, calib: Path | None, images: Path | None) -> dict[str, Any]:
+def build_bundle(
+    source: Path, folder: Path, calib: Path | None, images: Path | None
+) -> dict[str, Any]:
     """fp32 ONNX -> the bundle's files in the empty `folder`; returns its manifest.
 
     Raises UserError: not an image classifier this runner can run; GateFailed: its outputs are not finite.
     """
-    proto, session = onnx_file.read(source), OrtSession(source, 1)
-    checked(source, session)
-    shown = pictures(source, session, calib, images)
-    logits = inputs.run(session, shown.x)
+    proto, session = onnx_file.read_onnx(source), OrtSession(source, 1)
+    validate_network(source, session)
+    shown = parity_images(source, session, calib, images)
+    logits = inputs.run_batches(session, shown.x)
     names = metadata.classes(session.metadata)
     if logits.ndim != 2 or (names and len(names) != logits.shape[1]):
         raise UserError(
@@ -129,7 +134,7 @@ def make(source: Path, folder: Path, calib: Path | None, images: Path | None) ->
         )
     models, left_out = [], []
     for variant in VARIANTS:
-        row = add(variant, source, proto, folder, shown, logits)
+        row = add_variant(variant, source, proto, folder, shown, logits)
         entry = {"precision": variant.precision, "runtimes": list(variant.runtimes)}
         if row["verdict"] == "FAIL":
             left_out.append({**entry, "reason": row["reason"]})
@@ -150,14 +155,14 @@ def make(source: Path, folder: Path, calib: Path | None, images: Path | None) ->
         "left_out": left_out,
         "parity": {"inputs": len(shown.x), "source": shown.source},
         "commands": COMMANDS,
-        "files": listed(folder),
-        "provenance": provenance(source, proto, shown),
+        "files": hash_files(folder),
+        "provenance": bundle_provenance(source, proto, shown),
     }
     artifacts.write_json(folder / contents.MANIFEST, manifest)
     return manifest
 
 
-def add(
+def add_variant(
     variant: Variant,
     source: Path,
     proto: onnx.ModelProto,
@@ -168,19 +173,19 @@ def add(
     """Write one variant and judge it on the parity inputs; returns its row. What fails is not left in `folder`."""
     path = folder / variant.file
     try:
-        onnx_file.save(convert(variant, source, proto, shown.ranges), path)
+        onnx_file.write_onnx(convert_variant(variant, source, proto, shown.ranges), path)
         session = OrtSession(path, 1)
-        got = inputs.run(session, shown.x)
-        row = agreement.row(path, session, logits, got, agreement.Thresholds())
+        got = inputs.run_batches(session, shown.x)
+        row = agreement.parity_row(path, session, logits, got, agreement.Thresholds())
     except UserError as error:
         reason = str(error).replace(str(path), variant.file)
-        row = agreement.skipped(variant.file, variant.precision, reason) | {"verdict": "FAIL"}
+        row = agreement.skipped_row(variant.file, variant.precision, reason) | {"verdict": "FAIL"}
     if row["verdict"] == "FAIL":
         path.unlink(missing_ok=True)
     return row
 
 
-def convert(
+def convert_variant(
     variant: Variant, source: Path, proto: onnx.ModelProto, ranges: int8.CalibrationImages | None
 ) -> onnx.ModelProto:
     """The fp32 network as that variant. Raises UserError: int8 without images to calibrate on."""
@@ -190,7 +195,7 @@ def convert(
         raise UserError(NO_CALIB)
     if variant.symmetric:
         return quantize.at_precision(proto, "int8", ranges.shown)
-    return int8.quantized(source, ranges, int8.Settings(), agreement.Thresholds())
+    return int8.quantize_within_gates(source, ranges, int8.Settings(), agreement.Thresholds())
 
 
 def _write_notes(folder: Path, names: list[str], notes: dict[str, Any] | None) -> None:
@@ -210,7 +215,7 @@ def _copy_runner(folder: Path) -> None:
     shutil.copyfile(RUNNER / "README.md", folder / "README.md")
 
 
-def listed(folder: Path) -> dict[str, dict[str, Any]]:
+def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Every file below `folder` by its path: bytes and SHA-256."""
     return {
         path.relative_to(folder).as_posix(): {
@@ -222,9 +227,9 @@ def listed(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def provenance(source: Path, proto: onnx.ModelProto, shown: ParityImages) -> dict[str, Any]:
+def bundle_provenance(source: Path, proto: onnx.ModelProto, shown: ParityImages) -> dict[str, Any]:
     """Inputs by hash, versions, what the network says of itself; no clock time, no path."""
-    notes = onnx_file.notes(proto)
+    notes = onnx_file.read_metadata(proto)
     kept = ("model", "role", "method", "weights_sha256", "torch", "timm")
     calibration = shown.ranges.shown if shown.ranges else None
     return {
@@ -241,7 +246,7 @@ def provenance(source: Path, proto: onnx.ModelProto, shown: ParityImages) -> dic
     }
 
 
-def pack(folder: Path, out: Path, root: str) -> None:
+def pack_tar(folder: Path, out: Path, root: str) -> None:
     """Every file of `folder` below `root` into an uncompressed tar: sorted, time 0, owner 0, mode 644."""
     with tarfile.open(out, "w", format=tarfile.PAX_FORMAT) as archive:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import gates, picture, timing
+from . import image, parity, timing
 from .contents import Bundle
 from .errors import UserError
-from .session import Session, choose, open_session, usable_cores
+from .runtimes import LoadedModel, load_model, select_runtime, usable_cores
 
 TOP = 5
 BATCH = 16  # at most so many parity inputs at once, where the batch is free
@@ -38,7 +38,7 @@ class Opened:
         """Raises UserError: the bundle has no such precision, the runtime refuses it."""
         model = bundle.root / bundle.model(name, precision).file
         began = time.perf_counter()
-        self.session: Session = open_session(
+        self.session: LoadedModel = load_model(
             name, library, model, precision, args.threads or 1, args.cache
         )
         seconds = time.perf_counter() - began - (self.session.build_seconds or 0)
@@ -52,9 +52,9 @@ class Opened:
         }
 
 
-def perform(bundle: Bundle, args: argparse.Namespace) -> Result:
+def run_action(bundle: Bundle, args: argparse.Namespace) -> Result:
     """The action asked for. Raises UserError: a runtime, a precision or a picture that is not there."""
-    name, library = choose(args.runtime)
+    name, library = select_runtime(args.runtime)
     _check_threads(name, args.threads)
     if args.verify:
         return _verify(bundle, name, library, args)
@@ -109,7 +109,7 @@ def _verify(bundle: Bundle, name: str, library: Any, args: argparse.Namespace) -
         opened = Opened(bundle, name, library, precision, args)
         step = bundle.input_shape[0] or BATCH
         parts = [opened.session.run(x[i : i + step]) for i in range(0, len(x), step)]
-        verdict, reason = gates.verify(reference, np.concatenate(parts), precision)
+        verdict, reason = parity.verify_logits(reference, np.concatenate(parts), precision)
         computed = opened.session.computes_in()
         rows.append({**opened.facts, "computes_in": computed, "verdict": verdict, "reason": reason})
         lines.append(
@@ -129,12 +129,12 @@ def _bench(bundle: Bundle, opened: Opened, args: argparse.Namespace) -> Result:
     """Latency of the smallest batch the model takes, the parity inputs in turn."""
     x, _ = bundle.parity()
     size = bundle.input_shape[0] or 1
-    inputs = timing.batched(x, size)
+    inputs = timing.batched_inputs(x, size)
     began = time.perf_counter()
     opened.session.run(inputs[0])
     first_ms = timing.significant(1e3 * (time.perf_counter() - began))
-    found = timing.measure(opened.session.run, inputs, args.seconds)
-    flags = timing.flags(found, opened.facts["threads"])
+    found = timing.time_calls(opened.session.run, inputs, args.seconds)
+    flags = timing.noise_flags(found, opened.facts["threads"])
     row = {
         **opened.facts,
         "computes_in": opened.session.computes_in(),
@@ -172,7 +172,7 @@ def _classify(bundle: Bundle, opened: Opened, args: argparse.Namespace) -> Resul
     notes, labels = bundle.preprocessing(), bundle.labels()
     lines, rows = [], []
     for path in args.image:
-        x = picture.read(path, notes)
+        x = image.read_image(path, notes)
         if x.shape[1:] != bundle.input_shape[1:]:
             raise UserError(
                 f"--image {path}: prepared as {x.shape[1:]}, the model takes {bundle.input_shape[1:]}; "

@@ -23,7 +23,7 @@ REMEDY = "copy the bundle again"
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelFile:
     """One ONNX file: its precision, and the runtimes it is made for."""
 
     file: str
@@ -48,7 +48,7 @@ class Bundle:
     name: str
     sha256: str  # of the manifest
     input_shape: tuple[int | None, int, int, int]
-    models: tuple[Model, ...]
+    models: tuple[ModelFile, ...]
     left_out: tuple[LeftOut, ...]
     files: dict[str, tuple[int, str]]  # path below root -> bytes, SHA-256
 
@@ -105,7 +105,7 @@ class Bundle:
         """What the bundle holds for a runtime, from fine to coarse."""
         return [m.precision for m in self.models if runtime in m.runtimes]
 
-    def model(self, runtime: str, precision: str) -> Model:
+    def model(self, runtime: str, precision: str) -> ModelFile:
         """The file of that precision for that runtime. Raises UserError: not in the bundle, with the reason."""
         for model in self.models:
             if model.precision == precision and runtime in model.runtimes:
@@ -167,7 +167,7 @@ def _parse(root: Path, manifest: dict[str, Any], sha256: str) -> Bundle:
     }
     batch, channels, height, width = manifest["input"]["shape"]
     models = tuple(
-        Model(_known(m["file"], files), _known(m["precision"], PRECISIONS), _runtimes(m))
+        ModelFile(_known(m["file"], files), _known(m["precision"], PRECISIONS), _runtimes(m))
         for m in manifest["models"]
     )
     for name in (INPUTS, LOGITS):

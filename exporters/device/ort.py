@@ -20,7 +20,7 @@ PRODUCTS = ("Conv", "Gemm", "MatMul", "Attention")
 PAD_FUSION_WRONG = ("1.19", "1.20")
 
 
-class OrtSession(Named):
+class OrtModel(Named):
     """One model, on as many threads as asked for, the CPU provider only."""
 
     build_seconds: float | None = None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import kept
+from . import compiled_cache
 from .errors import Named, one_line
 
 KINDS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "u8": "int8", "i8": "int8"}
@@ -35,7 +35,7 @@ def shared_core(module: Any) -> Any:
     return module.Core()
 
 
-def compiled(core: Any, version: str, model: Path, options: Any, cache: Path | None) -> Any:
+def compile_model(core: Any, version: str, model: Path, options: Any, cache: Path | None) -> Any:
     """The model on the CPU; with a `cache`, as an earlier process compiled it there, else kept there.
 
     OpenVINO's own CACHE_DIR takes a blob of altered bytes: here a SHA-256 is held against it first.
@@ -51,11 +51,11 @@ def compiled(core: Any, version: str, model: Path, options: Any, cache: Path | N
         "model_sha256": [hashlib.sha256(p.read_bytes()).hexdigest() for p in parts],
     }
     path = cache / f"{model.stem}.ov{version.split('-')[0]}.blob"
-    known = kept.load(path, maker)
+    known = compiled_cache.read_cached(path, maker)
     if known is not None:
         return core.import_model(known, "CPU", options)
     made = core.compile_model(core.read_model(str(model)), "CPU", options)
-    kept.keep(path, made.export_model().getvalue(), maker)
+    compiled_cache.write_cached(path, made.export_model().getvalue(), maker)
     return made
 
 
@@ -73,7 +73,7 @@ def computes_in(compiled: Any) -> str:
     return KINDS.get(most, most)
 
 
-class OvSession(Named):
+class OvModel(Named):
     """One model read from its ONNX or IR, one stream; `hint` None leaves the precision to OpenVINO."""
 
     build_seconds: float | None = None
@@ -93,7 +93,7 @@ class OvSession(Named):
             options["INFERENCE_PRECISION_HINT"] = hint
         with self.refusals():
             core = shared_core(module)
-            self._compiled = compiled(core, self._version, model, options, cache)
+            self._compiled = compile_model(core, self._version, model, options, cache)
             self._request = self._compiled.create_infer_request()
 
     @contextlib.contextmanager

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 f"the runner needs NumPy 1.21 or later ({error}); `pip install numpy`"
             ) from None
-        found = actions.perform(contents.Bundle.open(ROOT), args)
+        found = actions.run_action(contents.Bundle.open(ROOT), args)
         text = json.dumps(found.document, indent=1) if args.json else "\n".join(found.lines)
         print(text, flush=True)
         if found.failure:

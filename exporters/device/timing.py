@@ -45,7 +45,7 @@ class WarmUp:
     stable: bool
 
 
-def turns(inputs: Sequence[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+def cycle_inputs(inputs: Sequence[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
     """The inputs round and round, so that no cache serves the same picture twice running.
 
     Raises ValueError: fewer than MIN_INPUTS.
@@ -55,7 +55,7 @@ def turns(inputs: Sequence[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]
     return itertools.cycle(inputs)
 
 
-def batched(x: NDArray[np.float32], size: int) -> list[NDArray[np.float32]]:
+def batched_inputs(x: NDArray[np.float32], size: int) -> list[NDArray[np.float32]]:
     """The images round and round in batches of `size`, MIN_INPUTS of them at least."""
     rows = np.arange(size * max(MIN_INPUTS, len(x) // size)) % len(x)
     return [np.ascontiguousarray(x[r]) for r in rows.reshape(-1, size)]
@@ -107,7 +107,7 @@ def warm_up(
             return WarmUp(seconds, False)
 
 
-def measure(
+def time_calls(
     run: Callable[[NDArray[np.float32]], object],
     inputs: Sequence[NDArray[np.float32]],
     seconds: float,
@@ -116,7 +116,7 @@ def measure(
 
     Raises ValueError: fewer than four inputs.
     """
-    cycle = turns(inputs)
+    cycle = cycle_inputs(inputs)
     warm = warm_up(run, cycle)
     block = run_block(run, cycle, seconds)
     return {
@@ -143,7 +143,7 @@ def percentiles(milliseconds: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def flags(found: dict[str, Any], threads: int | None) -> list[str]:
+def noise_flags(found: dict[str, Any], threads: int | None) -> list[str]:
     """Why a row is noisy; `threads` is None where the work is not on the CPU."""
     reasons = []
     if threads == 1 and found["cpu_share"] < MIN_CPU_SHARE:

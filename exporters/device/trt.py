@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import kept
+from . import compiled_cache
 from .builder import BATCHES, Builder, logger
 from .cudart import Cuda
 from .engine import Engine
@@ -16,7 +16,7 @@ from .engine import Engine
 SCHEMA = "cakd.bundle-plan/2"
 
 
-class TrtSession(Engine):
+class TrtModel(Engine):
     """The engine of one ONNX file; every batch runs over the same buffers."""
 
     def __init__(self, module: Any, model: Path, precision: str, cache: Path) -> None:
@@ -41,12 +41,12 @@ class TrtSession(Engine):
             "onnx_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
         }
         path = cache / f"{model.stem}.trt{self._trt.__version__}-sm{gpu['sm']}.plan"
-        known = kept.load(path, maker)
+        known = compiled_cache.read_cached(path, maker)
         if known is not None:
             return known, None
         print(f"building the engine of {model.name}, once; it may take minutes", file=sys.stderr)
         began = time.perf_counter()
         plan = Builder(self._trt, model).build()
         seconds = time.perf_counter() - began
-        kept.keep(path, plan, maker)
+        compiled_cache.write_cached(path, plan, maker)
         return plan, seconds

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from exporters.artifact import agreement
-from exporters.artifact.precision import beside, parse_precisions, run_all
+from exporters.artifact.precision import parse_precisions, precision_path, run_all
 from exporters.ort import int8
-from exporters.ort.export import OPSET, convert, export, write_embedded
+from exporters.ort.export import OPSET, convert_onnx, export, write_embedded
 from pipeline.core import cli
 from pipeline.core.errors import UserError
 
@@ -37,20 +37,22 @@ def main(args: argparse.Namespace) -> None:
             source = args.out if "fp32" in wanted else Path(folder) / args.out.name
             make = partial(export, args.checkpoint, source, args.opset or OPSET)
             if "fp32" in wanted:
-                agreement.tell(source, make)
+                agreement.print_result(source, make)
                 wanted.remove("fp32")
             else:
                 make()
         pictures = int8.calibration_images(source, args.calib) if "int8" in wanted else None
 
         def write(precision: str) -> None:
-            out = beside(args.out, precision)
-            agreement.tell(out, partial(convert, source, out, precision, pictures, how))
+            out = precision_path(args.out, precision)
+            agreement.print_result(
+                out, partial(convert_onnx, source, out, precision, pictures, how)
+            )
 
         steps = [partial(write, precision) for precision in wanted]
         if args.embed_preprocessing:
             out = args.out.with_stem(f"{args.out.stem}-uint8")
-            steps.append(partial(agreement.tell, out, partial(write_embedded, source, out)))
+            steps.append(partial(agreement.print_result, out, partial(write_embedded, source, out)))
         run_all(steps)
 
 

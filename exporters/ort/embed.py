@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 PIXELS = "pixels"
 
 
-def embedded(proto: onnx.ModelProto, mean: list[float], std: list[float]) -> onnx.ModelProto:
+def embed_normalisation(
+    proto: onnx.ModelProto, mean: list[float], std: list[float]
+) -> onnx.ModelProto:
     """The network behind /255, minus mean, over std, as `pipeline.data.prepared.normalised` computes."""
     from onnx import TensorProto, helper, numpy_helper
 
@@ -40,4 +42,4 @@ def embedded(proto: onnx.ModelProto, mean: list[float], std: list[float]) -> onn
     graph.node.extend(nodes)
     graph.input.append(helper.make_tensor_value_info(PIXELS, TensorProto.UINT8, shape))
     graph.initializer.extend(constants)
-    return onnx_file.annotated(made, input="uint8 RGB (B, S, S, 3), normalised inside")
+    return onnx_file.add_metadata(made, input="uint8 RGB (B, S, S, 3), normalised inside")

@@ -13,7 +13,7 @@ from exporters.artifact.quiet import quiet
 from exporters.artifact.session import Unavailable
 from exporters.device import ort
 from exporters.ort import embed, int8, quantize
-from exporters.ort.session import OrtSession, library
+from exporters.ort.session import OrtSession, onnxruntime_library
 from pipeline.core.atomic import atomic
 from pipeline.core.errors import GateFailed, UserError
 from pipeline.data.prepared import normalised
@@ -62,9 +62,9 @@ def export_model(
 ) -> dict[str, Any]:
     """A loaded checkpoint -> ONNX; as `export`. The model stays as it is."""
     size = description["preprocess"]["image_size"]
-    proto = onnx_file.annotate(_trace(model, size, opset), metadata.flatten(description))
+    proto = onnx_file.replace_metadata(_trace(model, size, opset), metadata.flatten(description))
     with atomic(out) as temporary:
-        onnx_file.save(proto, temporary)
+        onnx_file.write_onnx(proto, temporary)
         return _check(model, temporary, out, size)
 
 
@@ -109,13 +109,13 @@ def _check(model: nn.Module, written: Path, out: Path, size: int) -> dict[str, A
     with torch.inference_mode():
         reference = model(torch.from_numpy(np.concatenate(x))).numpy()
     got = np.concatenate([session.run(part) for part in x])
-    found = agreement.row(out, session, reference, got, agreement.Thresholds())
+    found = agreement.parity_row(out, session, reference, got, agreement.Thresholds())
     if found["verdict"] == "FAIL":
         raise GateFailed(f"{out}: not the checkpoint: {found['reason']}; nothing was written")
     return found
 
 
-def convert(
+def convert_onnx(
     source: Path,
     out: Path,
     precision: str,
@@ -126,19 +126,19 @@ def convert(
 
     Raises GateFailed, and leaves `out` as it was, where the row's verdict is FAIL.
     """
-    proto = onnx_file.read(source)
+    proto = onnx_file.read_onnx(source)
     reference = OrtSession(source, 1)
-    x, labels = inputs.shown(reference), None
+    x, labels = inputs.probe_images(reference), None
     if precision == "fp16":
         proto = quantize.to_fp16(proto)
     elif precision == "int8":
         assert pictures is not None
-        proto = int8.quantized(source, pictures, how, agreement.Thresholds())
+        proto = int8.quantize_within_gates(source, pictures, how, agreement.Thresholds())
         x, labels = pictures.held, pictures.labels
     with atomic(out) as temporary:
-        onnx_file.save(proto, temporary)
+        onnx_file.write_onnx(proto, temporary)
         made = OrtSession(temporary, 1)
-        return agreement.passed(out, (reference, made), x, labels, how.drop)
+        return agreement.gated_row(out, (reference, made), x, labels, how.drop)
 
 
 def write_embedded(source: Path, out: Path) -> dict[str, Any]:
@@ -146,20 +146,22 @@ def write_embedded(source: Path, out: Path) -> dict[str, Any]:
 
     Raises UserError: no preprocessing in the metadata. GateFailed: not the same logits; nothing is written.
     """
-    proto = onnx_file.read(source)
-    notes = metadata.preprocessing(onnx_file.notes(proto))
+    proto = onnx_file.read_onnx(source)
+    notes = metadata.preprocessing(onnx_file.read_metadata(proto))
     if notes is None:
         raise UserError(
             f"--embed-preprocessing: {source} carries no mean and std in its metadata; export it from a checkpoint"
         )
     reference = OrtSession(source, 1)
-    smooth = inputs.shown(reference).transpose(0, 2, 3, 1)
+    smooth = inputs.probe_images(reference).transpose(0, 2, 3, 1)
     pixels: Any = np.clip(smooth * 48 + 128, 0, 255).astype(np.uint8)
     with atomic(out) as temporary:
-        onnx_file.save(embed.embedded(proto, notes["mean"], notes["std"]), temporary)
-        got = ort.OrtSession(library(), temporary, 1).run(pixels)
-        expected = inputs.run(reference, normalised(pixels, notes))
-        row = agreement.row(out, reference, expected, got, agreement.Thresholds())
+        onnx_file.write_onnx(
+            embed.embed_normalisation(proto, notes["mean"], notes["std"]), temporary
+        )
+        got = ort.OrtModel(onnxruntime_library(), temporary, 1).run(pixels)
+        expected = inputs.run_batches(reference, normalised(pixels, notes))
+        row = agreement.parity_row(out, reference, expected, got, agreement.Thresholds())
         if row["verdict"] == "FAIL":
             raise GateFailed(
                 f"{out}: not the network it was made from: {row['reason']}; not written"

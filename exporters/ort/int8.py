@@ -54,7 +54,7 @@ def calibration_images(source: Path, folder: Path | None) -> CalibrationImages:
         raise UserError(NO_CALIBRATION)
     session = OrtSession(source, 1)
     batch = session.input_shape[0] or 1
-    x, labels = inputs.labelled(folder, session, 2 * CALIBRATION)
+    x, labels = inputs.labelled_images(folder, session, 2 * CALIBRATION)
     fewest = max(FEWEST, 2 * batch)
     if len(x) < fewest:
         raise UserError(f"--calib {folder}: holds {len(x)} images; int8 needs {fewest}")
@@ -66,29 +66,31 @@ def calibration_images(source: Path, folder: Path | None) -> CalibrationImages:
     return CalibrationImages(x[::2], x[held], labels[held])
 
 
-def quantized(
+def quantize_within_gates(
     source: Path, pictures: CalibrationImages, how: Settings, gates: agreement.Thresholds
 ) -> onnx.ModelProto:
     """fp32 ONNX -> int8 for CPUs; what had to stay in float to meet the gates is told by the note `int8`."""
     reference = OrtSession(source, 1)
-    expected = inputs.run(reference, pictures.held)
+    expected = inputs.run_batches(reference, pictures.held)
 
-    def judge(network: onnx.ModelProto) -> sensitive.Judged:
+    def judge(network: onnx.ModelProto) -> sensitive.Trial:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / source.name
-            onnx_file.save(network, path)
-            got = inputs.run(OrtSession(path, 1), pictures.held)
+            onnx_file.write_onnx(network, path)
+            got = inputs.run_batches(OrtSession(path, 1), pictures.held)
         figures = agreement.figures(expected, got)
         verdict, _ = agreement.judge(figures, float(np.abs(expected).max()), "int8", gates)
-        refused = agreement.loses(agreement.top1_drop(expected, got, pictures.labels), how.drop)
+        refused = agreement.exceeds(agreement.top1_drop(expected, got, pictures.labels), how.drop)
         decibel = figures["sqnr_centered_db"]
-        return sensitive.Judged(
+        return sensitive.Trial(
             verdict != "FAIL" and not refused, -math.inf if decibel is None else decibel
         )
 
-    with quantize.Calibrated(onnx_file.read(source), pictures.shown, False, how.calibration) as net:
+    with quantize.Calibrated(
+        onnx_file.read_onnx(source), pictures.shown, False, how.calibration
+    ) as net:
         found = sensitive.search(net, judge, how.search_s)
-    return onnx_file.annotated(found.network, int8=found.told())
+    return onnx_file.add_metadata(found.network, int8=found.told())
 
 
 def add_options(p: argparse.ArgumentParser) -> None:

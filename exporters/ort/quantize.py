@@ -100,7 +100,7 @@ class Calibrated:
                 calibration_cache_path=Path(self._folder.name) / "ranges.json",
                 extra_options=options,
             )
-        return _noted(onnx_file.read(path), self.source, "int8")
+        return _noted(onnx_file.read_onnx(path), self.source, "int8")
 
 
 def groups(model: onnx.ModelProto) -> dict[str, list[str]]:
@@ -207,4 +207,6 @@ def _feed(model: onnx.ModelProto, x: Array) -> Any:
 
 def _noted(made: onnx.ModelProto, source: onnx.ModelProto, precision: str) -> onnx.ModelProto:
     """`made` with the notes of its source and its own precision."""
-    return onnx_file.annotated(made, **{**onnx_file.notes(source), "precision": precision})
+    return onnx_file.add_metadata(
+        made, **{**onnx_file.read_metadata(source), "precision": precision}
+    )

@@ -17,11 +17,11 @@ def make(precision: str, model: str, exported: Exported, out: Path, settings: Bu
     if precision == "int8":
         pictures = int8.CalibrationImages(exported.calibration, exported.x[model], exported.labels)
         how = int8.Settings(settings.int8_calibration, settings.int8_search_s, settings.int8_drop)
-        proto = int8.quantized(source, pictures, how, settings)
+        proto = int8.quantize_within_gates(source, pictures, how, settings)
         path = out / f"{model}-int8.onnx"
     else:
-        proto, path = onnx_file.read(source), out / source.name
-    onnx_file.save(proto, path)
+        proto, path = onnx_file.read_onnx(source), out / source.name
+    onnx_file.write_onnx(proto, path)
     return path
 
 

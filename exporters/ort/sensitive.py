@@ -19,7 +19,7 @@ MAX_FLOATING = 0.5  # of the groups: beyond, int8 has lost its point
 
 
 @dataclass(frozen=True)
-class Judged:
+class Trial:
     """What the held-out images say of a quantized network: whether all gates are met, and its SQNR in dB."""
 
     kept: bool
@@ -31,7 +31,7 @@ class SearchResult:
     """The best network found, the groups it leaves in float, how many were tried, and why the search ended."""
 
     network: onnx.ModelProto
-    judged: Judged
+    judged: Trial
     floating: tuple[str, ...]
     tried: int
     ended: Literal["met", "time", "groups"]
@@ -48,7 +48,7 @@ class SearchResult:
 
 
 def search(
-    calibrated: Calibrated, judge: Callable[[onnx.ModelProto], Judged], seconds: float
+    calibrated: Calibrated, judge: Callable[[onnx.ModelProto], Trial], seconds: float
 ) -> SearchResult:
     """Quantize everything; where that fails its gates, free the groups that harm most, in at most `seconds`.
 

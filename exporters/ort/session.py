@@ -7,16 +7,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from exporters.artifact.session import OurErrors, checked_output, checked_shape, imported
+from exporters.artifact.session import (
+    PipelineErrors,
+    import_package,
+    validate_output,
+    validated_shape,
+)
 from exporters.device import ort
 from pipeline.core.errors import UserError
 
 
-class OrtSession(OurErrors, ort.OrtSession):
+class OrtSession(PipelineErrors, ort.OrtModel):
     """ONNX Runtime on the CPU."""
 
     def __init__(self, path: Path, threads: int) -> None:
-        onnxruntime = library()
+        onnxruntime = onnxruntime_library()
         if not path.is_file():
             raise UserError(f"{path}: no such file; expected an .onnx file")
         super().__init__(onnxruntime, path, threads)
@@ -25,9 +30,9 @@ class OrtSession(OurErrors, ort.OrtSession):
             listed = ", ".join(f"{i.name} {i.type}" for i in taken)
             raise UserError(f"{path}: inputs are {listed}; allowed: one float32 image input")
         self.metadata: Mapping[str, str] = _notes(self._session, path)
-        self.input_shape = checked_shape(_dims(taken[0]), self.metadata, path)
+        self.input_shape = validated_shape(_dims(taken[0]), self.metadata, path)
         made = self._session.get_outputs()[0]
-        checked_output(made.type, _dims(made), self.input_shape, path)
+        validate_output(made.type, _dims(made), self.input_shape, path)
 
     @cached_property
     def precision_effective(self) -> str:
@@ -35,9 +40,9 @@ class OrtSession(OurErrors, ort.OrtSession):
         return self.computes_in([self.input_shape[0] or 1, *self.input_shape[1:]])
 
 
-def library() -> Any:
+def onnxruntime_library() -> Any:
     """onnxruntime. Raises Unavailable: not installed."""
-    return imported("onnxruntime", "ONNX Runtime", "`pip install onnxruntime`")
+    return import_package("onnxruntime", "ONNX Runtime", "`pip install onnxruntime`")
 
 
 def _notes(session: Any, path: Path) -> Mapping[str, str]:

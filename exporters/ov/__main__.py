@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from exporters.artifact import agreement
-from exporters.artifact.precision import beside, parse_precisions, run_all
+from exporters.artifact.precision import parse_precisions, precision_path, run_all
 from exporters.ort import int8
 from exporters.ov import convert
 from exporters.ov.session import OvSession
@@ -36,9 +36,9 @@ def main(args: argparse.Namespace) -> None:
     pictures = int8.calibration_images(args.onnx, args.calib) if "int8" in wanted else None
 
     def write(precision: str) -> None:
-        target = beside(out, precision)
-        make = partial(convert.make, args.onnx, target, precision, pictures, how)
-        agreement.tell(target, partial(make, args.int8_by, args.batch))
+        target = precision_path(out, precision)
+        make = partial(convert.convert_to_ir, args.onnx, target, precision, pictures, how)
+        agreement.print_result(target, partial(make, args.int8_by, args.batch))
         if args.cache:
             print(_kept(target, args.cache))
 

@@ -19,12 +19,12 @@ from pipeline.core.atomic import make_parent
 from pipeline.core.errors import UserError
 
 
-def convert(source: Path, out: Path, half: bool = False, batch: int | None = None) -> None:
+def write_ir(source: Path, out: Path, half: bool = False, batch: int | None = None) -> None:
     """ONNX file -> `out` (.xml and .bin beside it), the notes in rt_info; `half` stores weights as fp16.
 
     `batch` fixes a free one. Raises UserError: OpenVINO cannot read the file, another batch is fixed in it.
     """
-    notes = onnx_file.notes(onnx_file.read(source))
+    notes = onnx_file.read_metadata(onnx_file.read_onnx(source))
     _save(_read(source, batch), {**notes, **({"precision": "fp16"} if half else {})}, out, half)
 
 
@@ -51,16 +51,16 @@ def _save(model: Any, notes: Mapping[str, str], out: Path, half: bool = False) -
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
         made = Path(folder) / out.name
         openvino_library().save_model(model, made, compress_to_fp16=half)
-        move(made, out)
+        replace_ir(made, out)
 
 
-def move(made: Path, out: Path) -> None:
+def replace_ir(made: Path, out: Path) -> None:
     """Put a finished IR, two files, in its place: the weights first."""
     made.with_suffix(".bin").replace(out.with_suffix(".bin"))
     made.replace(out)
 
 
-def make(
+def convert_to_ir(
     source: Path,
     out: Path,
     precision: str,
@@ -77,7 +77,7 @@ def make(
     """
     openvino_library()
     reference = OrtSession(source, 1)
-    x, labels = inputs.shown(reference, 2 * (batch or 5)), None
+    x, labels = inputs.probe_images(reference, 2 * (batch or 5)), None
     make_parent(out)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
         draft = Path(folder) / out.name
@@ -87,10 +87,10 @@ def make(
             quantize = _by_nncf if by == "nncf" else _by_qdq
             quantize(source, pictures, how, draft, batch)
         else:
-            convert(source, draft, precision == "fp16", batch)
+            write_ir(source, draft, precision == "fp16", batch)
         session = OvSession(draft, 1, "fp32")
-        row = agreement.passed(out, (reference, session), x, labels, how.drop)
-        move(draft, out)
+        row = agreement.gated_row(out, (reference, session), x, labels, how.drop)
+        replace_ir(draft, out)
     return row
 
 
@@ -98,8 +98,10 @@ def _by_qdq(
     source: Path, pictures: int8.CalibrationImages, how: int8.Settings, out: Path, batch: int | None
 ) -> None:
     quantized = out.with_suffix(".onnx")
-    onnx_file.save(int8.quantized(source, pictures, how, agreement.Thresholds()), quantized)
-    convert(quantized, out, batch=batch)
+    onnx_file.write_onnx(
+        int8.quantize_within_gates(source, pictures, how, agreement.Thresholds()), quantized
+    )
+    write_ir(quantized, out, batch=batch)
 
 
 def _by_nncf(
@@ -131,5 +133,5 @@ def _by_nncf(
         raise UserError(
             f"{source}: NNCF refuses it: {one_line(error)}; leave --int8-by out"
         ) from None
-    notes = onnx_file.notes(onnx_file.read(source))
+    notes = onnx_file.read_metadata(onnx_file.read_onnx(source))
     _save(made, {**notes, "precision": "int8", "int8": "by NNCF"}, out)

@@ -8,7 +8,7 @@ from pathlib import Path
 from exporters.artifact.reference import Exported
 from exporters.artifact.runtime import Build, Runtime
 from exporters.ort import runtime as ort
-from exporters.ov.convert import convert
+from exporters.ov.convert import write_ir
 from exporters.ov.session import OvSession
 
 
@@ -17,7 +17,7 @@ def make(precision: str, model: str, exported: Exported, out: Path, settings: Bu
     with tempfile.TemporaryDirectory() as folder:
         source = ort.make(precision, model, exported, Path(folder), settings)
         made = out / f"{source.stem}.xml"
-        convert(source, made)
+        write_ir(source, made)
     return made
 
 

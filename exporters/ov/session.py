@@ -8,7 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from exporters.artifact.session import OurErrors, checked_output, checked_shape, imported
+from exporters.artifact.session import (
+    PipelineErrors,
+    import_package,
+    validate_output,
+    validated_shape,
+)
 from exporters.device import ov
 from pipeline.core.errors import UserError
 
@@ -21,10 +26,10 @@ NOTES = "cakd"  # the branch of rt_info that holds the notes
 def openvino_library() -> Any:
     """openvino. Raises Unavailable: not installed."""
     remedy = "`pip install '.[openvino]'`, without it ov-* targets are skipped"
-    return imported("openvino", "OpenVINO", remedy)
+    return import_package("openvino", "OpenVINO", remedy)
 
 
-class OvSession(OurErrors, ov.OvSession):
+class OvSession(PipelineErrors, ov.OvModel):
     """OpenVINO on the CPU, one stream. `precision`: "fp32" and "int8" hint f32, "bf16" that, "default" nothing.
 
     With a folder `cache` it opens what was compiled there for this IR, CPU, OpenVINO and these options.
@@ -43,10 +48,10 @@ class OvSession(OurErrors, ov.OvSession):
         if len(model.inputs) != 1:
             raise UserError(f"{path}: has {len(model.inputs)} inputs; allowed: one image input")
         self.metadata: Mapping[str, str] = _notes(model)
-        self.input_shape = checked_shape(_dims(model.inputs[0], path), self.metadata, path)
+        self.input_shape = validated_shape(_dims(model.inputs[0], path), self.metadata, path)
         made = model.outputs[0]
         kind = made.element_type.to_string()
-        checked_output(kind, _dims(made, path), self.input_shape, path)
+        validate_output(kind, _dims(made, path), self.input_shape, path)
 
     @cached_property
     def precision_effective(self) -> str:

@@ -12,7 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from exporters.artifact import inputs
-from exporters.artifact.agreement import Thresholds, coarsest, describe, figures, judge, pictures
+from exporters.artifact.agreement import (
+    Thresholds,
+    coarsest_precision,
+    comparison_images,
+    describe_row,
+    figures,
+    judge,
+)
 from exporters.open import open_artefact
 from exporters.parity import layers
 from pipeline.core import cli
@@ -22,18 +29,18 @@ from pipeline.core.errors import GateFailed
 def main(args: argparse.Namespace) -> None:
     """Compare two artefacts, print the figures, fail on FAIL."""
     if args.layers:
-        layers.report(args.a, args.b, args.images)
+        layers.compare_layers(args.a, args.b, args.images)
         return
     a, b = open_artefact(args.a, 1), open_artefact(args.b, 1)
-    x = pictures(a, b, args.images)
-    reference, other = inputs.run(a, x), inputs.run(b, x)
+    x = comparison_images(a, b, args.images)
+    reference, other = inputs.run_batches(a, x), inputs.run_batches(b, x)
     found = figures(reference, other)
-    precision = coarsest(a, b)
+    precision = coarsest_precision(a, b)
     verdict, reason = judge(found, float(np.abs(reference).max()), precision, Thresholds())
     for path, session in ((args.a, a), (args.b, b)):
         print(f"{path}: {session.runtime}, computes in {session.precision_effective}")
     source = args.images or "seeded smooth images"
-    line = describe({**found, "verdict": verdict, "reason": reason})
+    line = describe_row({**found, "verdict": verdict, "reason": reason})
     print(f"{len(x)} of {source}, gate of {precision}: {line}")
     if verdict == "FAIL":
         raise GateFailed(f"{args.b} is not {args.a}: {reason}")

@@ -24,7 +24,7 @@ DEQUANTIZED = "_DequantizeLinear_Output"  # ONNX Runtime's suffix of the tensor 
 PARTED_DB = {"fp32": 80.0, "fp16": 35.0, "bf16": 25.0, "int8": 15.0}  # below: more than rounding
 
 
-def report(a: Path, b: Path, images: Path | None) -> None:
+def compare_layers(a: Path, b: Path, images: Path | None) -> None:
     """Print the common node outputs that differ, in A's order, the first one by name.
 
     Raises UserError: not two ONNX files, no common output, fixed batches that differ.
@@ -32,13 +32,13 @@ def report(a: Path, b: Path, images: Path | None) -> None:
     for path in (a, b):
         if path.suffix != ".onnx":
             raise UserError(f"--layers: {path} is not an .onnx file; it compares two ONNX files")
-    first, second = onnx_file.read(a), onnx_file.read(b)
-    pairs = common(first, second)
+    first, second = onnx_file.read_onnx(a), onnx_file.read_onnx(b)
+    pairs = shared_outputs(first, second)
     if not pairs:
         raise UserError(f"--layers: {a} and {b} name no node output alike; compare them whole")
     sessions = OrtSession(a, 1), OrtSession(b, 1)
-    x = agreement.pictures(*sessions, images)
-    floor = PARTED_DB[agreement.coarsest(*sessions)]
+    x = agreement.comparison_images(*sessions, images)
+    floor = PARTED_DB[agreement.coarsest_precision(*sessions)]
     batches = {session.input_shape[0] for session in sessions} - {None}
     if len(batches) > 1:
         raise UserError(f"--layers: the batches {batches} are fixed and differ; compare them whole")
@@ -61,7 +61,7 @@ def report(a: Path, b: Path, images: Path | None) -> None:
         print(f"  {db:7.1f} dB  {name}")
 
 
-def common(a: onnx.ModelProto, b: onnx.ModelProto) -> dict[str, tuple[str, str]]:
+def shared_outputs(a: onnx.ModelProto, b: onnx.ModelProto) -> dict[str, tuple[str, str]]:
     """Node outputs of both graphs by name, in A's order -> the tensor to read in each.
 
     Around a quantized tensor that is the dequantized one: the quantizer may have dropped the ReLU before it.

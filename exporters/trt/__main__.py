@@ -21,7 +21,7 @@ from exporters.ort import int8
 from exporters.ort.session import OrtSession
 from exporters.trt import build
 from exporters.trt.build import Options
-from exporters.trt.convert import make
+from exporters.trt.convert import build_plan
 from exporters.trt.plan import backend, obstacle, read_sidecar
 from exporters.trt.session import TrtSession
 from pipeline.core import cli
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
         args.timing_cache,
     )
     name, _ = backend(args.backend)
-    build.check(name, options)
+    build.validate_options(name, options)
     if args.onnx.suffix != ".onnx":
         raise UserError(f"{args.onnx}: suffix is {args.onnx.suffix!r}; the input is an .onnx file")
     if args.out and len(wanted) > 1:
@@ -48,8 +48,8 @@ def main(args: argparse.Namespace) -> None:
     calibration = int8.calibration_images(args.onnx, args.calib).shown if int8_wanted else None
 
     def write(precision: str) -> None:
-        plan, sidecar = make(args.onnx, args.out, precision, name, options, calibration)
-        told, verdict = ran(args.onnx, plan, False if args.no_cuda_graph else None)
+        plan, sidecar = build_plan(args.onnx, args.out, precision, name, options, calibration)
+        told, verdict = plan_parity(args.onnx, plan, False if args.no_cuda_graph else None)
         print(
             f"{plan}: {sidecar['size_mb']:.2f} MB in {sidecar['seconds']:.1f} s, {sidecar['backend']} "
             f"{sidecar['version']}, {', '.join(_traits(sidecar))}, {told}"
@@ -74,20 +74,20 @@ def _traits(sidecar: dict[str, Any]) -> list[str]:
     return [part for part in told if part]
 
 
-def ran(source: Path, plan: Path, cuda_graph: bool | None = None) -> tuple[str, str]:
+def plan_parity(source: Path, plan: Path, cuda_graph: bool | None = None) -> tuple[str, str]:
     """The parity of a plan with its ONNX, told in a line, and the verdict."""
     try:
         session = TrtSession(plan, cuda_graph)
     except Unavailable as error:
         return f"not run here: {error}", "skipped"
     reference = OrtSession(source, 1)
-    x = inputs.shown(reference)
-    a, b = inputs.run(reference, x), inputs.run(session, x)
-    row = agreement.row(plan, session, a, b, agreement.Thresholds())
-    return agreement.describe(row), row["verdict"]
+    x = inputs.probe_images(reference)
+    a, b = inputs.run_batches(reference, x), inputs.run_batches(session, x)
+    row = agreement.parity_row(plan, session, a, b, agreement.Thresholds())
+    return agreement.describe_row(row), row["verdict"]
 
 
-def show(args: argparse.Namespace) -> None:
+def print_info(args: argparse.Namespace) -> None:
     """`info PLAN`: what it is, where it was built, whether it can run here."""
     sidecar = read_sidecar(args.plan)
     gpu = sidecar["gpu"]
@@ -124,12 +124,12 @@ def parser() -> argparse.ArgumentParser:
 
 def info_parser() -> argparse.ArgumentParser:
     """The command line of `info`."""
-    p = argparse.ArgumentParser(prog="exporters.trt info", description=show.__doc__)
+    p = argparse.ArgumentParser(prog="exporters.trt info", description=print_info.__doc__)
     p.add_argument("plan", type=Path)
     return p
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["info"]:
-        cli.run(show, info_parser(), sys.argv[2:])
+        cli.run(print_info, info_parser(), sys.argv[2:])
     cli.run(main, parser())

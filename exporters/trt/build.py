@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters.artifact.session import OurErrors, Unavailable
+from exporters.artifact.session import PipelineErrors, Unavailable
 from exporters.device.builder import BATCHES, Builder
+from exporters.device.compiled_cache import sidecar_path
 from exporters.trt import driver
-from exporters.trt.plan import AMPERE, sidecar_of
+from exporters.trt.plan import AMPERE
 from pipeline.core import artifacts
 from pipeline.core.atomic import atomic, make_parent
 from pipeline.core.errors import UserError
@@ -41,7 +42,7 @@ class Options:
     timing_cache: Path | None = None
 
 
-def check(name: str, options: Options) -> None:
+def validate_options(name: str, options: Options) -> None:
     """Refuse what the backend lacks, before anything is built.
 
     Raises UserError: an option TensorRT-RTX has not, a level out of range, AMPERE_PLUS on an older GPU.
@@ -61,7 +62,7 @@ def check(name: str, options: Options) -> None:
         )
 
 
-class EngineBuilder(OurErrors, Builder):
+class EngineBuilder(PipelineErrors, Builder):
     """The build of `exporters.device` with the options of TensorRT 10.12 and later, a timing cache kept after it.
 
     image: (C, H, W) of the profile where the batch is free. Raises Unavailable: TensorRT cannot start.
@@ -116,7 +117,7 @@ def _load_timing(trt: Any, config: Any, path: Path, log: Any) -> None:
     if path.exists() and not path.is_file():
         raise UserError(f"--timing-cache {path}: not a file; name a file")
     make_parent(path)
-    told = sidecar_of(path)
+    told = sidecar_path(path)
     if path.exists() and told.exists():
         made, here = artifacts.read_json(told, CACHE_SCHEMA), _timed_by(trt)
         if made != here:
@@ -138,7 +139,7 @@ def _save_timing(trt: Any, config: Any, path: Path, log: Any) -> None:
         )
     with atomic(path) as temporary:
         temporary.write_bytes(bytes(blob))
-    artifacts.write_json(sidecar_of(path), _timed_by(trt))
+    artifacts.write_json(sidecar_path(path), _timed_by(trt))
 
 
 def _timed_by(trt: Any) -> dict[str, Any]:

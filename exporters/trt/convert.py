@@ -10,17 +10,18 @@ from typing import Any
 
 from exporters.artifact import onnx_file
 from exporters.artifact.session import Array
+from exporters.device.compiled_cache import sidecar_path
 from exporters.ort import int8, quantize
 from exporters.trt import build, driver
 from exporters.trt import plan as trt_plan
 from exporters.trt.build import Options
-from exporters.trt.plan import SCHEMA, backend, sidecar_of, system
+from exporters.trt.plan import SCHEMA, backend, system
 from pipeline.core import artifacts
 from pipeline.core.atomic import atomic, make_parent
 from pipeline.core.errors import UserError
 
 
-def make(
+def build_plan(
     source: Path,
     plan: Path | None,
     precision: str,
@@ -35,18 +36,18 @@ def make(
     """
     options = options or Options()
     name, trt = backend(name)
-    build.check(name, options)
+    build.validate_options(name, options)
     if precision == "int8" and calibration is None:
         raise UserError(int8.NO_CALIBRATION)
     start = time.perf_counter()
-    proto = onnx_file.read(source)
-    shape = onnx_file.classifier(proto, source)
+    proto = onnx_file.read_onnx(source)
+    shape = onnx_file.classifier_input_shape(proto, source)
     label = trt_plan.label(name, trt, options.hardware_compatible)
     plan = plan or source.with_name(f"{source.stem}.{label}-{precision}.plan")
     make_parent(plan)
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / source.name
-        onnx_file.save(quantize.at_precision(proto, precision, calibration), graph)
+        onnx_file.write_onnx(quantize.at_precision(proto, precision, calibration), graph)
         built = build.EngineBuilder(trt, graph, shape[1:], options).build()
     batch, cache = shape[0], options.timing_cache
     sidecar = {
@@ -71,12 +72,12 @@ def make(
         "plan_sha256": hashlib.sha256(built).hexdigest(),
         "size_mb": len(built) / 1e6,
         "seconds": time.perf_counter() - start,
-        "notes": {**onnx_file.notes(proto), "precision": precision},
+        "notes": {**onnx_file.read_metadata(proto), "precision": precision},
         "provenance": artifacts.provenance(
             {"precision": precision, "backend": name, "shapes": list(options.shapes)}, onnx=source
         ),
     }
     with atomic(plan) as temporary:
         temporary.write_bytes(built)
-        artifacts.write_json(sidecar_of(plan), sidecar)
+        artifacts.write_json(sidecar_path(plan), sidecar)
     return plan, sidecar

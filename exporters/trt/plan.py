@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from exporters.artifact.session import Unavailable
-from exporters.device import kept
+from exporters.device.compiled_cache import sidecar_path
 from exporters.trt import driver
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError, nearest
@@ -27,7 +27,6 @@ OLDEST = (10, 12)
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 EXTRAS = {"tensorrt": "trt", "rtx": "trt-rtx"}
 AMPERE = 80  # SM
-sidecar_of = kept.sidecar
 KEYS: dict[str, type | tuple[type, ...]] = {  # of a sidecar, what is read of it
     **dict.fromkeys(("backend", "version", "platform", "precision", "plan_sha256"), str),
     **dict.fromkeys(("tf32", "version_compatible", "hardware_compatible"), bool),
@@ -96,16 +95,16 @@ def read_sidecar(plan: Path) -> dict[str, Any]:
     again = "build it with `python -m exporters.trt`"
     if not plan.is_file():
         raise UserError(f"{plan}: no such plan; {again}")
-    if not sidecar_of(plan).is_file():
+    if not sidecar_path(plan).is_file():
         raise UserError(
-            f"{plan}: {sidecar_of(plan).name} is missing: its maker is unknown; {again}"
+            f"{plan}: {sidecar_path(plan).name} is missing: its maker is unknown; {again}"
         )
-    sidecar = artifacts.read_json(sidecar_of(plan), SCHEMA)
+    sidecar = artifacts.read_json(sidecar_path(plan), SCHEMA)
     for key, kind in KEYS.items():
         if not isinstance(sidecar.get(key), kind):
-            raise UserError(f"{sidecar_of(plan)}: {key} is {sidecar.get(key)!r}; {again}")
+            raise UserError(f"{sidecar_path(plan)}: {key} is {sidecar.get(key)!r}; {again}")
     if artifacts.sha256(plan) != sidecar["plan_sha256"]:
-        raise UserError(f"{plan}: not the plan of {sidecar_of(plan).name}; {again}")
+        raise UserError(f"{plan}: not the plan of {sidecar_path(plan).name}; {again}")
     return sidecar
 
 

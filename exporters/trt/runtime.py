@@ -18,7 +18,9 @@ def _runtime(name: str, backend: str) -> Runtime:
         """MODEL.plan and MODEL.plan.json in the folder `out`."""
         source, made = exported.folder / f"{model}.onnx", out / f"{model}.plan"
         options = Options(settings.trt_shapes)
-        return convert.make(source, made, precision, backend, options, exported.calibration)[0]
+        return convert.build_plan(source, made, precision, backend, options, exported.calibration)[
+            0
+        ]
 
     return Runtime(
         name,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exporters.artifact.session import Array, OurErrors, Unavailable
+from exporters.artifact.session import Array, PipelineErrors, Unavailable
 from exporters.device import cudart
 from exporters.device.builder import logger
 from exporters.device.engine import BoundContext, Engine
@@ -20,14 +20,14 @@ from pipeline.core.errors import UserError
 SWITCH = "CAKD_CUDA_GRAPH"
 
 
-def graphs_wanted() -> bool:
+def cuda_graphs_enabled() -> bool:
     """What CAKD_CUDA_GRAPH says: 1, the default, or 0. Raises UserError on anything else."""
     if (text := os.environ.get(SWITCH, "1")) not in ("0", "1"):
         raise UserError(f"{SWITCH}: got {text!r}; allowed: 0, 1")
     return text == "1"
 
 
-class Cuda(OurErrors, cudart.Cuda):
+class PlanCuda(PipelineErrors, cudart.Cuda):
     """The CUDA runtime; a call that fails is told with the plan it failed for."""
 
     def __init__(self, plan: Path) -> None:
@@ -38,7 +38,7 @@ class Cuda(OurErrors, cudart.Cuda):
             raise Unavailable(str(error)) from None
 
 
-class TrtSession(OurErrors, Engine):
+class TrtSession(PipelineErrors, Engine):
     """An engine with a context and fixed buffers a batch size; the copies in and out are part of `run`.
 
     Full TensorRT is captured here, after one run a batch size (TensorRT documentation, performance: CUDA graphs);
@@ -51,8 +51,8 @@ class TrtSession(OurErrors, Engine):
         if reason := obstacle(sidecar, plan):
             raise Unavailable(reason)
         name, trt = backend(sidecar["backend"])
-        graphs = graphs_wanted() if cuda_graph is None else cuda_graph
-        super().__init__(trt, logger(trt), Cuda(plan), str(plan))
+        graphs = cuda_graphs_enabled() if cuda_graph is None else cuda_graph
+        super().__init__(trt, logger(trt), PlanCuda(plan), str(plan))
         self.per_shape, self.captured = graphs, graphs and name == "tensorrt"
         least, _, most = sidecar["shapes"]
         remedy = f"build it again: {command(sidecar, plan)}"

@@ -16,7 +16,7 @@ HOME = __package__ if Path(__file__).with_name("decoding.py").exists() else "pip
 CROP = "resize the shorter side, centre crop"
 
 
-def read(path: Path, notes: dict[str, Any]) -> NDArray[np.float32]:
+def read_image(path: Path, notes: dict[str, Any]) -> NDArray[np.float32]:
     """(1, 3, S, S) float32: EXIF rotation applied, alpha on white, shorter side resized, centre crop, normalised.
 
     Raises UserError: no Pillow, no such file, not readable, a preprocessing this runner does not know.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BIT_EQUAL_DB = 200.0  # the SQNR of no difference at all: beyond float32, and still a number in JSON
-REACTS = 1e-6  # between-image std over the largest output below this: rounding, not an answer to the image
+MIN_RESPONSE = 1e-6  # between-image std over the largest output below this: rounding, not an answer to the image
 FIGURES = ("max_abs", "rel_between_std", "sqnr_centered_db", "top1_agreement")
 
 
@@ -23,13 +23,15 @@ class Thresholds:
     int8_db: float = 15.0
 
 
-def reacts(reference: NDArray[np.float32]) -> bool:
+def responds_to_input(reference: NDArray[np.float32]) -> bool:
     """Whether different images get different answers, beyond rounding."""
     a = reference.astype(np.float64)
-    return float(a.std(axis=0).max()) > REACTS * float(np.abs(a).max())
+    return float(a.std(axis=0).max()) > MIN_RESPONSE * float(np.abs(a).max())
 
 
-def figures(reference: NDArray[np.float32], other: NDArray[np.float32]) -> dict[str, float | None]:
+def logit_metrics(
+    reference: NDArray[np.float32], other: NDArray[np.float32]
+) -> dict[str, float | None]:
     """Both (N, K), N >= 2 -> max_abs, rel_between_std, sqnr_centered_db, top1_agreement.
 
     The reference's mean over the images is subtracted class by class first, so that a constant offset earns
@@ -41,7 +43,7 @@ def figures(reference: NDArray[np.float32], other: NDArray[np.float32]) -> dict[
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return row
     largest = row["max_abs"] = float(np.abs(a - b).max())
-    if not reacts(reference):
+    if not responds_to_input(reference):
         return row
     centred = a - a.mean(axis=0)
     noise = float(((a - b) ** 2).sum())
@@ -52,7 +54,7 @@ def figures(reference: NDArray[np.float32], other: NDArray[np.float32]) -> dict[
     return row
 
 
-def judge(
+def parity_verdict(
     row: dict[str, float | None], largest: float, precision: str, gates: Thresholds
 ) -> tuple[str, str]:
     """(PASS | FAIL | UNDECIDED, the figure beside its bound). `largest`: the reference's largest absolute output.
@@ -78,11 +80,11 @@ def judge(
     return "PASS" if passed else "FAIL", text
 
 
-def verify(
+def verify_logits(
     reference: NDArray[np.float32], got: NDArray[np.float32], precision: str
 ) -> tuple[str, str]:
     """Both (N, K) -> (PASS | FAIL | UNDECIDED, the figure beside its bound)."""
     if reference.shape != got.shape:
         return "FAIL", f"outputs are {got.shape}, expected {reference.shape}"
     largest = float(np.abs(reference).max())
-    return judge(figures(reference, got), largest, precision, Thresholds())
+    return parity_verdict(logit_metrics(reference, got), largest, precision, Thresholds())

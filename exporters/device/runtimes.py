@@ -15,7 +15,7 @@ from .cudart import Cuda
 from .errors import UserError, one_line
 
 MODULES = {"ort": "onnxruntime", "ov": "openvino", "trt": "tensorrt"}
-HOW = {
+INSTALL_HINTS = {
     "ort": "`pip install onnxruntime`",
     "ov": "`pip install openvino`",
     "trt": "JetPack brings it; a virtual environment sees it with --system-site-packages",
@@ -23,7 +23,7 @@ HOW = {
 TENSORRT_FROM = (10, 3)  # JetPack 6.1
 
 
-class Session(Protocol):
+class LoadedModel(Protocol):
     """A model loaded in a runtime. `build_seconds` is what an engine took to build, None where none was."""
 
     runtime: str
@@ -38,24 +38,24 @@ class Session(Protocol):
         ...
 
 
-def choose(asked: str) -> tuple[str, Any]:
+def select_runtime(asked: str) -> tuple[str, Any]:
     """`ort`, `ov`, `trt` or `auto` -> (the name, its library imported).
 
     `auto`: TensorRT where it and a CUDA device are present, else ONNX Runtime, else OpenVINO.
     Raises UserError: the one asked for is missing, or none is there.
     """
     if asked != "auto":
-        return asked, library(asked)
+        return asked, import_runtime(asked)
     missing = []
     for name in ("trt", "ort", "ov"):
         try:
-            return name, library(name)
+            return name, import_runtime(name)
         except UserError as error:
             missing.append(str(error))
     raise UserError(f"--runtime auto found none: {'; '.join(missing)}")
 
 
-def library(name: str) -> Any:
+def import_runtime(name: str) -> Any:
     """The runtime's module. Raises UserError: missing, too old, no CUDA device for TensorRT."""
     if name == "ov":  # without its telemetry: it has a stub for when the sender is absent
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ def library(name: str) -> Any:
         module = importlib.import_module(MODULES[name])
     except (ImportError, OSError) as error:
         raise UserError(
-            f"--runtime {name}: {MODULES[name]} is missing ({one_line(error, 120)}); {HOW[name]}"
+            f"--runtime {name}: {MODULES[name]} is missing ({one_line(error, 120)}); {INSTALL_HINTS[name]}"
         ) from None
     if name == "trt":
         version = tuple(int(part) for part in module.__version__.split(".")[:2])
@@ -75,30 +75,30 @@ def library(name: str) -> Any:
     return module
 
 
-def open_session(
+def load_model(
     name: str,
     module: Any,
     model: Path,
     precision: str,
     threads: int,
     cache: Path | None,
-) -> Session:
+) -> LoadedModel:
     """Load one ONNX file in a runtime; `cache` is where its compiled form is kept.
 
     Without it TensorRT's plan goes into `cache/` beside the model, OpenVINO's is not kept.
     Raises UserError: the runtime refuses the file.
     """
     if name == "ort":
-        from .ort import OrtSession
+        from .ort import OrtModel
 
-        return OrtSession(module, model, threads)
+        return OrtModel(module, model, threads)
     if name == "ov":
-        from .ov import OvSession
+        from .ov import OvModel
 
-        return OvSession(module, model, threads, cache)
-    from .trt import TrtSession
+        return OvModel(module, model, threads, cache)
+    from .trt import TrtModel
 
-    return TrtSession(module, model, precision, cache or model.parent / "cache")
+    return TrtModel(module, model, precision, cache or model.parent / "cache")
 
 
 def usable_cores() -> int:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from exporters.artifact import counts
-from exporters.bench import gates
-from exporters.bench.gates import Side
+from exporters.bench import checks
+from exporters.bench.checks import Side
 
 FIGURES = counts.ModelCounts(
     opset=18, operators={"Conv": 10, "Relu": 9, "QuantizeLinear": 4, "DequantizeLinear": 8}
@@ -36,7 +36,7 @@ def beside(side: Side, size: int) -> Path:
 
 
 def verdicts(candidate: Side, baseline: Side, *allowed: str) -> dict[str, str]:
-    return {r["name"]: r["verdict"] for r in gates.judge(candidate, baseline, allowed)}
+    return {r["name"]: r["verdict"] for r in checks.compare_checks(candidate, baseline, allowed)}
 
 
 def operators(**changes: int) -> counts.ModelCounts:
@@ -45,7 +45,7 @@ def operators(**changes: int) -> counts.ModelCounts:
 
 
 def test_a_file_passes_every_gate_beside_itself(side: Side) -> None:
-    assert verdicts(side, side) == dict.fromkeys(gates.GATES, "PASS")
+    assert verdicts(side, side) == dict.fromkeys(checks.CHECKS, "PASS")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_what_one_side_does_not_tell_is_unknown_and_never_fails(side: Side) -> N
 
 def test_a_gate_shows_what_was_what_is_and_what_may_be(side: Side) -> None:
     other = replace(side, macs=60_000, figures=operators(Sigmoid=2))
-    rows = {r["name"]: r for r in gates.judge(other, side)}
+    rows = {r["name"]: r for r in checks.compare_checks(other, side)}
     assert rows["macs"] == {
         "name": "macs",
         "baseline": 50_000,

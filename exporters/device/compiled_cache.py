@@ -11,29 +11,29 @@ from pathlib import Path
 from typing import Any
 
 
-def sidecar(path: Path) -> Path:
+def sidecar_path(path: Path) -> Path:
     """student.plan -> student.plan.json."""
     return path.with_name(f"{path.name}.json")
 
 
-def load(path: Path, maker: dict[str, Any]) -> bytes | None:
+def read_cached(path: Path, maker: dict[str, Any]) -> bytes | None:
     """The file's bytes where this maker made them and they are whole, else None."""
     try:
-        noted = json.loads(sidecar(path).read_text(encoding="utf-8"))
+        noted = json.loads(sidecar_path(path).read_text(encoding="utf-8"))
         data = path.read_bytes()
     except (OSError, ValueError):
         return None
     return data if noted == {**maker, "sha256": hashlib.sha256(data).hexdigest()} else None
 
 
-def keep(path: Path, data: bytes, maker: dict[str, Any]) -> None:
+def write_cached(path: Path, data: bytes, maker: dict[str, Any]) -> None:
     """Write the file and its JSON, each whole or not at all; where that fails, say so and go on without."""
     noted = {**maker, "sha256": hashlib.sha256(data).hexdigest()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for target, content in (
             (path, data),
-            (sidecar(path), json.dumps(noted, indent=1).encode() + b"\n"),
+            (sidecar_path(path), json.dumps(noted, indent=1).encode() + b"\n"),
         ):
             _replace(target, content)
     except OSError as error:

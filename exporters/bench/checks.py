@@ -23,7 +23,7 @@ Verdict = Literal["PASS", "FAIL", "ALLOWED", "UNKNOWN"]
 SLACK = 0.01  # of parameters, MACs and bytes: a class more, a padded channel
 NOTES_BYTES = 4096  # names, hashes and versions inside a file may grow by this much
 UNCHANGED, NONE_NEW = "unchanged", "no new type"
-GATES = (
+CHECKS = (
     *("precision", "opset", "operators", "nodes", "qdq"),
     *("params", "macs", "bytes", "parity"),
 )
@@ -58,7 +58,9 @@ class Side:
         return counts.size_bytes(self.artefact)
 
 
-def judge(candidate: Side, baseline: Side, allowed: Collection[str] = ()) -> list[dict[str, Any]]:
+def compare_checks(
+    candidate: Side, baseline: Side, allowed: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Every gate as a row of the comparison; a FAIL named in `allowed` is ALLOWED."""
     a, b = candidate, baseline
     found = [
@@ -72,7 +74,7 @@ def judge(candidate: Side, baseline: Side, allowed: Collection[str] = ()) -> lis
         _at_most("params", a.params, b.params, SLACK),
         _at_most("macs", a.macs, b.macs, SLACK),
         _at_most("bytes", a.size, b.size, SLACK, NOTES_BYTES),
-        parity(a, b),
+        parity_check(a, b),
     ]
     rows = [asdict(gate) for gate in found]
     for row in rows:
@@ -114,7 +116,7 @@ def _count(operators: dict[str, int] | None, of: Collection[str] | None = None) 
     return sum(n for kind, n in operators.items() if of is None or kind in of)
 
 
-def parity(candidate: Side, baseline: Side) -> CompareCheck:
+def parity_check(candidate: Side, baseline: Side) -> CompareCheck:
     """Same weights must give the same answers; of other weights the parity row of their build is asked."""
     weights = [side.notes.get("weights_sha256") for side in (candidate, baseline)]
     if weights[0] and weights[0] == weights[1]:
