@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from PIL import Image, features
 
 from exporters.device import errors, image
+from pipeline.core.errors import UserError
+from pipeline.data import tree
 from pipeline.data.decoding import decode, square_rgb
 from pipeline.data.images import SUFFIXES, BrokenImage, image_files, square_pixels
 from tests import image_files as files
@@ -150,6 +153,25 @@ def test_a_file_of_several_frames_is_marked(name, tmp_path):
 def test_a_file_of_one_frame_is_not_marked(name, tmp_path):
     (tmp_path / name).write_bytes(files.READ[name])
     assert "frames" not in decode(tmp_path / name).info
+
+
+def test_a_pipe_a_loop_and_a_folder_that_cannot_be_listed_stop_nothing_in_silence(
+    tmp_path, monkeypatch
+):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "self.png").symlink_to("self.png")
+    (tmp_path / "0.png").write_bytes(b"")
+    files_by_name = {f.name: f for f in tree.walk(tmp_path)}
+    assert files_by_name["pipe.png"].reason == "no regular file"
+    assert files_by_name["self.png"].dead and files_by_name["0.png"].reason is None
+    assert [p.name for p in image_files(tmp_path)] == ["0.png", "self.png"]
+
+    def denied(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(UserError, match="cannot be listed .Permission denied.; expected a folder"):
+        image_files(tmp_path)
 
 
 def test_the_images_of_a_folder_are_those_of_the_user(tmp_path):

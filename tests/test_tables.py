@@ -162,6 +162,17 @@ def test_ids_that_train_and_test_share_are_those_of_the_tables_split(tmp_path):
     }
 
 
+def test_a_table_in_each_split_is_read_as_roboflow_writes_it(tmp_path):
+    rows = "filename, cat, dog\n" + "".join(f"{i}.png, {i % 2}, {1 - i % 2}\n" for i in range(4))
+    tree = {}
+    for split in ("train", "valid", "test"):
+        tree |= {split: 4, f"{split}/_classes.csv": rows}
+    source = read(tmp_path, tree | {"README.roboflow.txt": "x"})
+    assert source.classes == ["cat", "dog"]
+    assert sorted(str(s.split) for s in source.samples) == ["None"] * 4 + ["test"] * 4 + ["val"] * 4
+    assert source.left_out == {".txt, not a format that is read": ["README.roboflow.txt"]}
+
+
 def test_ids_of_nested_split_folders_never_mix(tmp_path):
     rows = "".join(
         f"{folder}/{i}.png,{'ab'[i % 2]}\n"

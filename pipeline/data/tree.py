@@ -47,14 +47,15 @@ def walk(root: Path) -> Iterator[File]:
         for entry in entries:
             name = prefix + entry.name
             reason = inherited or _reason(entry.name)
-            path = Path(entry.path)
-            if not path.is_dir():
-                dead = not path.exists()
-                yield File(name, reason or (None if dead or path.is_file() else SPECIAL), dead)
-            elif _identity(path) in above:
+            # An entry knows what it is without a call to the file system; a link in a loop makes it raise.
+            target = Path(entry.path) if entry.is_symlink() else entry
+            if not target.is_dir():
+                dead = isinstance(target, Path) and not target.exists()
+                yield File(name, reason or (None if dead or target.is_file() else SPECIAL), dead)
+            elif (identity := _identity(target)) in above:
                 yield File(name, reason or LOOP)
             else:
-                todo.append((entry.path, f"{name}/", reason, above | {_identity(path)}))
+                todo.append((entry.path, f"{name}/", reason, above | {identity}))
 
 
 def folders(folder: Path) -> list[str]:
@@ -72,6 +73,6 @@ def _reason(name: str) -> str | None:
     return HIDDEN if name[0] == "." else None
 
 
-def _identity(folder: Path) -> tuple[int, int]:
+def _identity(folder: Path | os.DirEntry[str]) -> tuple[int, int]:
     found = folder.stat()
     return found.st_dev, found.st_ino
