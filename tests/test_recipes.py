@@ -180,7 +180,7 @@ def begin(name, folder, steps):
     policy = replace(section(Cache, name), views=1, batch=4)
     live, store = teacher.load(weights), folder / "store"
     writing.write(policy, prepared, live, store, folder / "work", lambda _: None)
-    batch = 4 if prepared.image_size == 32 else 2
+    batch = 4
     distill = replace(section(settings.Distill, name), batch=batch, workers=0)
     found = {}
     for method in ("plain", "cakd+logits"):

@@ -106,11 +106,12 @@ def gated_row(
     x: Array,
     labels: NDArray[np.int64] | None,
     bound: float,
+    force: bool = False,
 ) -> dict[str, Any]:
     """The row of a conversion to `out`: (its source, what was made of it), shown x and judged by labels if any.
 
-    Of x and the labels as many as fill the batches of both.
-    Raises GateFailed: the verdict is FAIL.
+    Of x and the labels as many as fill the batches of both. `force` lets through what parity cannot decide.
+    Raises GateFailed: the verdict is FAIL, or UNDECIDED without `force`.
     """
     step = math.lcm(*(session.input_shape[0] or 1 for session in sessions))
     whole = slice(len(x) // step * step)
@@ -118,9 +119,18 @@ def gated_row(
     found = parity_row(out, sessions[1], reference, made, Thresholds())
     if labels is not None:
         found = add_accuracy(found, reference, made, labels[whole], bound)
-    if found["verdict"] == "FAIL":
-        raise GateFailed(f"{out}: {found['reason']}; not written")
+    require_pass(out, found, force)
     return found
+
+
+def require_pass(out: Path, row: dict[str, Any], force: bool) -> None:
+    """Raise GateFailed where a row's verdict is FAIL, or UNDECIDED without `force`."""
+    if row["verdict"] == "FAIL":
+        raise GateFailed(f"{out}: {row['reason']}; not written")
+    if row["verdict"] == "UNDECIDED" and not force:
+        raise GateFailed(
+            f"{out}: parity is UNDECIDED, {row['reason']}; not written; --force writes it all the same"
+        )
 
 
 def skipped_row(artefact: str, precision: str, reason: str) -> dict[str, Any]:
@@ -141,17 +151,20 @@ def skipped_row(artefact: str, precision: str, reason: str) -> dict[str, Any]:
 def comparison_images(a: Session, b: Session, folder: Path | None) -> Array:
     """The images both are shown: a folder's, prepared by the notes of whichever carries some, or smooth ones.
 
-    Raises UserError: inputs of different shapes, no image in the folder.
+    Raises UserError: inputs of different shapes, no image in the folder, or fewer than fill a batch of both.
     """
     if a.input_shape[1:] != b.input_shape[1:]:
         raise UserError(f"inputs are {a.input_shape[1:]} and {b.input_shape[1:]}: not comparable")
-    if folder is None:
-        count = max(IMAGES // 4, a.input_shape[0] or 1, b.input_shape[0] or 1, 2)
-        x = inputs.smooth(count, *a.input_shape[2:])
-    else:
-        noted = a if metadata.preprocessing(a.metadata) else b
-        x = inputs.images_from_folder(folder, noted, IMAGES)
     step = math.lcm(a.input_shape[0] or 1, b.input_shape[0] or 1)
+    if folder is None:
+        return inputs.smooth(math.ceil(IMAGES / 4 / step) * step, *a.input_shape[2:])
+    noted = a if metadata.preprocessing(a.metadata) else b
+    x = inputs.images_from_folder(folder, noted, max(IMAGES, step))
+    if len(x) < step:
+        raise UserError(
+            f"--images {folder}: got {len(x)} images; expected {step} or more, which fill the batches of both "
+            "networks; give more, or leave --images out"
+        )
     return x[: len(x) // step * step]
 
 

@@ -73,7 +73,7 @@ def _of_onnx(path: Path) -> ModelCounts:
             for w in model.graph.initializer
             if w.name not in scales and w.data_type not in _index_types()
         ),
-        macs=_total(_onnx_products(model)),
+        macs=_onnx_macs(model),
     )
 
 
@@ -82,6 +82,14 @@ def _index_types() -> set[int]:
     import onnx
 
     return {onnx.TensorProto.INT64, onnx.TensorProto.BOOL, onnx.TensorProto.STRING}
+
+
+def _onnx_macs(model: onnx.ModelProto) -> int | None:
+    """Multiply-accumulates of one image; None where a shape is unknown or inference does not know an operator."""
+    try:
+        return _total(_onnx_products(model))
+    except Exception:  # shape inference of a foreign network raises whatever it meets
+        return None
 
 
 def _onnx_products(model: onnx.ModelProto) -> Iterator[int | None]:
@@ -96,7 +104,7 @@ def _onnx_products(model: onnx.ModelProto) -> Iterator[int | None]:
         if node.op_type == "Conv":
             depth: Shape = weight[1:]
         else:
-            depth = [taken[0] if flags.get("transA") else taken[-1]]
+            depth = [(taken or [None])[0 if flags.get("transA") else -1]]
         yield _product([*made, *depth], batch)
 
 

@@ -82,8 +82,10 @@ def run_batches(session: Session, x: Array) -> Array:
     Raises UserError: N is not a multiple of the artefact's fixed batch, outputs that are no logits.
     """
     batch = session.input_shape[0] or 16
-    if session.input_shape[0] and len(x) % batch:
-        raise UserError(f"the artefact takes batches of {batch} only, got {len(x)} images")
+    if not len(x) or (session.input_shape[0] and len(x) % batch):
+        raise UserError(
+            f"images: got {len(x)} for a network of batches of {batch}; expected a multiple of {batch}; give more"
+        )
     parts = (x[i : i + batch] for i in range(0, len(x), batch))
     return np.concatenate([_logits(session.run(part), len(part)) for part in parts])
 

@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporters.artifact.session import validate_output, validated_shape
+from exporters.device.errors import one_line
 from pipeline.core.errors import UserError
 
 if TYPE_CHECKING:
     import onnx
 
 MAX_PROTO_BYTES = 2**31  # bytes of one protobuf message
+
+
+@contextmanager
+def library_errors(model: onnx.ModelProto, precision: str) -> Iterator[None]:
+    """Raise UserError, with the node that it names, for whatever a converter or quantizer raises in the body."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # libraries raise what a foreign network leads them to
+        where = _suspect_nodes(model, str(error))
+        raise UserError(
+            f"--precision {precision}: got {type(error).__name__} from the converter ({one_line(error)}){where}; "
+            f"expected a network it can convert; leave {precision} out"
+        ) from None
+
+
+def _suspect_nodes(model: onnx.ModelProto, text: str) -> str:
+    """The first node whose name or tensors an error's text quotes; else the operators of foreign domains."""
+    words = set(re.findall(r"[\w./:-]+", text))
+    for node in model.graph.node:
+        if words & {node.name, *node.input, *node.output} - {""}:
+            return f" at node {node.name or node.output[0]!r} ({node.op_type})"
+    foreign = dict.fromkeys(
+        f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain
+    )
+    return f"; it holds {', '.join(foreign)}" if foreign else ""
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:

@@ -27,12 +27,16 @@ def parse_precisions(text: str, allowed: tuple[str, ...] = PRECISIONS) -> list[s
 
 
 def run_all(steps: Iterable[Callable[[], None]]) -> None:
-    """Run every step, one that fails its gate too. Raises GateFailed with all of their reasons at the end."""
-    failed = []
+    """Run every step, whatever became of the others.
+
+    Raises at the end, with all reasons: UserError where a step was refused, else GateFailed where a gate failed.
+    """
+    errors: list[UserError | GateFailed] = []
     for step in steps:
         try:
             step()
-        except GateFailed as error:
-            failed.append(str(error))
-    if failed:
-        raise GateFailed("; ".join(failed))
+        except (UserError, GateFailed) as error:
+            errors.append(error)
+    if errors:
+        refused = any(isinstance(error, UserError) for error in errors)
+        raise (UserError if refused else GateFailed)("; ".join(map(str, errors)))

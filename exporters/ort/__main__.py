@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--opset {args.opset}: {args.checkpoint} keeps its own; leave it out")
     if "int8" in wanted and args.calib is None:
         raise UserError(int8.NO_CALIBRATION)
-    how = int8.Settings(args.calibration, args.search_seconds)
+    how = int8.Settings(args.calibration, args.search_seconds, force=args.force)
     with tempfile.TemporaryDirectory() as folder:
         source = args.checkpoint
         if not foreign:

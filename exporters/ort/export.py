@@ -138,7 +138,7 @@ def convert_onnx(
     with atomic(out) as temporary:
         onnx_file.write_onnx(proto, temporary)
         made = OrtSession(temporary, 1)
-        return agreement.gated_row(out, (reference, made), x, labels, how.drop)
+        return agreement.gated_row(out, (reference, made), x, labels, how.drop, how.force)
 
 
 def write_embedded(source: Path, out: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.artifact import agreement, inputs, onnx_file
+from exporters.artifact import agreement, inputs, metadata, onnx_file
 from exporters.artifact.runtime import Calibration
 from exporters.artifact.session import Array
 from exporters.ort import quantize, sensitive
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import onnx
 
 CALIBRATION = 256  # images to calibrate on, and as many at most to judge by
-FEWEST = 8  # images int8 can be made from
+FEWEST = 8  # different images int8 can be made from
+MIN_DEVIATION = 1e-3  # of an image's normalised pixels, below which it is of one colour
 NO_CALIBRATION = "--precision int8: no --calib; give a folder of images like those to come"
 
 
@@ -43,12 +44,14 @@ class Settings:
     calibration: Calibration = "minmax"
     search_s: float = 60.0
     drop: float = 0.01  # top-1 that may be lost on the images to judge by, as a fraction
+    force: bool = False  # write a conversion that parity cannot decide
 
 
 def calibration_images(source: Path, folder: Path | None) -> CalibrationImages:
     """Every other image of a folder to calibrate on, the others to judge by, as the ONNX's notes prepare them.
 
-    Raises UserError: no folder given, fewer than 8 images, a network that answers NaN: its ranges have no scale.
+    Raises UserError: no folder given, fewer than 8 different images, images of one class alone, a network that
+    answers NaN: its ranges have no scale.
     """
     if folder is None:
         raise UserError(NO_CALIBRATION)
@@ -58,12 +61,31 @@ def calibration_images(source: Path, folder: Path | None) -> CalibrationImages:
     fewest = max(FEWEST, 2 * batch)
     if len(x) < fewest:
         raise UserError(f"--calib {folder}: holds {len(x)} images; int8 needs {fewest}")
+    _check_variety(folder, x, labels, len(metadata.classes(session.metadata)))
     if not np.isfinite(session.run(x[:batch])).all():
         raise UserError(
             f"{source}: answers {folder} with NaN or infinity: int8 has no range for that"
         )
     held = slice(1, len(x) // 2 // batch * batch * 2, 2)
     return CalibrationImages(x[::2], x[held], labels[held])
+
+
+def _check_variety(folder: Path, x: Array, labels: NDArray[np.int64], classes: int) -> None:
+    """Raise UserError where images (N, 3, S, S) cannot show the ranges that activations take."""
+    flat = x.reshape(len(x), -1)
+    varied = flat[flat.std(axis=1) > MIN_DEVIATION]
+    different = len({row.tobytes() for row in varied})
+    if different < FEWEST:
+        raise UserError(
+            f"--calib {folder}: got {different} different images that are not of one colour, of {len(x)}; "
+            f"expected {FEWEST} or more; give images like those to come"
+        )
+    known = set(labels[labels >= 0].tolist())
+    if classes > 1 and len(known) == 1 and (labels >= 0).all():
+        raise UserError(
+            f"--calib {folder}: got images of {len(known)} class of {classes}; expected several; give images "
+            "of all classes"
+        )
 
 
 def quantize_within_gates(
@@ -96,6 +118,7 @@ def quantize_within_gates(
 def add_options(p: argparse.ArgumentParser) -> None:
     """The options that int8 is made by."""
     add = p.add_argument
+    add("--force", action="store_true", help="write a conversion whose parity is UNDECIDED too")
     add("--calib", type=Path, help="images to calibrate int8 on: a folder or a prepared one")
     add("--calibration", choices=tuple(quantize.METHODS), default="minmax", help="of the ranges")
     add(

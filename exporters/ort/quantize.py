@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporters.artifact import onnx_file
+from exporters.artifact import inputs, onnx_file
 from exporters.artifact.quiet import quiet
 from exporters.artifact.session import Array
+from pipeline.core.errors import UserError
 
 if TYPE_CHECKING:
     import onnx
@@ -31,7 +32,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.transformers.float16 import convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    with quiet():
+    with onnx_file.library_errors(model, "fp16"), quiet():
         half = convert_float_to_float16(fold(model), keep_io_types=True)
         OnnxModel.graph_topological_sort(half.graph)  # the converter appends the input's Cast last
     return _noted(half, model, "fp16")
@@ -59,7 +60,8 @@ class Calibrated:
         self, model: onnx.ModelProto, x: Array, symmetric: bool = False, method: str = "minmax"
     ) -> None:
         self.source, self.symmetric = model, symmetric
-        self.folded = _named(fold(model))
+        with onnx_file.library_errors(model, "int8"):
+            self.folded = _named(fold(model))
         self.groups = groups(self.folded)
         self._x, self._method = x, METHODS[method]
         self._folder = tempfile.TemporaryDirectory()
@@ -86,7 +88,7 @@ class Calibrated:
         given = type(self.folded)()
         # the quantizer moves its weights into files that are gone afterwards
         given.CopyFrom(self.folded)
-        with quiet():
+        with onnx_file.library_errors(self.folded, "int8"), quiet():
             q.quantize_static(
                 given,
                 path,
@@ -140,7 +142,9 @@ def fold(model: onnx.ModelProto) -> onnx.ModelProto:
 
     domains = {entry.domain for entry in model.opset_import}
     if onnx_file.opset(model) < PER_CHANNEL_OPSET:
-        model = onnx.version_converter.convert_version(model, FOLDED_OPSET)
+        converted = onnx.version_converter.convert_version(model, FOLDED_OPSET)
+        _prove_conversion(model, converted)
+        model = converted
     model = _without_weights_as_inputs(model)
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
@@ -153,6 +157,28 @@ def fold(model: onnx.ModelProto) -> onnx.ModelProto:
     del folded.opset_import[:]
     folded.opset_import.extend(kept)
     return folded
+
+
+def _prove_conversion(source: onnx.ModelProto, converted: onnx.ModelProto) -> None:
+    """Raise UserError where a network answers otherwise after the conversion of its opset."""
+    import onnxruntime as ort
+
+    outputs = []
+    for model in (source, converted):
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        bare = _without_weights_as_inputs(model).SerializeToString()
+        session = ort.InferenceSession(bare, options, providers=["CPUExecutionProvider"])
+        entry = session.get_inputs()[0]
+        batch, _, *sides = (side if isinstance(side, int) else 2 for side in entry.shape)
+        x = inputs.smooth(batch, *sides)[:, : entry.shape[1]]
+        outputs.append(session.run(None, {entry.name: x})[0])
+    before, after = outputs
+    if before.shape != after.shape or not np.allclose(before, after, rtol=1e-3, atol=1e-4):
+        raise UserError(
+            f"opset: got other outputs after the conversion from {onnx_file.opset(source)} to {FOLDED_OPSET}; "
+            "expected the same; export the network at opset 17 or later"
+        )
 
 
 def _without_weights_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> None:
     if args.onnx.suffix != ".onnx":
         raise UserError(f"{args.onnx}: suffix is {args.onnx.suffix!r}; the input is an .onnx file")
     out = (args.out or args.onnx.parent) / f"{args.onnx.stem}.xml"
-    how = int8.Settings(args.calibration, args.search_seconds)
+    how = int8.Settings(args.calibration, args.search_seconds, force=args.force)
     pictures = int8.calibration_images(args.onnx, args.calib) if "int8" in wanted else None
 
     def write(precision: str) -> None:

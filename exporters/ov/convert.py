@@ -89,7 +89,7 @@ def convert_to_ir(
         else:
             write_ir(source, draft, precision == "fp16", batch)
         session = OvSession(draft, 1, "fp32")
-        row = agreement.gated_row(out, (reference, session), x, labels, how.drop)
+        row = agreement.gated_row(out, (reference, session), x, labels, how.drop, how.force)
         replace_ir(draft, out)
     return row
 

@@ -44,6 +44,8 @@ def main(args: argparse.Namespace) -> None:
     print(f"{len(x)} of {source}, gate of {precision}: {line}")
     if verdict == "FAIL":
         raise GateFailed(f"{args.b} is not {args.a}: {reason}")
+    if verdict == "UNDECIDED":
+        raise GateFailed(f"{args.b} and {args.a}: parity is UNDECIDED: {reason}; give --images")
 
 
 def parser() -> argparse.ArgumentParser:

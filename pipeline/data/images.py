@@ -21,10 +21,8 @@ SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif"}
 class BrokenImage(UserError):
     """An image that cannot be decoded; under `prepare.on_error: skip` the run goes on without it."""
 
-    def __init__(self, origin: str, reason: str) -> None:
-        super().__init__(
-            f"{origin}: not a readable image ({reason}); repair or remove it, or set prepare.on_error: skip"
-        )
+    def __init__(self, origin: str, reason: str, remedy: str = "repair or remove it") -> None:
+        super().__init__(f"{origin}: not a readable image ({reason}); {remedy}")
         self.origin, self.reason = origin, reason
 
 

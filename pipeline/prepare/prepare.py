@@ -217,7 +217,8 @@ def _noting_frames(sample: Sample, animated: list[str]) -> Image.Image:
 def _with_path(error: BrokenImage, config: Prepare) -> BrokenImage:
     """The error with the whole path of a file below `prepare.path`."""
     path = Path(config.path or "") / error.origin
-    return BrokenImage(str(path), error.reason) if os.path.lexists(path) else error
+    origin = str(path) if os.path.lexists(path) else error.origin
+    return BrokenImage(origin, error.reason, "repair or remove it, or set prepare.on_error: skip")
 
 
 def _reserve(path: Path) -> None:
