@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CALIBRATION = 256  # images to calibrate on, and as many at most to judge by
 FEWEST = 8  # different images int8 can be made from
-MIN_DEVIATION = 1e-3  # of an image's normalised pixels, below which it is of one colour
+MIN_DEVIATION = 1e-3  # of a channel's normalised pixels, below which it is of one colour
 NO_CALIBRATION = "--precision int8: no --calib; give a folder of images like those to come"
 
 
@@ -72,9 +72,8 @@ def calibration_images(source: Path, folder: Path | None) -> CalibrationImages:
 
 def _check_variety(folder: Path, x: Array, labels: NDArray[np.int64], classes: int) -> None:
     """Raise UserError where images (N, 3, S, S) cannot show the ranges that activations take."""
-    flat = x.reshape(len(x), -1)
-    varied = flat[flat.std(axis=1) > MIN_DEVIATION]
-    different = len({row.tobytes() for row in varied})
+    varied = x[x.std(axis=(2, 3)).max(axis=1) > MIN_DEVIATION]
+    different = len({image.tobytes() for image in varied})
     if different < FEWEST:
         raise UserError(
             f"--calib {folder}: got {different} different images that are not of one colour, of {len(x)}; "
