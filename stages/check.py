@@ -74,6 +74,11 @@ def checked(params: Path) -> str:
             f"{nearest(export.method, (BEST, *distill.methods))}"
         )
     check_targets(report.budgets, bench.enabled)
+    if "gain_min" in report.budgets and "plain" not in distill.methods:
+        raise UserError(
+            f"report.budgets: got gain_min, a gain over plain, with distill.methods {', '.join(distill.methods)}; "
+            "expected plain among them; add it"
+        )
     tap = pair(prepare, teach, cache, distill)
     return f"{teach.model} teaches {distill.student} at {prepare.image_size} px, {tap}"
 

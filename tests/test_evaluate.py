@@ -57,6 +57,13 @@ def test_models_are_judged_clean_and_noisy_with_what_they_saw(
         assert judged["clean"]["n"] == 400 and judged["noisy"]["n"] == 2000
         kinds = [k["top1"] for k in judged["noisy_by_kind"].values()]
         assert judged["noisy"]["top1"] == pytest.approx(np.mean(kinds), abs=1e-6)
+    top1 = {name: judged["clean"]["top1"] for name, judged in found["models"].items()}
+    for name in ("teacher", "cakd"):
+        (compared,) = found["models"][name]["against"].values()
+        assert compared["points"] == pytest.approx(100 * (top1[name] - top1["plain"]), abs=1e-3)
+        assert compared["better"] - compared["worse"] == round(4 * compared["points"])
+        assert compared["low"] < compared["points"] < compared["high"]
+    assert found["models"]["plain"]["against"] == {}
     assert found["models"]["teacher"]["labels_seen"] == 1297
     assert found["models"]["cakd"]["labels_seen"] == 50
     assert found["models"]["teacher"]["params"] > 0 and found["models"]["plain"]["macs"] > 0

@@ -203,6 +203,12 @@ def test_a_mistake_in_params_yaml_is_told_before_anything_runs(mistake, params, 
     assert message.format(timm=timm.__version__) in said
 
 
+def test_a_budget_of_a_gain_needs_plain(params, tell):
+    changes = {"report.budgets": {"gain_min": 1.0}, "distill.methods": ["logits"]}
+    said = tell("stages.check", "--params", params(changes))
+    assert "got gain_min, a gain over plain, with distill.methods logits; expected plain" in said
+
+
 @pytest.mark.parametrize(
     ("key", "where"),
     [("teach.kwargs", "teach.model"), ("distill.student_kwargs", "distill.student")],

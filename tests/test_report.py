@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.prepared import Prepared
+from pipeline.evaluate.selection import choose
 from pipeline.report import gallery, wording
 from pipeline.report import page as report_page
 from pipeline.report.page import markdown
@@ -365,6 +366,8 @@ def test_a_target_that_is_not_enabled_leaves_no_trace(run: Run) -> None:
         ({"ort-fp23.wall_ms_max": 1}, "did you mean 'ort-fp32'?"),
         ({"ort-fp32.top1_min": 0.9}, "use 'top1_min'"),
         ({"top1_min": 90}, "0.9 for 90 %"),
+        ({"gain_min": 101}, "gain_min is 101.0; allowed: points, -100 to 100"),
+        ({"ort-fp32.gain_min": 1}, "use 'gain_min'"),
         ({"wall_ms_max": 0}, "budgets: wall_ms_max is 0.0; allowed: above 0"),
         ({"top1_min": "high"}, "expected a number, got 'high'"),
     ],
@@ -401,6 +404,8 @@ def test_a_missing_or_foreign_file_is_named_in_one_line(run: Run, name: str) -> 
     [
         ("top1_min", 0.885, 0.885, "PASS"),
         ("top1_min", 0.886, 0.885, "FAIL"),
+        ("gain_min", 7.5, 7.5, "PASS"),
+        ("gain_min", 7.6, 7.5, "FAIL"),
         ("params_max", 1_520_905, 1_520_906, "FAIL"),
         ("size_mb_max", 1.6, 1.6, "PASS"),  # the smallest measured target: ort-int8
         ("ort-fp32.size_mb_max", 1.6, 6.1, "FAIL"),
@@ -485,6 +490,115 @@ def test_students_stand_beside_the_teacher_with_labels_and_points(run: Run) -> N
     assert "plain, logits, cakd and cakd+logits saw 50 of 1,297 labels (3.9 %)." in text
     assert "cakd attention 0.914, tokens 0.873" in text
     assert "Noisy: every test image with each of jpeg, shot noise." in text
+
+
+def differences(**points: tuple[float, float, float]) -> dict[str, Any]:
+    """`against` of accuracy.json: baseline to points, low and high."""
+    keys = ("points", "low", "high")
+    counts = {"better": 9, "worse": 9}
+    return {b: {**counts, **dict(zip(keys, values, strict=True))} for b, values in points.items()}
+
+
+def weak_teacher(shipped: str, top1: float, *interval: float) -> dict[str, Any]:
+    """Figures of the field: the teacher below plain; the exported student `top1`."""
+    found = accuracy()
+    for name, figure in {"teacher": 0.688, "plain": 0.731, shipped: top1}.items():
+        found["models"][name]["clean"]["top1"] = figure
+    if interval:
+        found["models"][shipped]["against"] = differences(plain=(100 * top1 - 73.1, *interval))
+    return found
+
+
+def test_a_student_that_gained_nothing_is_never_shipped_under_a_green_pass(run: Run) -> None:
+    run.write("accuracy.json", weak_teacher("cakd", 0.715, -4.0, 0.9))
+    done = stage(run)
+    assert done.returncode == 0 and "NO GAIN" in done.stdout
+    first = (run.folder / "out/edge.md").read_text().splitlines()[0]
+    assert first.startswith("**NO GAIN**: cakd reaches 71.5 % clean top-1, −1.6 \\[−4.0, ")
+    assert "+0.9\\] points against plain" in first and "(teacher 68.8 %)" in first
+    assert "the teacher is not better than plain (73.1 %)" in first
+    assert "cakd is not better than plain" in first
+    assert "a stronger or pretrained teacher, or more unlabelled images, or ship plain" in first
+    page = (run.folder / "out/index.html").read_text()
+    assert '<strong class="NO-GAIN">NO GAIN</strong>' in page and ".NO-GAIN," in page
+    assert '<strong class="PASS">PASS</strong>:' not in page
+
+
+@pytest.mark.parametrize(
+    ("teacher", "against", "status", "reasons"),
+    [
+        (0.97, {"plain": (3.0, 0.4, 5.6)}, "PASS", []),
+        (0.97, {"plain": (3.0, -0.1, 6.1)}, "NO GAIN", ["cakd is not better than plain"]),
+        (0.73, {"plain": (3.0, 0.4, 5.6)}, "NO GAIN", ["the teacher is not better than plain"]),
+        (
+            0.97,
+            {"plain": (9.0, 5.0, 13.0), "control": (0.5, -2.0, 3.0)},
+            "NO GAIN",
+            ["cakd is not better than its control control, +0.5 [−2.0, +3.0] points"],
+        ),
+    ],
+)
+def test_no_gain_is_a_teacher_or_an_interval_that_is_not_above(
+    run: Run,
+    teacher: float,
+    against: dict[str, tuple[float, float, float]],
+    status: str,
+    reasons: list[str],
+) -> None:
+    found = accuracy()
+    found["models"]["teacher"]["clean"]["top1"] = teacher
+    found["models"]["cakd"]["against"] = differences(**against)
+    run.write("accuracy.json", found)
+    verdict = summary(run)["verdict"]
+    assert verdict["status"] == status and len(verdict["no_gain"]) == len(reasons)
+    for reason, start in zip(verdict["no_gain"], reasons, strict=True):
+        assert reason.startswith(start)
+    assert not verdict["failures"]
+
+
+def test_a_run_whose_teacher_is_weak_ships_plain_says_why_and_fails_a_gate_of_its_gain(
+    run: Run,
+) -> None:
+    models = weak_teacher("cakd", 0.715)["models"]
+    judged = {m: {"top1": f["clean"]["top1"], "nll": 1.0, "n": 400} for m, f in models.items()}
+    for method in ("teacher", "logits", "cakd+logits"):
+        del judged[method]
+    chosen, reason = choose(judged)
+    assert chosen == "plain"
+    run.write("accuracy.json", weak_teacher("cakd", 0.715))
+    run.write("selection.json", {**selection("plain"), "reason": reason})
+    run.write("evidence.json", evidence(Prepared.open(run.prepared), "plain"))
+    assert stage(run).returncode == 0
+    first = (run.folder / "out/edge.md").read_text().splitlines()[0]
+    assert first.startswith("**NO GAIN**: plain reaches 73.1 % clean top-1 (teacher 68.8 %)")
+    assert "plain is exported (best top-1 on val, 73.1 % of 400 images)" in first
+    assert "; use a stronger or pretrained teacher, or more unlabelled images." in first
+    run.params({"gain_min": 1.0})
+    done = stage(run)
+    assert done.returncode == 3
+    assert "budget gain_min: got 0.0, limit 1.0" in done.stderr
+    assert (run.folder / "out/edge.md").read_text().startswith("**FAIL**: plain reaches")
+
+
+def test_a_run_without_plain_cannot_keep_a_gain(run: Run) -> None:
+    found = accuracy()
+    del found["models"]["plain"]
+    run.write("accuracy.json", found)
+    edge = summary(run, {"gain_min": 0.5})
+    assert edge["verdict"]["status"] == "FAIL" and edge["verdict"]["no_gain"] == []
+    assert edge["budgets"][0]["verdict"] == "NOT MEASURED"
+    assert "against plain" not in wording.headline(edge)
+
+
+def test_the_table_has_each_control_with_its_interval(run: Run) -> None:
+    found = accuracy()
+    found["models"]["cakd"]["against"] = differences(plain=(7.5, 3.1, 11.9), control=(5, 1, 9))
+    run.write("accuracy.json", found)
+    text = markdown([summary(run)])
+    row = [cell.replace("\\", "") for cell in cells(text, "cakd (shipped)")]
+    assert row[-3:] == ["+7.5 [+3.1, +11.9]", "+2.2", "+5.0 [+1.0, +9.0]"]
+    assert cells(text, "logits")[-3:] == ["+5.2", "–", "–"]
+    assert "against control (points)" in text
 
 
 def test_a_shipped_student_below_its_baseline_is_told(run: Run) -> None:

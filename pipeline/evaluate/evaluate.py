@@ -18,6 +18,7 @@ from pipeline.distill.methods.cakd import Projectors, load_projectors
 from pipeline.evaluate import evidence
 from pipeline.evaluate.accuracy import Evaluate, accuracy, judged_rows
 from pipeline.evaluate.corruptions import NOISE
+from pipeline.evaluate.paired import Hits, against
 from pipeline.models import checkpoint, teacher
 from pipeline.models.student import Taps
 
@@ -36,11 +37,13 @@ def evaluate(
     figures: Document = {}
     errors: Document = {}
     maps: dict[str, Tensor] = {}
+    hits: dict[str, Hits] = {}
 
     def judge(name: str, model: nn.Module, description: Document) -> None:
         found, logits = accuracy(model, description["preprocess"], prepared, config)
         figures[name] = found | _facts(model, description, prepared)
         errors[name] = evidence.errors(logits, prepared, rows)
+        hits[name] = logits.argmax(dim=1).numpy() == prepared.labels[rows]
 
     judge("teacher", live.tail.vit, live.description)
     taught = live(batch)
@@ -57,6 +60,8 @@ def evaluate(
             projected = Projected(student, description["preprocess"], projectors, taps)
             figures[method]["cosine"] = similarity(projected, live, prepared, config)
             maps[method] = projected.received_attention(batch)
+    for name, found in against(hits).items():
+        figures[name]["against"] = found
     common = {"split": config.split, "classes": list(prepared.classes)}
     inputs = {"teacher": teacher_path} | {p.parent.name: p for p in students}
     made_by = artifacts.provenance(config.__dict__, **inputs) | prepared.made_of()

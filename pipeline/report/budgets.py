@@ -6,12 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.core.errors import UserError, nearest
+from pipeline.report.gain import gain
 from pipeline.report.verdict import noisy
 
 MAX_BUDGET = 1e15  # of a budget: no file, time or network is larger
 
 BUDGETS = {  # name in `report.budgets` -> how it is read in a sentence
     "top1_min": "clean top-1 (fraction)",
+    "gain_min": "clean top-1 less plain's (points)",
     "wall_ms_max": "latency p50 (ms)",
     "size_mb_max": "file size (MB)",
     "params_max": "parameters",
@@ -45,9 +47,8 @@ def judge_budget(summary: Mapping[str, Any], name: str, limit: float) -> dict[st
             best, target = min(found)
             what = f"{what} of {target}"
     elif summary["shipped"] in summary["models"]:
-        shipped = summary["models"][summary["shipped"]]
-        figure = shipped["clean"]["top1"] if quantity == "top1_min" else shipped["params"]
-        best = (figure, figure)
+        figure = _figure(summary, quantity)
+        best = None if figure is None else (figure, figure)
     verdict = "NOT MEASURED"
     if best is not None:
         kept = best[0] >= limit if quantity.endswith("_min") else best[0] <= limit
@@ -60,6 +61,16 @@ def judge_budget(summary: Mapping[str, Any], name: str, limit: float) -> dict[st
         "value": best[0] if best else None,
         "verdict": verdict,
     }
+
+
+def _figure(summary: Mapping[str, Any], quantity: str) -> float | None:
+    """What the exported student has of a quantity that no target decides; None where it was not measured."""
+    shipped = summary["models"][summary["shipped"]]
+    if quantity == "gain_min":
+        gained = gain(summary)
+        return gained.points if gained else None
+    found: float = shipped["clean"]["top1"] if quantity == "top1_min" else shipped["params"]
+    return found
 
 
 def _bounds(row: Mapping[str, Any], quantity: str) -> tuple[float, float]:

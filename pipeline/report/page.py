@@ -21,7 +21,7 @@ Earlier = Sequence[tuple[str, Summary]]
 
 TEMPLATES = Path(__file__).parent / "templates"
 FILTERS = (
-    *("figure", "percent", "points", "millions", "top1"),
+    *("figure", "percent", "millions", "top1"),
     *("labels", "p50", "speedup", "precision", "parity", "status", "flat"),
     *("ratio", "interval", "clock", "day", "counted", "p50_interval", "details", "left_out"),
 )
@@ -91,12 +91,12 @@ def _fill(
         **escaping,
     )
     environment.filters.update({name: getattr(wording, name) for name in FILTERS})
+    environment.globals["against"] = wording.against
     environment.filters |= {"unbroken": unbroken, "thousands": "{:,}".format}
     return environment.get_template(template).render(
         runs=_told_apart([_worded(s) for s in summaries]),
         gallery=gallery,
         several=len(summaries) > 1,
-        baselines=BASELINES,
         unmeasured=wording.NONE,
     )
 
@@ -117,6 +117,11 @@ def _worded(summary: Summary) -> dict[str, Any]:
         "machine_name": wording.machine_name(summary["machine"]),
         "headline": wording.headline(summary),
         "cards": wording.cards(summary),
+        "baselines": list(
+            dict.fromkeys(
+                [*BASELINES, *(b for m in summary["models"].values() for b in m.get("against", {}))]
+            )
+        ),
         "cosines": wording.cosines(summary["models"]),
         "circumstances": wording.circumstances(summary["targets"]),
         "labels": wording.labels_in_words(summary["models"]),

@@ -26,8 +26,9 @@ BASELINES = ("plain", "logits")  # every method is compared with these two, in p
 class Report:
     """`report:` the title, and the budgets the shipped student must keep.
 
-    A budget is `top1_min`, `params_max`, `wall_ms_max` or `size_mb_max`. The last two may name a target
-    (`ort-fp32.wall_ms_max`); without one they hold the best measured target.
+    A budget is `top1_min`, `gain_min` (points of clean top-1 above `plain`), `params_max`, `wall_ms_max` or
+    `size_mb_max`. The last two may name a target (`ort-fp32.wall_ms_max`); without one they hold the best measured
+    target.
     """
 
     title: str = "Student at the edge"
@@ -42,7 +43,9 @@ class Report:
                 raise ValueError(f"budgets: {name!r} is not a figure of a target; use {quantity!r}")
             if quantity == "top1_min" and not 0 <= limit <= 1:
                 raise ValueError(f"budgets: {name} is {limit}; allowed: a fraction, 0.9 for 90 %")
-            if quantity != "top1_min" and not 0 < limit <= MAX_BUDGET:
+            if quantity == "gain_min" and not -100 <= limit <= 100:
+                raise ValueError(f"budgets: {name} is {limit}; allowed: points, -100 to 100")
+            if quantity not in ("top1_min", "gain_min") and not 0 < limit <= MAX_BUDGET:
                 raise ValueError(
                     f"budgets: {name} is {limit}; allowed: above 0, {MAX_BUDGET:g} at most"
                 )

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.report.gain import no_gain
+
 MODELS = ("student", "teacher")
 KEPT = ("PASS", "ALLOWED")  # verdicts of a gate that is open; ALLOWED: the user said so
 
@@ -115,16 +117,18 @@ def _ratio(found: Mapping[str, Any]) -> str:
 def judge(summary: Mapping[str, Any]) -> dict[str, Any]:
     """The status with the reasons, and notes: what a reader must know although it fails nothing.
 
-    FAIL: a gate failed; INCONCLUSIVE: none did, but a comparison with a baseline decided nothing;
-    NOT JUDGED: there was no parity, no budget and no baseline.
+    FAIL: a gate failed; NO GAIN: none did, but distillation gained nothing; INCONCLUSIVE: nor that, but a
+    comparison with a baseline decided nothing; NOT JUDGED: there was no parity, no budget and no baseline.
     """
     found = gates(summary)
     failures = [gate.message for gate in found if gate.failed]
     undecided = any(c["verdict"] not in KEPT for c in summary.get("comparisons", []))
     judged = any(g.kind != "precision" for g in found)
+    without_gain = no_gain(summary)
     status = "INCONCLUSIVE" if undecided else "PASS" if judged else "NOT JUDGED"
     return {
-        "status": "FAIL" if failures else status,
+        "status": "FAIL" if failures else "NO GAIN" if without_gain else status,
+        "no_gain": without_gain,
         "failures": failures,
         "notes": list(_notes(summary, found)),
     }

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.report.gain import advice, gain, points
 from pipeline.report.verdict import MODELS, fall_back, fell_back, noisy, threads
 
 NONE = "not measured"
@@ -27,14 +28,6 @@ def percent(fraction: float | None) -> str:
     return NONE if fraction is None else f"{100 * fraction:.1f}"
 
 
-def points(value: float | None) -> str:
-    """A difference in percentage points, signed: "+1.3"; a dash where there is nothing to compare."""
-    if value is None:
-        return "–"
-    rounded = round(value, 1) + 0.0  # no minus zero
-    return f"{rounded:+.1f}".replace("-", "−")
-
-
 def millions(value: int | None) -> str:
     """2543210 -> "2.54"."""
     return NONE if value is None else figure(value / 1e6)
@@ -51,6 +44,13 @@ def top1(model: Section, split: str) -> str:
     share = score["top1"]
     error = math.sqrt(share * (1 - share) / model["clean"]["n"])
     return f"{percent(share)} ± {100 * error:.1f}"
+
+
+def against(summary: Section, name: str, baseline: str) -> str:
+    """A model's difference of clean top-1 from a baseline, with its interval: "+7.5 [+3.1, +11.9]"."""
+    model = summary["models"][name]
+    compared = baseline in {**model["points"], **model.get("against", {})}
+    return str(gain(summary, name, baseline)) if compared else points(None)
 
 
 def labels(model: Section) -> str:
@@ -249,7 +249,9 @@ def headline(summary: Section) -> str:
         own = percent(models[summary["shipped"]]["clean"]["top1"])
         teacher = models.get("teacher")
         beside = f" (teacher {percent(teacher['clean']['top1'])} %)" if teacher else ""
-        parts.append(f"{summary['shipped']} reaches {own} % clean top-1{beside}")
+        parts.append(
+            f"{summary['shipped']} reaches {own} % clean top-1{_over_plain(summary)}{beside}"
+        )
     if best:
         noise = " (NOISY)" * noisy(best["student"])
         parts.append(f"{figure(best['student']['wall_ms']['p50'])} ms{noise} on {best['target']}")
@@ -260,7 +262,19 @@ def headline(summary: Section) -> str:
     if summary["budgets"]:
         kept = sum(b["verdict"] == "PASS" for b in summary["budgets"])
         parts.append(f"{kept} of {len(summary['budgets'])} budgets kept")
-    return ", ".join(parts) or "nothing was measured"
+    sentence = ", ".join(parts) or "nothing was measured"
+    reasons = summary["verdict"].get("no_gain", [])
+    if not reasons:
+        return sentence
+    return f"{sentence}. No gain from distillation: {'; '.join(reasons)}; {advice(summary)}"
+
+
+def _over_plain(summary: Section) -> str:
+    """What the exported student gained over plain, for the headline; empty where there is nothing to compare."""
+    gained = gain(summary)
+    if gained is None or summary["shipped"] == "plain":
+        return ""
+    return f", {gained} points against plain"
 
 
 def compared(comparisons: Sequence[Section]) -> str:
