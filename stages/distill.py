@@ -13,6 +13,7 @@ from pipeline.data import prepared
 from pipeline.distill import curves, distill
 from pipeline.distill.settings import PERF_SCHEMA, Distill
 from pipeline.store.policy import Cache
+from pipeline.store.reading import open_manifest
 from pipeline.training import ranks as training_ranks
 
 
@@ -41,6 +42,7 @@ def main(args: argparse.Namespace) -> None:
             **artifacts.rounded(figures, 4),
             "losses": artifacts.rounded(curves.final(lines)),
             "method": args.method,
+            "teacher_r12": open_manifest(args.features).get("r12"),
             "machine": machine.machine(),
             "provenance": artifacts.provenance(student=args.out / "student.safetensors"),
         },

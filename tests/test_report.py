@@ -590,6 +590,19 @@ def test_a_run_without_plain_cannot_keep_a_gain(run: Run) -> None:
     assert "against plain" not in wording.headline(edge)
 
 
+def test_the_report_says_why_a_student_is_exported_and_how_sure_its_teacher_is(run: Run) -> None:
+    edge = summary(run)
+    assert "R12" not in markdown([edge]) and "Exported: cakd, best top-1" in markdown([edge])
+    trained = train_perf()
+    trained["methods"]["plain"]["teacher_r12"] = None
+    trained["methods"]["cakd"]["teacher_r12"] = {"mean": 2.7439, "views": 10376}
+    run.write("train_perf.json", trained)
+    edge = summary(run)
+    for text in (markdown([edge]), report_page.page([edge])):
+        assert "R12 of the teacher: 2.74, its largest raw logit over the second largest" in text
+        assert "mean of 10,376 cached views" in text and "arXiv 2605.15689" in text
+
+
 def test_the_table_has_each_control_with_its_interval(run: Run) -> None:
     found = accuracy()
     found["models"]["cakd"]["against"] = differences(plain=(7.5, 3.1, 11.9), control=(5, 1, 9))

@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file
+
+from pipeline.store import overconfidence
 
 
 @pytest.fixture
@@ -33,8 +38,26 @@ def test_info_says_what_is_in_a_store(store):
     assert {"mode", "dtype", "views", "images", "bytes_per_view", "error", "fingerprint"} <= set(
         found
     )
+    logits = np.concatenate(
+        [load_file(p)["logits"] for p in sorted(store.folder.glob("*.safetensors"))]
+    ).astype(float)
+    first, second = np.sort(logits, axis=1)[:, :-3:-1].T
+    assert found["r12"]["views"] == (second > 0).sum()
+    ratio = (first / second)[second > 0].mean()
+    assert found["r12"]["mean"] == pytest.approx(ratio) and found["r12"]["mean"] > 1
     shown = store("info").stdout
+    assert "R12 of the teacher" in shown
     assert "bytes a view" in shown and "geometry.crop" in shown and "version of torch" in shown
+
+
+def test_r12_is_the_mean_ratio_of_the_two_largest_logits_where_the_second_is_above_0():
+    shards = [
+        overconfidence.ratios(torch.tensor([[1.0, 4.0, 2.0], [9.0, 3.0, -5.0]])),
+        overconfidence.ratios(torch.tensor([[5.0, -1.0, -2.0], [6.0, 6.0, 0.0], [5.0, 0.0, 0.0]])),
+    ]
+    found = overconfidence.r12({"ratios": shard} for shard in shards)
+    assert found == {"mean": pytest.approx((2 + 3 + 1) / 3), "views": 3}
+    assert overconfidence.r12([]) is None
 
 
 def test_verify_tells_the_largest_and_the_mean_error_of_every_tensor(store):

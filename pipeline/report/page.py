@@ -122,6 +122,7 @@ def _worded(summary: Summary) -> dict[str, Any]:
                 [*BASELINES, *(b for m in summary["models"].values() for b in m.get("against", {}))]
             )
         ),
+        "choice": wording.choice(summary),
         "cosines": wording.cosines(summary["models"]),
         "circumstances": wording.circumstances(summary["targets"]),
         "labels": wording.labels_in_words(summary["models"]),

@@ -95,6 +95,7 @@ def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[
         "title": config.title,
         "shipped": shipped,
         "selection": {key: selection[key] for key in ("split", "methods", "reason")},
+        "teacher_r12": next(filter(None, (t.get("teacher_r12") for t in training.values())), None),
         "noise": accuracy.get("noise", []),
         "models": compare(accuracy["models"]),
         "targets": [

@@ -82,6 +82,20 @@ def cosines(models: Section) -> str:
     )
 
 
+def choice(summary: Section) -> list[str]:
+    """Sentences about the students' table: why one of them is exported, and how sure its teacher is."""
+    sentences = []
+    if chosen := summary.get("selection"):
+        sentences.append(f"Exported: {summary['shipped']}, {chosen['reason']}.")
+    if sure := summary.get("teacher_r12"):
+        sentences.append(
+            f"R12 of the teacher: {figure(sure['mean'])}, its largest raw logit over the second largest, mean of "
+            f"{sure['views']:,} cached views. Of two teachers the one with the smaller R12 is more likely to "
+            "teach well (arXiv 2605.15689)."
+        )
+    return sentences
+
+
 def circumstances(targets: Sequence[Section]) -> list[str]:
     """The batch sizes and thread counts behind the milliseconds: "batch 1, 1 thread"."""
     return list(

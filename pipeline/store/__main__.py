@@ -29,6 +29,7 @@ INFO = (
 )
 UNITS = {
     "bytes_per_view": "bytes a view",
+    "r12": "R12 of the teacher (largest over second raw logit)",
     "total_gb": "size (GB)",
     "free_gb": "free on this disk (GB)",
     "disk_write_mb_per_s": "disk, writing in a row, synced (MB/s)",
@@ -46,6 +47,8 @@ def main(args: argparse.Namespace) -> None:
     if args.command == "info":
         manifest = verifying.check_bytes(args.store)
         found = {key: manifest[key] for key in INFO} | {"shards": len(manifest["shards"])}
+        if manifest.get("r12"):
+            found["r12"] = manifest["r12"]
     elif args.command == "verify":
         prepared = Prepared.open(args.prepared)
         prepared.verify()

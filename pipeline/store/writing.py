@@ -23,7 +23,7 @@ from pipeline.data import views
 from pipeline.data.prepared import Prepared, spread
 from pipeline.models import teacher
 from pipeline.models.teacher import TeacherOutputs
-from pipeline.store import encoding, policy, shards
+from pipeline.store import encoding, overconfidence, policy, shards
 from pipeline.store.policy import Cache, check_layout
 from pipeline.store.reading import SCHEMA, seal
 from pipeline.training import compute, resume
@@ -126,6 +126,7 @@ class Task:
                 "bytes_per_view": sum(e["bytes"] for e in entries) / self.total if entries else 0,
                 "fields": {name: field.described() for name, field in self.fields.items()},
                 "error": encoding.worst([e["error"] for e in entries if e["error"]]),
+                "r12": overconfidence.r12(entries),
                 "n_heads": found.n_heads,
                 "no_attention": found.no_attention,
                 "width": found.width,
@@ -247,6 +248,7 @@ def _save_shard(
             "bytes": path.stat().st_size,
             "sha256": artifacts.sha256(path),
             "error": errors,
+            "ratios": overconfidence.ratios(tensors["logits"]),
         },
     )
 
