@@ -14,7 +14,7 @@ from tests.house import ROOT
 from tests.test_schemas import problems
 
 SMALL = {
-    "teach": {"epochs": 1, "kwargs": VIT},
+    "teach": {"epochs": 1, "kwargs": {**VIT, "global_pool": "avg", "fc_norm": False}},
     "distill": {**tiny.PARAMS["distill"], "methods": ["plain", "cakd+logits"], "workers": 0},
     "bench": {**tiny.PARAMS["bench"], "enabled": ["ort-fp32"]},
 }

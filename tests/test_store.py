@@ -240,9 +240,9 @@ def test_the_statistics_of_h_are_taken_over_all_classes(prepared, teacher_path, 
     seen: list[int] = []
     exact = views.view_batch
 
-    def spy(images, geometry, seed, rows, ks):
+    def spy(images, geometry, seed, rows, *more):
         seen.extend(rows)
-        return exact(images, geometry, seed, rows, ks)
+        return exact(images, geometry, seed, rows, *more)
 
     order = np.argsort(prepared.labels, kind="stable")  # as an image folder's index is
     by_class = replace(
