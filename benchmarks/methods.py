@@ -21,7 +21,7 @@ from scipy import stats
 from benchmarks import record
 from benchmarks.runs import Run, Runs, merged
 from pipeline.core import artifacts, cli
-from pipeline.distill.methods.table import paired, terms_of
+from pipeline.distill.methods.table import paired, reads, terms_of
 from pipeline.distill.settings import Distill
 
 SCHEMA = "cakd.methods/3"
@@ -121,10 +121,11 @@ def main(args: argparse.Namespace) -> None:
     for seed in range(args.seeds):
         for shared in by_teacher:
             for method in methods:
-                runs[method].append(shared.run(settings, method, seed))
+                host = shared if reads(method, "teacher") else by_teacher[0]  # trained once
+                runs[method].append(host.run(settings, method, seed))
                 if args.controls and paired(method) and "control" not in method:
                     own = settings.of_method(method)
-                    control = shared.run(own, control_of(method), seed)
+                    control = by_teacher[0].run(own, control_of(method), seed)
                     controls.setdefault(method, []).append(control)
     result = {
         "recipe": args.recipe,
