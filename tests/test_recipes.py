@@ -184,7 +184,8 @@ def begin(name, folder, steps):
     distill = replace(section(settings.Distill, name), batch=batch, workers=0)
     found = {}
     for method in ("plain", "cakd+logits"):
-        trainer = build(distill, method, prepared, weights, store, policy)
+        own = distill.of_method(method)
+        trainer = build(own, method, prepared, weights, store, policy)
         before = [p.detach().clone() for p in trainer.student.parameters()]
         timer = stopwatch.Stopwatch()
         found[method] = [train_step(trainer, step, timer) for step in range(steps)]
