@@ -26,15 +26,15 @@ def drawn(run: Run) -> dict[str, str]:  # noqa: F811
     pairs = forest.of_pairs(edge["pairs"])
     heads = forest.of_comparisons([compared.comparison(), compared.comparison("ov-fp32")])
     found = {
-        "tradeoff": tradeoff.picture(edge),
-        "ecdf": ecdf.picture(edge),
-        "pairs": forest.picture(pairs, "pairs", "student time / teacher time"),
-        "baseline": forest.picture(heads, "baseline", "CPU time / baseline's"),
-        "size": bars.picture(edge, "size_mb", "size"),
-        "memory": bars.picture(edge, "rss_mb", "memory"),
+        "tradeoff": tradeoff.draw(edge),
+        "ecdf": ecdf.draw(edge),
+        "pairs": forest.draw(pairs, "pairs", "student time / teacher time"),
+        "baseline": forest.draw(heads, "baseline", "CPU time / baseline's"),
+        "size": bars.draw(edge, "size_mb", "size"),
+        "memory": bars.draw(edge, "rss_mb", "memory"),
         "latencies": timeline.latencies(past, "latencies"),
         "accuracies": timeline.accuracies(past, "accuracies"),
-        **dict(curves.pictures(edge["training"])),
+        **dict(curves.draw_all(edge["training"])),
     }
     assert all(found.values())
     return {name: str(picture) for name, picture in found.items()}
@@ -67,7 +67,7 @@ def test_labels_of_the_tradeoff_stay_apart_and_inside(run: Run) -> None:  # noqa
     for target in TARGETS:  # the worst case: all targets equally fast
         wall = {"p50": 1.0, "p90": None, "p99": None, "min": 1.0, "n": 90}
         change_row(run, target, wall_ms=wall)
-    picture = tradeoff.picture(summary(run))
+    picture = tradeoff.draw(summary(run))
     assert picture
     place = r'(?:translate\(([\d.]+) ([\d.]+)\)|x="([\d.]+)" y="([\d.]+)")'
     found = [
@@ -81,33 +81,33 @@ def test_labels_of_the_tradeoff_stay_apart_and_inside(run: Run) -> None:  # noqa
 
 
 def test_the_tradeoff_tells_intervals_and_budgets_in_words(run: Run) -> None:  # noqa: F811
-    words = said(tradeoff.picture(summary(run, BUDGETS)))
+    words = said(tradeoff.draw(summary(run, BUDGETS)))
     assert "student cakd: 88.5 % [85.0, 91.3]" in words
     assert "teacher: 97.2 % [95.1, 98.5]" in words
     limits = {"budget ort-fp32 ≤ 1 ms", "budget ≤ 2 ms", "budget ≥ 80 %"}
     assert limits <= set(words)
-    assert not [w for w in said(tradeoff.picture(summary(run))) if "budget" in w]
+    assert not [w for w in said(tradeoff.draw(summary(run))) if "budget" in w]
 
 
 def test_an_interval_of_the_latency_is_drawn_where_it_was_measured(run: Run) -> None:  # noqa: F811
-    before = tradeoff.picture(summary(run))
+    before = tradeoff.draw(summary(run))
     compared.with_pairs(run)
-    after = tradeoff.picture(summary(run))
+    after = tradeoff.draw(summary(run))
     assert before and after and after.count("<path") > before.count("<path")
 
 
 def test_a_noisy_row_is_named_in_every_picture_of_latencies(run: Run) -> None:  # noqa: F811
     change_row(run, "ort-fp32", flags=["NOISY", "load"])
     edge = summary(run)
-    assert any(w.startswith("ort-fp32 NOISY") for w in said(tradeoff.picture(edge)))
-    assert "ort-fp32 NOISY" in said(ecdf.picture(edge))
+    assert any(w.startswith("ort-fp32 NOISY") for w in said(tradeoff.draw(edge)))
+    assert "ort-fp32 NOISY" in said(ecdf.draw(edge))
 
 
 def test_a_student_alone_is_drawn_too(run: Run) -> None:  # noqa: F811
     edge = summary(run)
     for target in edge["targets"]:
         target["teacher"]["status"] = "skipped"
-    words = said(tradeoff.picture(edge))
+    words = said(tradeoff.draw(edge))
     assert not [w for w in words if w.startswith("teacher")]
     assert any(w.startswith("torch-eager") for w in words)
 
@@ -118,15 +118,15 @@ def test_nothing_measured_draws_nothing(run: Run) -> None:  # noqa: F811
         for model in ("student", "teacher"):
             target[model] |= {"status": "skipped", "samples_ms": [], "size_mb": None}
             target[model]["rss_mb"] = None
-    assert tradeoff.picture(edge) is None and ecdf.picture(edge) is None
-    assert bars.picture(edge, "size_mb", "s") is None and bars.picture(edge, "rss_mb", "m") is None
-    assert forest.picture([], "f", "ratio") is None
+    assert tradeoff.draw(edge) is None and ecdf.draw(edge) is None
+    assert bars.draw(edge, "size_mb", "s") is None and bars.draw(edge, "rss_mb", "m") is None
+    assert forest.draw([], "f", "ratio") is None
 
 
 @pytest.mark.parametrize(("low", "high", "ticks"), [(0.12, 1.2, "0.5"), (0.97, 1.1, "1.05")])
 def test_ratios_far_apart_stand_on_a_log_axis(low: float, high: float, ticks: str) -> None:
     rows = [forest.Row("a", low, low, low), forest.Row("b", high, high, high)]
-    assert ticks in said(forest.picture(rows, "f", "ratio"))
+    assert ticks in said(forest.draw(rows, "f", "ratio"))
 
 
 def test_a_comparison_carries_its_verdict_and_its_tolerance() -> None:
@@ -136,7 +136,7 @@ def test_a_comparison_carries_its_verdict_and_its_tolerance() -> None:
         ("ort-fp32", 0.1, "FAIL"),
         ("ov-int8", 0.1, "PASS"),
     ]
-    words = said(forest.picture(rows, "f", "ratio"))
+    words = said(forest.draw(rows, "f", "ratio"))
     assert "1.20 [1.16, 1.24] FAIL" in words and "1.00 [0.970, 1.03] PASS" in words
 
 
@@ -158,12 +158,12 @@ def test_names_cannot_leave_a_picture(run: Run) -> None:  # noqa: F811
     past["runs"][0]["name"] = evil
     rows = [forest.Row(evil, 1.0, 0.9, 1.1)]
     pictures: list[Any] = [
-        tradeoff.picture(edge),
-        ecdf.picture(edge),
-        bars.picture(edge, "size_mb", "s"),
+        tradeoff.draw(edge),
+        ecdf.draw(edge),
+        bars.draw(edge, "size_mb", "s"),
         timeline.latencies(past, "l"),
         timeline.accuracies(past, "a"),
-        forest.picture(rows, "f", evil),
+        forest.draw(rows, "f", evil),
     ]
     for picture in pictures:
         assert "<script" not in picture and "script" in picture

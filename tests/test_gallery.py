@@ -71,7 +71,7 @@ def test_the_surest_mistakes_are_shown_with_the_file_they_came_from(prepared):
     made = evidence(prepared)
     found = gallery.mistakes(made, prepared, "cakd")
     first, row = found["surest"][0], made["models"]["cakd"]["mistakes"][0]["row"]
-    assert np.array_equal(np.asarray(opened(first["picture"])), prepared.images[row])
+    assert np.array_equal(np.asarray(opened(first["image"])), prepared.images[row])
     assert first["origin"] == prepared.origins()[row] and first["confidence"] == 0.99
     assert (first["label"], first["predicted"]) == ("0", "1")
     assert found["wrong"] == 3 and found["total"] == 400 and found["pairs"] == [("0", "1", 3)]
@@ -114,8 +114,8 @@ def test_the_names_of_many_classes_gathered_are_counted(prepared):
 def test_equal_counts_make_a_histogram_that_begins_at_nothing_and_script_of_any_kind_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        charts_classes.picture({"train": [3, 4]}, ["教会", "äpfel"], "c")
-        picture = charts_classes.picture({"train": [100] * 40}, [str(i) for i in range(40)], "c")
+        charts_classes.draw({"train": [3, 4]}, ["教会", "äpfel"], "c")
+        picture = charts_classes.draw({"train": [100] * 40}, [str(i) for i in range(40)], "c")
     said = re.findall(r">([^<>]+)</text>", picture)
     assert {"0", "100", "40"} <= set(said) and not [s for s in said if "." in s]
 
@@ -132,12 +132,12 @@ def test_without_projectors_there_is_no_attention_to_show(prepared):
 def test_the_chart_of_the_classes_has_a_unit_on_every_axis(n):
     draw = np.random.default_rng(0)
     series = {"train, label seen": draw.integers(1, 90, n).tolist(), "val": [0] * n}
-    picture = charts_classes.picture(
+    picture = charts_classes.draw(
         series, [f"a rather long name of class {i}" for i in range(n)], "c"
     )
     said = re.findall(r">([^<>]+)</text>", picture)
     assert ({"images", "class"} <= set(said)) == (n <= BARS)
-    assert ("images a class" in said and "classes" in said) == (n > BARS)
+    assert ("images per class" in said and "classes" in said) == (n > BARS)
     assert "val" not in picture.partition(">")[0] and not re.findall(
         r"(?:fill|stroke): ?#", picture
     )

@@ -32,7 +32,7 @@ def test_milliseconds_of_another_machine_are_left_out_and_told(run: Run) -> None
     found = history.beside(edge, [*compared.past(edge, 1), *others])
     assert found and (len(found["runs"]), found["elsewhere"]) == (2, 2)
     text = markdown([edge], [*compared.past(edge, 1), *others])
-    assert "2 earlier runs of other machines left out." in text
+    assert "2 earlier runs of other machines not shown." in text
 
 
 def test_this_run_among_the_earlier_ones_is_not_shown_twice(run: Run) -> None:  # noqa: F811
@@ -82,7 +82,7 @@ def test_both_commands_show_earlier_runs(run: Run) -> None:  # noqa: F811
     assert cells(text, "run-2")[1:3] == ["2026-11-02", "cakd"]
     assert cells(text, "this run")[3] == r"88.5 \[85.0, 91.3\]"
     page = (run.folder / "both" / "index.html").read_text()
-    assert "Latency over the runs" in page and "Accuracy over the runs" in page
+    assert "Latency by run" in page and "Accuracy by run" in page
 
 
 def test_a_noisy_run_is_marked_and_a_missing_target_is_a_gap(run: Run) -> None:  # noqa: F811

@@ -28,7 +28,7 @@ def test_a_comparison_is_shown_with_its_gates_and_passes(run: Run) -> None:  # n
     done = command(["--merge", run.folder / OUT / "edge.json", path])
     assert (done.returncode, done.stderr) == (0, "")
     assert "2 compared with the baseline: 2 PASS" in done.stdout
-    told = done.stdout.split("## Against the baseline")[1]
+    told = done.stdout.split("## Baseline comparison")[1]
     row = next(r for r in told.splitlines() if r.startswith("| student.onnx | ort-fp32 |"))
     assert row.split(" | ")[2:] == ["1", r"1.00 \[0.970, 1.03\]", "1.10", "PASS |"]
     gates = r"| student.onnx | ort-fp32 | macs | 2,510,000 | 2,510,000 | 2,510,000 | PASS |"
@@ -58,7 +58,7 @@ def test_two_files_of_one_machine_are_told_apart(run: Run) -> None:  # noqa: F81
     run.write("other.json", run.read("against.json"))
     text = command(["--merge", path, run.folder / "other.json"]).stdout
     for title in ("against", "other"):
-        assert f"## Against the baseline on Example CPU 7, 2 of 4 cores ({title})" in text
+        assert f"## Baseline comparison on Example CPU 7, 2 of 4 cores ({title})" in text
 
 
 def test_an_inconclusive_comparison_is_no_pass(run: Run) -> None:  # noqa: F811
@@ -70,7 +70,7 @@ def test_an_inconclusive_comparison_is_no_pass(run: Run) -> None:  # noqa: F811
 def test_a_comparison_alone_makes_a_page_without_empty_sections(run: Run) -> None:  # noqa: F811
     found = machines.read_machine(compared.against(run.folder, comparison()))
     page, text = report_page.page([found]), markdown([found])
-    assert "<h2>Against the baseline</h2>" in page and "<h2>Targets</h2>" not in page
+    assert "<h2>Baseline comparison</h2>" in page and "<h2>Targets</h2>" not in page
     assert "## Targets" not in text and "## Budgets" not in text
 
 
@@ -80,17 +80,17 @@ def test_pairs_are_shown_by_target_with_their_clock(run: Run) -> None:  # noqa: 
     found["pairs"][0] |= {"clock": "engine", "batch": 8}
     run.write("bench/ort-fp32.json", found)
     edge = summary(run)
-    text = markdown([edge]).split("## Student over teacher")[1]
+    text = markdown([edge]).split("## Student/teacher latency ratio")[1]
     row = [r"0.200 \[0.194, 0.206\]", "engine time on the GPU"]
     assert cells(text, "ort-fp32")[1:] == ["1", "8", *row]
     assert cells(text, "ov-default")[2:] == ["1", row[0], "CPU time"]
     page = report_page.page([edge])
-    assert "<h3>Student over teacher</h3>" in page and "ort-fp32, batch 8" in page
+    assert "<h3>Student/teacher latency ratio</h3>" in page and "ort-fp32, batch 8" in page
 
 
 def test_files_without_pairs_show_no_empty_sections(run: Run) -> None:  # noqa: F811
     page = report_page.page([summary(run)])
-    for heading in ("Student over teacher", "Against the baseline", "Earlier runs"):
+    for heading in ("Student/teacher latency ratio", "Baseline comparison", "History"):
         assert heading not in page
 
 

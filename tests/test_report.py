@@ -486,8 +486,8 @@ def test_students_stand_beside_the_teacher_with_labels_and_points(run: Run) -> N
     assert row[-2:] == ["+7.5", "+2.2"]
     assert cells(text, "logits")[-2:] == ["+5.2", "–"]
     assert cells(text, "teacher")[-2:] == ["–", "–"]
-    assert "The teacher saw 1,297 of 1,297 labels (100.0 %)." in text
-    assert "plain, logits, cakd and cakd+logits saw 50 of 1,297 labels (3.9 %)." in text
+    assert "The teacher used 1,297 of 1,297 labels (100.0 %)." in text
+    assert "plain, logits, cakd and cakd+logits used 50 of 1,297 labels (3.9 %)." in text
     assert "cakd attention 0.914, tokens 0.873" in text
     assert "Noisy: every test image with each of jpeg, shot noise." in text
 
@@ -671,14 +671,14 @@ def test_the_gallery_brings_its_pictures_along_and_no_name_leaves_its_place(run:
     evil = "<img src=x onerror=alert(1)>"
     shown = gallery.gallery(evidence(prepared), prepared, "cakd")
     shown["data"]["classes"][0] = shown["mistakes"]["names"][0] = evil
-    shown["mistakes"]["surest"][0]["origin"] = shown["attention"]["pictures"][0]["name"] = evil
+    shown["mistakes"]["surest"][0]["origin"] = shown["attention"]["images"][0]["name"] = evil
     page = report_page.page([summary(run)], shown)
     parsed = Tags(page)
     sources = [v for k, v in parsed.attributes if k == "src"]
     assert len(sources) == 3 + 1 + 3 * 3 + 10 * gallery.SAMPLES
     assert all(v.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for v in sources)
     assert "onerror" not in {k for k, _ in parsed.attributes} and evil not in page
-    for section in ("What the student gets wrong", "Where they look", "Data"):
+    for section in ("Mistakes", "Attention", "Data"):
         assert f"<h2>{section}</h2>" in page
 
 
@@ -745,7 +745,7 @@ def test_merged_machines_share_one_table(run: Run) -> None:
     assert done.stdout.count("| Example CPU 7, 2 of 4 cores | ") == len(ENABLED)
     done = command(["--merge", edge, board(run), "--out", run.folder / "both"])
     page = (run.folder / "both/index.html").read_text()
-    assert done.returncode == 0 and page.count("How long the calls took") == 2
+    assert done.returncode == 0 and page.count("Latency distribution") == 2
 
 
 def test_merge_repeats_a_failed_verdict(run: Run) -> None:

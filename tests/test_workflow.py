@@ -147,11 +147,11 @@ def test_every_line_of_the_workflow_runs(host: Host) -> None:
     assert sum(map(len, ran.values())) == lines
     told = host.summary.read_text()
     assert "Another title" in (host.root / "gate" / "edge" / "edge" / "index.html").read_text()
-    assert "Against the baseline" in told and "| ort-int8 |" in told
+    assert "Baseline comparison" in told and "| ort-int8 |" in told
     assert "PASS" in told and '"schema": "cakd.bundle-bench/1"' in told
     commented = host.commented.read_text()
     assert commented.startswith("pr comment 7 --edit-last --create-if-none --body-file")
-    assert "Against the baseline" in commented
+    assert "Baseline comparison" in commented
 
 
 @pytest.mark.ci

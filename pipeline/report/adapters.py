@@ -35,8 +35,8 @@ def _costs(summary: Summary) -> Iterator[dict[str, Any]]:
         noise = " NOISY" * noisy(row)
         extra = f"{row['precision_effective']} on {target}, {board(summary['machine'])}{noise}"
         spread = row["wall_ms"].get("p50_ci")
-        found = _entry(f"{name}: latency p50", "ms", row["wall_ms"]["p50"], extra)
-        yield {**found, "range": f"{spread[0]:g} to {spread[1]:g}"} if spread else found
+        entry = _entry(f"{name}: latency p50", "ms", row["wall_ms"]["p50"], extra)
+        yield {**entry, "range": f"{spread[0]:g} to {spread[1]:g}"} if spread else entry
         for key, what in (("size_mb", "file"), ("rss_mb", "resident memory")):
             if row.get(key) is not None:
                 yield _entry(f"{name}: {what}", "MB", row[key], extra)
@@ -47,15 +47,15 @@ def _errors(summary: Summary) -> Iterator[dict[str, Any]]:
         clean = model["clean"]
         low, high = (100 * (1 - v) for v in reversed(wilson(clean["top1"], clean["n"])))
         error = round(100 * (1 - clean["top1"]), 4)
-        found = _entry(f"{name}: clean top-1 error", "%", error, f"{clean['n']} images")
-        yield {**found, "range": f"{low:.2f} to {high:.2f}"}
+        entry = _entry(f"{name}: clean top-1 error", "%", error, f"{clean['n']} images")
+        yield {**entry, "range": f"{low:.2f} to {high:.2f}"}
 
 
 def _slowdowns(summary: Summary) -> Iterator[dict[str, Any]]:
-    for found in summary.get("comparisons", []):
-        if ratio := found.get("ratio"):
-            name = f"{location(found)}: CPU time over the baseline's"
-            entry = _entry(name, "ratio", ratio["median"], found["verdict"])
+    for comparison in summary.get("comparisons", []):
+        if ratio := comparison.get("ratio"):
+            name = f"{location(comparison)}: CPU time over the baseline's"
+            entry = _entry(name, "ratio", ratio["median"], comparison["verdict"])
             yield {**entry, "range": f"{ratio['ci_low']:g} to {ratio['ci_high']:g}"}
 
 
@@ -70,36 +70,38 @@ def bencher(summary: Summary) -> dict[str, Any]:
     there is an interval, `lower_value` and `upper_value`. Latency in ns and throughput in operations a second
     are Bencher's own measures; sizes are in bytes. A machine is a testbed: one upload each.
     """
-    found: dict[str, dict[str, Any]] = {name: _measures(row) for name, _, row in _rows(summary)}
+    benchmarks: dict[str, dict[str, Any]] = {
+        name: _measures(row) for name, _, row in _rows(summary)
+    }
     for name, model in summary["models"].items():
         clean = model["clean"]
         top1 = _metric(clean["top1"], wilson(clean["top1"], clean["n"]))
-        found[name] = {"top-1": top1, "parameters": _metric(model["params"])}
+        benchmarks[name] = {"top-1": top1, "parameters": _metric(model["params"])}
     for compared in summary.get("comparisons", []):
         if ratio := compared.get("ratio"):
             interval = (ratio["ci_low"], ratio["ci_high"])
-            found[f"{location(compared)}, against its baseline"] = {
+            benchmarks[f"{location(compared)}, against its baseline"] = {
                 "cpu-ratio": _metric(ratio["median"], interval)
             }
-    return found
+    return benchmarks
 
 
 def _measures(row: Mapping[str, Any]) -> dict[str, Any]:
     wall = row["wall_ms"]
     spread = wall.get("p50_ci")
-    found = {
+    measures = {
         "latency": _metric(1e6 * wall["p50"], spread and [1e6 * v for v in spread]),
         "throughput": _metric(1e3 * row["batch"] / wall["p50"]),
     }
     sizes = {"file-size": row.get("size_mb"), "resident-memory": row.get("rss_mb")}
-    return found | {k: _metric(1e6 * v) for k, v in sizes.items() if v is not None}
+    return measures | {k: _metric(1e6 * v) for k, v in sizes.items() if v is not None}
 
 
 def _metric(value: float, interval: Any = None) -> dict[str, float]:
-    found = {"value": value}
+    metric = {"value": value}
     if interval:
-        found |= {"lower_value": interval[0], "upper_value": interval[1]}
-    return {key: float(f"{v:.9g}") for key, v in found.items()}
+        metric |= {"lower_value": interval[0], "upper_value": interval[1]}
+    return {key: float(f"{v:.9g}") for key, v in metric.items()}
 
 
 def junit(summary: Summary) -> str:
@@ -110,9 +112,9 @@ def junit(summary: Summary) -> str:
     """
     root = ET.Element("testsuites", name=_legal(summary["title"]))
     for kind, of_kind in groupby(gates(summary), key=lambda gate: gate.kind):
-        found = list(of_kind)
-        suite = ET.SubElement(root, "testsuite", name=kind, tests=str(len(found)), errors="0")
-        suite.set("failures", str(sum(_case(suite, gate) == "failure" for gate in found)))
+        checks = list(of_kind)
+        suite = ET.SubElement(root, "testsuite", name=kind, tests=str(len(checks)), errors="0")
+        suite.set("failures", str(sum(_case(suite, gate) == "failure" for gate in checks)))
         suite.set("skipped", str(len(suite.findall("testcase/skipped"))))
     ET.indent(root)
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"

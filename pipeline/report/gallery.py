@@ -1,6 +1,6 @@
-"""The pictures of the report and the tables around them: the data, the mistakes, the attention. Torch-free.
+"""Image galleries of the report and their tables: data, mistakes, attention. Torch-free.
 
-Pictures leave here as data URIs: the page needs no other file.
+Images are data URIs: the page needs no other file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_SIDE_PIXELS = 160  # pixels of a side in the report
 CLASSES = 20  # of the sample grid and of the confusion matrix
 PAIRS = 8
 OTHER = "other"
-SAMPLES = 4  # pictures a class
+SAMPLES = 4  # images per class
 
 
 def gallery(evidence: Mapping[str, Any], prepared: Prepared, shipped: str) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def gallery(evidence: Mapping[str, Any], prepared: Prepared, shipped: str) -> di
 
 
 def uri(pixels: Pixels) -> str:
-    """A picture as a data URI: PNG while it is small, else JPEG of at most LARGEST pixels a side."""
+    """An image as a data URI: PNG if it is small, else JPEG of at most MAX_SIDE_PIXELS a side."""
     image = Image.fromarray(np.ascontiguousarray(pixels))
     small = image.width <= 64
     image.thumbnail((MAX_SIDE_PIXELS, MAX_SIDE_PIXELS))
@@ -47,11 +47,11 @@ def uri(pixels: Pixels) -> str:
 
 
 def data_page(prepared: Prepared) -> dict[str, Any]:
-    """Pictures of each class by split, the labels the student sees, samples, duplicates and what was skipped."""
+    """Images per class and split, labels of the student, samples, duplicates and skipped images."""
     index = artifacts.read_json(prepared.folder / "index.json")
     origins = prepared.origins()
     train = prepared.rows("train")
-    shown = spread(np.arange(len(prepared.classes)), CLASSES)
+    displayed = spread(np.arange(len(prepared.classes)), CLASSES)
     return {
         "classes": list(prepared.classes),
         "counts": counts(prepared),
@@ -62,9 +62,9 @@ def data_page(prepared: Prepared) -> dict[str, Any]:
                 prepared.classes[label],
                 [uri(prepared.images[r]) for r in _of_class(prepared, train, label)[:SAMPLES]],
             )
-            for label in shown.tolist()
+            for label in displayed.tolist()
         ],
-        "more_classes": len(prepared.classes) - len(shown),
+        "more_classes": len(prepared.classes) - len(displayed),
         "skipped": index["skipped"],
         "duplicates": [
             {**d, "origins": [origins[r] for r in d["rows"]]} for d in index["duplicates"]
@@ -73,33 +73,33 @@ def data_page(prepared: Prepared) -> dict[str, Any]:
 
 
 def _of_class(prepared: Prepared, rows: NDArray[np.int64], label: int) -> NDArray[np.int64]:
-    chosen: NDArray[np.int64] = rows[prepared.labels[rows] == label]
-    return chosen
+    of_class: NDArray[np.int64] = rows[prepared.labels[rows] == label]
+    return of_class
 
 
 def counts(prepared: Prepared) -> dict[str, list[int]]:
-    """Pictures a class, in class order: those of train whose label the student sees, the others, val, test."""
+    """Images per class, in class order: train with and without a label for the student, val, test."""
     n = len(prepared.classes)
 
-    def by_class(chosen: NDArray[np.bool_]) -> list[int]:
-        labels = prepared.labels[chosen & (prepared.labels != UNLABELLED)]
+    def by_class(selected: NDArray[np.bool_]) -> list[int]:
+        labels = prepared.labels[selected & (prepared.labels != UNLABELLED)]
         return np.bincount(labels, minlength=n).tolist()  # type: ignore[no-any-return]
 
-    train, seen = prepared.splits == "train", prepared.student_label
+    train, labelled = prepared.splits == "train", prepared.student_label
     return {
-        "train, label seen": by_class(train & seen),
-        "train, label hidden": by_class(train & ~seen),
+        "train, label seen": by_class(train & labelled),
+        "train, label hidden": by_class(train & ~labelled),
         "val": by_class(prepared.splits == "val"),
         "test": by_class(prepared.splits == "test"),
     }
 
 
 def mistakes(evidence: Mapping[str, Any], prepared: Prepared, shipped: str) -> dict[str, Any]:
-    """The confusion matrix of the shipped student, its most frequent pairs and its surest mistakes."""
-    found = evidence["models"][shipped]
+    """The confusion matrix of the exported student, its most frequent pairs and its surest mistakes."""
+    own = evidence["models"][shipped]
     classes, origins = prepared.classes, prepared.origins()
-    matrix, names = confusion(found["confusion"], classes)
-    wrong = [entry for entry in found["confusion"] if entry[0] != entry[1]]
+    matrix, names = confusion(own["confusion"], classes)
+    wrong = [entry for entry in own["confusion"] if entry[0] != entry[1]]
     pairs = sorted(wrong, key=lambda entry: -entry[2])[:PAIRS]
     return {
         "model": shipped,
@@ -107,18 +107,18 @@ def mistakes(evidence: Mapping[str, Any], prepared: Prepared, shipped: str) -> d
         "names": names,
         "matrix": matrix,
         "gathered": len(classes) - CLASSES + 1 if len(classes) > CLASSES else 0,
-        "total": sum(entry[2] for entry in found["confusion"]),
+        "total": sum(entry[2] for entry in own["confusion"]),
         "wrong": sum(entry[2] for entry in wrong),
-        "pairs": [(classes[true], classes[said], n) for true, said, n in pairs],
+        "pairs": [(classes[true], classes[predicted], n) for true, predicted, n in pairs],
         "surest": [
             {
                 **m,
-                "picture": uri(prepared.images[m["row"]]),
+                "image": uri(prepared.images[m["row"]]),
                 "label": classes[m["label"]],
                 "predicted": classes[m["predicted"]],
                 "origin": origins[m["row"]],
             }
-            for m in found["mistakes"]
+            for m in own["mistakes"]
         ],
     }
 
@@ -133,21 +133,21 @@ def confusion(
     names, index = list(classes), {i: i for i in range(len(classes))}
     if len(classes) > CLASSES:
         bad = [0] * len(classes)
-        for true, said, n in entries:
-            bad[true] += n * (true != said)
+        for true, predicted, n in entries:
+            bad[true] += n * (true != predicted)
         worst = sorted(sorted(range(len(classes)), key=lambda c: -bad[c])[: CLASSES - 1])
         index = {c: worst.index(c) if c in worst else len(worst) for c in range(len(classes))}
         names = [classes[c] for c in worst] + [OTHER]
     matrix = [[0] * len(names) for _ in names]
-    for true, said, n in entries:
-        matrix[index[true]][index[said]] += n
+    for true, predicted, n in entries:
+        matrix[index[true]][index[predicted]] += n
     return matrix, names
 
 
 def attention(
     evidence: Mapping[str, Any], prepared: Prepared, shipped: str
 ) -> dict[str, Any] | None:
-    """Test pictures beside the attention their patches receive in teacher and student; None without projectors.
+    """Test images beside the attention their patches receive in teacher and student; None without projectors.
 
     `top` ends the colour scale, in times uniform: the 99th percentile, at least 2: uniform is never bright.
     """
@@ -157,16 +157,16 @@ def attention(
     if not students:
         return None
     student = shipped if shipped in students else students[-1]
-    shown = {name: received[name] for name in ("teacher", student)}
-    top = max(2.0, *(float(np.quantile(maps, 0.99)) for maps in shown.values()))
-    pictures = []
+    compared = {name: received[name] for name in ("teacher", student)}
+    top = max(2.0, *(float(np.quantile(maps, 0.99)) for maps in compared.values()))
+    images = []
     for i, row in enumerate(block["rows"]):
         pixels = prepared.images[row]
-        heat = {n: uri(heated(pixels, maps[i], block["grid"], top)) for n, maps in shown.items()}
+        heat = {n: uri(heated(pixels, maps[i], block["grid"], top)) for n, maps in compared.items()}
         name = prepared.classes[prepared.labels[row]]
-        pictures.append({"name": name, "picture": uri(pixels), "heat": heat})
+        images.append({"name": name, "image": uri(pixels), "heat": heat})
     ramp = np.linspace(0, 1, 64)[None].repeat(4, axis=0)
-    return {"student": student, "top": top, "bar": uri(_colours(ramp)), "pictures": pictures}
+    return {"student": student, "top": top, "bar": uri(_colours(ramp)), "images": images}
 
 
 def heated(

@@ -45,25 +45,24 @@ def page(
     `gallery` is that of a single run (`gallery.gallery`); a page of several machines has none.
     """
     runs = [
-        {**run, **_pictures(run, f"m{i}")}
-        for i, run in enumerate(_with_history(summaries, earlier))
+        {**run, **_charts(run, f"m{i}")} for i, run in enumerate(_with_history(summaries, earlier))
     ]
-    return _fill("index.html", runs, gallery and _drawn(gallery), autoescape=True)
+    return _fill("index.html", runs, gallery and _with_chart(gallery), autoescape=True)
 
 
 def _with_history(summaries: Sequence[Summary], earlier: Earlier) -> list[dict[str, Any]]:
     return [{**s, "history": history.beside(s, earlier)} for s in summaries]
 
 
-def _drawn(gallery: Mapping[str, Any]) -> dict[str, Any]:
-    """The gallery with the chart of its classes and the colours in it."""
+def _with_chart(gallery: Mapping[str, Any]) -> dict[str, Any]:
+    """The gallery with the chart of the images per class and its colours."""
     by_series = gallery["data"]["counts"]
-    shown = [label for label, values in by_series.items() if any(values)]
+    labels = [label for label, values in by_series.items() if any(values)]
     names = gallery["data"]["classes"]
-    chart = classes.picture(by_series, names, "classes")
+    chart = classes.draw(by_series, names, "classes")
     barred = len(names) <= classes.BARS  # a histogram has one colour and no legend
-    drawn = {"chart": Markup(chart), "colours": canvas.series_colours(shown) if barred else {}}
-    return {**gallery, "data": {**gallery["data"], **drawn}}
+    added = {"chart": Markup(chart), "colours": canvas.series_colours(labels) if barred else {}}
+    return {**gallery, "data": {**gallery["data"], **added}}
 
 
 def escape_markdown(value: object) -> str:
@@ -94,15 +93,15 @@ def _fill(
     environment.globals["against"] = wording.against
     environment.filters |= {"unbroken": unbroken, "thousands": "{:,}".format}
     return environment.get_template(template).render(
-        runs=_told_apart([_worded(s) for s in summaries]),
+        runs=_distinct([_worded(s) for s in summaries]),
         gallery=gallery,
         several=len(summaries) > 1,
         unmeasured=wording.NONE,
     )
 
 
-def _told_apart(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs, those of one machine with their titles behind its name."""
+def _distinct(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs; those of one machine have their title after its name."""
     names = [run["machine_name"] for run in runs]
     return [
         run | {"machine_name": f"{name} ({run['title']})" if names.count(name) > 1 else name}
@@ -131,26 +130,26 @@ def _worded(summary: Summary) -> dict[str, Any]:
     }
 
 
-def _pictures(summary: Summary, name: str) -> dict[str, Any]:
-    """The pictures of one summary, with ids that begin with `name`, and the lines of the methods in them."""
+def _charts(summary: Summary, name: str) -> dict[str, Any]:
+    """The charts of one summary, with ids that begin with `name`, and the legend of the methods."""
     training, past = summary["training"], summary["history"]
     pairs, compared = (
         forest.of_pairs(summary["pairs"]),
         forest.of_comparisons(summary["comparisons"]),
     )
-    drawn = {
-        "tradeoff": tradeoff.picture(summary, f"{name}-tradeoff"),
-        "ecdf": ecdf.picture(summary, f"{name}-ecdf"),
-        "pairs_forest": forest.picture(pairs, f"{name}-pairs", "student time / teacher time"),
-        "baseline_forest": forest.picture(compared, f"{name}-baseline", "CPU time / baseline's"),
-        "sizes": bars.picture(summary, "size_mb", f"{name}-sizes"),
-        "memory": bars.picture(summary, "rss_mb", f"{name}-memory"),
+    charts = {
+        "tradeoff": tradeoff.draw(summary, f"{name}-tradeoff"),
+        "ecdf": ecdf.draw(summary, f"{name}-ecdf"),
+        "pairs_forest": forest.draw(pairs, f"{name}-pairs", "student time / teacher time"),
+        "baseline_forest": forest.draw(compared, f"{name}-baseline", "CPU time / baseline's"),
+        "sizes": bars.draw(summary, "size_mb", f"{name}-sizes"),
+        "memory": bars.draw(summary, "rss_mb", f"{name}-memory"),
         "past_p50": past and timeline.latencies(past, f"{name}-past-p50"),
         "past_top1": past and timeline.accuracies(past, f"{name}-past-top1"),
     }
     return {
-        **{key: svg and Markup(svg) for key, svg in drawn.items()},
-        "curves": [(t, Markup(svg)) for t, svg in curves.pictures(training, f"{name}-curve")],
+        **{key: svg and Markup(svg) for key, svg in charts.items()},
+        "curves": [(t, Markup(svg)) for t, svg in curves.draw_all(training, f"{name}-curve")],
         "lines": curves.keys(list(training)),
         "by_percentiles": [
             t["target"] for t in summary["targets"] if not sampled(t[m] for m in MODELS)

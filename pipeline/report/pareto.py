@@ -52,13 +52,13 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 def points(summary: Mapping[str, Any]) -> list[Point]:
     """The shipped student and the teacher in every target where they were measured, fastest first."""
     methods = {"student": summary["shipped"], "teacher": "teacher"}
-    found = [
+    all_points = [
         _point(target, model, methods[model], summary["models"][methods[model]]["clean"])
         for target in summary["targets"]
         for model in MODELS
         if target[model]["status"] == "measured" and methods[model] in summary["models"]
     ]
-    return sorted(found, key=lambda p: (p.p50, p.target, p.model))
+    return sorted(all_points, key=lambda p: (p.p50, p.target, p.model))
 
 
 def _point(target: Mapping[str, Any], model: str, method: str, clean: Mapping[str, Any]) -> Point:
@@ -89,12 +89,12 @@ def front(ordered: Iterable[Point]) -> list[Point]:
     return best
 
 
-def table(found: Sequence[Point]) -> str:
+def table(all_points: Sequence[Point]) -> str:
     """The points as CSV for `dvc plots`, a column each of COLUMNS."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for p in found:
+    for p in all_points:
         latency = (p.p50, *p.p50_ci)
         top1 = [f"{v:.4g}" for v in (p.top1, *p.top1_ci)]
         noise = "yes" if p.noisy else "no"

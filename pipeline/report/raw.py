@@ -1,4 +1,4 @@
-"""What the pictures need beside the summary: every call of a bench, the losses of every step. Torch-free."""
+"""Data of the charts that the summary lacks: every call of a bench, the loss curves. Torch-free."""
 
 from __future__ import annotations
 

@@ -54,27 +54,27 @@ def against(summary: Section, name: str, baseline: str) -> str:
 
 
 def labels(model: Section) -> str:
-    """How many labels a model learned from: "50 of 1,297"."""
+    """The labels a model was trained with: "50 of 1,297"."""
     if model.get("labels_seen") is None:
         return NONE
     return f"{model['labels_seen']:,} of {model['labels_total']:,}"
 
 
 def labels_in_words(models: Section) -> list[str]:
-    """Who learned from how many labels, methods that saw the same number in one sentence."""
+    """Sentences on the labels used, one for all methods with the same number."""
     groups: dict[tuple[int, int], list[str]] = {}
     for name, model in models.items():
         if model.get("labels_seen") is not None:
             who = "the teacher" if name == "teacher" else name
             groups.setdefault((model["labels_seen"], model["labels_total"]), []).append(who)
     return [
-        f"{enumerate_words(names)} saw {seen:,} of {total:,} labels ({percent(seen / total)} %)."
-        for (seen, total), names in groups.items()
+        f"{enumerate_words(names)} used {used:,} of {total:,} labels ({percent(used / total)} %)."
+        for (used, total), names in groups.items()
     ]
 
 
 def cosines(models: Section) -> str:
-    """How near the students come to the teacher's attention and tokens; empty where it was not measured."""
+    """Mean cosines of the students to the teacher's attention and tokens; empty where not measured."""
     return "; ".join(
         f"{name} " + ", ".join(f"{term} {figure(value)}" for term, value in model["cosine"].items())
         for name, model in models.items()
@@ -162,7 +162,7 @@ def interval(share: float | None, ends: Sequence[float] | None) -> str:
 
 
 def clock(pair: Section) -> str:
-    """Which time a pair compares, in words."""
+    """The clock of a pair in words: CPU time or engine time."""
     return {"cpu": "CPU time", "engine": "engine time on the GPU"}.get(
         pair.get("clock", "cpu"), str(pair.get("clock"))
     )
@@ -174,21 +174,21 @@ def day(time: str | None) -> str:
 
 
 def left_out(runs: int) -> str:
-    """Why some earlier runs are not shown; empty where all are."""
+    """The number of earlier runs that are not shown, in words; empty where all are."""
     if not runs:
         return ""
-    return f"{runs} earlier run{'s' * (runs != 1)} of other machines left out."
+    return f"{runs} earlier run{'s' * (runs != 1)} of other machines not shown."
 
 
 def counted(value: object) -> str:
-    """What a gate compared, as it stands in the file; whole numbers with separators, a dash for nothing."""
+    """A value that a gate compared, as in the file; whole numbers with separators, a dash for nothing."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return "–" if value is None else flat(value)
 
 
 def precision(target: Section) -> str:
-    """What the student really computes in, and what was asked for or the teacher runs in where that differs."""
+    """Effective precision of the student, with the requested one and the teacher's where they differ."""
     student, teacher = target["student"], target["teacher"]
     got, asked = student.get("precision_effective"), student.get("precision_requested")
     if student["status"] != "measured":
@@ -200,11 +200,11 @@ def precision(target: Section) -> str:
 
 
 def status(target: Section) -> str:
-    """One phrase a target: measured, or why not; the reason of a fall-back; what disturbed a NOISY row."""
-    said: dict[str, list[str]] = {}
+    """State of a target in a phrase: measured or the reason why not, a fall-back, the causes of NOISY."""
+    states: dict[str, list[str]] = {}
     for model in MODELS:
-        said.setdefault(_state(target[model]), []).append(model)
-    return "; ".join(f"{m[0]} {text}" if len(said) > 1 else text for text, m in said.items())
+        states.setdefault(_state(target[model]), []).append(model)
+    return "; ".join(f"{m[0]} {text}" if len(states) > 1 else text for text, m in states.items())
 
 
 def _state(row: Section) -> str:
@@ -226,14 +226,14 @@ def board(machine: Section) -> str:
 
 
 def machine_name(machine: Section) -> str:
-    """What a person calls the machine: its board or CPU, its cores, its GPU."""
+    """Board or CPU, cores and GPU of a machine, as a reader names it."""
     cores, gpu = machine.get("cores"), machine.get("gpu")
-    parts = [board(machine)]
+    names = [board(machine)]
     if cores:
-        parts.append(f"{cores['usable']} of {cores['logical']} cores")
+        names.append(f"{cores['usable']} of {cores['logical']} cores")
     if gpu:
-        parts.append(gpu["name"])
-    return ", ".join(parts)
+        names.append(gpu["name"])
+    return ", ".join(names)
 
 
 def flat(value: object) -> str:
@@ -300,19 +300,21 @@ def compared(comparisons: Sequence[Section]) -> str:
 
 def cards(summary: Section) -> list[tuple[str, str, str]]:
     """(label, value, unit) of the headline figures."""
-    found = []
+    figures = []
     best, models = headline_target(summary), summary["models"]
     for name in (summary["shipped"], "teacher"):
         if name in models:
             own = percent(models[name]["clean"]["top1"])
-            found.append((f"clean top-1, {name}", own, "%"))
+            figures.append((f"clean top-1, {name}", own, "%"))
     if best:
         where = f"{best['target']}, {threads(best['threads'])}"
         unit = "ms" + " NOISY" * noisy(best["student"])
-        found.append((f"student p50, {where}", figure(best["student"]["wall_ms"]["p50"]), unit))
+        figures.append((f"student p50, {where}", figure(best["student"]["wall_ms"]["p50"]), unit))
         if best["speedup"]:
-            found.append((f"teacher p50 / student p50, {where}", figure(best["speedup"]), "×"))
-        found.append((f"student file, {best['target']}", figure(best["student"]["size_mb"]), "MB"))
+            figures.append((f"teacher p50 / student p50, {where}", figure(best["speedup"]), "×"))
+        figures.append(
+            (f"student file, {best['target']}", figure(best["student"]["size_mb"]), "MB")
+        )
     if summary["shipped"] in models:
-        found.append(("student parameters", millions(models[summary["shipped"]]["params"]), "M"))
-    return found
+        figures.append(("student parameters", millions(models[summary["shipped"]]["params"]), "M"))
+    return figures

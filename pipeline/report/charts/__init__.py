@@ -1,1 +1,1 @@
-"""The pictures of the report, a file each; `canvas` is what they share."""
+"""The charts of the report, one file each; `canvas` holds their common style and axes."""

@@ -1,4 +1,4 @@
-"""What a target costs in megabytes, on disk and in memory: bars of student and teacher. Torch-free."""
+"""File size and resident memory by target: bars of student and teacher. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ ROW = 44  # px
 LABELS = {"size_mb": "file (MB)", "rss_mb": "resident memory (MB)"}
 
 
-def picture(summary: Mapping[str, Any], key: str, name: str) -> str | None:
+def draw(summary: Mapping[str, Any], key: str, name: str) -> str | None:
     """A pair of bars a target, of `size_mb` with its budgets or of `rss_mb`; None where none was measured."""
-    shown = [t for t in summary["targets"] if any(_value(t[m], key) for m in MODELS)]
-    if not shown:
+    targets = [t for t in summary["targets"] if any(_value(t[m], key) for m in MODELS)]
+    if not targets:
         return None
     limits = budgets(summary, "size_mb_max") if key == "size_mb" else []
-    names = [t["target"] for t in shown]
-    end = max(_value(t[m], key) or 0 for t in shown for m in MODELS)
+    names = [t["target"] for t in targets]
+    end = max(_value(t[m], key) or 0 for t in targets for m in MODELS)
     end = max([end * 1.24, *(limit.at * 1.05 for limit in limits)])
     above = LINE_HEIGHT * len(limits)
     with canvas.styled():
-        figure, axis = canvas.axes(WIDTH, ROW * len(shown) + above + 46, canvas.room_for(names))
+        figure, axis = canvas.axes(WIDTH, ROW * len(targets) + above + 46, canvas.room_for(names))
         axis.set_xlim(0, end)
-        axis.set_ylim(len(shown) - 0.5, -0.5 - above / ROW)
-        for row, target in enumerate(shown):
+        axis.set_ylim(len(targets) - 0.5, -0.5 - above / ROW)
+        for row, target in enumerate(targets):
             for model, shift in zip(MODELS, (-0.19, 0.19), strict=True):
                 _bar(axis, _value(target[model], key), row + shift, model)
         for i, limit in enumerate(limits):
             _limit(axis, limit.at, limit.label, -0.5 - (i + 0.5) * LINE_HEIGHT / ROW)
-        canvas.named_rows(axis, names, range(len(shown)))
+        canvas.named_rows(axis, names, range(len(targets)))
         axis.locator_params(axis="x", nbins=5)
         axis.grid(axis="x")
         axis.set_xlabel(LABELS[key])

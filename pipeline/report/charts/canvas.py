@@ -1,7 +1,7 @@
-"""What the pictures of the report share: style, axes, a matplotlib figure as SVG in an HTML page. Torch-free.
+"""Common style and axes of the charts; a matplotlib figure as SVG in an HTML page. Torch-free.
 
-Colours leave here as CSS variables (`--ink`, `--rule`, `--s0` ... `--s5`), so that one picture is readable on a
-light and on a dark page; ids carry the picture's name, so that several pictures share a page.
+Colours leave here as CSS variables (`--ink`, `--rule`, `--s0` ... `--s5`), so that a chart is readable on a
+light and on a dark page; ids carry the chart's name, so that several charts share a page.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ STYLE = {
 
 
 def styled() -> Any:
-    """The context in which a picture is drawn and written."""
+    """The matplotlib context in which a chart is drawn and written."""
     from matplotlib import style
 
     return style.context(["default", STYLE])
@@ -83,7 +83,7 @@ def series(i: int) -> str:
 
 
 def series_colours(names: Sequence[str]) -> dict[str, str]:
-    """Name -> CSS colour, in the order given; the same in every picture and legend."""
+    """Name -> CSS colour, in the order given; the same in every chart and legend."""
     return {name: CSS[series(i)] for i, name in enumerate(names)}
 
 

@@ -1,4 +1,4 @@
-"""How many pictures each class has: a bar a class, or a histogram where there are many. Torch-free."""
+"""Images per class: a bar for each class, or a histogram of many classes. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pipeline.report.charts import canvas
 BARS = 30  # classes with a bar each
 
 
-def picture(by_series: Mapping[str, Sequence[int]], classes: Sequence[str], name: str) -> str:
-    """Pictures a class: a stacked bar each, or above BARS classes how many classes have how many pictures."""
+def draw(by_series: Mapping[str, Sequence[int]], classes: Sequence[str], name: str) -> str:
+    """A stacked bar for each class; above BARS classes a histogram of the images per class."""
     series = {label: values for label, values in by_series.items() if any(values)}
     if len(classes) > BARS:
         return _histogram([sum(column) for column in zip(*series.values(), strict=True)], name)
@@ -29,7 +29,7 @@ def picture(by_series: Mapping[str, Sequence[int]], classes: Sequence[str], name
         axis.grid(axis="x")
         axis.set_xlabel("images")
         axis.set_ylabel("class")
-        return canvas.svg(figure, name, f"Images a class: {', '.join(series)}")
+        return canvas.svg(figure, name, f"Images per class: {', '.join(series)}")
 
 
 def _histogram(totals: Sequence[int], name: str) -> str:
@@ -41,6 +41,6 @@ def _histogram(totals: Sequence[int], name: str) -> str:
         for scale in (axis.xaxis, axis.yaxis):
             canvas.whole_numbers(scale)
         axis.grid(axis="y")
-        axis.set_xlabel("images a class")
+        axis.set_xlabel("images per class")
         axis.set_ylabel("classes")
-        return canvas.svg(figure, name, "How many classes have how many images")
+        return canvas.svg(figure, name, "Histogram of the images per class")

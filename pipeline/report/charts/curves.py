@@ -1,4 +1,4 @@
-"""Training curves: a picture a loss term, a line a method. Torch-free."""
+"""Training curves: a chart for each loss term, a line for each method. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ LINE = {"-": "none", "--": "6 3", "-.": "8 3 2 3", ":": "2 3"}  # and as dashes 
 
 
 def keys(methods: Sequence[str]) -> list[tuple[str, str, str]]:
-    """(method, CSS colour, dashes) of its line in every picture: what a legend needs."""
+    """(method, CSS colour, dashes) of its line in every chart, for the legend."""
     dashes = list(LINE.values())
     colours = canvas.series_colours(methods)
     return [(method, colours[method], dashes[i % len(LINE)]) for i, method in enumerate(methods)]
 
 
-def pictures(training: Mapping[str, Any], name: str = "curves") -> list[tuple[str, str]]:
-    """(term, picture) of each loss term, or accuracy kept beside them: a line for each method that has it."""
+def draw_all(training: Mapping[str, Any], name: str = "curves") -> list[tuple[str, str]]:
+    """(term, chart) of each loss term and recorded accuracy: a line for each method that has it."""
     methods = list(training)
     terms = dict.fromkeys(t for m in methods for t in training[m].get("curves", {}))
-    pictures = []
+    charts = []
     for number, term in enumerate(terms):
         lines = {m: training[m]["curves"][term] for m in methods if training[m]["curves"].get(term)}
         if lines:
-            pictures.append((term, _curve(lines, methods, f"{name}{number}", term)))
-    return pictures
+            charts.append((term, _curve(lines, methods, f"{name}{number}", term)))
+    return charts
 
 
 def _curve(lines: Mapping[str, Any], methods: Sequence[str], name: str, term: str) -> str:

@@ -1,6 +1,6 @@
-"""The share of calls done within so many milliseconds: a panel a target, student and teacher in it. Torch-free.
+"""Latency distribution: a panel for each target, with the curves of student and teacher. Torch-free.
 
-The samples of a summary are evenly spaced in rank, both extremes included: the i-th of n stands at i / (n - 1).
+The samples of a summary are evenly spaced in rank, both extremes included: the i-th of n is at i / (n - 1).
 A row without samples is drawn by its percentiles.
 """
 
@@ -20,20 +20,20 @@ LINE = {"student": "-", "teacher": "--"}
 SHARES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99}  # of the calls, by the keys of `wall_ms`
 
 
-def picture(summary: Mapping[str, Any], name: str = "ecdf") -> str | None:
+def draw(summary: Mapping[str, Any], name: str = "ecdf") -> str | None:
     """Empirical distributions of the wall times; None where nothing was measured."""
-    shown = [t for t in summary["targets"] if any(points(t[m]) for m in MODELS)]
-    if not shown:
+    targets = [t for t in summary["targets"] if any(points(t[m]) for m in MODELS)]
+    if not targets:
         return None
-    values = [ms for t in shown for m in MODELS for ms, _ in points(t[m])]
-    names = [t["target"] + " NOISY" * any(noisy(t[m]) for m in MODELS) for t in shown]
+    values = [ms for t in targets for m in MODELS for ms, _ in points(t[m])]
+    names = [t["target"] + " NOISY" * any(noisy(t[m]) for m in MODELS) for t in targets]
     with canvas.styled():
-        figure, axis = canvas.axes(WIDTH, PANEL * len(shown) + 46, canvas.room_for(names))
+        figure, axis = canvas.axes(WIDTH, PANEL * len(targets) + 46, canvas.room_for(names))
         canvas.logarithmic(axis, min(values) / 1.3, max(values) * 1.3)
-        axis.set_ylim(-len(shown), 0)
-        for row, target in enumerate(shown):
+        axis.set_ylim(-len(targets), 0)
+        for row, target in enumerate(targets):
             _panel(axis, target, -row - 0.9)
-        canvas.named_rows(axis, names, [-row - 0.5 for row in range(len(shown))])
+        canvas.named_rows(axis, names, [-row - 0.5 for row in range(len(targets))])
         axis.set_xlabel("latency (ms, log scale)")
         return canvas.svg(figure, name, "Share of calls by latency, by target, student and teacher")
 
@@ -42,8 +42,8 @@ def _panel(axis: Any, target: Mapping[str, Any], base: float) -> None:
     for share, style in ((0, "-"), (0.5, (0, (2, 3))), (1, "-")):
         axis.axhline(base + FILLED * share, color=RULE, lw=1, ls=style)
     for model in MODELS:
-        if found := points(target[model]):
-            times, shares = zip(*found, strict=True)
+        if curve := points(target[model]):
+            times, shares = zip(*curve, strict=True)
             line: dict[str, Any] = {"color": COLOUR[model], "ls": LINE[model], "lw": 1.6}
             line |= {"drawstyle": "steps-post"} if sampled([target[model]]) else {"marker": "."}
             axis.plot(times, [base + FILLED * share for share in shares], **line)

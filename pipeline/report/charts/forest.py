@@ -1,4 +1,4 @@
-"""Ratios with their 95 % intervals under one another, and how much slower is tolerated. Torch-free."""
+"""Forest plot: ratios of times with their 95 % intervals and the tolerated slowdown. Torch-free."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LETTERS = 32  # of a row's name
 
 @dataclass(frozen=True)
 class Row:
-    """A ratio of times; `tol`: the slow-down tolerated, a fraction, None where nothing is judged."""
+    """A ratio of times; `tol`: the tolerated slowdown, a fraction, None where nothing is judged."""
 
     name: str
     median: float
@@ -29,35 +29,35 @@ class Row:
 
 
 def of_pairs(pairs: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Student over teacher, a row each pair."""
+    """Rows of the student/teacher ratios, one for each pair that has a ratio."""
     return [
-        Row(_place(p), r["median"], r["ci_low"], r["ci_high"])
+        Row(_label(p), r["median"], r["ci_low"], r["ci_high"])
         for p in pairs
         if (r := p.get("ratio"))
     ]
 
 
 def of_comparisons(comparisons: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Head over base, a row each comparison that has a ratio; the model is named where there are several."""
+    """Rows of the ratios to the baseline, one for each comparison that has one; named by model if they differ."""
     several = len({c["model"] for c in comparisons}) > 1
     rows = []
-    for found in comparisons:
-        name = _place(found)
-        name = f"{found['model']} {name}" if several else name
-        if r := found.get("ratio"):
+    for comparison in comparisons:
+        name = _label(comparison)
+        name = f"{comparison['model']} {name}" if several else name
+        if r := comparison.get("ratio"):
             values = (r["median"], r["ci_low"], r["ci_high"], r["tol"])
-            rows.append(Row(name, *values, verdict=of_latency(found)))
+            rows.append(Row(name, *values, verdict=of_latency(comparison)))
     return rows
 
 
-def _place(found: Mapping[str, Any]) -> str:
+def _label(comparison: Mapping[str, Any]) -> str:
     """The target, with threads and batch where they are not 1."""
-    threads, batch = found["threads"], found.get("batch", 1)
+    threads, batch = comparison["threads"], comparison.get("batch", 1)
     more = [f"{threads} threads"] * (threads != 1) + [f"batch {batch}"] * (batch != 1)
-    return ", ".join([found["target"], *more])
+    return ", ".join([comparison["target"], *more])
 
 
-def picture(rows: Sequence[Row], name: str, what: str) -> str | None:
+def draw(rows: Sequence[Row], name: str, what: str) -> str | None:
     """A line of text and an interval each row; None without rows. `what` names the ratio on the axis."""
     if not rows:
         return None
@@ -98,5 +98,5 @@ def _row(axis: Any, row: Row, y: float) -> None:
     axis.plot([row.median], [at], shape, color=colour, markerfacecolor=face, markersize=8)
     options = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": SMALL}
     axis.text(0, y - 0.32, canvas.short(row.name, LETTERS), ha="left", **options)
-    said = f"{figure(row.median)} [{figure(row.low)}, {figure(row.high)}] {row.verdict or ''}"
-    axis.text(1, y - 0.32, said.strip(), ha="right", **options)
+    text = f"{figure(row.median)} [{figure(row.low)}, {figure(row.high)}] {row.verdict or ''}"
+    axis.text(1, y - 0.32, text.strip(), ha="right", **options)

@@ -48,7 +48,7 @@ def _line(axis: Any, target: str, line: Sequence[tuple[int, Run]], i: int) -> No
 
 
 def accuracies(history: Mapping[str, Any], name: str) -> str | None:
-    """Clean top-1 in percent of what each run shipped, with its interval. None without a figure."""
+    """Clean top-1 in percent of the exported student of each run, with its interval. None without a figure."""
     runs = history["runs"]
     line = [(i, run) for i, run in enumerate(runs) if run["top1"] is not None]
     if not line:

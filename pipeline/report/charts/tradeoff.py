@@ -25,14 +25,14 @@ class Budget:
     label: str
 
 
-def picture(summary: Mapping[str, Any], name: str = "tradeoff") -> str | None:
-    """A point for each measured target and model, to scale; None where there is nothing to place.
+def draw(summary: Mapping[str, Any], name: str = "tradeoff") -> str | None:
+    """A point for each measured target and model, to scale; None where nothing was measured.
 
     A model is a row of points. Their labels are flags that never overlap: above the more accurate model's row,
-    below the other's. The budgets of latency fly above all of them.
+    below the other's. The latency budgets are drawn above all of them.
     """
-    found = points(summary)
-    rows = {m: [p for p in found if p.model == m] for m in MODELS}
+    measured = points(summary)
+    rows = {m: [p for p in measured if p.model == m] for m in MODELS}
     order = sorted((m for m in MODELS if rows[m]), key=lambda m: rows[m][0].top1)
     if not order:
         return None
@@ -42,11 +42,11 @@ def picture(summary: Mapping[str, Any], name: str = "tradeoff") -> str | None:
     floor = budgets(summary, "top1_min")
     with canvas.styled():
         figure, axis = canvas.axes(WIDTH, below + BAND + above + 46)
-        labels = [(p.p50_ci[0], p.p50, _label(p)) for p in found]
+        labels = [(p.p50_ci[0], p.p50, _label(p)) for p in measured]
         canvas.logarithmic(axis, *_span([*labels, *((b.at, b.at, b.label) for b in limits)]))
         axis.set_ylim(0, below + BAND + above)
-        height = _scale(axis, found, floor, below)
-        _draw_front(axis, front(found), height)
+        height = _scale(axis, measured, floor, below)
+        _draw_front(axis, front(measured), height)
         for model in order:
             sign = 1 if model == order[-1] else -1
             _row(axis, rows[model], height, sign, below + BAND if sign > 0 else below)
@@ -60,14 +60,14 @@ def budgets(summary: Mapping[str, Any], quantity: str) -> list[Budget]:
     """The limits of one quantity as lines; an accuracy in percent."""
     scale, sign = (100, "≥") if quantity == "top1_min" else (1, "≤")
     unit = {"top1_min": "%", "wall_ms_max": "ms", "size_mb_max": "MB"}[quantity]
-    found = []
+    lines = []
     for budget in summary["budgets"]:
         target, _, kind = budget["name"].rpartition(".")
         if kind == quantity:
             where = f"{target} " if target else ""
             limit = scale * budget["limit"]
-            found.append(Budget(limit, f"budget {where}{sign} {limit:g} {unit}"))
-    return found
+            lines.append(Budget(limit, f"budget {where}{sign} {limit:g} {unit}"))
+    return lines
 
 
 def _label(point: Point) -> str:
@@ -77,18 +77,18 @@ def _label(point: Point) -> str:
 
 
 def _span(labels: Sequence[tuple[float, float, str]]) -> tuple[float, float]:
-    """The shortest log axis, in ms, on which each label, (leftmost, anchor, text), ends inside the picture."""
+    """The shortest log axis, in ms, on which each label, (leftmost, anchor, text), ends inside the chart."""
     low = min(leftmost for leftmost, _, _ in labels) / 1.4
     width = WIDTH - canvas.LEFT - canvas.RIGHT
     decades = [math.log10(at / low) / (1 - LETTER * len(text) / width) for _, at, text in labels]
     return low, low * 10 ** max(decades)
 
 
-def _scale(axis: Any, found: Sequence[Point], floor: Sequence[Budget], below: float) -> Any:
+def _scale(axis: Any, measured: Sequence[Point], floor: Sequence[Budget], below: float) -> Any:
     """Percent -> height in pixels within the band, with ticks at round percentages."""
     from matplotlib.ticker import MaxNLocator
 
-    ends = [v for p in found for v in p.top1_ci] + [b.at for b in floor]
+    ends = [v for p in measured for v in p.top1_ci] + [b.at for b in floor]
     low, high = min(ends), max(ends)
     high = max(high, low + LEAST)
 
@@ -126,8 +126,8 @@ def _row(axis: Any, row: Sequence[Point], height: Any, sign: int, edge: float) -
     top = edge + sign * (16 + LINE_HEIGHT * len(row))
     ends = ", ".join(f"{v:.1f}" for v in row[0].top1_ci)
     who = row[0].model + f" {canvas.short(row[0].method, 14)}" * (row[0].model != row[0].method)
-    said = f"{who}: {row[0].top1:.1f} % [{ends}]"
-    _text(axis, (axis.get_xlim()[0], top), (4, 0), said, color=colour, fontweight="bold")
+    label = f"{who}: {row[0].top1:.1f} % [{ends}]"
+    _text(axis, (axis.get_xlim()[0], top), (4, 0), label, color=colour, fontweight="bold")
 
 
 def _cross(axis: Any, point: Point, y: float, ends: tuple[float, float], colour: str) -> None:
@@ -152,5 +152,5 @@ def _draw_budgets(
 def _text(
     axis: Any, position: tuple[float, float], offset: tuple[float, float], text: str, **style: Any
 ) -> None:
-    kept = {"textcoords": "offset points", "va": "center", "fontsize": SMALL}
-    axis.annotate(text, position, offset, **kept, **style)
+    defaults = {"textcoords": "offset points", "va": "center", "fontsize": SMALL}
+    axis.annotate(text, position, offset, **defaults, **style)
