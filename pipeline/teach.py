@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 from pipeline.core import artifacts, progress
 from pipeline.core.atomic import atomic_dir
+from pipeline.core.config import STRICT, Seed, Share
 from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.data.mixing import Mixture
@@ -27,36 +38,31 @@ from pipeline.training.compute import Compute, Device
 ROOMS = ("core", "data", "models", "teach.py", "training")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Teach:
     """`teach:` which ViT, from which weights, trained how."""
 
     model: str
     weights: str = "scratch"  # scratch | pretrained | a path to safetensors
-    kwargs: dict[str, Any] = field(default_factory=dict)  # timm's: img_size, patch_size, depth, ...
-    epochs: int = 30  # 0 uses the weights as they are
-    batch: int = 64
-    lr: float = 2e-3  # peak; linear warm-up over 5 % of the steps, then cosine to 0
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.0
+    kwargs: dict[str, Any] = Field(default_factory=dict)  # timm's: img_size, patch_size, depth, ...
+    epochs: NonNegativeInt = 30  # 0 uses the weights as they are
+    batch: PositiveInt = 64
+    lr: PositiveFloat = 2e-3  # peak; linear warm-up over 5 % of the steps, then cosine to 0
+    weight_decay: NonNegativeFloat = 0.05
+    label_smoothing: Share = 0.0
     geometry: views.Geometry = views.Geometry()  # its training views
-    seed: int = 0
-    checkpoint_every: int = 200  # steps
+    seed: Seed = 0
+    checkpoint_every: PositiveInt = 200  # steps
     device: Device = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast
 
-    def __post_init__(self) -> None:
-        for name, least in (("epochs", 0), ("batch", 1), ("checkpoint_every", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} or more")
-        if self.lr <= 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"lr, weight_decay are {self.lr}, {self.weight_decay}; allowed: lr > 0, decay >= 0"
-            )
+    @model_validator(mode="after")
+    def _check_trained(self) -> Self:
         if self.weights == "scratch" and self.epochs == 0:
             raise ValueError(
-                f"epochs is {self.epochs} with weights 'scratch': an untrained teacher; raise epochs"
+                f"got epochs {self.epochs} with weights 'scratch'; expected 1 epoch or more, or trained weights"
             )
+        return self
 
 
 def teach(config: Teach, prepared: Prepared, out: Path, work: Path) -> dict[str, Any]:

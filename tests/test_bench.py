@@ -20,6 +20,7 @@ from exporters.bench import checks, compare, latency, measure, worker
 from exporters.bench.measure import Subject
 from exporters.bench.subjects import Bench, subjects_of
 from exporters.device import timing
+from pipeline.core.config import parse
 from pipeline.core.errors import GateFailed, UserError
 from pipeline.report import raw
 from tests import command_line
@@ -447,16 +448,17 @@ def test_a_mistake_is_told_before_anything_runs(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"enabled": ("ort-fp23",)}, "did you mean 'ort-fp32'"),
-        ({"enabled": (), "threads": (0,)}, r"threads is \[0\]"),
-        ({"enabled": (), "batches": (1, 0)}, r"batches is \[1, 0\]"),
-        ({"enabled": (), "rounds": 0}, "rounds is 0"),
-        ({"enabled": (), "seconds_per_row": 0.0}, "seconds_per_row 0.0"),
+        ({"enabled": ["ort-fp23"]}, "did you mean 'ort-fp32'"),
+        ({"threads": [0]}, r"bench.threads\[0\]: got 0; expected 1 or more"),
+        ({"batches": [1, 0]}, r"bench.batches\[1\]: got 0; expected 1 or more"),
+        ({"batches": []}, r"bench.batches: got \[\]; expected a list of 1 or more"),
+        ({"rounds": 0}, "bench.rounds: got 0; expected 1 or more"),
+        ({"seconds_per_row": 0.0}, "bench.seconds_per_row: got 0.0; expected above 0"),
     ],
 )
 def test_params_that_make_no_sense_are_named(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Bench(**values)
+    with pytest.raises(UserError, match=message):
+        parse(Bench, {"enabled": [], **values}, "bench")
 
 
 def test_size_counts_the_weights_beside_the_file(tmp_path: Path) -> None:
@@ -619,7 +621,7 @@ def test_stage_tells_when_what_was_built_is_gone(exported: Path) -> None:
         (lambda p: (p / "params.yaml").write_text("bench: {enable: []}"), "unknown key 'enable'"),
         (
             lambda p: (p / "params.yaml").write_text("bench: {enabled: [ort]}"),
-            "enabled names 'ort'",
+            "bench.enabled: got 'ort'",
         ),
     ],
 )

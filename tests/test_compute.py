@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pipeline.core import cli
+from pipeline.core import cli, config
 from pipeline.core.errors import UserError
 from pipeline.distill.trainer import build, train_step
 from pipeline.models.checkpoint import load
@@ -211,8 +211,8 @@ def test_cuda_where_there_is_none_is_refused(monkeypatch):
 
 @pytest.mark.parametrize(("field", "value"), [("accumulate", 0), ("ema", 1.0)])
 def test_impossible_ways_to_compute_are_refused_with_the_value(field, value):
-    with pytest.raises(ValueError, match=f"{field} is {value}; allowed"):
-        Compute(**{field: value})
+    with pytest.raises(UserError, match=f"compute.{field}: got {value}; expected"):
+        config.parse(Compute, {field: value}, "compute")
 
 
 def test_a_launched_stage_becomes_its_launcher_and_an_unknown_one_is_told(monkeypatch):

@@ -19,20 +19,21 @@ COSINE = '''"""Cosine of logits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from pydantic import NonNegativeFloat
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.core.config import STRICT
 from pipeline.distill.methods.term import StudentOutputs, Term
 from pipeline.models.teacher import TeacherOutputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class CosineConfig:
     """How much it counts."""
 
-    weight: float = 1.0
+    weight: NonNegativeFloat = 1.0
 
 
 class Cosine(Term):

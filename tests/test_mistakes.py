@@ -66,8 +66,8 @@ TYPOS = {
         3,
         "distill: unknown key 'epoch'; did you mean 'epochs'? allowed: methods, student,",
     ),
-    "a text for a number": ("distill.lr", "fast", "distill.lr: expected a number, got 'fast'"),
-    "a number for a list": ("distill.methods", 3, "distill.methods: expected a list, got 3"),
+    "a text for a number": ("distill.lr", "fast", "distill.lr: got 'fast'; expected a number"),
+    "a number for a list": ("distill.methods", 3, "distill.methods: got 3; expected a list"),
     "a method": (
         "distill.methods",
         ["plane"],
@@ -88,7 +88,7 @@ TYPOS = {
         "resnet81",
         "distill.student: timm {timm} has no model 'resnet81'; nearest: resnet18",
     ),
-    "a source": ("prepare.source", "digit", "source is 'digit'; did you mean 'digits'?"),
+    "a source": ("prepare.source", "digit", "prepare.source: got 'digit'; did you mean 'digits'?"),
     "what to do with broken pictures": (
         "prepare.on_error",
         "ignore",
@@ -97,7 +97,7 @@ TYPOS = {
     "a target": (
         "bench.enabled",
         ["ort-fp23"],
-        "bench: enabled names 'ort-fp23'; did you mean 'ort-fp32'? allowed: torch-eager",
+        "bench.enabled: got 'ort-fp23'; did you mean 'ort-fp32'? allowed: torch-eager",
     ),
     "the method that ships": (
         "export.method",

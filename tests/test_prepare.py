@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.core.config import parse
 from pipeline.core.errors import UserError
 from pipeline.data.prepared import SPLITS, UNLABELLED, Prepared
 from pipeline.prepare.prepare import Prepare, prepare, remarks
@@ -213,16 +214,19 @@ def test_mistakes_in_the_parameters_are_named(kwargs, message, folder, tmp_path)
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"source": "digit"}, r"source is 'digit'; did you mean 'digits'\?"),
-        ({"student_labels": "some"}, "student_labels is 'some'"),
-        ({"student_labels": 0}, "student_labels is 0"),
-        ({"image_size": 4}, "image_size is 4"),
-        ({"val": 0.0}, "val is 0.0"),
+        ({"source": "digit"}, r"source: got 'digit'; did you mean 'digits'\?"),
+        (
+            {"student_labels": "some"},
+            "student_labels: got 'some'; expected 'all' or a whole number",
+        ),
+        ({"student_labels": 0}, "student_labels: got 0; expected 'all' or 1 or more"),
+        ({"image_size": 4}, "image_size: got 4; expected 8 or more"),
+        ({"val": 0.0}, "val: got 0.0; expected above 0 or 1 or more"),
     ],
 )
 def test_impossible_parameters_are_refused_with_the_value(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        Prepare(**{"source": "digits", **kwargs})
+    with pytest.raises(UserError, match=message):
+        parse(Prepare, {"source": "digits", **kwargs}, "prepare")
 
 
 def test_one_class_is_refused_with_the_count(tmp_path):

@@ -254,8 +254,8 @@ WRONG = {
         "distill:\n  cakd:\n    trans:\n      noize: 1\n",
         "mine.yaml: distill.cakd.trans: unknown key 'noize'; did you mean 'noise'?",
     ),
-    "a value": ("teach:\n  lr: fast\n", "mine.yaml: teach.lr: expected a number, got 'fast'"),
-    "no keys": ("teach: 3\n", "mine.yaml: teach: expected keys and values, got 3"),
+    "a value": ("teach:\n  lr: fast\n", "mine.yaml: teach.lr: got 'fast'; expected a number"),
+    "no keys": ("teach: 3\n", "mine.yaml: teach: got 3; expected keys and values"),
     "no path": (
         "prepare:\n  source: parquet\n",
         "recipe mine: prepare.path is None; say where the pictures are: `make repro RECIPE=mine DATA=PATH`",

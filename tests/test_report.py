@@ -364,12 +364,12 @@ def test_a_target_that_is_not_enabled_leaves_no_trace(run: Run) -> None:
     [
         ({"top1_mim": 0.9}, "did you mean 'top1_min'?"),
         ({"ort-fp23.wall_ms_max": 1}, "did you mean 'ort-fp32'?"),
-        ({"ort-fp32.top1_min": 0.9}, "use 'top1_min'"),
+        ({"ort-fp32.top1_min": 0.9}, "expected 'top1_min'"),
         ({"top1_min": 90}, "0.9 for 90 %"),
-        ({"gain_min": 101}, "gain_min is 101.0; allowed: points, -100 to 100"),
-        ({"ort-fp32.gain_min": 1}, "use 'gain_min'"),
-        ({"wall_ms_max": 0}, "budgets: wall_ms_max is 0.0; allowed: above 0"),
-        ({"top1_min": "high"}, "expected a number, got 'high'"),
+        ({"gain_min": 101}, "got gain_min 101.0; expected points, -100 to 100"),
+        ({"ort-fp32.gain_min": 1}, "expected 'gain_min'"),
+        ({"wall_ms_max": 0}, "budgets: got wall_ms_max 0.0; expected above 0"),
+        ({"top1_min": "high"}, "budgets.top1_min: got 'high'; expected a number"),
     ],
 )
 def test_a_wrong_budget_is_refused_before_anything_is_written(

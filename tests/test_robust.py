@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline.core.config import parse
+from pipeline.core.errors import UserError
 from pipeline.distill import robust
 from pipeline.distill.robust import Discriminator, Trans
 
@@ -55,8 +57,8 @@ def test_trans_moves_no_pixel():
 
 
 def test_trans_refuses_a_share_above_1():
-    with pytest.raises(ValueError, match=r"trans.patch is 1.5; allowed: 0 to 1"):
-        Trans(patch=1.5)
+    with pytest.raises(UserError, match=r"trans.patch: got 1.5; expected 1 or less"):
+        parse(Trans, {"patch": 1.5}, "trans")
 
 
 def test_the_discriminators_loss_sends_nothing_back_to_what_it_judges():

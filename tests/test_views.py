@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.core.config import parse
 from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.data.mixing import Mix, mixture
@@ -145,22 +146,22 @@ def test_a_mixed_view_has_the_same_bits_in_any_batch(images):
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
-    [({"mixup": -1.0}, "mixup is -1.0"), ({"probability": 1.5}, "probability is 1.5")],
+    [({"mixup": -1.0}, "mix.mixup: got -1.0"), ({"probability": 1.5}, "mix.probability: got 1.5")],
 )
 def test_impossible_mixes_are_refused_with_the_value(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        Mix(**kwargs)
+    with pytest.raises(UserError, match=message):
+        parse(Mix, kwargs, "mix")
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"crop": (0.0, 1.0)}, r"crop is \[0.0, 1.0\]"),
-        ({"crop": (0.9, 0.5)}, r"crop is \[0.9, 0.5\]"),
-        ({"aspect": 0.5}, "aspect is 0.5"),
-        ({"rotate": 200.0}, "rotate is 200.0"),
+        ({"crop": [0.0, 1.0]}, r"crop: got \[0.0, 1.0\]; expected 0 < low"),
+        ({"crop": [0.9, 0.5]}, r"crop: got \[0.9, 0.5\]; expected 0 < low"),
+        ({"aspect": 0.5}, "aspect: got 0.5; expected 1 or more"),
+        ({"rotate": 200.0}, "rotate: got 200.0; expected 180 or less"),
     ],
 )
 def test_impossible_geometries_are_refused_with_the_value(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        Geometry(**kwargs)
+    with pytest.raises(UserError, match=message):
+        parse(Geometry, kwargs, "geometry")

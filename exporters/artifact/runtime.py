@@ -7,21 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import pydantic.dataclasses
+from pydantic import NonNegativeFloat, PositiveInt
+
 from exporters.artifact import agreement
 from exporters.artifact.reference import Exported
 from exporters.artifact.session import Session
+from pipeline.core.config import STRICT
 
 Calibration = Literal["minmax", "percentile", "entropy"]
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Build(agreement.Thresholds):
     """`build:` the parity gates, what int8 may cost, and the batches of an engine."""
 
     int8_drop: float = 0.01  # top-1 on the reference images, as a fraction
     int8_calibration: Calibration = "minmax"
-    int8_search_s: float = 60.0  # to look for nodes to leave in float, where int8 fails its gates
-    trt_shapes: tuple[int, int, int] = (1, 1, 8)  # smallest, usual and largest batch
+    # to look for nodes to leave in float, where int8 fails its gates
+    int8_search_s: NonNegativeFloat = 60.0
+    # smallest, usual and largest batch
+    trt_shapes: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 1, 8)
 
 
 @dataclass(frozen=True)

@@ -4,42 +4,42 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic.dataclasses import dataclass
 
 from exporters.artifact.session import TARGETS, Target
 from exporters.bench.measure import Subject
 from exporters.open import RUNTIMES
 from pipeline.core import artifacts
+from pipeline.core.config import STRICT, Seed
 from pipeline.core.errors import UserError, nearest
 from pipeline.core.machine import machine
 
 SCHEMA = "cakd.bench/2"
+Counts = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Bench:
     """`bench:` which targets are measured, and how long."""
 
     enabled: tuple[str, ...]  # of exporters.artifact.session.TARGETS, one report file each
-    threads: tuple[int, ...] = (1,)  # a row each
-    batches: tuple[int, ...] = (1,)  # images a call, a row each
-    rounds: int = 20  # blocks a row, interleaved with those of the other rows
-    seconds_per_row: float = 3.0  # in all blocks of a row, warm-up not counted
-    seed: int = 0  # of the order within the rounds
+    threads: Counts = (1,)  # a row each
+    batches: Counts = (1,)  # images a call, a row each
+    rounds: PositiveInt = 20  # blocks a row, interleaved with those of the other rows
+    seconds_per_row: PositiveFloat = 3.0  # in all blocks of a row, warm-up not counted
+    seed: Seed = 0  # of the order within the rounds
 
-    def __post_init__(self) -> None:
-        for name in self.enabled:
+    @field_validator("enabled")
+    @classmethod
+    def _check_enabled(cls, enabled: tuple[str, ...]) -> tuple[str, ...]:
+        for name in enabled:
             if name not in TARGETS:
-                raise ValueError(f"enabled names {name!r}; {nearest(name, TARGETS)}")
-        for name, counts in (("threads", self.threads), ("batches", self.batches)):
-            if not counts or min(counts) < 1:
-                raise ValueError(f"{name} is {list(counts)}; allowed: a list of counts from 1 on")
-        if self.rounds < 1 or self.seconds_per_row <= 0:
-            raise ValueError(
-                f"rounds is {self.rounds}, seconds_per_row {self.seconds_per_row}; both must be above 0"
-            )
+                raise ValueError(f"got {name!r}; {nearest(name, TARGETS)}")
+        return enabled
 
 
 def subjects_of(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
 
 from exporters.artifact import agreement, inputs, metadata, onnx_file
 from exporters.artifact.quiet import quiet
@@ -15,6 +16,7 @@ from exporters.device import ort
 from exporters.ort import embed, int8, quantize
 from exporters.ort.session import OrtSession, onnxruntime_library
 from pipeline.core.atomic import atomic
+from pipeline.core.config import STRICT
 from pipeline.core.errors import GateFailed, UserError
 from pipeline.data.prepared import normalised
 
@@ -27,19 +29,14 @@ BATCHES = (1, 2, 7)  # what a free batch axis must take
 BEST = "best"  # of `method`: whichever has the best top-1 on val (stages/select.py)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Export:
     """`export:` which student ships, as which ONNX, and how many images travel with it for the checks."""
 
     method: str = BEST
-    opset: int = OPSET
-    reference_images: int = 128
-    calibration_images: int = 256
-
-    def __post_init__(self) -> None:
-        for name, least in (("reference_images", 2), ("calibration_images", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} or more")
+    opset: PositiveInt = OPSET
+    reference_images: int = Field(default=128, ge=2)
+    calibration_images: PositiveInt = 256
 
 
 def export(checkpoint: Path, out: Path, opset: int = OPSET) -> dict[str, Any]:

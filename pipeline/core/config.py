@@ -1,15 +1,16 @@
-"""One section of params.yaml -> one strict frozen dataclass: unknown keys and wrong types are refused by name."""
+"""Sections of params.yaml as strict frozen pydantic dataclasses, and one formatter for what pydantic refuses."""
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import math
 import reprlib
-import types
 import typing
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -27,8 +28,13 @@ SECTIONS = (
     "bench",
     "report",
 )
-MAX_VALUES = 100_000  # values and characters that the aliases of a file may unfold to
-INT64, SEEDS = 2**63, 2**32
+INT64 = 2**63
+# Of every settings class, `@dataclass(frozen=True, config=STRICT)` of pydantic.dataclasses: a dataclass like any
+# other for replace, asdict and pickle, and checked whenever one is constructed.
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 def load(section: type[C], path: Path | str = "params.yaml") -> C:
@@ -51,7 +57,7 @@ def load(section: type[C], path: Path | str = "params.yaml") -> C:
 def read(path: Path | str) -> dict[str, Any]:
     """The whole file as a dict. YAML 1.2, as DVC reads it: `1e-3` is a number.
 
-    Raises UserError: none, no YAML, aliases that unfold without end.
+    Raises UserError: no file, no YAML, no sections.
     """
     try:
         params = YAML(typ="safe", pure=True).load(Path(path))
@@ -69,25 +75,7 @@ def read(path: Path | str) -> dict[str, Any]:
         raise UserError(f"{path}: not YAML: {type(error).__name__}: {error}") from None
     if not isinstance(params, dict):
         raise UserError(f"{path}: expected sections at the top level, got {type(params).__name__}")
-    _check_aliases(params, path)
     return params
-
-
-def _check_aliases(params: dict[str, Any], path: Path | str) -> None:
-    """Raise UserError where aliases make a small file a large value, or one that holds itself."""
-    todo: list[Any] = [params]
-    size = 0
-    while todo:
-        found = todo.pop()
-        size += 1 + (len(found) if isinstance(found, str | bytes) else 0)
-        if size > MAX_VALUES:
-            raise UserError(
-                f"{path}: holds more than {MAX_VALUES} values and characters, or an alias of itself; write it out"
-            )
-        if isinstance(found, dict):
-            todo += [*found, *found.values()]
-        elif isinstance(found, list | tuple | set):
-            todo += found
 
 
 def value(key: str, path: Path | str = "params.yaml") -> Any:
@@ -100,95 +88,131 @@ def value(key: str, path: Path | str = "params.yaml") -> Any:
     return found
 
 
-def parse(section: type[C], values: Any, where: str) -> C:
-    """A mapping -> the dataclass `section`; `where` names the place in messages (`distill.cakd`).
+def parse(kind: type[C], values: Any, where: str) -> C:
+    """Keys and values, as YAML or JSON has them -> `kind`, a class that pydantic validates.
 
-    Raises UserError: unknown or missing key, wrong type, a value that the dataclass refuses.
+    `where` is the dotted name of `values` in messages (`distill.cakd`). A list is taken for a tuple and a whole
+    number for a float, as strict JSON has it; no text is taken for a number, nor 1.0 for 1.
+    Raises UserError: unknown or missing key, wrong type, a value out of range.
     """
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: expected keys and values, got {_short(values)}")
-    hints = typing.get_type_hints(section)
-    fields = {f.name: f for f in dataclasses.fields(section)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            raise UserError(f"{where}: unknown key '{key}'; {nearest(key, fields)}")
-    for name, field in fields.items():
-        required = field.default is field.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            raise UserError(
-                f"{where}: key '{name}' is missing; got {', '.join(values) or 'nothing'}; add it"
-            )
     try:
-        return section(**{k: _convert(v, hints[k], f"{where}.{k}") for k, v in values.items()})
-    except ValueError as error:  # a __post_init__ check, which names field and value
-        raise UserError(f"{where}: {error}") from None
+        _check_plain(values, where)
+    except RecursionError:
+        raise UserError(
+            f"{where}: got {_short(values)}, nested too deep or an alias of itself; write it out"
+        ) from None
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise UserError(explain(error, kind, values, where)) from None
 
 
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Union or origin is types.UnionType:
-        if value is None and type(None) in args:
-            return None
-        rest = [a for a in args if a is not type(None)]
-        for option in rest[:-1]:
-            try:
-                return _convert(value, option, where)
-            except UserError:
-                continue
-        return _convert(value, rest[-1], where)
-    if origin is typing.Literal:
-        if value not in args:
-            raise UserError(f"{where}: got {_short(value)}; {nearest(value, map(str, args))}")
-        return value
-    if dataclasses.is_dataclass(hint):
-        return parse(hint, value, where)  # type: ignore[arg-type]
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}: expected a list, got {_short(value)}")
-        if args[-1] is not Ellipsis and len(value) != len(args):
-            raise UserError(f"{where}: expected a list of {len(args)}, got {_short(value)}")
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        return tuple(
-            _convert(v, k, f"{where}[{i}]")
-            for i, (v, k) in enumerate(zip(value, kinds, strict=True))
-        )
-    if origin is dict or hint is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: expected keys and values, got {_short(value)}")
-        return {
-            str(k): _convert(v, args[1] if args else Any, f"{where}.{k}") for k, v in value.items()
-        }
-    if hint is Any:
-        return _plain(value, where)
-    if isinstance(value, int) and not -INT64 <= value < INT64:
-        raise UserError(f"{where}: expected a number of at most 64 bits, got {_short(value)}")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: expected a finite number, got {value}")
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"{where}: expected {_NAMES.get(hint, hint)}, got {_short(value)}")
-    if where.endswith(".seed") and not 0 <= value < SEEDS:
-        raise UserError(f"{where}: got {value}; allowed: 0 to {SEEDS - 1}")
-    return value
+def _check_plain(value: Any, where: str) -> None:
+    """Raise UserError where YAML holds what a JSON report cannot: a date, a set, NaN, an endless number."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            if isinstance(key, tuple):
+                raise UserError(f"{where}: got the key {_short(key)}; expected text")
+            _check_plain(key, where)
+            _check_plain(item, _dotted(where, [key]))
+    elif isinstance(value, str):
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"{where}: got {_short(value)}; expected text in Unicode")
+    elif isinstance(value, int):
+        if not -INT64 <= value < INT64:
+            raise UserError(f"{where}: got {_short(value)}; expected a number of at most 64 bits")
+    elif not isinstance(value, float | None):
+        raise UserError(f"{where}: got {_short(value)}; expected a number, text, list or mapping")
+    elif value is not None and not math.isfinite(value):
+        raise UserError(f"{where}: got {value}; expected a finite number")
 
 
-def _plain(value: Any, where: str) -> Any:
-    """A value of any kind that JSON has: what is not would be told only when a report is written."""
-    if isinstance(value, list):
-        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
-    if isinstance(value, dict):
-        return {str(k): _plain(v, f"{where}.{k}") for k, v in value.items()}
-    if value is None or isinstance(value, str | bool):
-        return value
-    if not isinstance(value, int | float):
-        raise UserError(f"{where}: expected a number, text or list, got {_short(value)}")
-    return _convert(value, type(value), where)
+def explain(error: ValidationError, kind: type, values: Any, where: str) -> str:
+    """The one line of a pydantic error: dotted name, what was got, what is expected, the nearest name of a key."""
+    errors = error.errors(include_url=False)
+    first = min(
+        errors, key=lambda e: e["type"] not in _UNKNOWN
+    )  # where one is misspelt, one is missing
+    steps, got = _reach(values, first["loc"])
+    name, key = _dotted(where, steps), first["loc"][-1] if first["loc"] else None
+    if first["type"] in _UNKNOWN:
+        parent = _dotted(where, steps[:-1])
+        return f"{parent}: unknown key {key!r}; {nearest(key, _keys(kind, steps[:-1]))}"
+    if first["type"] == "missing" and isinstance(key, str):
+        return f"{name}: got {', '.join(map(str, got)) or 'nothing'}; expected the key {key!r} too; add it"
+    if first["type"] == "value_error":
+        return f"{name}: {first['ctx']['error']}"
+    if first["type"] == "literal_error" and len(errors) == 1:
+        allowed = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        return f"{name}: got {_short(got)}; {nearest(got, allowed)}"
+    expected = [_expected(e) for e in errors if _reach(values, e["loc"])[0] == steps]
+    return f"{name}: got {_short(got)}; expected {' or '.join(dict.fromkeys(expected))}"
+
+
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+
+
+def _expected(error: Any) -> str:
+    """What one error of pydantic's asks for; of a union there is one for each member."""
+    limits = error.get("ctx", {})
+    if error["type"] == "missing":
+        return f"a list of {error['loc'][-1] + 1}"
+    if error["type"] == "greater_than" and isinstance(limits["gt"], int):
+        return f"{limits['gt'] + 1} or more"
+    whole = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in limits.items()}
+    template: str = _EXPECTED.get(error["type"], error["msg"].removeprefix("Input should be "))
+    return template.format(**whole) if error["type"] in _EXPECTED else template
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "keys and values",
+    "dataclass_type": "keys and values",
+    "model_type": "keys and values",
+    "too_long": "a list of {max_length}",
+    "too_short": "a list of {min_length} or more",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "{ge} or more",
+    "less_than": "below {lt}",
+    "less_than_equal": "{le} or less",
+}
+
+
+def _reach(values: Any, loc: Sequence[int | str]) -> tuple[list[int | str], Any]:
+    """The steps of a pydantic location that `values` has, without names of union members, and what is there."""
+    steps: list[int | str] = []
+    for step in loc:
+        there = isinstance(values, dict) and step in values
+        if not there and not (
+            isinstance(values, list | tuple) and isinstance(step, int) and step < len(values)
+        ):
+            break
+        values = values[step]
+        steps.append(step)
+    return steps, values
+
+
+def _dotted(where: str, steps: Iterable[Any]) -> str:
+    return where + "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps)
+
+
+def _keys(kind: Any, steps: Iterable[int | str]) -> list[str]:
+    """The keys of the class that is at `steps` in `kind`."""
+    for step in steps:
+        fields = getattr(kind, "__pydantic_fields__", {})
+        kind = fields[step].annotation if step in fields else kind
+        inner = [a for a in typing.get_args(kind) if hasattr(a, "__pydantic_fields__")]
+        kind = inner[-1] if inner else kind  # of a list, a mapping or an optional one
+    return list(getattr(kind, "__pydantic_fields__", ()))
 
 
 def _short(value: Any) -> str:
     """A value as the one line of a message shows it: the beginning of what is long."""
     return reprlib.repr(value)
-
-
-_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}

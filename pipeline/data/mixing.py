@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+import pydantic.dataclasses
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, from_numpy
 
+from pipeline.core.config import STRICT, Share
 
-@dataclass(frozen=True)
+Alpha = Annotated[float, Field(ge=0, le=100)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Mix:
     """How many views are mixed, and how. With both on, either is as likely."""
 
-    mixup: float = 0.0  # alpha of Beta(alpha, alpha), from which an image's share is drawn; 0: off
-    cutmix: float = 0.0  # the same for the share of the area; 0: off
-    probability: float = 1.0  # of a view to be mixed, where one of them is on
-
-    def __post_init__(self) -> None:
-        for name in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, name) <= 100:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 (off) to 100")
-        if not 0 <= self.probability <= 1:
-            raise ValueError(f"probability is {self.probability}; allowed: 0 to 1")
+    mixup: Alpha = 0.0  # alpha of Beta(alpha, alpha), from which an image's share is drawn; 0: off
+    cutmix: Alpha = 0.0  # the same for the share of the area; 0: off
+    probability: Share = 1.0  # of a view to be mixed, where one of them is on
 
     @property
     def on(self) -> bool:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, field_validator
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.core.config import STRICT
 from pipeline.core.errors import UserError
 from pipeline.data.mixing import Mix, Mixture, mixture
 
@@ -25,25 +27,22 @@ Rows = Sequence[int] | NDArray[np.int64]
 BACKEND = "torch-grid-sample-bilinear-border/1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Geometry:
     """A view policy. All draws are uniform."""
 
     crop: tuple[float, float] = (0.35, 1.0)  # share of the image's area; above 1 zooms out
-    aspect: float = 1.33  # width / height between 1/aspect and aspect
-    rotate: float = 0.0  # degrees, between -rotate and +rotate
+    aspect: float = Field(default=1.33, ge=1, le=4)  # width / height between 1/aspect and aspect
+    rotate: float = Field(default=0.0, ge=0, le=180)  # degrees, between -rotate and +rotate
     flip: bool = True  # mirror left-right, one half of the views
-    mix: Mix = field(default_factory=Mix)  # with another image
+    mix: Mix = Mix()  # with another image
 
-    def __post_init__(self) -> None:
-        if not 0 < self.crop[0] <= self.crop[1] <= 2:
-            raise ValueError(
-                f"crop is {list(self.crop)}; allowed: 0 < low <= high <= 2, shares of the area"
-            )
-        if not 1 <= self.aspect <= 4:
-            raise ValueError(f"aspect is {self.aspect}; allowed: 1 (square) to 4")
-        if not 0 <= self.rotate <= 180:
-            raise ValueError(f"rotate is {self.rotate}; allowed: 0 to 180 degrees")
+    @field_validator("crop")
+    @classmethod
+    def _check_crop(cls, crop: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < crop[0] <= crop[1] <= 2:
+            raise ValueError(f"got {list(crop)}; expected 0 < low <= high <= 2, shares of the area")
+        return crop
 
 
 def parameters(geometry: Geometry, seed: int, rows: Rows, views: Rows) -> NDArray[np.float32]:

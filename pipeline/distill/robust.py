@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from pipeline.core.config import STRICT, Share
 
 Adversarial = Literal["non-saturating", "saturating"]
 
@@ -41,24 +43,18 @@ def discriminator(network: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tenso
     return loss, accuracy.detach()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Trans:
     """Trans of eq. 7, on pixels only: no crop, no rotation, so tokens stay paired with pixels (decision 13).
 
     Contrast, JPEG, shot noise, pixelation and lines are left to the robust evaluation, which must be disjoint.
     """
 
-    probability: float = 0.5  # of an image to be transformed at all
-    brightness: float = 0.2  # shift of all channels together, up to this share of the range
-    colour: float = 0.2  # shift of each channel by itself, up to this share of the range
-    patch: float = 0.4  # largest side of the masked patch, share of the image's side
-    noise: float = 0.1  # largest standard deviation of Gaussian noise, share of the range
-
-    def __post_init__(self) -> None:
-        for name in ("probability", "brightness", "colour", "patch", "noise"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"trans.{name} is {value}; allowed: 0 to 1")
+    probability: Share = 0.5  # of an image to be transformed at all
+    brightness: Share = 0.2  # shift of all channels together, up to this share of the range
+    colour: Share = 0.2  # shift of each channel by itself, up to this share of the range
+    patch: Share = 0.4  # largest side of the masked patch, share of the image's side
+    noise: Share = 0.1  # largest standard deviation of Gaussian noise, share of the range
 
     def __call__(self, views: Tensor, seeds: Sequence[int]) -> Tensor:
         """uint8 views (B, 3, S, S) -> float views (B, 3, S, S) in [0, 255]; untouched images keep their values.

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
-from pipeline.core.config import parse
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+from typing_extensions import Self
+
+from pipeline.core.config import STRICT, BelowOne, Seed, parse
 from pipeline.core.errors import UserError
 from pipeline.distill.methods.cakd import CakdConfig
 from pipeline.distill.methods.logits import LogitsConfig
@@ -16,52 +28,66 @@ from pipeline.training.compute import Compute
 PERF_SCHEMA = "cakd.train/1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class CrossEntropyConfig:
     """`distill.cross_entropy:` of the labelled images, in every method."""
 
-    weight: float = 1.0  # 0: the teacher's word alone (function matching)
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.weight < 0 or not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"weight, label_smoothing are {self.weight}, {self.label_smoothing}; allowed: 0 or more, 0 to "
-                "below 1"
-            )
+    weight: NonNegativeFloat = 1.0  # 0: the teacher's word alone (function matching)
+    label_smoothing: BelowOne = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Distill:
     """`distill:` which student, by which methods, with one recipe for all of them."""
 
     methods: tuple[str, ...]
     student: str
-    student_kwargs: dict[str, Any] = field(default_factory=dict)  # timm's: output_stride, ...
-    steps: int | None = None  # of every method; the budget
-    epochs: int | None = (
-        None  # the same in passes over all training images; one of the two is given
-    )
-    batch: int = 64
+    student_kwargs: dict[str, Any] = Field(default_factory=dict)  # timm's: output_stride, ...
+    steps: PositiveInt | None = None  # of every method; the budget
+    # the same in passes over all training images; one of the two is given
+    epochs: PositiveInt | None = None
+    batch: int = Field(default=64, ge=4)
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: with Nesterov momentum
-    momentum: float = 0.9  # of sgd
-    lr: float = 2e-3  # peak; linear warm-up over 5 % of the steps, then cosine to 0
-    weight_decay: float = 0.05  # not of norms and biases
-    clip_norm: float = (
-        0.0  # largest gradient norm of the student, and of what is trained beside it; 0: off
-    )
-    labelled_share: float = 0.5  # of a batch: fresh views for the cross-entropy (decision 17)
+    momentum: BelowOne = 0.9  # of sgd
+    lr: PositiveFloat = 2e-3  # peak; linear warm-up over 5 % of the steps, then cosine to 0
+    weight_decay: NonNegativeFloat = 0.05  # not of norms and biases
+    # largest gradient norm of the student, and of what is trained beside it; 0: off
+    clip_norm: NonNegativeFloat = 0.0
+    labelled_share: BelowOne = 0.5  # of a batch: fresh views for the cross-entropy (decision 17)
     cross_entropy: CrossEntropyConfig = CrossEntropyConfig()
     weights: Literal["fixed", "balanced"] = "fixed"  # balanced: by gradient norms, see `balance`
-    balance: float = 0.5  # of every balanced term: its gradient norm over the cross-entropy's
-    seed: int = 0
-    workers: int = 0  # processes that make the views of coming steps; 0: made when they are needed
-    checkpoint_every: int = 200  # steps
+    # of every balanced term: its gradient norm over the cross-entropy's
+    balance: NonNegativeFloat = 0.5
+    seed: Seed = 0
+    # processes that make the views of coming steps; 0: made when they are needed
+    workers: NonNegativeInt = 0
+    checkpoint_every: PositiveInt = 200  # steps
     logits: LogitsConfig = LogitsConfig()
     cakd: CakdConfig = CakdConfig()
     terms: Terms = Terms()
     compute: Compute = Compute()
-    tuned: dict[str, dict[str, Any]] = field(default_factory=dict)  # method -> dotted key -> value
+    # method -> dotted key -> value
+    tuned: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @field_validator("methods")
+    @classmethod
+    def _check_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        for method in methods:
+            terms_of(method)
+        return methods
+
+    @model_validator(mode="after")
+    def _check_budget_and_balance(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"got steps {self.steps} and epochs {self.epochs}; expected one of them, the other null"
+            )
+        if self.weights == "balanced" and not (self.cross_entropy.weight and self.balance):
+            raise ValueError(
+                f"got weights balanced with cross_entropy.weight {self.cross_entropy.weight} and balance "
+                f"{self.balance}; expected both above 0"
+            )
+        return self
 
     def with_choice(self, choice: Mapping[str, Any], method: str) -> Distill:
         """The same with values by dotted key (`logits.weight`).
@@ -96,30 +122,3 @@ class Distill:
             return self.steps
         assert self.epochs is not None
         return self.epochs * -(-images // self.batch)
-
-    def __post_init__(self) -> None:
-        for method in self.methods:
-            terms_of(method)
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError(
-                f"steps, epochs are {self.steps}, {self.epochs}; expected one of them, the other null"
-            )
-        for name, least in (
-            *(("steps", 1), ("epochs", 1), ("batch", 4), ("workers", 0)),
-            *(("checkpoint_every", 1), ("clip_norm", 0)),
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} or more")
-        if self.lr <= 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"lr, weight_decay are {self.lr}, {self.weight_decay}; allowed: lr > 0, decay >= 0"
-            )
-        if not 0 <= self.labelled_share < 1 or not 0 <= self.momentum < 1:
-            raise ValueError(
-                f"labelled_share, momentum are {self.labelled_share}, {self.momentum}; allowed: 0 to below 1"
-            )
-        if self.weights == "balanced" and (not self.cross_entropy.weight or self.balance <= 0):
-            raise ValueError(
-                f"weights is balanced with cross_entropy.weight {self.cross_entropy.weight} and balance "
-                f"{self.balance}; allowed: both above 0"
-            )

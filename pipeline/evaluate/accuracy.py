@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.core.config import STRICT, Seed
 from pipeline.data import views
-from pipeline.data.prepared import SPLITS, Prepared
+from pipeline.data.prepared import Prepared
 from pipeline.evaluate.corruptions import NOISE, Pixels, noisy
 
 SCHEMA = "cakd.accuracy/1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Evaluate:
     """`evaluate:` how the models are judged."""
 
-    split: str = "test"
-    batch: int = 100
-    ece_bins: int = 15
-    seed: int = 0  # of the noise
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "ece_bins"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
-        if self.split not in SPLITS:
-            raise ValueError(f"split is {self.split!r}; allowed: {', '.join(SPLITS)}")
+    split: Literal["train", "val", "test"] = "test"
+    batch: PositiveInt = 100
+    ece_bins: PositiveInt = 15
+    seed: Seed = 0  # of the noise
 
 
 @torch.no_grad()

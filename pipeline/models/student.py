@@ -7,9 +7,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pydantic.dataclasses
 import torch
 from torch import Tensor, nn
 
+from pipeline.core.config import STRICT
 from pipeline.core.errors import UserError, nearest
 from pipeline.models.checkpoint import first_line
 
@@ -32,7 +34,7 @@ class StudentSpec:
         return [self.maps[module][0] for module in self.stages]
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Tap:
     """Where h_S is read: a module of the student, its channels and grid, and the teacher's token grid."""
 

@@ -7,18 +7,20 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field, PositiveInt, field_validator
+from pydantic.dataclasses import dataclass
 
 from pipeline.core import artifacts
 from pipeline.core.atomic import atomic_dir
+from pipeline.core.config import STRICT, Seed
 from pipeline.core.errors import UserError, nearest
 from pipeline.data.images import BrokenImage, square_pixels
 from pipeline.data.prepared import MAX_SIDE, SCHEMA, SOURCE_SCHEMA, SPLITS, UNLABELLED
@@ -38,9 +40,11 @@ SOURCES: dict[str, Source] = {
     "parquet": parquet.read,
     "cifar": cifar.read,
 }
+# a share of the images, or a count
+SplitSize = Annotated[float, Field(gt=0, lt=1)] | Annotated[float, Field(ge=1, multiple_of=1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Prepare:
     """`prepare:` which images, at what size, and how many labels the student may see."""
 
@@ -48,35 +52,31 @@ class Prepare:
     path: str | None = None  # a folder, file or pattern, as the source says
     label_column: str | None = None  # of a table, parquet or cifar, where there are several
     image_column: str | None = None  # of a table or parquet, where there are several
-    label_pattern: str | None = (
-        None  # of imagefolder: its first group is the class in a file's name
-    )
-    image_size: int = 224  # pixels, square
-    student_labels: int | str = "all"  # "all", or N labels a class
-    val: float = 0.1  # images held out for gates and calibration: a share below 1, a count from 1
-    test: float = 0.2  # the same for the test split, where the source brings none
+    # of imagefolder: its first group is the class in a file's name
+    label_pattern: str | None = None
+    image_size: int = Field(default=224, ge=8, le=MAX_SIDE)  # pixels, square
+    student_labels: Literal["all"] | PositiveInt = "all"  # "all", or N labels a class
+    val: SplitSize = 0.1  # images held out for gates and calibration
+    test: SplitSize = 0.2  # the same for the test split, where the source brings none
     on_error: Literal["stop", "skip"] = "stop"  # an unreadable image: stop, or list it and go on
-    seed: int = 0
+    seed: Seed = 0
 
-    def __post_init__(self) -> None:
-        if self.source not in SOURCES and not self.source.startswith(zoo.PREFIX):
+    @field_validator("source")
+    @classmethod
+    def _check_source(cls, source: str) -> str:
+        if source not in SOURCES and not source.startswith(zoo.PREFIX):
             known = [*SOURCES, f"{zoo.PREFIX}<Name>"]
-            raise ValueError(f"source is {self.source!r}; {nearest(self.source, known)}")
-        if self.student_labels != "all" and not (
-            isinstance(self.student_labels, int) and self.student_labels > 0
-        ):
+            raise ValueError(f"got {source!r}; {nearest(source, known)}")
+        return source
+
+    @field_validator("label_pattern")
+    @classmethod
+    def _check_label_pattern(cls, pattern: str | None) -> str | None:
+        if pattern is not None and _groups(pattern) < 1:
             raise ValueError(
-                f"student_labels is {self.student_labels!r}; allowed: all, or N >= 1 a class"
+                f"got {pattern!r}; expected a regular expression with a group, '([a-z]+)_'"
             )
-        if not 8 <= self.image_size <= MAX_SIDE:
-            raise ValueError(f"image_size is {self.image_size}; allowed: 8 to {MAX_SIDE} pixels")
-        if self.label_pattern is not None and _groups(self.label_pattern) < 1:
-            raise ValueError(
-                f"label_pattern is {self.label_pattern!r}; allowed: a regular expression with a group, '([a-z]+)_'"
-            )
-        for name, share in (("val", self.val), ("test", self.test)):
-            if share <= 0 or (share > 1 and share % 1):
-                raise ValueError(f"{name} is {share}; allowed: a share below 1 or a count from 1")
+        return pattern
 
 
 def _groups(pattern: str) -> int:

@@ -7,11 +7,15 @@ pipeline/report/page.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic.dataclasses
+from pydantic import Field, field_validator
+
 from pipeline.core import artifacts
+from pipeline.core.config import STRICT
 from pipeline.core.errors import UserError, nearest
 from pipeline.report.budgets import BUDGETS, MAX_BUDGET, OF_TARGET, check_targets, judge_budget
 from pipeline.report.raw import thin, with_curves, with_samples
@@ -22,7 +26,7 @@ BENCH = "cakd.bench/2"
 BASELINES = ("plain", "logits")  # every method is compared with these two, in points
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Report:
     """`report:` the title, and the budgets the shipped student must keep.
 
@@ -32,23 +36,24 @@ class Report:
     """
 
     title: str = "Student at the edge"
-    budgets: dict[str, float] = field(default_factory=dict)
+    budgets: dict[str, float] = Field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for name, limit in self.budgets.items():
+    @field_validator("budgets")
+    @classmethod
+    def _check_budgets(cls, budgets: dict[str, float]) -> dict[str, float]:
+        for name, limit in budgets.items():
             target, _, quantity = name.rpartition(".")
             if quantity not in BUDGETS:
-                raise ValueError(f"budgets: unknown name {name!r}; {nearest(quantity, BUDGETS)}")
+                raise ValueError(f"unknown key {name!r}; {nearest(quantity, BUDGETS)}")
             if target and quantity not in OF_TARGET:
-                raise ValueError(f"budgets: {name!r} is not a figure of a target; use {quantity!r}")
+                raise ValueError(f"got {name!r}, not a figure of a target; expected {quantity!r}")
             if quantity == "top1_min" and not 0 <= limit <= 1:
-                raise ValueError(f"budgets: {name} is {limit}; allowed: a fraction, 0.9 for 90 %")
+                raise ValueError(f"got {name} {limit}; expected a fraction, 0.9 for 90 %")
             if quantity == "gain_min" and not -100 <= limit <= 100:
-                raise ValueError(f"budgets: {name} is {limit}; allowed: points, -100 to 100")
+                raise ValueError(f"got {name} {limit}; expected points, -100 to 100")
             if quantity not in ("top1_min", "gain_min") and not 0 < limit <= MAX_BUDGET:
-                raise ValueError(
-                    f"budgets: {name} is {limit}; allowed: above 0, {MAX_BUDGET:g} at most"
-                )
+                raise ValueError(f"got {name} {limit}; expected above 0, {MAX_BUDGET:g} at most")
+        return budgets
 
 
 @dataclass(frozen=True)

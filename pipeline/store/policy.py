@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
+
 from pipeline.core import artifacts
+from pipeline.core.config import STRICT, Seed
 from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.data.prepared import Prepared
@@ -18,24 +22,19 @@ from pipeline.training.compute import Device
 Lines = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Cache:
     """`cache:` which views of each training image the teacher sees, and whether its features are stored."""
 
     mode: Literal["on", "off"] = "on"  # off: the same views, the teacher runs while distilling
     layout: Literal["block_input", "qkvh"] = "block_input"  # qkvh: 4 times the bytes, no replay
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
-    views: int = 4  # V views an image
+    views: PositiveInt = 4  # V views an image
     geometry: Geometry = Geometry()
-    batch: int = 64  # images the teacher sees at once while writing
-    shard_mb: int = 256
-    seed: int = 0
+    batch: PositiveInt = 64  # images the teacher sees at once while writing
+    shard_mb: PositiveInt = 256
+    seed: Seed = 0
     device: Device = "auto"  # of the teacher; by rounding the bytes depend on it
-
-    def __post_init__(self) -> None:
-        for name in ("views", "batch", "shard_mb"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
 
 
 def asked(cache: Cache) -> Lines:

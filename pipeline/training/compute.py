@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from pipeline.core.config import STRICT, BelowOne
 from pipeline.core.errors import UserError
 from pipeline.training.ranks import Ranks
 
 Device = Literal["auto", "cpu", "cuda"]  # auto: CUDA where there is one
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Compute:
     """`distill.compute:` where and how a training is computed.
 
@@ -26,15 +28,9 @@ class Compute:
     device: Device = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast
     channels_last: bool = False  # the student's memory format
-    accumulate: int = 1  # parts of a batch that are computed one after the other
+    accumulate: PositiveInt = 1  # parts of a batch that are computed one after the other
     compile: bool = False  # torch.compile of the student
-    ema: float = 0.0  # decay of the averaged weights that are published; 0: the last weights
-
-    def __post_init__(self) -> None:
-        if self.accumulate < 1:
-            raise ValueError(f"accumulate is {self.accumulate}; allowed: 1 or more")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema}; allowed: 0 to below 1")
+    ema: BelowOne = 0.0  # decay of the averaged weights that are published; 0: the last weights
 
     def backend(self) -> str:
         """What carries messages between ranks: NCCL between CUDA devices, else gloo."""

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.core.config import STRICT
 from pipeline.distill.methods.term import Sizes, StudentOutputs, Term
 from pipeline.distill.projectors import on_grid, tokens_of
 from pipeline.models.teacher import TeacherOutputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class AffinityConfig:
     """The temperature is theirs."""
 
-    weight: float = 1.0
-    temperature: float = 0.07
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}; allowed: above 0")
+    weight: NonNegativeFloat = 1.0
+    temperature: PositiveFloat = 0.07
 
 
 def log_affinities(tokens: Tensor, temperature: float) -> Tensor:

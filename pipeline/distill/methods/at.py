@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from pydantic import NonNegativeFloat
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.core.config import STRICT
 from pipeline.distill.methods.term import Sizes, StudentOutputs, Term
 from pipeline.distill.projectors import on_grid, tokens_of
 from pipeline.models.teacher import TeacherOutputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class AtConfig:
     """The paper's beta of 1000, over the elements of the one map that is compared and the batch."""
 
-    weight: float = 1000.0
+    weight: NonNegativeFloat = 1000.0
 
 
 def attention_map(tokens: Tensor) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from pipeline.core.config import parse
+from pipeline.core.config import STRICT, BelowOne, Share, parse
 from pipeline.distill import robust
 from pipeline.distill.kernels import gl, pca
 from pipeline.distill.kernels.reference import Granularity, attention, heads
@@ -21,50 +23,40 @@ from pipeline.models.student import Tap
 from pipeline.models.teacher import Layer, TeacherOutputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class CakdConfig:
     """Every decision of the method as a parameter; the numbers in brackets are those of docs/method.md."""
 
     layer: Layer = "last"  # of the teacher, where h_T and Q, K, V are read (4)
     tap: str = "auto"  # the student's feature map, or a module name (4)
     granularity: Granularity = "element"  # of g() (1)
-    swap_p: float = 0.5  # p_T (2)
+    swap_p: Share = 0.5  # p_T (2)
     swap_anneal: bool = False  # p_T falls linearly to 0 over training (2)
-    attention_weight: float = 1.0
-    gram_weight: float = 0.05  # w_vv of eq. 4 (6)
-    tokens_weight: float = 1.0
-    adversarial_weight: float = 0.1  # lambda of eq. 10 (10)
+    attention_weight: NonNegativeFloat = 1.0
+    gram_weight: NonNegativeFloat = 0.05  # w_vv of eq. 4 (6)
+    tokens_weight: NonNegativeFloat = 1.0
+    adversarial_weight: NonNegativeFloat = 0.1  # lambda of eq. 10 (10)
     adversarial: robust.Adversarial = "non-saturating"  # or eq. 9's (10)
-    warmup: float = 0.1  # share of the steps over which these weights grow from 0 (10)
-    discriminator_every: int = 5  # iterations, Algorithm 1
-    discriminator_lr: float = 1e-3  # (11)
-    project_at: Literal["tap", "tokens"] = (
-        "tap"  # Proj1 on the student's grid, or resized before it (4)
-    )
-    reduce: int = 256  # 1x1 reduction before the 3x3 convolutions when c is larger (8)
-    dropout: float = 0.1  # before the group-wise linear layer, eq. 5
+    warmup: Share = 0.1  # share of the steps over which these weights grow from 0 (10)
+    discriminator_every: PositiveInt = 5  # iterations, Algorithm 1
+    discriminator_lr: PositiveFloat = 1e-3  # (11)
+    # Proj1 on the student's grid, or resized before it (4)
+    project_at: Literal["tap", "tokens"] = "tap"
+    reduce: PositiveInt = 256  # 1x1 reduction before the 3x3 convolutions when c is larger (8)
+    dropout: BelowOne = 0.1  # before the group-wise linear layer, eq. 5
     standardise: bool = False  # h_T and h'_S by the store's channel statistics (12)
-    trans: Trans = field(default_factory=Trans)  # eq. 7
-    impl: Literal["auto", "eager", "sdpa", "small", "flash"] = (
-        "auto"  # who computes the projector losses
-    )
+    trans: Trans = Trans()  # eq. 7
+    # who computes the projector losses
+    impl: Literal["auto", "eager", "sdpa", "small", "flash"] = "auto"
 
-    def __post_init__(self) -> None:
-        for name in ("swap_p", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"cakd.{name} is {getattr(self, name)}; allowed: 0 to 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"cakd.dropout is {self.dropout}; allowed: 0 to below 1")
-        for name in ("discriminator_every", "reduce"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"cakd.{name} is {getattr(self, name)}; allowed: 1 or more")
+    @model_validator(mode="after")
+    def _check_statistics(self) -> Self:
         if self.standardise and self.layer == "before_last":
             raise ValueError(
-                f"cakd.standardise is true with layer {self.layer}; expected layer last, the one whose channel "
+                f"got standardise true with layer {self.layer}; expected layer last, the one whose channel "
                 "statistics the feature cache holds"
             )
-        if self.discriminator_lr <= 0:
-            raise ValueError(f"cakd.discriminator_lr is {self.discriminator_lr}; allowed: above 0")
+        return self
 
 
 class Pca(Term):

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.core.config import STRICT, BelowOne
 from pipeline.distill.kernels.philox import Key
 from pipeline.distill.methods.term import Sizes, StudentOutputs, Term, pooled
 from pipeline.models.teacher import TeacherOutputs
 from pipeline.training import ranks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class CrdConfig:
     """The paper's."""
 
-    weight: float = 0.8
-    width: int = 128  # of the space in which the two are compared
-    negatives: int = 16384  # an anchor; no more than there are other images
-    temperature: float = 0.07
-    momentum: float = 0.5  # of what the memory keeps
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0 or not 0 <= self.momentum < 1:
-            raise ValueError(
-                f"temperature, momentum are {self.temperature}, {self.momentum}; allowed: above 0, 0 to below 1"
-            )
-        for name in ("width", "negatives"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+    weight: NonNegativeFloat = 0.8
+    width: PositiveInt = 128  # of the space in which the two are compared
+    negatives: PositiveInt = 16384  # an anchor; no more than there are other images
+    temperature: PositiveFloat = 0.07
+    momentum: BelowOne = 0.5  # of what the memory keeps
 
 
 def critic(scores: Tensor, log_normaliser: Tensor, log_noise: float) -> Tensor:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.core.config import STRICT, Share
 from pipeline.distill.methods.term import Sizes, StudentOutputs, Term
 from pipeline.models.teacher import TeacherOutputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class DkdConfig:
     """The paper's CIFAR-100 setting; its 20 epochs of warm-up in 240 are a share here."""
 
-    weight: float = 1.0
-    alpha: float = 1.0  # of the target class against all others
-    beta: float = 8.0  # weight of the non-target classes
-    temperature: float = 4.0
-    warmup: float = 0.0833
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}; allowed: above 0")
+    weight: NonNegativeFloat = 1.0
+    alpha: NonNegativeFloat = 1.0  # of the target class against all others
+    beta: NonNegativeFloat = 8.0  # weight of the non-target classes
+    temperature: PositiveFloat = 4.0
+    warmup: Share = 0.0833
 
 
 def decoupled(

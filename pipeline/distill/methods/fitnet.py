@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from pydantic import NonNegativeFloat
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.core.config import STRICT
 from pipeline.distill.methods.term import Sizes, StudentOutputs, Term
 from pipeline.distill.projectors import on_grid, tokens_of
 from pipeline.models.teacher import TeacherOutputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class FitnetConfig:
     """The weight of the mean in the code of CRD's authors. Trained beside the classification, not before it."""
 
-    weight: float = 100.0
+    weight: NonNegativeFloat = 100.0
 
 
 class Fitnet(Term):

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import NonNegativeFloat
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.core.config import STRICT
 from pipeline.distill.methods.term import Sizes, StudentOutputs, Term, pairwise_distances, pooled
 from pipeline.models.teacher import TeacherOutputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class IrgConfig:
     """The paper's for CIFAR-10."""
 
-    vertex_weight: float = 0.1
-    edge_weight: float = 5.0
-    transform_weight: float = 5.0
+    vertex_weight: NonNegativeFloat = 0.1
+    edge_weight: NonNegativeFloat = 5.0
+    transform_weight: NonNegativeFloat = 5.0
 
 
 def edges(x: Tensor) -> Tensor:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.core.config import STRICT
 from pipeline.distill.methods.term import Sizes, StudentOutputs, Term
 from pipeline.models.teacher import TeacherOutputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class LogitsConfig:
     """A term of its own that never hides inside `cakd` (decision 18)."""
 
-    weight: float = 1.0
-    temperature: float = 4.0
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"logits.temperature is {self.temperature}; allowed: above 0")
+    weight: NonNegativeFloat = 1.0
+    temperature: PositiveFloat = 4.0
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

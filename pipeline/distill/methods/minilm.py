@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+from pydantic import NonNegativeFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.core.config import STRICT
 from pipeline.distill.kernels.reference import heads
 from pipeline.distill.methods.term import Sizes, StudentOutputs, Term
 from pipeline.distill.projectors import PartiallyCrossAttention
 from pipeline.models.teacher import TeacherOutputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class MinilmConfig:
     """The paper adds the two with weight 1."""
 
-    weight: float = 1.0
-    reduce: int = 256  # 1x1 reduction before the 3x3 convolutions where c is larger, as for L_proj1
+    weight: NonNegativeFloat = 1.0
+    reduce: PositiveInt = (
+        256  # 1x1 reduction before the 3x3 convolutions where c is larger, as for L_proj1
+    )
 
 
 def relation(a: Tensor, b: Tensor) -> Tensor:

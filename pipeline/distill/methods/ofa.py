@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.core.config import STRICT
 from pipeline.distill.methods.term import Sizes, StudentOutputs, Term
 from pipeline.models.teacher import TeacherOutputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class OfaConfig:
     """The defaults of the authors' code; for ImageNet they take gamma 1.5."""
 
-    weight: float = 1.0
-    gamma: float = 1.0  # above 1 the target class counts more where the teacher is sure
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}; allowed: above 0")
+    weight: NonNegativeFloat = 1.0
+    gamma: PositiveFloat = 1.0  # above 1 the target class counts more where the teacher is sure
+    temperature: PositiveFloat = 1.0
 
 
 def enhanced(

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.core.config import STRICT
 from pipeline.distill.methods.term import Sizes, StudentOutputs, Term, pooled
 from pipeline.models.teacher import TeacherOutputs
 from pipeline.training import ranks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class QueueConfig:
     """The temperature is theirs."""
 
-    weight: float = 1.0
-    size: int = 8192  # embeddings; no more than there are training images
-    temperature: float = 0.07
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0 or self.size < 1:
-            raise ValueError(
-                f"temperature, size are {self.temperature}, {self.size}; allowed: above 0, 1 or more"
-            )
+    weight: NonNegativeFloat = 1.0
+    size: PositiveInt = 8192  # embeddings; no more than there are training images
+    temperature: PositiveFloat = 0.07
 
 
 def queue_divergence(student: Tensor, teacher: Tensor, queue: Tensor, temperature: float) -> Tensor:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import NonNegativeFloat
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.core.config import STRICT
 from pipeline.distill.methods.term import Sizes, StudentOutputs, Term, pairwise_distances, pooled
 from pipeline.models.teacher import TeacherOutputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class RkdConfig:
     """The paper's weights of RKD-DA."""
 
-    distance_weight: float = 25.0
-    angle_weight: float = 50.0
+    distance_weight: NonNegativeFloat = 25.0
+    angle_weight: NonNegativeFloat = 50.0
 
 
 COINCIDE = (

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from pipeline.core.config import STRICT
 from pipeline.distill.methods.term import Sizes, StudentOutputs, Term, pooled
 from pipeline.models.teacher import TeacherOutputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class RsdConfig:
     """The authors' for CIFAR-100; expansion is ours."""
 
-    weight: float = 0.1
-    kappa: float = 0.01  # of what lies off the diagonal
-    expansion: int = 2  # hidden width of the decoupling layers, in the student's width
+    weight: NonNegativeFloat = 0.1
+    kappa: NonNegativeFloat = 0.01  # of what lies off the diagonal
+    expansion: PositiveInt = 2  # hidden width of the decoupling layers, in the student's width
 
 
 def cross_correlation(student: Tensor, teacher: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ L_MVG (eq. 9), whose discriminator the trainer steps by itself.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from pydantic.dataclasses import dataclass
+
+from pipeline.core.config import STRICT
 from pipeline.core.errors import UserError, nearest
 from pipeline.distill.methods.affinity import Affinity, AffinityConfig
 from pipeline.distill.methods.at import At, AtConfig
@@ -71,7 +73,7 @@ TERMS: dict[str, tuple[type[Term], str]] = {  # name -> class, and its settings'
 WITHOUT_LOSS = ("adversarial", "trans")  # no Term: the discriminator's, and a transform
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Terms:
     """`distill.terms:` the settings of every other method; defaults are the papers', or say whose."""
 
