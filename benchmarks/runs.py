@@ -112,7 +112,7 @@ class Runs:
         model, description = checkpoint.load(path)
         prepared = self.prepared
         settings = dataclasses.replace(self.section(accuracy.Evaluate), split="val")
-        rows = accuracy.judged_rows(prepared, settings)
+        rows = accuracy.labelled_rows(prepared, settings)
         logits = accuracy.predict(
             model, prepared.images[rows], description["preprocess"], settings.batch
         )

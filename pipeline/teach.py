@@ -1,4 +1,4 @@
-"""Making the teacher: a timm ViT from its weights, trained or fine-tuned on every label; killed, it goes on."""
+"""Training the teacher: a timm ViT from given weights, trained or fine-tuned on every label, resumable."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from pipeline.models.probe import TeacherSpec, probe_teacher
 from pipeline.training import compute, loop, ranks, resume, seeds
 from pipeline.training.compute import Compute, Device
 
-# Rooms of pipeline/ whose code makes a teacher: an edit there starts an unfinished training anew.
+# Rooms of pipeline/ whose code trains a teacher: after an edit there an unfinished training starts again.
 ROOMS = ("core", "data", "models", "teach.py", "training")
 
 
@@ -66,42 +66,43 @@ class Teach:
 
 
 def teach(config: Teach, prepared: Prepared, out: Path, work: Path) -> dict[str, Any]:
-    """Build the ViT, train it on every label of train, publish it at `out`; its description.
+    """Train the ViT on every label of train and publish it at `out`; returns its description.
 
     Resumes from the last checkpoint in `work`.
-    Raises UserError: unknown model, no replayable last block, a grid that does not fit the image size, a
-    training that diverged.
+    Raises UserError: unknown model, weights that do not fit, a token order that is not known, a grid that does not
+    fit the image size, a training that diverged.
     """
     torch.manual_seed(config.seed)
     vit, described = _build(config, prepared)
-    made_by = artifacts.provenance(asdict(config), **_given(config)) | prepared.made_of()
-    with resume.work_folder(work, artifacts.digest([made_by, artifacts.code(ROOMS)])) as folder:
+    provenance = artifacts.provenance(asdict(config), **_weight_files(config)) | prepared.hashes()
+    with resume.work_folder(work, artifacts.digest([provenance, artifacts.code(ROOMS)])) as folder:
         if config.epochs:
             _train(vit, config, prepared, described["preprocess"], folder)
         with atomic_dir(out) as finished:
             path = finished / "teacher.safetensors"
-            save(path, vit.eval(), described | {"provenance": made_by})
+            save(path, vit.eval(), described | {"provenance": provenance})
     return described
 
 
-def _given(config: Teach) -> dict[str, Path]:
-    """The file the weights come from, where there is one."""
+def _weight_files(config: Teach) -> dict[str, Path]:
+    """Return the file of the initial weights, where there is one."""
     if config.weights in ("scratch", "pretrained"):
         return {}
     path = Path(config.weights)
     if not path.is_file():
         raise UserError(
-            f"teach.weights: {path} is no file; allowed: scratch, pretrained, or a .safetensors file"
+            f"teach.weights: got {path}, which is not a file; expected scratch, pretrained or a .safetensors "
+            "file; correct the path"
         )
     return {"weights": path}
 
 
 def _build(config: Teach, prepared: Prepared) -> tuple[nn.Module, dict[str, Any]]:
-    """The ViT with its first weights, and the description that rebuilds it."""
+    """Create the ViT with its initial weights, and the description that rebuilds it."""
     classes = prepared.classes
     vit = create(config.model, config.kwargs, len(classes), "teach", config.weights == "pretrained")
-    found = check_fits(vit, config, prepared.image_size)
-    for path in _given(config).values():
+    spec = check_fits(vit, config, prepared.image_size)
+    for path in _weight_files(config).values():
         load_weights(vit, path)
     return vit, {
         "role": "teacher",
@@ -110,20 +111,21 @@ def _build(config: Teach, prepared: Prepared) -> tuple[nn.Module, dict[str, Any]
         "num_classes": len(classes),
         "classes": list(classes),
         "preprocess": preprocessing(vit, prepared.image_size),
-        "grid": found.grid,
+        "grid": spec.grid,
         "labels_seen": int((prepared.labels[prepared.rows("train")] >= 0).sum()),
         "seed": config.seed,
     }
 
 
 def check_fits(vit: Any, config: Teach, image_size: int) -> TeacherSpec:
-    """What its last block computes.
+    """Check that a ViT fits the images, and describe it.
 
-    Raises UserError: not fit to teach by its tokens, or it takes images of another size.
+    Raises UserError: another image size, patches that do not divide it, a token order that is not known.
     """
     embedding = getattr(vit, "patch_embed", None)
-    if getattr(embedding, "img_size", None) is not None:  # a pyramid may be built for any size
-        _check_size(embedding, config, image_size)  # first: `probe_teacher` shows the ViT an image
+    # Before the probe, whose own error on an image of the wrong size would be timm's. A pyramid takes any size.
+    if getattr(embedding, "img_size", None) is not None:
+        _check_size(embedding, config, image_size)
     return probe_teacher(vit, image_size)
 
 
@@ -131,16 +133,16 @@ def _check_size(embedding: Any, config: Teach, image_size: int) -> None:
     expected = tuple(embedding.img_size)
     if expected != (image_size,) * 2:
         raise UserError(
-            f"teach.model: {config.model} takes {expected[0]}x{expected[1]} px, the prepared images are "
-            f"{image_size}x{image_size} px; "
+            f"teach.model: got {config.model} for images of {expected[0]}x{expected[1]} px; expected "
+            f"{image_size}x{image_size} px, as prepared; "
             "set teach.kwargs.img_size or prepare.image_size"
         )
     patch = tuple(embedding.patch_size)
     if image_size % patch[0] or image_size % patch[1]:
         below = image_size - image_size % patch[0]
         raise UserError(
-            f"teach.kwargs.patch_size: got {patch[0]}, which does not divide {image_size} px into whole patches; "
-            f"allowed: {', '.join(str(p) for p in range(2, image_size // 2 + 1) if image_size % p == 0)}; "
+            f"teach.kwargs.patch_size: got {patch[0]}, which does not divide {image_size} px; expected one of "
+            f"{', '.join(str(p) for p in range(2, image_size // 2 + 1) if image_size % p == 0)}; "
             f"or set prepare.image_size and teach.kwargs.img_size to {below} or {below + patch[0]}"
         )
 
@@ -152,17 +154,14 @@ def _train(
     preprocess: dict[str, Any],
     folder: Path,
 ) -> None:
-    """AdamW. The view in epoch e is number -1 - e: what the cache numbers from 0 is never what the teacher
-
-    learned by heart, even at one seed and geometry.
-    """
+    """Train in place with AdamW, one view of every labelled image per epoch."""
     rows = prepared.rows("train")
     rows = rows[prepared.labels[rows] >= 0]
     per_epoch = -(-len(rows) // config.batch)
     steps = config.epochs * per_epoch
-    how = Compute(precision=config.precision)
-    place = compute.pick_device(config.device, "teach.device", ranks.SINGLE_PROCESS)
-    vit.to(place)
+    precision = Compute(precision=config.precision)
+    device = compute.pick_device(config.device, "teach.device", ranks.SINGLE_PROCESS)
+    vit.to(device)
     optimizer = torch.optim.AdamW(
         loop.decay_groups(vit.parameters(), config.weight_decay), lr=config.lr
     )
@@ -170,15 +169,17 @@ def _train(
     def step(number: int) -> resume.StepFigures:
         epoch, position = divmod(number, per_epoch)
         order = seeds.permutation(len(rows), config.seed, "teach", epoch)
-        chosen = rows[order[position * config.batch : (position + 1) * config.batch]]
-        numbers = np.full(len(chosen), -1 - epoch)
-        of = (config.geometry, config.seed, chosen, numbers, rows)
-        batch = views.view_batch(prepared.images, *of)
-        torch.manual_seed(seeds.step_seed(config.seed, number, "teach"))  # for drop-out
-        mixed = views.mixed_with(*of, prepared.image_size)
-        with how.autocast(place):
-            logits = vit(views.normalise(batch.to(place), preprocess))
-            loss = _loss(logits, prepared.labels, chosen, mixed, config.label_smoothing)
+        selected = rows[order[position * config.batch : (position + 1) * config.batch]]
+        # Negative view numbers: the feature cache counts from 0, so the teacher never labels a view it was trained
+        # on, even with the same seed and geometry.
+        numbers = np.full(len(selected), -1 - epoch)
+        drawn = (config.geometry, config.seed, selected, numbers, rows)
+        batch = views.view_batch(prepared.images, *drawn)
+        torch.manual_seed(seeds.step_seed(config.seed, number, "teach"))  # for dropout
+        mixed = views.mixed_with(*drawn, prepared.image_size)
+        with precision.autocast(device):
+            logits = vit(views.normalise(batch.to(device), preprocess))
+            loss = _loss(logits, prepared.labels, selected, mixed, config.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for group in optimizer.param_groups:
@@ -200,13 +201,13 @@ def _loss(
     mixed: Mixture | None,
     smoothing: float,
 ) -> Tensor:
-    """Mean cross-entropy of logits (B, K) with the labels of these rows, mixed where the views are."""
+    """Compute the mean cross-entropy of logits (B, K), with labels mixed as the views are."""
 
-    def of(rows: NDArray[np.int64]) -> Tensor:
+    def cross_entropy(rows: NDArray[np.int64]) -> Tensor:
         target = torch.from_numpy(labels[rows]).to(logits.device)
         return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
 
     if mixed is None:
-        return of(rows).mean()
+        return cross_entropy(rows).mean()
     shares = torch.from_numpy(mixed.shares).to(logits.device)
-    return (shares * of(rows) + (1 - shares) * of(mixed.partners)).mean()
+    return (shares * cross_entropy(rows) + (1 - shares) * cross_entropy(mixed.partners)).mean()

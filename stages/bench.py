@@ -1,4 +1,4 @@
-"""Stage bench: latency of one target's student and teacher on the exported reference pictures."""
+"""Stage bench: latency of one target's student and teacher on the exported reference images."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ MODELS = ("student", "teacher")
 def subject(
     build: dict[str, Any], args: argparse.Namespace, model: str, threads: int, batch: int
 ) -> Subject:
-    """What build.json says of one model: its artefact, or why there is none."""
+    """Build the subject of one model from build.json: its artefact, or the reason why there is none."""
     target: Target = TARGETS[args.target]
-    made = build["models"].get(model, {"status": "skipped", "reason": "not in build.json"})
-    artefact = args.build_dir / (made.get("artefact") or target.artefact.format(model=model))
-    skip = made.get("reason") or "not built" if made["status"] == "skipped" else None
+    entry = build["models"].get(model, {"status": "skipped", "reason": "not in build.json"})
+    artefact = args.build_dir / (entry.get("artefact") or target.artefact.format(model=model))
+    skip = entry.get("reason") or "not built" if entry["status"] == "skipped" else None
     return Subject(
         model, artefact, target, threads, skip or RUNTIMES[target.runtime].obstacle(artefact), batch
     )
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write `args.out` and its .npz; a model that cannot be measured here is a row with its reason."""
+    """Write `args.out` and its .npz; a model that cannot be measured here gets a row with the reason."""
     began = time.monotonic()
     params = config.load(Bench, args.params)
     built = args.build_dir / "build.json"
@@ -46,22 +46,22 @@ def main(args: argparse.Namespace) -> None:
         for of in itertools.product(MODELS, params.threads, params.batches)
     ]
     seconds = params.seconds_per_row / params.rounds
-    found = measure_rows(subjects, params.rounds, seconds, params.seed, reference)
-    rows = [one.row for one in found]
+    measured = measure_rows(subjects, params.rounds, seconds, params.seed, reference)
+    rows = [one.row for one in measured]
     inputs = {"build": built, "reference": reference}
     used = {key: value for key, value in params.__dict__.items() if key != "enabled"}
     content = {
         "p50_ms": headline(rows),
-        "pairs": compare.student_over_teacher(found, params.seed),
+        "pairs": compare.student_over_teacher(measured, params.seed),
         "rows": rows,
     }
-    save_samples(args.out.with_suffix(".npz"), found)
+    save_samples(args.out.with_suffix(".npz"), measured)
     artifacts.write_json(args.out, bench_document(args.target, used, inputs, **content))
-    print(f"{args.out}: p50 {', '.join(map(_said, rows))} ({time.monotonic() - began:.0f} s)")
+    print(f"{args.out}: p50 {', '.join(map(_summary, rows))} ({time.monotonic() - began:.0f} s)")
 
 
 def headline(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Wall p50 by model, thread count and batch above 1, for `dvc metrics show`, which passes lists over."""
+    """Map model, threads and batch above 1 to the wall p50, for `dvc metrics show`, which skips lists."""
     measured = [r for r in rows if r["status"] == "measured"]
     return {f"{r['model']}_{r['threads']}t{_batch(r)}": r["wall_ms"]["p50"] for r in measured}
 
@@ -70,9 +70,9 @@ def _batch(row: dict[str, Any]) -> str:
     return f"_b{row['batch']}" if row["batch"] > 1 else ""
 
 
-def _said(row: dict[str, Any]) -> str:
-    figure = f"{row['wall_ms']['p50']} ms on {row['threads']} threads"
-    return f"{row['model']} {row['reason'] or figure}"
+def _summary(row: dict[str, Any]) -> str:
+    measured = f"{row['wall_ms']['p50']} ms on {row['threads']} threads"
+    return f"{row['model']} {row['reason'] or measured}"
 
 
 if __name__ == "__main__":

@@ -20,48 +20,48 @@ INPUTS = ("student.onnx", "teacher.onnx", "reference.npz", "calibration.npy")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write `args.out`: artefacts, build.json, parity.json. Raises GateFailed, after writing, on fp32 parity."""
+    """Write `args.out`: artefacts, build.json, parity.json. Raises GateFailed: fp32 parity, after writing."""
     began = time.monotonic()
     params = config.load(Build, args.params)
     exported = Exported.open(args.export_dir)
     models: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    made_of = {Path(name).stem: args.export_dir / name for name in INPUTS}
+    inputs = {Path(name).stem: args.export_dir / name for name in INPUTS}
     common = {
         "target": args.target,
         "machine": machine(),
-        "provenance": artifacts.provenance(params.__dict__, **made_of),
+        "provenance": artifacts.provenance(params.__dict__, **inputs),
     }
     with atomic_dir(args.out) as folder:
         for model in MODELS:
-            models[model], found = build_model(
+            models[model], parity_rows = build_model(
                 TARGETS[args.target], model, exported, folder, params
             )
-            rows += found
+            rows += parity_rows
         artifacts.write_json(
             folder / "build.json", {"schema": "cakd.build/1", **common, "models": models}
         )
         artifacts.write_json(
             folder / "parity.json", {"schema": "cakd.parity/1", **common, "rows": rows}
         )
-    print(f"{args.out}: {told(models, rows)} ({time.monotonic() - began:.0f} s)")
+    print(f"{args.out}: {summary(models, rows)} ({time.monotonic() - began:.0f} s)")
     if broken := failures(rows):
         raise GateFailed(f"{args.target}: {broken}")
 
 
-def told(models: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Per model: size, precision and verdict, or why there is none."""
-    parts = []
+def summary(models: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Format size, precision and verdict of each model, or the reason why it was skipped."""
+    texts = []
     for model, entry in models.items():
         if entry["status"] == "skipped":
-            parts.append(f"{model} skipped, {entry['reason']}")
+            texts.append(f"{model} skipped, {entry['reason']}")
             continue
         verdict = next(r["verdict"] for r in rows if r["artifact"] == entry["artefact"])
         note = f", {entry['reason']}" if entry["reason"] else ""
-        parts.append(
+        texts.append(
             f"{model} {entry['size_mb']:.2f} MB {entry['precision_effective']} {verdict}{note}"
         )
-    return "; ".join(parts)
+    return "; ".join(texts)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""cache: prepared images and the teacher -> the feature store, or with `mode: off` only its view policy.
+"""Stage cache: write the teacher's features for all views, or with `mode: off` only which views there are.
 
-On several cores: `torchrun --nproc-per-node N -m stages.cache ...`, the same bytes.
+On several cores: `torchrun --nproc-per-node N -m stages.cache ...`, with the same bytes.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from pipeline.training import ranks as training_ranks
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the store of params.yaml's `cache:`; under torchrun every rank writes its share of the shards."""
+    """Write the feature cache of `cache:`; under torchrun every rank writes its share of the shards."""
     settings = config.load(Cache, args.params)
     prepared = Prepared.open(args.prepared)
     live = teacher.load(args.teacher)
     total = settings.views * len(prepared.rows("train"))
     with training_ranks.ranks() as ranks:
         name = "cache" if ranks.size == 1 else f"cache, rank {ranks.rank}"
-        told = progress.Progress(name, -(-total // ranks.size))
-        manifest = writing.write(settings, prepared, live, args.out, args.work, told, ranks)
+        bar = progress.Progress(name, -(-total // ranks.size))
+        manifest = writing.write(settings, prepared, live, args.out, args.work, bar, ranks)
     if ranks.rank:
         return
     if settings.mode == "off":
-        print(f"{args.out}: mode off, the teacher will run while distilling")
+        print(f"{args.out}: mode off, no features stored; the teacher will run while distilling")
         return
     worst = max(manifest["error"].values())
     size = sum(s["bytes"] for s in manifest["shards"]) / 1e6
@@ -43,7 +43,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="stages.cache", description=__doc__)
     parser.add_argument("prepared", type=Path, help="the prepared folder")
     parser.add_argument("teacher", type=Path, help="teacher.safetensors")
-    parser.add_argument("out", type=Path, help="the store to write")
+    parser.add_argument("out", type=Path, help="the feature cache to write")
     parser.add_argument("--work", type=Path, default=Path(".work/cache"), help="unfinished work")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     cli.run(main, parser, launch="stages.cache")

@@ -1,7 +1,7 @@
-"""check: params.yaml as a whole, before any other stage: a mistake is told now and not after hours of training.
+"""Stage check: validate params.yaml as a whole, in seconds, before any stage that takes time.
 
-Every section is read strictly, the sections are held against each other, and teacher and student are built once.
-With `--recipe NAME` params.yaml is written by that recipe first.
+Every section is parsed strictly, the sections are compared with each other, and teacher and student are built once
+without weights. With `--recipe NAME` params.yaml is written from that recipe first.
 """
 
 from __future__ import annotations
@@ -36,29 +36,30 @@ SECTIONS: dict[str, type[Any]] = {
         *(Evaluate, Export, Build, Bench, Report),
     )
 }
-CHECKED = "params.yaml was correct\n"  # always these bytes, so no stage behind runs again for them
-CLASSES = 10  # of the models built for the check; the shapes do not depend on it
+# The same bytes every time: the stages that depend on this file do not run again because of it.
+CHECKED = "params.yaml was correct\n"
+CLASSES = 10  # any number: the shapes that are checked do not depend on it
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write params.yaml by the recipe, if one is named; check it, and write `args.out`, if that is named."""
+    """Write params.yaml from the recipe where one is named, check it, and write `args.out` where it is named."""
     params = args.params
     if args.recipe is not None:
-        given = (args.recipe, args.recipes, params, SECTIONS, args.data, args.force)
-        print(recipes.apply(*given))
+        arguments = (args.recipe, args.recipes, params, SECTIONS, args.data, args.force)
+        print(recipes.apply(*arguments))
     elif args.data is not None or args.force:
         raise UserError(
-            f"--recipe: got {args.recipe}, and --data and --force belong to one; name it (RECIPE=), or set "
-            f"prepare.path in {params}"
+            f"--data, --force: got --recipe {args.recipe} beside them; expected a recipe's name; pass "
+            f"RECIPE=NAME, or set prepare.path in {params}"
         )
-    print(f"{params}: correct; {checked(params)}")
+    print(f"{params}: correct; {check_params(params)}")
     if args.out is not None:
         with atomic(args.out) as file:
             file.write_text(CHECKED)
 
 
-def checked(params: Path) -> str:
-    """Who teaches whom, at what size, where their maps meet. Raises UserError: whatever is wrong."""
+def check_params(params: Path) -> str:
+    """Check every section, and return models, image size and tap in a line. Raises UserError: any mistake."""
     prepare = config.load(Prepare, params)
     teach = config.load(Teach, params)
     distill = config.load(settings.Distill, params)
@@ -70,7 +71,7 @@ def checked(params: Path) -> str:
         config.load(section, params)
     if export.method not in (BEST, *distill.methods):
         raise UserError(
-            f"export.method: got {export.method!r}, which distill.methods does not train; "
+            f"export.method: got {export.method!r}, which is not in distill.methods; "
             f"{nearest(export.method, (BEST, *distill.methods))}"
         )
     check_targets(report.budgets, bench.enabled)
@@ -79,38 +80,38 @@ def checked(params: Path) -> str:
             f"report.budgets: got gain_min, a gain over plain, with distill.methods {', '.join(distill.methods)}; "
             "expected plain among them; add it"
         )
-    tap = pair(prepare, teach, cache, distill)
+    tap = check_models(prepare, teach, cache, distill)
     return f"{teach.model} teaches {distill.student} at {prepare.image_size} px, {tap}"
 
 
-def pair(prepare: Prepare, teach: Teach, cache: Cache, distill: settings.Distill) -> str:
-    """Build teacher and student without weights; where their maps meet.
+def check_models(prepare: Prepare, teach: Teach, cache: Cache, distill: settings.Distill) -> str:
+    """Build teacher and student without weights, and return tap and tokens in a line.
 
-    Raises UserError: unknown models, kwargs they refuse, another image size, no replayable block,
-    a method that reads an attention the teacher does not have, no fit tap.
+    Raises UserError: unknown models, kwargs that they do not take, another image size, no replayable block,
+    a method that reads an attention the teacher does not have, no feature map for the tap.
     """
     vit = checkpoint.create(teach.model, teach.kwargs, CLASSES, "teach")
-    found = check_fits(vit, teach, prepare.image_size)
+    spec = check_fits(vit, teach, prepare.image_size)
     for method in distill.methods:
-        check_attention(method, found.no_attention)
-    check_layout(cache, found)
+        check_attention(method, spec.no_attention)
+    check_layout(cache, spec)
     _warn_token_pooled(teach, vit, distill)
     student = checkpoint.create(distill.student, distill.student_kwargs, CLASSES, "distill")
     if not any(reads(method, "teacher") for method in distill.methods):
         return "no method reads a teacher"
-    shown = probe_student(student, prepare.image_size)
-    wanted = frozenset().union(*(reads(method, "student") for method in distill.methods))
-    if "stages" in wanted:
-        check_feature_maps(student, shown)
-    if "tap" not in wanted:
+    student_spec = probe_student(student, prepare.image_size)
+    read = frozenset().union(*(reads(method, "student") for method in distill.methods))
+    if "stages" in read:
+        check_feature_maps(student, student_spec)
+    if "tap" not in read:
         return "no method reads a tap"
-    tap = find_tap(student, prepare.image_size, found.grid, distill.cakd.tap)
+    tap = find_tap(student, prepare.image_size, spec.grid, distill.cakd.tap)
     rows, columns = tap.grid
     return f"tap {tap.module} {rows}x{columns} for {tap.tokens[0]}x{tap.tokens[1]} tokens"
 
 
 def _warn_token_pooled(teach: Teach, vit: Any, distill: settings.Distill) -> None:
-    """Say on stderr where methods read patch tokens that the teacher's own training does not reach."""
+    """Warn on stderr where methods read patch tokens that the teacher's own training gives no gradient."""
     if getattr(vit, "global_pool", None) != "token" or distill.cakd.layer == "before_last":
         return
     reading = [m for m in distill.methods if reads(m, "teacher") & {"tokens", "qkv"}]
@@ -127,8 +128,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="stages.check", description=__doc__)
     parser.add_argument("out", type=Path, nargs="?", help="a file to write where all is correct")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    parser.add_argument("--recipe", metavar="NAME", help="write params.yaml by recipes/NAME.yaml")
-    parser.add_argument("--data", metavar="PATH", help="prepare.path of the recipe")
-    parser.add_argument("--force", action="store_true", help="replace a params.yaml edited by hand")
+    parser.add_argument("--recipe", metavar="NAME", help="write params.yaml from recipes/NAME.yaml")
+    parser.add_argument("--data", metavar="PATH", help="images of the recipe (prepare.path)")
+    parser.add_argument("--force", action="store_true", help="overwrite edits of params.yaml")
     parser.add_argument("--recipes", type=Path, default=Path("recipes"), help="folder of recipes")
     cli.run(main, parser)

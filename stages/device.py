@@ -1,4 +1,4 @@
-"""Stage device: write what this machine is. A dependency of build and bench, so other hardware re-runs them."""
+"""Stage device: describe this machine. Build and bench depend on it, so other hardware re-runs them."""
 
 from __future__ import annotations
 

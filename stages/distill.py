@@ -1,6 +1,6 @@
-"""distill: one student by one method, from prepared images, the teacher and its features.
+"""Stage distill: train one student by one method, from prepared images, the teacher and its features.
 
-On several cards or machines: CAKD_LAUNCH="torchrun --nproc-per-node N" (docs/scaling.md).
+On several GPUs or machines: CAKD_LAUNCH="torchrun --nproc-per-node N" (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="stages.distill", description=__doc__)
     parser.add_argument("prepared", type=Path, help="the prepared folder")
     parser.add_argument("teacher", type=Path, help="teacher.safetensors")
-    parser.add_argument("features", type=Path, help="the feature store")
+    parser.add_argument("features", type=Path, help="the feature cache")
     parser.add_argument("out", type=Path, help="the student's folder to write")
     parser.add_argument("perf", type=Path, help="train/<method>.json to write")
     parser.add_argument("--method", required=True)

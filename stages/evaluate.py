@@ -1,4 +1,4 @@
-"""evaluate: teacher and students, clean and under noise -> accuracy.json, evidence.json, train_perf.json."""
+"""Stage evaluate: accuracy of teacher and students, clean and under noise, its evidence, and training speed."""
 
 from __future__ import annotations
 
@@ -22,30 +22,31 @@ OF_A_TRAINING = (
 
 
 def main(args: argparse.Namespace) -> None:
-    """Judge the students of `distill.methods`; folders of other methods are not read."""
+    """Evaluate the students of `distill.methods`; folders of other methods are not read."""
     settings = config.load(accuracy.Evaluate, args.params)
     methods = config.load(Distill, args.params).methods
     students = [args.students / m / "student.safetensors" for m in methods]
     prepared = Prepared.open(args.prepared)
     machine = core_machine.machine()
-    found, shown = evaluate(settings, prepared, args.teacher, students)
-    judged = {"schema": accuracy.SCHEMA, **artifacts.rounded(found), "machine": machine}
-    artifacts.write_json(args.accuracy, judged)
-    artifacts.write_json(args.evidence, {"schema": evidence.SCHEMA, **shown, "machine": machine})
-    trained = {m: artifacts.read_json(args.train / f"{m}.json", PERF_SCHEMA) for m in methods}
+    result, evidence_result = evaluate(settings, prepared, args.teacher, students)
+    document = {"schema": accuracy.SCHEMA, **artifacts.rounded(result), "machine": machine}
+    artifacts.write_json(args.accuracy, document)
+    artifacts.write_json(
+        args.evidence, {"schema": evidence.SCHEMA, **evidence_result, "machine": machine}
+    )
+    perf = {m: artifacts.read_json(args.train / f"{m}.json", PERF_SCHEMA) for m in methods}
     artifacts.write_json(
         args.perf,
         {
             "schema": TRAIN_PERF_SCHEMA,
             "methods": {
-                m: {k: v for k, v in t.items() if k not in OF_A_TRAINING}
-                for m, t in trained.items()
+                m: {k: v for k, v in t.items() if k not in OF_A_TRAINING} for m, t in perf.items()
             },
             "machine": machine,
-            "provenance": {m: t["provenance"] for m, t in trained.items()},
+            "provenance": {m: t["provenance"] for m, t in perf.items()},
         },
     )
-    top1 = ", ".join(f"{m} {f['clean']['top1']:.4f}" for m, f in found["models"].items())
+    top1 = ", ".join(f"{m} {f['clean']['top1']:.4f}" for m, f in result["models"].items())
     print(f"{args.accuracy}: {settings.split} top-1: {top1}")
 
 
@@ -53,7 +54,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="stages.evaluate", description=__doc__)
     parser.add_argument("prepared", type=Path, help="the prepared folder")
     parser.add_argument("teacher", type=Path, help="teacher.safetensors")
-    parser.add_argument("students", type=Path, help="the folder of the students, one a method")
+    parser.add_argument("students", type=Path, help="the folder of the students, one per method")
     parser.add_argument("train", type=Path, help="the folder of train/<method>.json")
     parser.add_argument("accuracy", type=Path, help="accuracy.json to write")
     parser.add_argument("evidence", type=Path, help="evidence.json to write")

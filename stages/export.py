@@ -1,4 +1,4 @@
-"""Stage export: the student that ships and its teacher as ONNX, with the images and logits that prove them."""
+"""Stage export: the selected student and its teacher as ONNX, with reference images and logits."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def main(args: argparse.Namespace) -> None:
     checkpoints = {"student": student, "teacher": args.teacher}
     preprocess = agreed(checkpoints, prepared, method)
     rows = spread(prepared.rows("val"), params.reference_images)
-    shown = spread(prepared.rows("train"), params.calibration_images)
+    calibration_rows = spread(prepared.rows("train"), params.calibration_images)
     with atomic_dir(args.out) as folder:
         loaded = {name: load(path) for name, path in checkpoints.items()}
         models = {
             name: export(path, *loaded[name], folder / f"{name}.onnx", params.opset)
             for name, path in checkpoints.items()
         }
-        held = {"labels": prepared.labels[rows]}
+        reference = {"labels": prepared.labels[rows]}
         for name in checkpoints:
             x = normalised(prepared.images[rows], preprocess[name])
             logits = inputs.run_batches(EagerSession(*loaded[name], usable_cores()), x)
-            held |= {IMAGES[name]: x, name: logits}  # type: ignore[dict-item]
-        np.savez(folder / "reference.npz", **held)  # type: ignore[arg-type]
-        calibration = normalised(prepared.images[shown], preprocess["student"])
+            reference |= {IMAGES[name]: x, name: logits}  # type: ignore[dict-item]
+        np.savez(folder / "reference.npz", **reference)  # type: ignore[arg-type]
+        calibration = normalised(prepared.images[calibration_rows], preprocess["student"])
         np.save(folder / "calibration.npy", calibration)
         document = {
             "schema": SCHEMA,
@@ -61,28 +61,28 @@ def main(args: argparse.Namespace) -> None:
             "opset": params.opset,
             "models": models,
             "reference_images": len(rows),
-            "calibration_images": len(shown),
+            "calibration_images": len(calibration_rows),
             "machine": machine(),
             "provenance": artifacts.provenance(
                 params.__dict__, **checkpoints, index=args.prepared / "index.json"
             ),
         }
         artifacts.write_json(folder / "export.json", document)
-    made = models["student"]
+    student_block = models["student"]
     print(
-        f"{args.out}: {method}, student {made['size_mb']:.2f} MB, opset {params.opset}, max abs "
-        f"{made['parity']['max_abs']:.1e} from torch ({time.monotonic() - began:.0f} s)"
+        f"{args.out}: {method}, student {student_block['size_mb']:.2f} MB, opset {params.opset}, max abs "
+        f"{student_block['parity']['max_abs']:.1e} from torch ({time.monotonic() - began:.0f} s)"
     )
 
 
-def selected(path: Path, asked: str) -> str:
-    """The method that selection.json names. Raises UserError: it was made for another export.method."""
-    found = artifacts.read_json(path, SELECTION)
-    artifacts.expect(found, path, "run select again", selected=str)
-    method: str = found["selected"]
-    if asked not in (BEST, method):
+def selected(path: Path, requested: str) -> str:
+    """Read the method of selection.json. Raises UserError: it was written for another export.method."""
+    selection = artifacts.read_json(path, SELECTION)
+    artifacts.expect(selection, path, "run select again", selected=str)
+    method: str = selection["selected"]
+    if requested not in (BEST, method):
         raise UserError(
-            f"{path}: got {method!r}; expected {asked!r}, export.method; run select again"
+            f"{path}: got {method!r}; expected {requested!r}, export.method; run select again"
         )
     return method
 
@@ -90,7 +90,7 @@ def selected(path: Path, asked: str) -> str:
 def export(
     checkpoint: Path, model: nn.Module, description: dict[str, Any], out: Path, opset: int
 ) -> dict[str, Any]:
-    """One loaded checkpoint -> ONNX with a copy of its files beside it; its block of export.json."""
+    """Export a loaded checkpoint to ONNX with a copy of its files beside it; returns its block of export.json."""
     from pipeline.models.checkpoint import count
 
     row = ort_export.export_model(model, description, out, opset)
@@ -112,7 +112,7 @@ def export(
 def agreed(
     checkpoints: dict[str, Path], prepared: Prepared, method: str
 ) -> dict[str, dict[str, Any]]:
-    """The preprocessing of each model.
+    """Return the preprocessing of each model, after checking that models and images fit.
 
     Raises UserError: models and images of different sizes, a student of another method than is selected.
     """
@@ -125,19 +125,19 @@ def agreed(
             f"{checkpoints['student']}: got a student of {trained}; expected one of {method}, which is selected; "
             "run distill again"
         )
-    found = {name: description["preprocess"] for name, description in described.items()}
-    sizes = {name: preprocess["image_size"] for name, preprocess in found.items()}
+    preprocessing = {name: description["preprocess"] for name, description in described.items()}
+    sizes = {name: preprocess["image_size"] for name, preprocess in preprocessing.items()}
     if set(sizes.values()) != {prepared.image_size}:
         raise UserError(
-            f"image size: the student takes {sizes['student']}, the teacher {sizes['teacher']}, "
-            f"{prepared.folder} holds {prepared.image_size}; prepare, teach and distill at one size"
+            f"image size: got student {sizes['student']} px, teacher {sizes['teacher']} px, {prepared.folder} "
+            f"{prepared.image_size} px; expected one size; run prepare, teach and distill with the same size"
         )
-    return found
+    return preprocessing
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m stages.export", description=__doc__)
-    parser.add_argument("students", type=Path, help="the folder of the students, one a method")
+    parser.add_argument("students", type=Path, help="the folder of the students, one per method")
     parser.add_argument("selection", type=Path, help="reports/selection.json")
     parser.add_argument("teacher", type=Path, help="teacher.safetensors")
     parser.add_argument("prepared", type=Path, help="data/prepared")

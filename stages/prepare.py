@@ -1,4 +1,4 @@
-"""prepare: a data source -> prepared images with their index."""
+"""Stage prepare: read a data source and write prepared images with their index."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pipeline.prepare import prepare
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prepare the images of params.yaml's `prepare:`."""
+    """Prepare the images of `prepare:`."""
     index = prepare.prepare(config.load(prepare.Prepare, args.params), args.out)
     counts = ", ".join(f"{n} {split}" for split, n in index["counts"].items())
-    notes = [*index["notes"], *prepare.remarks(index)]
+    remarks = [*index["notes"], *prepare.remarks(index)]
     print(
         f"{args.out}: {counts}; {len(index['classes'])} classes, {index['image_size']} px; the student sees "
         f"{index['student_labels']} of {index['labelled_train']} training labels",
-        *notes,
+        *remarks,
         sep="\n  ",
     )
 

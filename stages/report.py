@@ -1,6 +1,6 @@
-"""Stage report: the figures of a run -> edge.json, edge.md, index.html and the merged parity.json; then the gates.
+"""Stage report: write edge.json, edge.md, index.html and the merged parity.json of a run; then check its gates.
 
-`--merge A.json B.json` joins the edge.json (or bench JSON) of several machines instead;
+`--merge A.json B.json` merges the edge.json (or bench JSON) of several machines instead;
 `--from A.json --as FORMAT` writes one of them for another service.
 """
 
@@ -22,7 +22,7 @@ from pipeline.report.summary import Report, Sources, summarise
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the files, then fail if a budget or an fp32 parity failed."""
+    """Write the files. Raises GateFailed: a budget or an fp32 parity, after writing."""
     started = time.perf_counter()
     section = config.load(Report, args.params)
     folders = (args.build, args.bench)
@@ -34,9 +34,9 @@ def main(args: argparse.Namespace) -> None:
     if args.pareto:
         publish(args.pareto, pareto.table(pareto.points(summary)))
     publish(args.edge_md, page.markdown([summary], earlier))
-    seen = artifacts.read_json(args.evidence, gallery.EVIDENCE)
-    shown = gallery.gallery(seen, Prepared.open(args.prepared), summary["shipped"])
-    publish(args.index_html, page.page([summary], shown, earlier))
+    evidence = artifacts.read_json(args.evidence, gallery.EVIDENCE)
+    images = gallery.gallery(evidence, Prepared.open(args.prepared), summary["shipped"])
+    publish(args.index_html, page.page([summary], images, earlier))
     print(
         f"{args.index_html}: {args.index_html.stat().st_size / 1e6:.2f} MB, "
         f"{time.perf_counter() - started:.1f} s, {summary['verdict']['status']}: {wording.headline(summary)}"
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parity(summary: Mapping[str, Any], build: Path) -> dict[str, Any]:
-    """reports/parity.json: the parity rows of the enabled targets in one file."""
+    """Merge the parity rows of the enabled targets for reports/parity.json."""
     files = {t["target"]: build / t["target"] / "parity.json" for t in summary["targets"]}
     return {
         "schema": "cakd.parity/1",
@@ -56,7 +56,7 @@ def parity(summary: Mapping[str, Any], build: Path) -> dict[str, Any]:
 
 
 def merge(args: argparse.Namespace) -> None:
-    """One report of several machines: on stdout as Markdown, and with --out as edge.md and index.html."""
+    """Merge several machines into one report: on stdout as Markdown, with --out as edge.md and index.html."""
     summaries = [machines.read_machine(path) for path in args.merge]
     earlier = history.read(args.history)
     text = page.markdown(summaries, earlier)
@@ -70,7 +70,7 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """One machine's figures in another format, on stdout or in --out. Judges nothing: that is for the reader."""
+    """Write one machine's figures in another format, to stdout or --out, without checking any gate."""
     text = adapters.FORMATS[args.format](machines.read_machine(args.source))
     if args.out is None:
         print(text, end="")
@@ -80,7 +80,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def fail_if(summaries: Sequence[Mapping[str, Any]]) -> None:
-    """Raises GateFailed: a budget, an fp32 parity or a baseline's gate of any of them failed."""
+    """Check the gates of all summaries. Raises GateFailed: a budget, an fp32 parity or a baseline's gate."""
     failures = [failure for summary in summaries for failure in summary["verdict"]["failures"]]
     if failures:
         raise GateFailed("; ".join(failures))
@@ -93,14 +93,14 @@ def publish(path: Path, text: str) -> None:
 
 
 def run_parser() -> argparse.ArgumentParser:
-    """The command line of one run."""
+    """Build the command line of one run."""
     parser = _parser()
     add = parser.add_argument
     add("accuracy", type=Path, help="reports/accuracy.json")
     add("selection", type=Path, help="reports/selection.json")
     add("train_perf", type=Path, help="reports/train_perf.json")
-    add("build", type=Path, help="artifacts/build, a folder a target")
-    add("bench", type=Path, help="reports/bench, a JSON a target")
+    add("build", type=Path, help="artifacts/build, a folder per target")
+    add("bench", type=Path, help="reports/bench, a JSON per target")
     add("device", type=Path, help="reports/device.json")
     add("prepared", type=Path, help="data/prepared")
     add("evidence", type=Path, help="reports/evidence.json")
@@ -108,7 +108,7 @@ def run_parser() -> argparse.ArgumentParser:
     add("parity", type=Path, help="out: the parity rows of all targets")
     add("edge_md", type=Path, help="out: the report for CI")
     add("index_html", type=Path, help="out: the report for people")
-    add("--curves", type=Path, metavar="DIR", help="reports/curves, a CSV of losses a method")
+    add("--curves", type=Path, metavar="DIR", help="reports/curves, a CSV of losses per method")
     add("--pareto", type=Path, metavar="CSV", help="out: accuracy and latency, for `dvc plots`")
     add("--params", type=Path, default=Path("params.yaml"))
     _takes_history(parser)
@@ -116,17 +116,17 @@ def run_parser() -> argparse.ArgumentParser:
 
 
 def merge_parser() -> argparse.ArgumentParser:
-    """The command line that joins several machines."""
+    """Build the command line that merges several machines."""
     parser = _parser()
     add = parser.add_argument
-    add("--merge", type=Path, nargs="+", required=True, metavar="JSON", help="one file a run")
+    add("--merge", type=Path, nargs="+", required=True, metavar="JSON", help="one file per run")
     add("--out", type=Path, metavar="DIR", help="write edge.md and index.html here")
     _takes_history(parser)
     return parser
 
 
 def convert_parser() -> argparse.ArgumentParser:
-    """The command line that writes another format."""
+    """Build the command line that writes another format."""
     parser = _parser()
     add = parser.add_argument
     add("--from", dest="source", type=Path, required=True, metavar="JSON", help="edge or bench")

@@ -1,4 +1,4 @@
-"""teach: prepared images -> a ViT teacher, trained or fine-tuned on every label."""
+"""Stage teach: train or fine-tune the ViT teacher on every label."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.data.prepared import Prepared
 
 
 def main(args: argparse.Namespace) -> None:
-    """Make the teacher of params.yaml's `teach:`."""
+    """Train the teacher of `teach:`."""
     settings = config.load(teach.Teach, args.params)
     prepared = Prepared.open(args.prepared)
     description = teach.teach(settings, prepared, args.out, args.work)

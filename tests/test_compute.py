@@ -64,7 +64,7 @@ from pipeline.distill.trainer import build
 from pipeline.training.ranks import ranks
 from tests.test_compute import UNNORMED, steps, weights
 
-torch.optim.AdamW = lambda groups, lr, weight_decay: torch.optim.SGD(groups, lr)
+torch.optim.AdamW = lambda groups, lr: torch.optim.SGD(groups, lr)
 prepared, teacher, features, out = map(Path, sys.argv[1:])
 with ranks() as joined:
     trainer = build(
@@ -195,15 +195,19 @@ def test_formats_and_compilers_change_the_losses_by_rounding_only(
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(prepared, teacher_path, features):
     config = replace(QUICK, compute=Compute(accumulate=3))
-    with pytest.raises(UserError, match="got 64, which 1 ranks x 3 parts do not divide"):
+    with pytest.raises(
+        UserError, match="got 64 for 1 ranks x 3 micro-batches .*; expected a multiple"
+    ):
         build(config, "plain", prepared, teacher_path, features)
-    with pytest.raises(UserError, match="got 4, which 2 ranks x 2 parts"):
-        Compute(accumulate=2).parts(4, Ranks(0, 2))
+    with pytest.raises(UserError, match="got 4 for 2 ranks x 2 micro-batches"):
+        Compute(accumulate=2).micro_batches(4, Ranks(0, 2))
 
 
 def test_cuda_where_there_is_none_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="got 'cuda', but PyTorch sees no CUDA device; use auto"):
+    with pytest.raises(
+        UserError, match="got 'cuda'; expected a CUDA device, PyTorch sees none; set it to auto"
+    ):
         compute.pick_device("cuda", "cache.device", SINGLE_PROCESS)
     assert compute.pick_device("auto", "cache.device", SINGLE_PROCESS).type == "cpu"
     assert Compute(device="cuda").backend() == "gloo"
@@ -227,7 +231,7 @@ def test_a_launched_stage_becomes_its_launcher_and_an_unknown_one_is_told(monkey
     assert became == [(("torchrun", line), "1")]
     monkeypatch.undo()
     done = command_line.here(*argv, **{cli.LAUNCH: "no-such-launcher"})
-    assert done.returncode == 2 and "no such launcher 'no-such-launcher'" in done.stderr
+    assert done.returncode == 2 and "CAKD_LAUNCH: got 'no-such-launcher'" in done.stderr
 
 
 @pytest.mark.ci
@@ -244,7 +248,7 @@ def test_the_launcher_of_the_environment_gets_the_same_command_line(tmp_path):
     assert json.loads(done.stdout) == [["--nodes", "2", "-m", "stages.distill", *command[3:]], "1"]
     env[cli.LAUNCH] = "no-such-launcher"
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and "no such launcher 'no-such-launcher'" in done.stderr
+    assert done.returncode == 2 and "CAKD_LAUNCH: got 'no-such-launcher'" in done.stderr
 
 
 def test_under_srun_the_ranks_are_slurms(monkeypatch):
@@ -253,7 +257,10 @@ def test_under_srun_the_ranks_are_slurms(monkeypatch):
     slurm = {"STEP_ID": "0", "PROCID": "3", "NTASKS": "4", "LOCALID": "1"}
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    with pytest.raises(UserError, match="MASTER_ADDR is not set"), training_ranks.ranks():
+    with (
+        pytest.raises(UserError, match="MASTER_ADDR: got no value under srun"),
+        training_ranks.ranks(),
+    ):
         pass
     assert os.environ.pop("RANK") == "3" and os.environ.pop("LOCAL_RANK") == "1"
     assert os.environ.pop("WORLD_SIZE") == "4"
@@ -319,7 +326,7 @@ def test_a_signal_to_one_rank_makes_all_of_them_save_and_leave_after_the_same_st
         text=True,
     )
     assert done.returncode != 0
-    assert done.stderr.count("run again to go on") == 1 and "another rank" not in done.stderr
+    assert done.stderr.count("run again to resume") == 1 and "another rank" not in done.stderr
     with safe_open(checkpoint, framework="pt") as file:
         assert file.metadata()["step"] == "6"
 

@@ -17,7 +17,7 @@ def test_damaged_pixels_are_refused(digits, tmp_path):
     pixels = bytearray((copy / "images.npy").read_bytes())
     pixels[-1] ^= 1
     (copy / "images.npy").write_bytes(bytes(pixels))
-    with pytest.raises(UserError, match="not the pixels of index.json"):
+    with pytest.raises(UserError, match="images.npy: damaged: SHA-256: got"):
         Prepared.open(copy).verify()
     Prepared.open(digits).verify()
 

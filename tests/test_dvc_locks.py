@@ -1,4 +1,4 @@
-"""Half-written files of a killed DVC are set aside, whole ones stay; with a real DVC in test_repro."""
+"""Half-written files of a killed DVC are moved aside, whole ones stay; with a real DVC in test_repro."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_torn_file_is_set_aside(name, text, repository, capsys, monkeypatch):
     monkeypatch.chdir(repository)
     dvc_locks.main(None)
     aside = f".dvc/tmp/{path.name}.torn"
-    told = f"{path.name}: half-written by a killed dvc; set aside as {aside}\n"
+    told = f"{path.name}: half-written by a killed dvc; moved to {aside}\n"
     assert capsys.readouterr().out == told
     assert not path.exists() and (repository / aside).read_text() == text
 

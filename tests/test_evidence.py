@@ -73,7 +73,7 @@ def test_the_teachers_map_is_that_of_its_last_block_without_the_class_token(
     block = found["attention"]
     assert block["grid"] == [8, 8] and set(block["received"]) == {"teacher", "cakd"}
     labels = prepared.labels[block["rows"]]
-    assert len(set(labels)) == len(labels) == evidence.PICTURES
+    assert len(set(labels)) == len(labels) == evidence.IMAGES
     assert (prepared.splits[block["rows"]] == "test").all()
     attn = live.tail.vit.blocks[-1].attn
     x = live.tail.vit.blocks[-1].norm1(live.look(views.whole(prepared.images[block["rows"]]))[0])

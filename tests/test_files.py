@@ -128,8 +128,8 @@ def test_writers_of_one_path_at_once_do_not_disturb_each_other(tmp_path):
     [
         (None, "no such file"),
         ("{", "not readable as JSON"),
-        ("[1]", "got list"),
-        ('{"schema": "b"}', "schema is 'b'"),
+        ("[1]", "got a JSON list"),
+        ('{"schema": "b"}', "schema: got 'b'; expected"),
     ],
 )
 def test_unreadable_json_is_named(content, message, tmp_path):

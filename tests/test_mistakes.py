@@ -76,17 +76,17 @@ TYPOS = {
     "a teacher": (
         "teach.model",
         "vit_tinny_patch16_224",
-        "teach.model: timm {timm} has no model 'vit_tinny_patch16_224'; nearest: vit_tiny_patch16_224",
+        "teach.model: got 'vit_tinny_patch16_224'; expected a model of timm {timm}; nearest: vit_tiny_patch16_224",
     ),
     "the beginning of a teacher's name": (
         "teach.model",
         "vit_tiny",
-        "teach.model: timm {timm} has no model 'vit_tiny'; nearest: vit_tiny_patch16_224",
+        "teach.model: got 'vit_tiny'; expected a model of timm {timm}; nearest: vit_tiny_patch16_224",
     ),
     "a student": (
         "distill.student",
         "resnet81",
-        "distill.student: timm {timm} has no model 'resnet81'; nearest: resnet18",
+        "distill.student: got 'resnet81'; expected a model of timm {timm}; nearest: resnet18",
     ),
     "a source": ("prepare.source", "digit", "prepare.source: got 'digit'; did you mean 'digits'?"),
     "what to do with broken pictures": (
@@ -102,7 +102,7 @@ TYPOS = {
     "the method that ships": (
         "export.method",
         "cakd+logit",
-        "export.method: got 'cakd+logit', which distill.methods does not train; did you mean "
+        "export.method: got 'cakd+logit', which is not in distill.methods; did you mean "
         "'cakd+logits'?",
     ),
     "the target of a budget": (
@@ -113,7 +113,7 @@ TYPOS = {
     "another image size": (
         "prepare.image_size",
         64,
-        "teach.model: vit_tiny_patch16_224 takes 32x32 px, the prepared images are 64x64 px; set "
+        "teach.model: got vit_tiny_patch16_224 for images of 32x32 px; expected 64x64 px, as prepared; set "
         "teach.kwargs.img_size or prepare.image_size",
     ),
     "a teacher of grey images": (
@@ -124,17 +124,17 @@ TYPOS = {
     "a teacher without blocks": (
         "teach.kwargs.depth",
         0,
-        "teach.model: VisionTransformer has 0 blocks; expected 1 or more; correct teach.kwargs (depth)",
+        "teach.model: VisionTransformer: got 0 blocks; expected 1 or more; correct teach.kwargs (depth)",
     ),
     "a teacher that does not pool": (
         "teach.kwargs.global_pool",
         "",
-        "teach.model: VisionTransformer gives logits of shape (1, 65, 10) for one image; expected (1, classes)",
+        "teach.model: VisionTransformer: got logits of shape (1, 65, 10) for one image; expected (1, classes)",
     ),
     "a teacher of oblong images": (
         "teach.kwargs.img_size",
         [32, 48],
-        "teach.model: vit_tiny_patch16_224 takes 32x48 px, the prepared images are 32x32 px; set",
+        "teach.model: got vit_tiny_patch16_224 for images of 32x48 px; expected 32x32 px, as prepared; set",
     ),
     "a student of one stage": (
         "distill.student_kwargs.channels",
@@ -169,18 +169,17 @@ TYPOS = {
     "a patch that does not divide the image": (
         "teach.kwargs.patch_size",
         5,
-        "teach.kwargs.patch_size: got 5, which does not divide 32 px into whole patches; allowed: 2, "
-        "4, 8, 16",
+        "teach.kwargs.patch_size: got 5, which does not divide 32 px; expected one of 2, 4, 8, 16",
     ),
     "a student whose maps are too coarse for the tokens": (
         "distill.student_kwargs",
         {"channels": [8, 12, 16, 24]},
-        "distill.student: at 32 px ResNet has maps",
+        "distill.student: got ResNet with feature maps",
     ),
     "a tap": (
         "distill.cakd.tap",
         "layer5",
-        "distill.cakd.tap: ResNet has no map 'layer5'; did you mean 'layer",
+        "distill.cakd.tap: got 'layer5', which ResNet does not have; did you mean 'layer",
     ),
     "a teacher without global attention": (
         "teach",
@@ -189,7 +188,7 @@ TYPOS = {
             "kwargs": {"img_size": 32, "window_size": 4, "depths": [1, 1, 1, 1]},
         },
         "method: 'cakd' reads the teacher's queries, keys and values (pca), and this one has none for it: it "
-        "has no row of blocks over one grid of tokens; choose another teacher, or a sum of plain, control, logits",
+        "has no sequence of blocks over one grid of tokens; choose another teacher, or a sum of plain, control",
     ),
 }
 
@@ -215,7 +214,7 @@ def test_a_budget_of_a_gain_needs_plain(params, tell):
 )
 def test_an_argument_that_a_model_does_not_take_is_told_with_its_key(key, where, params, tell):
     said = tell("stages.check", "--params", params({f"{key}.img_sise": 32}))
-    assert f"{where}: timm refused" in said and "'img_sise'" in said
+    assert f"{where}: cannot create" in said and "'img_sise'" in said
     assert said.endswith(f"; correct {key}\n")
 
 

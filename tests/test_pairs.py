@@ -29,17 +29,17 @@ from tests.house import ROOT
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-2core-pairs.json"
 REFUSED = {
     "dinov2 at 64 px": "got 14, which does not divide 64 px .*; or set .*img_size to 56 or 70",
-    "hiera": "Hiera cannot teach: its tokens stand in an order not known here; allowed: of timm",
-    "maxvit": "MaxxVit cannot teach: its tokens stand in an order not known here",
+    "hiera": "got Hiera, whose token order is unknown; expected one of timm",
+    "maxvit": "got MaxxVit, whose token order is unknown",
 }
 WITHOUT = {  # teachers that give tokens and logits alone, and why
     "beit": "position bias",
     "vit, relpos": "position bias",
     "vit, parallel": "2 attention calls",
     "cait": "2 attention calls",
-    "swin": "no row of blocks",
-    "swinv2": "no row of blocks",
-    "pvt_v2": "no row of blocks",
+    "swin": "no sequence of blocks",
+    "swinv2": "no sequence of blocks",
+    "pvt_v2": "no sequence of blocks",
 }
 WITH = [name for name in TEACHERS if name not in {*WITHOUT, *REFUSED}]
 SAMPLE = [  # about ten pairs that differ in what they need
@@ -189,7 +189,7 @@ def test_attention_terms_are_refused_to_a_teacher_without_q_k_v_before_any_step(
     assert f"method: '{method}' reads the teacher's queries, keys and values ({term})" in str(
         told.value
     )
-    assert "it has no row of blocks over one grid of tokens; choose another teacher" in str(
+    assert "it has no sequence of blocks over one grid of tokens; choose another teacher" in str(
         told.value
     )
     assert str(told.value).endswith(
@@ -203,7 +203,7 @@ def test_a_store_of_q_k_v_is_refused_for_a_teacher_without(made, tmp_path):
     wanted = policy.Cache(layout="qkvh", views=1)
     given = (wanted, taught.prepared, teacher.load(taught.path), tmp_path / "s", tmp_path / "w")
     with pytest.raises(
-        UserError, match="got qkvh, but of this teacher it has no row .* use block_input"
+        UserError, match="got qkvh for a teacher without Q, K, V .* set it to block_input"
     ):
         writing.write(*given, lambda _: None)
     assert not (tmp_path / "s").exists()
@@ -243,9 +243,9 @@ def test_a_map_with_its_channels_last_is_read_channels_first():
 
 
 STUDENTS_REFUSED = {
-    "hrnet_w18_small": "names no feature maps for HighResolutionNet that are one tensor each; .* as logits",
+    "hrnet_w18_small": "got HighResolutionNet, for which timm names no feature maps .* such as logits",
     "inception_v3": "InceptionV3 does not take an RGB image of 64 px .*, or set another prepare.image_size",
-    "efficientvit_m0": "stages.2 1x1; neither of the last two reaches half of the teacher's 8x8 tokens",
+    "efficientvit_m0": "stages.2 1x1 at 64 px; expected one of the last two .* the teacher's 8x8 tokens",
 }
 
 
@@ -263,7 +263,7 @@ def test_a_student_without_maps_still_learns_from_logits(made):
     recipe = settings.Distill(("logits",), "hrnet_w18_small", batch=8, steps=4)
     trainer = build(recipe, "logits", taught.prepared, taught.path, taught.features)
     assert trainer.reader.tap is None and trainer.objective.terms == ("logits",)
-    with pytest.raises(UserError, match="names no feature maps for HighResolutionNet"):
+    with pytest.raises(UserError, match="HighResolutionNet, for which timm names no feature maps"):
         build(
             replace(recipe, methods=("ofa",)), "ofa", taught.prepared, taught.path, taught.features
         )

@@ -26,7 +26,7 @@ from pipeline.store import writing
 from pipeline.store.policy import Cache
 from pipeline.teach import Teach, _build
 from pipeline.training import stopwatch
-from stages.check import CHECKED, SECTIONS, main, pair
+from stages.check import CHECKED, SECTIONS, check_models, main
 from tests import containers
 from tests.house import ROOT
 
@@ -258,7 +258,7 @@ WRONG = {
     "no keys": ("teach: 3\n", "mine.yaml: teach: got 3; expected keys and values"),
     "no path": (
         "prepare:\n  source: parquet\n",
-        "recipe mine: prepare.path is None; say where the pictures are: `make repro RECIPE=mine DATA=PATH`",
+        "recipe mine: prepare.path: got None; expected the path of the images; run `make repro RECIPE=mine DATA=",
     ),
 }
 
@@ -282,7 +282,7 @@ def test_an_unknown_recipe_is_told_with_the_names_that_there_are(command, tmp_pa
 
 
 def test_data_without_a_recipe_is_told():
-    with pytest.raises(UserError, match="--recipe: got None, and --data and --force belong to one"):
+    with pytest.raises(UserError, match="--data, --force: got --recipe None beside them"):
         main(asked(ROOT / "params.yaml", None, "/data/flowers"))
 
 
@@ -293,14 +293,17 @@ def test_what_was_edited_by_hand_is_not_replaced_unless_forced(tmp_path):
         return recipes.apply(name, FOLDER, params, SECTIONS, **kwargs)
 
     assert apply("imagenette", data="/data/a b") == (
-        f"{params}: written by {FOLDER / 'imagenette.yaml'}, 42 values unlike the default; images: /data/a b"
+        f"{params}: written from {FOLDER / 'imagenette.yaml'}, 42 values differ from the default; "
+        "images: /data/a b"
     )
     assert config.read(params)["prepare"]["path"] == "/data/a b"
     assert apply("imagenette", data="/data/a b").endswith("imagenette.yaml already")
     apply("cifar100")  # what a recipe wrote may be replaced
     edited = params.read_text().replace("epochs: 200", "epochs: 3")
     params.write_text(edited)
-    with pytest.raises(UserError, match=r"edited by hand \(teach.epochs\); commit"):
+    with pytest.raises(
+        UserError, match=r"got edits by hand \(teach.epochs\); expected none.*; commit"
+    ):
         apply("digits")
     assert params.read_text() == edited
     apply("digits", force=True)
@@ -323,8 +326,8 @@ def test_make_hands_recipe_data_and_force_on():
 
     assert line()[1:] == ["-m", "stages.check"]
     asked = line("RECIPE=imagenet", "DATA=/data/a", "FORCE=1")
-    assert asked[3:] == ["--recipe", "'imagenet'", "--data", "'/data/a'", "--force"]
-    assert line("RECIPE=digits")[3:] == ["--recipe", "'digits'"]
+    assert asked[3:] == ["--recipe", '"$RECIPE"', "--data", '"$DATA"', "--force"]
+    assert line("RECIPE=digits")[3:] == ["--recipe", '"$RECIPE"']
 
 
 def test_the_page_lists_every_recipe():
@@ -352,7 +355,7 @@ def test_a_teacher_whose_patch_tokens_are_not_trained_is_named_once(
         for k, v in (params["teach"]["kwargs"] | changes).items()
         if k != "fc_norm" or not changes
     }
-    pair(*(config.parse(SECTIONS[kind], params[kind], kind) for kind in kinds))
+    check_models(*(config.parse(SECTIONS[kind], params[kind], kind) for kind in kinds))
     warning = capsys.readouterr().err
     assert warning.count("warning: teach.model") == warned
     assert ("pools by its class token" in warning) == warned

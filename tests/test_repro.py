@@ -126,7 +126,7 @@ def test_what_a_killed_dvc_left_torn_is_set_aside_and_nothing_learns_again(house
         refused = dvc(house, "status", "report") if path is lock else dvc(house, "repro", "device")
         assert refused.returncode and refusal in refused.stdout + refused.stderr
         aside = f".dvc/tmp/{path.name}.torn"
-        assert mend() == f"{path.name}: half-written by a killed dvc; set aside as {aside}\n"
+        assert mend() == f"{path.name}: half-written by a killed dvc; moved to {aside}\n"
         assert (house / aside).read_text() == text and not path.exists()
     again = dvc(house, "repro")
     assert again.returncode == 0, again.stderr

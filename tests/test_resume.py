@@ -100,7 +100,7 @@ def test_a_signal_saves_and_leaves_and_the_next_run_goes_on(number, digits, tmp_
     running.send_signal(number)
     _, said = running.communicate(timeout=240)
     assert running.returncode == 128 + number
-    assert "saved" in said and "run again to go on" in said and said.count("\n") == 1
+    assert "saved" in said and "run again to resume" in said and said.count("\n") == 1
     (checkpoint,) = (tmp_path / "work" / "teach").rglob("checkpoint.safetensors")
     assert checkpoint.stat().st_size > 10_000 and not (tmp_path / "teacher").exists()
 

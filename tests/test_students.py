@@ -32,13 +32,15 @@ def test_a_shallow_map_is_never_taken_because_its_stride_fits():
 
 def test_a_student_without_a_fine_enough_map_is_refused_with_its_grids():
     with pytest.raises(
-        UserError, match=r"layer4 1x1; neither of the last two reaches half of the teacher's 64x64"
+        UserError, match=r"layer4 1x1 at 32 px; expected one of the last two .* the teacher's 64x64"
     ):
         find_tap(timm.create_model("resnet18"), 32, (64, 64))
 
 
 def test_an_unknown_tap_is_refused_with_the_maps():
-    with pytest.raises(UserError, match=r"no map 'layer9'; did you mean 'layer\d'\?"):
+    with pytest.raises(
+        UserError, match=r"got 'layer9', which ResNet does not have; did you mean 'layer\d'\?"
+    ):
         find_tap(timm.create_model("resnet18"), 32, (8, 8), "layer9")
 
 
@@ -58,9 +60,7 @@ def test_the_tap_of_every_family_reaches_two_thirds_of_the_backbones_tensors(nam
 
 
 def test_a_plain_resnet_at_32_px_is_refused_instead_of_tapped_where_little_is_taught():
-    with pytest.raises(
-        UserError, match=r"layer4 1x1; neither of the last two.*8x8 tokens; set .*output_stride"
-    ):
+    with pytest.raises(UserError, match=r"layer4 1x1 at .*8x8 tokens; set .*output_stride"):
         find_tap(timm.create_model("resnet18"), 32, (8, 8))
 
 

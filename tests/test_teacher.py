@@ -36,12 +36,12 @@ FAMILIES = {  # what it shows -> timm's name, further kwargs, prefix tokens
     "rotary, attention pool": ("vit_pe_core_tiny_patch16_384", {}, 1),
 }
 REFUSED = {
-    "resnet18": "ResNet cannot teach: its tokens stand in an order not known here; allowed: of timm the vit_",
-    "samvit_base_patch16_224": "VisionTransformerSAM cannot teach: its tokens stand in an order not known",
-    "hiera_tiny_224": "Hiera cannot teach: its tokens stand in an order not known here",
+    "resnet18": "got ResNet, whose token order is unknown; expected one of timm's vit_",
+    "samvit_base_patch16_224": "got VisionTransformerSAM, whose token order is unknown",
+    "hiera_tiny_224": "got Hiera, whose token order is unknown",
 }
 WITHOUT_ATTENTION = {
-    "swin_tiny_patch4_window7_224": "no row of blocks over one grid of tokens",
+    "swin_tiny_patch4_window7_224": "no sequence of blocks over one grid of tokens",
     "beit_base_patch16_224": "its attention adds a position bias to the scores",
     "vit_relpos_small_patch16_224": "its attention adds a position bias to the scores",
     "cait_xxs24_224": "its last block makes 2 attention calls, not one",
@@ -119,7 +119,8 @@ def test_a_teacher_that_ends_in_other_tokens_than_its_grid_is_refused():
     with torch.device("meta"):  # its class token joins in the tenth block
         vit = timm.create_model("convit_tiny", depth=2)
     with pytest.raises(
-        UserError, match="ends in 196 tokens, not 1 and 14x14; correct teach.kwargs"
+        UserError,
+        match="got 196 final tokens; expected 1 prefix tokens and 14x14 patches; correct teach.kwargs",
     ):
         probe.probe_teacher(vit)
 
@@ -194,7 +195,8 @@ def test_the_teacher_never_trains_and_never_gets_a_gradient(teacher_path, prepar
 
 def test_a_misspelt_model_is_refused_with_the_nearest_names():
     with pytest.raises(
-        UserError, match="no model 'vit_tinny_patch16_224'; nearest: vit_tiny_patch16_224"
+        UserError,
+        match="got 'vit_tinny_patch16_224'; expected a model of timm .*; nearest: vit_tiny_patch16_224",
     ):
         checkpoint.create("vit_tinny_patch16_224", {}, 10)
 
@@ -205,7 +207,7 @@ def test_a_checkpoint_that_was_swapped_for_another_is_refused(tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
-    with pytest.raises(UserError, match="its SHA-256 is not the one in teacher.json"):
+    with pytest.raises(UserError, match="SHA-256: got .*; expected .*, that of teacher.json"):
         checkpoint.load(path)
 
 

@@ -76,14 +76,16 @@ def test_unfinished_work_of_another_recipe_is_not_gone_on_with(prepared, tmp_pat
 
 def test_a_training_that_diverges_is_stopped_and_publishes_nothing(prepared, tmp_path):
     config = replace(QUICK, lr=1e30, weight_decay=0.0)
-    with pytest.raises(UserError, match=r"teach: loss is .* at step \d+.*lower teach.lr"):
+    with pytest.raises(
+        UserError, match=r"teach: training diverged: loss: got .* at step \d+.*lower teach.lr"
+    ):
         teach(config, prepared, tmp_path)
     assert not (tmp_path / "teacher").exists()
 
 
 def test_a_grid_that_does_not_fit_the_images_is_refused_with_both_sizes(prepared, tmp_path):
     config = replace(QUICK, kwargs=VIT | {"img_size": 64})
-    with pytest.raises(UserError, match="takes 64x64 px, the prepared images are 32x32 px"):
+    with pytest.raises(UserError, match="for images of 64x64 px; expected 32x32 px, as prepared"):
         teach(config, prepared, tmp_path)
 
 
@@ -95,7 +97,9 @@ def test_a_pickle_is_never_loaded_as_weights(tmp_path, prepared):
 
 
 def test_weights_that_are_not_there_are_named(prepared, tmp_path):
-    with pytest.raises(UserError, match="teach.weights: scrach is no file; allowed: scratch"):
+    with pytest.raises(
+        UserError, match="teach.weights: got scrach, which is not a file; expected scratch"
+    ):
         teach(replace(QUICK, weights="scrach"), prepared, tmp_path)
 
 

@@ -86,7 +86,7 @@ def test_a_changed_pixel_is_refused_by_its_hash_naming_the_row(images):
     hashes = views.view_hashes(batch)
     views.check_hashes(batch, hashes, [3, 4])
     batch[1, 0, 0, 0] ^= 1
-    with pytest.raises(UserError, match=r"1 of 2 checked views.*image row 4"):
+    with pytest.raises(UserError, match=r"got 1 of 2 views.*image row 4"):
         views.check_hashes(batch, hashes, [3, 4])
 
 

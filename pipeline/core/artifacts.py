@@ -1,4 +1,4 @@
-"""JSON artefacts that carry schema and provenance, hashes of files, of values and of the code behind a stage."""
+"""JSON artefacts with schema and provenance; hashes of files, of values and of the code behind a stage."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ _ENCODE = json.JSONEncoder(allow_nan=False).encode
 
 
 def write_json(path: Path | str, value: dict[str, Any]) -> None:
-    """Write JSON atomically, as `json_text` lays it out. Raises ValueError: NaN or Infinity."""
+    """Write JSON atomically in the layout of `json_text`. Raises ValueError: NaN or Infinity."""
     with atomic(path) as temporary:
         temporary.write_text(json_text(value) + "\n", encoding="utf-8")
 
 
 def json_text(value: Any, depth: int = 0, before: int = 0) -> str:
-    """JSON with lines filled up to WIDTH: a list or object that fits stays on one. Keys keep their order.
+    """Format JSON with lines filled up to WIDTH; keys keep their order.
 
-    depth: levels above, a space of indentation each; before: characters left of the value on its line.
+    A list or object that fits stays on one line, so that a diff shows a changed row as one line. depth: levels
+    above, a space of indentation each; before: characters left of the value on its line.
     Raises ValueError: NaN or Infinity.
     """
     text = _ENCODE(value)
@@ -52,7 +53,7 @@ def json_text(value: Any, depth: int = 0, before: int = 0) -> str:
 
 
 def rounded(value: Any, digits: int = 6) -> Any:
-    """The same JSON-able value with so many significant digits in every float."""
+    """Round every float of a JSON-able value to `digits` significant digits."""
     if isinstance(value, dict):
         return {key: rounded(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -61,45 +62,50 @@ def rounded(value: Any, digits: int = 6) -> Any:
 
 
 def read_json(path: Path | str, schema: str | None = None) -> dict[str, Any]:
-    """Read a JSON artefact; with `schema`, its `schema` field must be that.
+    """Read a JSON artefact, whose `schema` field must be `schema` where one is given.
 
-    Raises UserError: missing, not JSON, another schema.
+    Raises UserError: file missing, not JSON, another schema.
     """
     path = Path(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         raise UserError(
-            f"{path}: no such file; run the stage that makes it (`dvc repro`)"
+            f"{path}: no such file; expected the output of an earlier stage; run `dvc repro`"
         ) from None
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(
             f"{path}: not readable as JSON ({error}); remove it and run its stage again"
         ) from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
+        raise UserError(
+            f"{path}: got a JSON {type(value).__name__}; expected an object; run its stage again"
+        )
     if schema is not None and value.get("schema") != schema:
         raise UserError(
-            f"{path}: schema is {value.get('schema')!r}, expected {schema!r}; run its stage again"
+            f"{path}: schema: got {value.get('schema')!r}; expected {schema!r}; run its stage again"
         )
     return value
 
 
 def _no_number(name: str) -> None:
-    """Raise ValueError: NaN and Infinity are Python's, not JSON's, and `write_json` never writes them."""
-    raise ValueError(f"{name} is no JSON number")
+    """Raise ValueError: Python's reader takes NaN and Infinity, which JSON does not have."""
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def expect(value: Any, path: Path | str, remedy: str, **kinds: type | UnionType) -> None:
-    """Raise UserError where a JSON object lacks one of these keys, or holds another kind of value there."""
+    """Check keys of a JSON object and the types of their values. Raises UserError: missing, or another type."""
     for key, kind in kinds.items():
         got = value.get(key) if isinstance(value, dict) else value
         if not isinstance(got, kind) or (isinstance(got, bool) and kind is not bool):
-            raise UserError(f"{path}: damaged, {key} is {reprlib.repr(got)}; {remedy}")
+            name = getattr(kind, "__name__", kind)
+            raise UserError(
+                f"{path}: damaged: {key}: got {reprlib.repr(got)}; expected {name}; {remedy}"
+            )
 
 
 def sha256(path: Path | str) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Hash the bytes of a file: hex SHA-256."""
     with Path(path).open("rb") as f:
         return _hash_stream(f)
 
@@ -112,14 +118,14 @@ def _hash_stream(f: BinaryIO) -> str:
 
 
 def digest(value: Any) -> str:
-    """Hex SHA-256 of a JSON-able value, independent of key order: the fingerprint of parameters and inputs."""
+    """Hash a JSON-able value, independent of key order: hex SHA-256, the fingerprint of parameters and inputs."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def code(rooms: Iterable[str]) -> str:
-    """Hex SHA-256 over the source of these rooms of pipeline/: unfinished work of other code is not resumed.
+    """Hash the source of these rooms of pipeline/ (`training`, `teach.py`): hex SHA-256.
 
-    A room is a folder or a file there: `training`, `teach.py`.
+    Part of the name of a work folder: what other code left unfinished is not resumed.
     """
     library = Path(__file__).parents[1]
     files = [path for room in rooms for path in _sources(library / room)]
@@ -131,20 +137,20 @@ def _sources(room: Path) -> list[Path]:
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
-    """Installed versions by distribution name, None where absent; nothing is imported."""
-    found: dict[str, str | None] = {}
+    """Look up installed versions by distribution name, None where absent, without importing anything."""
+    installed: dict[str, str | None] = {}
     for name in packages:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def provenance(params: Any = None, **inputs: Path | str) -> dict[str, Any]:
-    """What made an artefact: parameters, the hash of each input file, package versions. Holds no clock time,
+    """Describe what made an artefact: parameters, the SHA-256 of each input file, package versions.
 
-    so the same inputs give the same bytes.
+    Holds no time of day: the same inputs give the same bytes.
     """
     return {
         "params": params,

@@ -1,4 +1,4 @@
-"""Runs a command line: the exit codes, one line on stderr for a user's mistake, a traceback for a bug."""
+"""Command lines: exit codes, one line on stderr for a user's mistake, a traceback for a bug."""
 
 from __future__ import annotations
 
@@ -16,22 +16,15 @@ from typing import NoReturn
 from pipeline.core.errors import GateFailed, UserError
 
 DONE, BUG, USER_MISTAKE, GATE = 0, 1, 2, 3
-DISK_ERRNOS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EFBIG,
-}  # no fault of the program
-NAME_ERRNOS = {
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-}  # a path that cannot be meant
-MAX_MESSAGE_CHARS = 1500  # characters of a message
+# The machine's or the path's fault: one line and exit 2. Any other OSError is a bug and keeps its traceback.
+DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+PATH_ERRNOS = {
+    errno.EISDIR: "got a directory; expected a file",
+    errno.ENOTDIR: "a part of the path is a file; expected a directory",
+    errno.ENAMETOOLONG: "the name is too long; expected a shorter path",
+    errno.ELOOP: "too many symbolic links; expected a path without a loop",
+}
+MAX_MESSAGE_CHARS = 1500
 PR_SET_PDEATHSIG = 1
 
 
@@ -59,20 +52,19 @@ def run(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
-        _say(parser, error)
+        _print_error(parser, error)
         sys.exit(USER_MISTAKE)
     except GateFailed as error:
-        _say(parser, error)
+        _print_error(parser, error)
         sys.exit(GATE)
     except OSError as error:
-        if error.errno not in DISK_ERRNOS | NAME_ERRNOS:
+        if error.errno in DISK_ERRNOS:
+            reason = f"{error.strerror}; free space or choose a writable path, run again"
+        elif error.errno in PATH_ERRNOS:
+            reason = f"{PATH_ERRNOS[error.errno]}; correct the path"
+        else:
             raise
-        remedy = (
-            "free space or choose a writable place"
-            if error.errno in DISK_ERRNOS
-            else "give another"
-        )
-        _say(parser, f"{error.filename or 'writing'}: {error.strerror}; {remedy}, run again")
+        _print_error(parser, f"{error.filename or 'writing'}: {reason}")
         sys.exit(USER_MISTAKE)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
@@ -85,10 +77,10 @@ LAUNCHED = "CAKD_LAUNCHED"
 
 
 def relaunch(module: str) -> None:
-    """Where CAKD_LAUNCH names a launcher, become `<launcher> -m <module> <the same arguments>`.
+    """Replace this process by `<launcher> -m <module> <the same arguments>` where CAKD_LAUNCH names a launcher.
 
-    `torchrun --nproc-per-node 4`, or `srun --ntasks 8 python`: so `cmd` in dvc.yaml is the same for one process
-    and for many. Raises UserError: no such launcher.
+    `torchrun --nproc-per-node 4`, or `srun --ntasks 8 python`. So dvc.yaml has one `cmd`, whether a stage runs in
+    one process or in many. Raises UserError: the launcher is not installed.
     """
     launcher = shlex.split(os.environ.get(LAUNCH, ""))
     if not launcher or LAUNCHED in os.environ:
@@ -98,26 +90,28 @@ def relaunch(module: str) -> None:
         os.execvp(launcher[0], [*launcher, "-m", module, *sys.argv[1:]])
     except FileNotFoundError:
         raise UserError(
-            f"{LAUNCH}: no such launcher {launcher[0]!r}; unset it, or give its path"
+            f"{LAUNCH}: got {launcher[0]!r}, which is not installed; expected a launcher such as torchrun; unset "
+            "the variable or give the launcher's path"
         ) from None
 
 
 def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
-    """Ask Linux to send this process a signal when its parent dies: a killed dvc leaves no orphan behind."""
+    """Ask Linux to send this process a signal when its parent dies, so that a killed dvc leaves no orphan."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
-def _say(parser: argparse.ArgumentParser, error: Exception | str) -> None:
-    words = " ".join(str(error).split())
-    if len(words) > MAX_MESSAGE_CHARS:  # what went wrong stands in front, what to do at the end
-        words = f"{words[: MAX_MESSAGE_CHARS // 2]} ... {words[-MAX_MESSAGE_CHARS // 2 :]}"
-    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)
+def _print_error(parser: argparse.ArgumentParser, error: Exception | str) -> None:
+    message = " ".join(str(error).split())
+    # Cut in the middle: a message begins with what went wrong and ends with what to do.
+    if len(message) > MAX_MESSAGE_CHARS:
+        message = f"{message[: MAX_MESSAGE_CHARS // 2]} ... {message[-MAX_MESSAGE_CHARS // 2 :]}"
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message)
     print(f"{parser.prog}: error: {line}", file=sys.stderr)
 
 
 def count(text: str) -> int:
-    """A count from 1 on, of a command line. Raises ArgumentTypeError on anything else."""
+    """Parse a command-line count of at least 1. Raises ArgumentTypeError: anything else."""
     if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"got {text}; allowed: 1 or more")
+        raise argparse.ArgumentTypeError(f"got {text}; expected 1 or more")
     return value

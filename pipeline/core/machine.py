@@ -1,4 +1,4 @@
-"""What a figure was measured on: the machine, the same on every run, and the conditions of the moment."""
+"""The machine that figures are measured on, as a block of every JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.core import artifacts
 
 ROOT = Path("/")
-TOOL_SECONDS = 5.0  # for the first line of a tool that never ends
+TOOL_SECONDS = 5.0  # for the first line of a tool that does not end by itself
 RUNTIMES = ("torch", "timm", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx-cu13")
 ISA = {  # name in the report -> the kernel's names for it, x86 `flags` and Arm `Features`
     "avx2": ("avx2",),
@@ -29,9 +29,9 @@ ISA = {  # name in the report -> the kernel's names for it, x86 `flags` and Arm 
 
 
 def machine(root: Path = ROOT) -> dict[str, Any]:
-    """The machine block of every JSON: identity only, the same bytes on a second run.
+    """Describe this machine: identity only, the same bytes on a second run.
 
-    No load, clock or time: reports/device.json keys builds and latencies by it. `root` is where /proc
+    No load, clock or time: DVC re-runs builds and benches where reports/device.json changes. `root` is where /proc
     and /sys are looked up. `cores.usable` respects affinity and the cgroup's quota; memory in 1e9 bytes.
     """
     cpu = cpuinfo(root)
@@ -43,9 +43,8 @@ def machine(root: Path = ROOT) -> dict[str, Any]:
         "memory_gb": _memory_gb(root),
         "os": platform.system(),
         "arch": platform.machine(),
-        "board": read_text(
-            root / "proc/device-tree/model"
-        ),  # "NVIDIA Jetson Orin Nano ...", else null
+        # "NVIDIA Jetson Orin Nano ..."; null on a PC
+        "board": read_text(root / "proc/device-tree/model"),
         "gpu": _gpu(),
         "versions": {
             "python": platform.python_version(),
@@ -55,7 +54,7 @@ def machine(root: Path = ROOT) -> dict[str, Any]:
 
 
 def usable_cores(root: Path = ROOT) -> int:
-    """Cores this process may use: the affinity mask, cut to whole cores of the cgroup's CPU quota, at least 1."""
+    """Count the cores this process may use: affinity mask and CPU quota of the cgroup, at least 1."""
     affinity = getattr(os, "sched_getaffinity", None)
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
     quotas = [q for folder in cgroups(root) if (q := quota(folder)) is not None]
@@ -63,20 +62,20 @@ def usable_cores(root: Path = ROOT) -> int:
 
 
 def cgroups(root: Path) -> list[Path]:
-    """Our cgroup and its ancestors, v2 or the cpu controller of v1, where their files may lie."""
-    found: list[Path] = []
+    """List the folders of this process's cgroup and its ancestors, v2 or the cpu controller of v1."""
+    folders: list[Path] = []
     for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, name = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
         base = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
         own = base / name.lstrip("/")
-        found += [own, *(p for p in own.parents if p.is_relative_to(base))]
-    return found
+        folders += [own, *(p for p in own.parents if p.is_relative_to(base))]
+    return folders
 
 
 def quota(cgroup: Path) -> float | None:
-    """CPU quota of one cgroup in cores, None without one."""
+    """Read the CPU quota of one cgroup in cores; None without one."""
     v2 = (read_text(cgroup / "cpu.max") or "").split()
     v1 = [read_text(cgroup / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
     quota, period = v2 if len(v2) == 2 else v1
@@ -86,20 +85,20 @@ def quota(cgroup: Path) -> float | None:
 
 
 def cpuinfo(root: Path) -> dict[str, str]:
-    """The first value of each key in /proc/cpuinfo."""
+    """Read the first value of each key in /proc/cpuinfo."""
     pairs = (
         line.split(":", 1)
         for line in (read_text(root / "proc/cpuinfo") or "").splitlines()
         if ":" in line
     )
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for key, value in pairs:
-        found.setdefault(key.strip(), value.strip())
-    return found
+        values.setdefault(key.strip(), value.strip())
+    return values
 
 
 def _cpu_name(cpu: dict[str, str]) -> str:
-    """The model name; where Arm gives none, implementer and part, which name the core (0x41 0xd42: A78AE)."""
+    """Name the CPU; on Arm, which gives no name, by implementer and part (0x41 0xd42 is a Cortex-A78AE)."""
     if "model name" in cpu:
         return cpu["model name"]
     if "CPU part" in cpu:
@@ -121,7 +120,7 @@ def _gpu() -> dict[str, Any] | None:
 
 
 def nvidia_smi(query: str) -> list[list[str]]:
-    """A row of values per GPU, no rows where nvidia-smi is absent or finds no device."""
+    """Ask nvidia-smi: a row of values per GPU; no rows where the tool is absent or finds no device."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
@@ -135,7 +134,7 @@ def nvidia_smi(query: str) -> list[list[str]]:
 
 
 def read_text(path: Path) -> str | None:
-    """A small kernel file's text without padding, None where it cannot be read."""
+    """Read a small kernel file without its padding; None where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip(" \n\0")
     except OSError:

@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, one plain line every few seconds elsewhere."""
+"""Progress of a run: a bar on a terminal, one plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """Steps done of a total: on a terminal a bar with rate, time left and the given figures, elsewhere lines.
+    """Steps done of a total, with rate, time left and figures.
 
-    A line every `every` seconds and at the end. `batch` turns the rate into images a second, `epoch` (its steps)
-    adds the pass. A context manager; without `with` it prints lines only.
+    On a terminal a bar, elsewhere a line every `every` seconds and at the end. `batch` turns the rate into images
+    a second, `epoch` (its steps) adds the pass. A context manager; without `with` it prints lines only.
     """
 
     def __init__(
@@ -36,9 +36,9 @@ class Progress:
     def __enter__(self) -> Progress:
         if sys.stdout.isatty() and not self.quiet:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            shown = TextColumn("{task.fields[shown]}")
-            self._bar = Bar(*columns, TimeRemainingColumn(), shown)
-            self._task = self._bar.add_task(self.what, total=self.total, shown="")
+            figures = TextColumn("{task.fields[text]}")
+            self._bar = Bar(*columns, TimeRemainingColumn(), figures)
+            self._task = self._bar.add_task(self.what, total=self.total, text="")
             self._bar.start()
         return self
 
@@ -52,7 +52,7 @@ class Progress:
             self._bar.stop()
 
     def __call__(self, done: int, **figures: float) -> None:
-        """Note that `done` of `total` is done."""
+        """Report that `done` of `total` steps are done."""
         now = time.monotonic()
         if self._first is None:
             self._first = done - 1
@@ -62,10 +62,9 @@ class Progress:
         rate = (done - self._first) / max(now - self._start, 1e-9)
         speed = f"{rate * self.batch:.0f} img/s" if self.batch else f"{rate:.1f}/s"
         epoch = f"epoch {-(-done // self.epoch)}" if self.epoch else ""
-        shown = "  ".join(
-            filter(None, (epoch, speed, *(f"{k} {v:.4g}" for k, v in figures.items())))
-        )
+        words = (epoch, speed, *(f"{name} {value:.4g}" for name, value in figures.items()))
+        text = "  ".join(filter(None, words))
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, shown=shown)
+            self._bar.update(self._task, completed=done, text=text)
         elif not self.quiet:
-            print(f"{self.what} {done}/{self.total}  {shown}", flush=True)
+            print(f"{self.what} {done}/{self.total}  {text}", flush=True)

@@ -109,15 +109,15 @@ def _head(source: Path | BinaryIO, count: int) -> bytes:
 
 def _without_metadata(data: bytes) -> bytes:
     """Drop every chunk of a PNG but those that pixels, transparency and orientation need."""
-    kept, at = [PNG], len(PNG)
+    chunks, at = [PNG], len(PNG)
     while at + 12 <= len(data):
         length, kind = struct.unpack(">I4s", data[at : at + 8])
         chunk = data[at : at + 12 + length]
         sound = struct.pack(">I", zlib.crc32(chunk[4:-4])) == chunk[-4:]
         if kind in PIXEL_CHUNKS and (sound or kind[:1].isupper()):
-            kept.append(chunk)
+            chunks.append(chunk)
         at += 12 + length
-    return b"".join(kept) + data[at:]
+    return b"".join(chunks) + data[at:]
 
 
 def _open(source: Path | BinaryIO) -> Any:
@@ -154,9 +154,9 @@ def _has_frames(image: Any) -> bool:
 
 
 def _exact(image: Any, source: Path | BinaryIO, raw: Any) -> Any:
-    """Correct what Pillow leaves out of grey and 16-bit files: WhiteIsZero, fewer than 16 bits, a clear colour.
+    """Correct grey and 16-bit files where Pillow ignores WhiteIsZero, fewer than 16 bits or a transparent colour.
 
-    `raw`: how the pixels of a PNG are stored, in Pillow's words.
+    `raw`: Pillow's name for how the pixels of a PNG are stored.
     """
     if image.mode.startswith("I;16") and image.format == "TIFF":
         bits = image.tag_v2.get(BITS, (16,))[0]
@@ -207,9 +207,7 @@ def upright(image: Image.Image) -> Image.Image:
     try:
         value: Any = image.getexif().get(ORIENTATION, 1)
         value = int(value[0] if isinstance(value, (tuple, bytes)) else value)
-    except (
-        Exception
-    ):  # Pillow raises whatever the bytes lead it to; a viewer shows the image as it is stored
+    except Exception:  # Pillow raises whatever the bytes lead to; a viewer ignores the tag then
         return image
     if value not in TRANSPOSE:
         return image

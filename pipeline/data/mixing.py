@@ -23,7 +23,7 @@ Alpha = Annotated[float, Field(ge=0, le=100)]
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Mix:
-    """How many views are mixed, and how. With both on, either is as likely."""
+    """How many views are mixed, and how; with both kinds on, either is equally likely."""
 
     mixup: Alpha = 0.0  # alpha of Beta(alpha, alpha), from which an image's share is drawn; 0: off
     cutmix: Alpha = 0.0  # the same for the share of the area; 0: off
@@ -37,17 +37,16 @@ class Mix:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Of a batch (B,): rows of the partners, shares of an image's own pixels, boxes (B, 4) that the partner fills.
+    """What each view of a batch is mixed with."""
 
-    A box is top, bottom, left, right in pixels; an empty one means that all pixels are blended by the share.
-    """
-
-    partners: NDArray[np.int64]
-    shares: NDArray[np.float32]
-    boxes: NDArray[np.int64]
+    partners: NDArray[np.int64]  # (B,), rows
+    shares: NDArray[np.float32]  # (B,), of the image's own pixels
+    boxes: NDArray[
+        np.int64
+    ]  # (B, 4), top, bottom, left, right in pixels; empty: blended by the share
 
     def blend(self, own: Tensor, partner: Tensor) -> Tensor:
-        """Two batches of views (B, 3, S, S) uint8 -> the mixed one. Elementwise: the same bits in any batch."""
+        """Mix two batches of views (B, 3, S, S) uint8; elementwise, so a view has the same bits in any batch."""
         a, b = own.numpy(), partner.numpy()
         share = self.shares[:, None, None, None]
         blended = a.astype(np.float32) * share + b.astype(np.float32) * (1 - share)
@@ -67,15 +66,15 @@ def mixture(
     partners: NDArray[np.int64],
     size: int,
 ) -> Mixture:
-    """What each view (row, view) is mixed with; `partners` are the rows to draw from, size the side in pixels."""
+    """Draw what each view (row, view) is mixed with; `partners`: the rows to draw from, `size`: pixels a side."""
     drawn = [_draw(mix, f"{seed}/mix/{r}/{v}", size) for r, v in zip(rows, views, strict=True)]
     at, shares, boxes = zip(*drawn, strict=True)
-    chosen = partners[(np.array(at) * len(partners)).astype(np.int64)]
-    return Mixture(chosen, np.array(shares, np.float32), np.array(boxes, np.int64))
+    selected = partners[(np.array(at) * len(partners)).astype(np.int64)]
+    return Mixture(selected, np.array(shares, np.float32), np.array(boxes, np.int64))
 
 
 def _draw(mix: Mix, key: str, size: int) -> tuple[float, float, tuple[int, int, int, int]]:
-    """A partner's place in the pool in [0, 1), the share of the image's own pixels, the partner's box."""
+    """Draw a partner's position in the pool in [0, 1), the share of the image's own pixels, the partner's box."""
     digest = hashlib.blake2b(key.encode(), digest_size=48).digest()
     words = np.frombuffer(digest, dtype="<u8")
     mixed, partner, kind, share, y, x = (words >> np.uint64(11)).astype(np.float64) / (1 << 53)

@@ -1,7 +1,7 @@
-"""A prepared folder, opened: pixels, labels, splits, in an order that nothing but the pixels decides. Torch-free.
+"""The prepared images of a data set: pixels, labels and splits. Torch-free.
 
-`images.npy` (N, S, S, 3) uint8 RGB; `index.json` with a record an image, in the order of the pixels' SHA-256, so
-that the same pictures give the same bytes from whatever container they came; `source.json` says from which.
+`images.npy` (N, S, S, 3) uint8 RGB; `index.json` with a record per image, in the order of the pixels' SHA-256, so
+that the same images give the same bytes whatever container they came in; `source.json` says where each came from.
 """
 
 from __future__ import annotations
@@ -22,28 +22,27 @@ SOURCE_SCHEMA = "cakd.source/1"
 SPLITS = ("train", "val", "test")
 UNLABELLED = -1
 MAX_SIDE = 4096  # pixels of a prepared image
-
 REMEDY = "run prepare again (`dvc repro prepare`)"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared folder, opened. images (N, S, S, 3) uint8 memory-mapped; labels (N,) with -1 unlabelled."""
+    """An opened prepared folder of N images and K classes."""
 
     folder: Path
-    images: NDArray[np.uint8]
-    sha256: tuple[str, ...]  # of each record's pixels
-    labels: NDArray[np.int64]
-    splits: NDArray[np.str_]
-    student_label: NDArray[np.bool_]
-    classes: tuple[str, ...]
-    image_size: int
-    images_sha256: str  # of the pixels
-    index_sha256: str  # of the index: labels, splits, which labels the student may see
+    images: NDArray[np.uint8]  # (N, S, S, 3), memory-mapped
+    sha256: tuple[str, ...]  # (N,), of each image's pixels
+    labels: NDArray[np.int64]  # (N,), UNLABELLED or a class
+    splits: NDArray[np.str_]  # (N,)
+    student_label: NDArray[np.bool_]  # (N,), whether the student may use the label
+    classes: tuple[str, ...]  # (K,)
+    image_size: int  # S, pixels
+    images_sha256: str  # of images.npy
+    index_sha256: str  # of index.json: labels, splits, which labels the student may use
 
     @classmethod
     def open(cls, folder: Path | str) -> Prepared:
-        """Open, and check the index and the shape of the pixels; `verify` hashes these.
+        """Open a prepared folder, checking the index and the shape of the pixels, not their hash (`verify`).
 
         Raises UserError: missing, damaged.
         """
@@ -67,25 +66,28 @@ class Prepared:
     def verify(self) -> None:
         """Hash all pixels. Raises UserError: they are not those that prepare wrote."""
         path = self.folder / "images.npy"
-        if artifacts.sha256(path) != self.images_sha256:
-            raise UserError(f"{path}: damaged, not the pixels of index.json; {REMEDY}")
+        if (got := artifacts.sha256(path)) != self.images_sha256:
+            raise UserError(
+                f"{path}: damaged: SHA-256: got {got[:12]}; expected {self.images_sha256[:12]}, that of "
+                f"index.json; {REMEDY}"
+            )
 
-    def made_of(self) -> dict[str, str]:
-        """The hashes that tell this data set from any other: for provenance and fingerprints."""
+    def hashes(self) -> dict[str, str]:
+        """Return the hashes of pixels and index, which identify the data set in provenance and fingerprints."""
         return {"images": self.images_sha256, "index": self.index_sha256}
 
     def origins(self) -> list[str]:
-        """Where each record was read from (`train/cat/0.png`), for people. Raises UserError: no source.json."""
-        found = artifacts.read_json(self.folder / "source.json", SOURCE_SCHEMA)["origins"]
-        return [str(origin) for origin in found]
+        """Read where each image came from (`train/cat/0.png`). Raises UserError: no source.json."""
+        origins = artifacts.read_json(self.folder / "source.json", SOURCE_SCHEMA)["origins"]
+        return [str(origin) for origin in origins]
 
     def rows(self, split: str) -> NDArray[np.int64]:
-        """Row numbers of one split, in index order."""
+        """Return the row numbers of one split, ascending."""
         return np.flatnonzero(self.splits == split)
 
 
 def validate_index(index: dict[str, Any], path: Path) -> None:
-    """Raise UserError where an index.json does not hold what the rest of the pipeline takes from it."""
+    """Check the content of an index.json. Raises UserError: keys, types or values that prepare does not write."""
     artifacts.expect(
         index, path, REMEDY, classes=list, image_size=int, images_sha256=str, records=list
     )
@@ -94,41 +96,51 @@ def validate_index(index: dict[str, Any], path: Path) -> None:
     records, classes = index["records"], index["classes"]
     counts = {split: sum(r["split"] == split for r in records) for split in SPLITS}
     if not all(isinstance(name, str) for name in classes) or len(classes) < 2:
-        raise UserError(f"{path}: damaged, classes are {reprlib.repr(classes)}; {REMEDY}")
+        raise UserError(
+            f"{path}: damaged: classes: got {reprlib.repr(classes)}; expected 2 names or more; {REMEDY}"
+        )
     if sum(counts.values()) != len(records) or not all(counts.values()):
-        raise UserError(f"{path}: damaged, {len(records)} records with splits {counts}; {REMEDY}")
+        raise UserError(
+            f"{path}: damaged: splits: got {counts} of {len(records)} records; expected train, val and test, none "
+            f"empty; {REMEDY}"
+        )
     for record in records:
         hidden = record["label"] == UNLABELLED
         if not UNLABELLED <= record["label"] < len(classes) or (
             hidden and (record["student_label"] or record["split"] != "train")
         ):
-            raise UserError(f"{path}: damaged, a record is {reprlib.repr(record)}; {REMEDY}")
+            raise UserError(
+                f"{path}: damaged: a record: got {reprlib.repr(record)}; expected a label below {len(classes)}, "
+                f"or -1 in train; {REMEDY}"
+            )
 
 
 def _pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """The array of images.npy, memory-mapped. Raises UserError: no array, or another than the index needs."""
+    """Memory-map images.npy. Raises UserError: not an array, or not of the shape that the index needs."""
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (
-        Exception
-    ) as error:  # NumPy parses the header as Python text, and raises what that raises
-        raise UserError(f"{path}: damaged, no array ({error}); {REMEDY}") from None
+    # NumPy evaluates the header as Python text and raises whatever that raises.
+    except Exception as error:
+        raise UserError(f"{path}: damaged: not a NumPy array ({error}); {REMEDY}") from None
     if not isinstance(images, np.ndarray) or images.shape != shape or images.dtype != np.uint8:
         got = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else "an archive"
-        raise UserError(f"{path}: damaged, it is {got} for {shape} bytes; {REMEDY}")
+        raise UserError(f"{path}: damaged: got {got}; expected uint8 {shape}; {REMEDY}")
     return images
 
 
 def spread(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """At most `count` rows, evenly spaced."""
+    """Select at most `count` rows, evenly spaced."""
     if len(rows) <= count:
         return rows
-    chosen: NDArray[np.int64] = rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
-    return chosen
+    selected: NDArray[np.int64] = rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
+    return selected
 
 
 def normalised(images: NDArray[np.uint8], preprocess: dict[str, Any]) -> NDArray[np.float32]:
-    """uint8 (B, S, S, 3) -> float32 (B, 3, S, S): /255, minus mean, over std; the same arithmetic everywhere."""
+    """Normalise uint8 (B, S, S, 3) to float32 (B, 3, S, S): / 255, minus mean, over std.
+
+    `views.normalise` in NumPy, for machines without torch.
+    """
     x = images.astype(np.float32) / np.float32(255)
     x = (x - np.float32(preprocess["mean"])) / np.float32(preprocess["std"])
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2))

@@ -1,7 +1,7 @@
 """View k of image i as a pure function of (seed, i, k): the geometry that teacher and student share.
 
 Crop, rotation and flip live here and nowhere else, so that a cached teacher token and a student pixel always
-belong to the same place (docs/decisions.md, 13). What the student alone sees is in `robust`.
+are of the same position (docs/decisions.md, 13). What only the student gets is in `pipeline.distill.robust`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Geometry:
 
 
 def parameters(geometry: Geometry, seed: int, rows: Rows, views: Rows) -> NDArray[np.float32]:
-    """Affine maps (B, 2, 3) from view coordinates to image coordinates, both in [-1, 1].
+    """Draw affine maps (B, 2, 3) from view coordinates to image coordinates, both in [-1, 1].
 
     A function of (seed, row, view) alone: batch order, batch size and process play no part.
     """
@@ -78,11 +78,13 @@ def _affine(geometry: Geometry, u: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def render(images: NDArray[np.uint8], affine: NDArray[np.float32]) -> Tensor:
-    """images (B, S, S, 3) uint8, affine (B, 2, 3) -> views (B, 3, S, S) uint8; bilinear, edges repeated.
+    """Sample images (B, S, S, 3) uint8 by affine maps (B, 2, 3): views (B, 3, S, S) uint8.
 
-    The grid is made elementwise, so a view has the same bits in any batch.
+    Bilinear, edges repeated.
     """
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float()
+    # Elementwise instead of F.affine_grid's batched matrix product: a view must have the same bits in any batch,
+    # because the feature cache stores its hash.
     size = pixels.shape[-1]
     centre = (torch.arange(size, dtype=torch.float32) * 2 + 1) / size - 1
     y, x = centre[:, None], centre[None, :]
@@ -106,7 +108,7 @@ def view_batch(
     views: Rows,
     partners: NDArray[np.int64],
 ) -> Tensor:
-    """The views (B, 3, S, S) uint8 of the given rows of `images` (N, S, S, 3).
+    """Render the views (B, 3, S, S) uint8 of these rows of `images` (N, S, S, 3).
 
     partners: the rows that a mixed view may be mixed with. The partner shows its own view of the same number.
     """
@@ -126,19 +128,19 @@ def mixed_with(
     partners: NDArray[np.int64],
     size: int,
 ) -> Mixture | None:
-    """What the views of these rows are mixed with; None where the geometry mixes none. `size` in pixels."""
+    """Draw what the views of these rows are mixed with; None where the geometry mixes none. `size` in pixels."""
     if not geometry.mix.on:
         return None
     return mixture(geometry.mix, seed, np.asarray(rows), np.asarray(views), partners, size)
 
 
 def whole(images: NDArray[np.uint8]) -> Tensor:
-    """Evaluation's view: the whole image. (B, S, S, 3) -> (B, 3, S, S) uint8."""
+    """Return the whole images as views, for evaluation: (B, S, S, 3) -> (B, 3, S, S) uint8."""
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
 def normalise(views: Tensor, preprocess: dict[str, Sequence[float]]) -> Tensor:
-    """uint8 or [0, 255] float (B, 3, S, S) -> float32, / 255, minus the model's mean, over its std."""
+    """Normalise uint8 or [0, 255] float (B, 3, S, S) to float32: / 255, minus the model's mean, over its std."""
     mean, std = (
         torch.tensor(preprocess[k], dtype=torch.float32, device=views.device)[:, None, None]
         for k in ("mean", "std")
@@ -147,16 +149,16 @@ def normalise(views: Tensor, preprocess: dict[str, Sequence[float]]) -> Tensor:
 
 
 def view_hashes(views: Tensor) -> NDArray[np.uint64]:
-    """(B, 3, S, S) uint8 -> (B,) 64-bit BLAKE2b: the identity stored with each cached record."""
+    """Hash views (B, 3, S, S) uint8: (B,) 64-bit BLAKE2b, stored with each cached record."""
     digests = (hashlib.blake2b(v.tobytes(), digest_size=8).digest() for v in views.numpy())
     return np.frombuffer(b"".join(digests), dtype="<u8")
 
 
 def check_hashes(views: Tensor, stored: NDArray[np.uint64], rows: Rows) -> None:
-    """Raise UserError where a view made now is not the one the teacher saw, naming the first image."""
+    """Compare views (B, 3, S, S) with the hashes (B,) beside the features. Raises UserError: they differ."""
     wrong = np.flatnonzero(view_hashes(views) != stored)
     if wrong.size:
         raise UserError(
-            f"feature store: {wrong.size} of {len(rows)} checked views are not the pixels the teacher saw "
-            f"(first: image row {rows[int(wrong[0])]}); the data or the view backend changed: run cache again"
+            f"feature cache: got {wrong.size} of {len(rows)} views with other pixels (first: image row "
+            f"{rows[int(wrong[0])]}); expected those the teacher saw; data or view code changed: run cache again"
         )

@@ -50,7 +50,7 @@ def distill(
     config = config.of_method(method)
     recipe = {k: v for k, v in asdict(config).items() if k not in ("methods", "tuned", "workers")}
     inputs = {"teacher": teacher_path, "features": features / "manifest.json"}
-    made_by = artifacts.provenance(recipe, **inputs) | prepared.made_of() | {"method": method}
+    made_by = artifacts.provenance(recipe, **inputs) | prepared.hashes() | {"method": method}
     with resume.work_folder(
         work, artifacts.digest([made_by, artifacts.code(ROOMS)]), ranks
     ) as folder:

@@ -164,7 +164,7 @@ def build(
     network = network.to(device).to(memory_format=layout)
     same_start((network, objective), ranks)
     batches = Batches(config, prepared, paired(method), store.views, store.geometry, store.seed)
-    rendered = Views(batches, config.compute.parts(config.batch, ranks), ranks)
+    rendered = Views(batches, config.compute.micro_batches(config.batch, ranks), ranks)
     return Trainer(
         config=config,
         method=method,

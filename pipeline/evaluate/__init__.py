@@ -1,1 +1,1 @@
-"""Accuracy and evidence of the trained models on held-out images."""
+"""Evaluation of teacher and students on held-out images: accuracy and its evidence."""

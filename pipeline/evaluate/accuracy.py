@@ -1,4 +1,4 @@
-"""Accuracy of a model, clean and under noise disjoint from Trans."""
+"""Accuracy of a model on clean images and under noise that the training transforms do not have."""
 
 from __future__ import annotations
 
@@ -32,35 +32,36 @@ class Evaluate:
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Pixels, preprocess: dict[str, Any], batch: int) -> Tensor:
-    """Logits (n, K) of whole images (n, S, S, 3)."""
-    parts = [
-        model(views.normalise(views.whole(images[at : at + batch]), preprocess))
-        for at in range(0, len(images), batch)
+    """Compute logits (n, K) for whole images (n, S, S, 3) uint8."""
+    logits = [
+        model(views.normalise(views.whole(images[start : start + batch]), preprocess))
+        for start in range(0, len(images), batch)
     ]
-    return torch.cat(parts)
+    return torch.cat(logits)
 
 
 def figures(logits: Tensor, labels: Tensor, bins: int) -> dict[str, float | int]:
-    """top1, top5 (of K where K < 5), nll, ece as fractions, and n. logits (n, K), labels (n,).
+    """Compute top1, top5 (of K where K < 5), nll and ece as fractions, and n. logits (n, K), labels (n,).
 
     ECE: mean |accuracy - confidence| over equal-width bins of the top confidence, weighted by their share
     (Guo et al., ICML 2017).
     """
     ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     confidence, hit = logits.softmax(dim=1).amax(dim=1), ranked[:, 0].float()
-    which = (confidence * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins).index_add_(0, which, hit - confidence).abs().sum() / len(labels)
+    index = (confidence * bins).long().clamp(max=bins - 1)
+    # Per bin the sum of hit - confidence is its share times (accuracy - confidence), times n.
+    ece = torch.zeros(bins).index_add_(0, index, hit - confidence).abs().sum() / len(labels)
     return {
         "top1": hit.mean().item(),
         "top5": ranked.any(dim=1).float().mean().item(),
         "nll": F.cross_entropy(logits, labels).item(),
-        "ece": gap.item(),
+        "ece": ece.item(),
         "n": len(labels),
     }
 
 
-def judged_rows(prepared: Prepared, config: Evaluate) -> NDArray[np.int64]:
-    """The labelled rows of the split."""
+def labelled_rows(prepared: Prepared, config: Evaluate) -> NDArray[np.int64]:
+    """Return the labelled rows of the split."""
     rows = prepared.rows(config.split)
     return rows[prepared.labels[rows] >= 0]
 
@@ -68,8 +69,8 @@ def judged_rows(prepared: Prepared, config: Evaluate) -> NDArray[np.int64]:
 def accuracy(
     model: nn.Module, preprocess: dict[str, Any], prepared: Prepared, config: Evaluate
 ) -> tuple[dict[str, Any], Tensor]:
-    """`clean`, `noisy` (every kind of noise on every image) and `noisy_by_kind`; logits (n, K) of the clean."""
-    rows = judged_rows(prepared, config)
+    """Evaluate a model: `clean`, `noisy` (all kinds on all images), `noisy_by_kind`; and clean logits (n, K)."""
+    rows = labelled_rows(prepared, config)
     images, labels = prepared.images[rows], torch.from_numpy(prepared.labels[rows])
     ids = tuple(prepared.sha256[r] for r in rows)
     by_kind = {
@@ -77,10 +78,10 @@ def accuracy(
         for kind in NOISE
     }
     clean = predict(model, images, preprocess, config.batch)
-    every = torch.cat(list(by_kind.values()))
-    found = {
+    all_kinds = torch.cat(list(by_kind.values()))
+    result = {
         "clean": figures(clean, labels, config.ece_bins),
-        "noisy": figures(every, labels.repeat(len(by_kind)), config.ece_bins),
+        "noisy": figures(all_kinds, labels.repeat(len(by_kind)), config.ece_bins),
         "noisy_by_kind": {k: figures(v, labels, config.ece_bins) for k, v in by_kind.items()},
     }
-    return found, clean
+    return result, clean

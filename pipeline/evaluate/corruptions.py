@@ -1,4 +1,4 @@
-"""Image corruptions of the robust evaluation, disjoint from the transforms that students are trained on."""
+"""Image corruptions for evaluation under noise, disjoint from the transforms that students are trained on."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ Pixels = NDArray[np.uint8]  # (S, S, 3)
 
 
 def jpeg(image: Pixels, draw: np.random.Generator) -> Pixels:
-    """JPEG at quality 5 to 20."""
+    """Compress as JPEG at quality 5 to 20."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=int(draw.integers(5, 21)))
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
 def contrast(image: Pixels, draw: np.random.Generator) -> Pixels:
-    """Contrast about the image's mean brought down to 15 to 40 %."""
+    """Reduce contrast about the image's mean to 15 to 40 %."""
     mean = image.mean()
     return _to_bytes(mean + (image - mean) * draw.uniform(0.15, 0.4))
 
 
 def shot_noise(image: Pixels, draw: np.random.Generator) -> Pixels:
-    """Poisson noise of 8 to 25 photons at white."""
+    """Add Poisson noise of 8 to 25 photons at white."""
     photons = draw.uniform(8, 25)
     return _to_bytes(draw.poisson(image / 255 * photons) * (255 / photons))
 
 
 def pixelation(image: Pixels, draw: np.random.Generator) -> Pixels:
-    """Down to 30 to 50 % of the side by box averaging, and up again by nearest neighbour."""
+    """Resize to 30 to 50 % of the side by box averaging, and back by nearest neighbour."""
     size = image.shape[0]
     small = max(2, round(size * draw.uniform(0.3, 0.5)))
     coarse = Image.fromarray(image).resize((small, small), Image.Resampling.BOX)
@@ -42,7 +42,7 @@ def pixelation(image: Pixels, draw: np.random.Generator) -> Pixels:
 
 
 def lines(image: Pixels, draw: np.random.Generator) -> Pixels:
-    """Two to four straight lines across the image, 1/16 of its side wide, of any grey."""
+    """Draw two to four straight grey lines across the image, 1/16 of its side wide."""
     canvas = Image.fromarray(image)
     pen, size = ImageDraw.Draw(canvas), image.shape[0]
     for _ in range(draw.integers(2, 5)):
@@ -67,10 +67,10 @@ NOISE: dict[str, Callable[[Pixels, np.random.Generator], Pixels]] = {
 
 
 def noisy(images: Pixels, ids: tuple[str, ...], kind: str, seed: int) -> Pixels:
-    """images (n, S, S, 3) uint8 with one kind of noise; the draw is a function of (seed, kind, image id)."""
-    spoiled = []
+    """Corrupt images (n, S, S, 3) uint8 by one kind of noise; a function of (seed, kind, image id)."""
+    corrupted = []
     for image, name in zip(images, ids, strict=True):
         key = hashlib.blake2b(f"{seed}/{kind}/{name}".encode(), digest_size=16).digest()
         generator = np.random.default_rng(int.from_bytes(key, "little"))
-        spoiled.append(NOISE[kind](image, generator))
-    return np.stack(spoiled)
+        corrupted.append(NOISE[kind](image, generator))
+    return np.stack(corrupted)

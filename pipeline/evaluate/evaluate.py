@@ -1,4 +1,4 @@
-"""Teacher and students on held-out images, each loaded once: their accuracy and its evidence."""
+"""Evaluation of the teacher and every student in one pass, each loaded once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.data.prepared import Prepared
 from pipeline.distill.kernels.reference import attention, heads
 from pipeline.distill.methods.cakd import Projectors, load_projectors
 from pipeline.evaluate import evidence
-from pipeline.evaluate.accuracy import Evaluate, accuracy, judged_rows
+from pipeline.evaluate.accuracy import Evaluate, accuracy, labelled_rows
 from pipeline.evaluate.corruptions import NOISE
 from pipeline.evaluate.paired import Hits, against
 from pipeline.models import checkpoint, teacher
@@ -29,30 +29,30 @@ Document = dict[str, Any]
 def evaluate(
     config: Evaluate, prepared: Prepared, teacher_path: Path, students: Sequence[Path]
 ) -> tuple[Document, Document]:
-    """accuracy.json and evidence.json of the teacher and every student, without schema and machine."""
+    """Build accuracy.json and evidence.json of the teacher and every student, without schema and machine."""
     live = teacher.load(teacher_path)
-    rows = judged_rows(prepared, config)
-    shown = evidence.one_a_class(prepared, rows)
-    batch = views.whole(prepared.images[shown])
+    rows = labelled_rows(prepared, config)
+    map_rows = evidence.one_per_class(prepared, rows)
+    batch = views.whole(prepared.images[map_rows])
     figures: Document = {}
     errors: Document = {}
     maps: dict[str, Tensor] = {}
     hits: dict[str, Hits] = {}
 
-    def judge(name: str, model: nn.Module, description: Document) -> None:
-        found, logits = accuracy(model, description["preprocess"], prepared, config)
-        figures[name] = found | _facts(model, description, prepared)
+    def add(name: str, model: nn.Module, description: Document) -> None:
+        result, logits = accuracy(model, description["preprocess"], prepared, config)
+        figures[name] = result | _facts(model, description, prepared)
         errors[name] = evidence.errors(logits, prepared, rows)
         hits[name] = logits.argmax(dim=1).numpy() == prepared.labels[rows]
 
-    judge("teacher", live.tail.vit, live.description)
-    taught = live(batch)
-    if taught.qkv is not None:
-        maps["teacher"] = evidence.received_attention(*heads(taught.qkv)[:2])
+    add("teacher", live.tail.vit, live.description)
+    outputs = live(batch)
+    if outputs.qkv is not None:
+        maps["teacher"] = evidence.received_attention(*heads(outputs.qkv)[:2])
     for path in students:
         student, description = checkpoint.load(path)
         method = description["method"]
-        judge(method, student, description)
+        add(method, student, description)
         projectors = load_projectors(path.parent, description)
         if projectors is None:
             continue
@@ -64,16 +64,16 @@ def evaluate(
         figures[name]["against"] = found
     common = {"split": config.split, "classes": list(prepared.classes)}
     inputs = {"teacher": teacher_path} | {p.parent.name: p for p in students}
-    made_by = artifacts.provenance(config.__dict__, **inputs) | prepared.made_of()
-    looks = evidence.attention_maps(maps, list(live.description["grid"]), shown)
+    provenance = artifacts.provenance(config.__dict__, **inputs) | prepared.hashes()
+    attention_maps = evidence.attention_maps(maps, list(live.description["grid"]), map_rows)
     return (
-        {**common, "noise": list(NOISE), "models": figures, "provenance": made_by},
-        {**common, "models": errors, "attention": looks, "provenance": made_by},
+        {**common, "noise": list(NOISE), "models": figures, "provenance": provenance},
+        {**common, "models": errors, "attention": attention_maps, "provenance": provenance},
     )
 
 
 def _facts(model: nn.Module, description: Document, prepared: Prepared) -> Document:
-    """What accuracy.json holds of a model beside its accuracy."""
+    """Describe a model for accuracy.json: size, seed and the labels it has used."""
     train = prepared.rows("train")
     return {
         **checkpoint.count(model, prepared.image_size),
@@ -86,7 +86,7 @@ def _facts(model: nn.Module, description: Document, prepared: Prepared) -> Docum
 
 
 class Projected:
-    """A CAKD student seen through its two projectors; `taps` keeps its feature map."""
+    """A CAKD student with its two projectors; `taps` keeps its feature map."""
 
     def __init__(
         self, student: nn.Module, preprocess: Document, projectors: Projectors, taps: Taps
@@ -95,12 +95,12 @@ class Projected:
         self.projectors = projectors
 
     def feature(self, batch: Tensor) -> Tensor:
-        """Views (B, 3, S, S) -> the tapped map (B, c, h, w)."""
+        """Compute the tapped map (B, c, h, w) for views (B, 3, S, S)."""
         self._student(views.normalise(batch, self._preprocess))
         return self._taps.features[self.projectors.tap.module]
 
     def received_attention(self, batch: Tensor) -> Tensor:
-        """(B, N): the attention each patch receives under the projected Q_S, K_S (eq. 1)."""
+        """Compute the attention (B, N) that each patch receives under the projected Q_S, K_S (eq. 1)."""
         return evidence.received_attention(*heads(self.projectors.pca(self.feature(batch)))[:2])
 
 
@@ -108,21 +108,21 @@ class Projected:
 def similarity(
     projected: Projected, live: teacher.Teacher, prepared: Prepared, config: Evaluate
 ) -> dict[str, float]:
-    """Mean cosine between teacher and student in the projected spaces, over all images of the split.
+    """Compute the mean cosine between teacher and student in the projected spaces, over all images of the split.
 
-    `attention`: a head's output at a token; `tokens`: h at a token.
+    `attention`: of a head's output at a token (eq. 2); `tokens`: of h at a token (eq. 5).
     """
     rows = prepared.rows(config.split)
     live.tail.read_at(projected.projectors.config.layer)
     sums = {"attention": 0.0, "tokens": 0.0}
-    for at in range(0, len(rows), config.batch):
-        batch = views.whole(prepared.images[rows[at : at + config.batch]])
+    for start in range(0, len(rows), config.batch):
+        batch = views.whole(prepared.images[rows[start : start + config.batch]])
         attended, tokens = projected.projectors.projected(projected.feature(batch))
-        taught = live(batch)
-        for name, mine, theirs in (
-            ("attention", attended, attention(*heads(taught.attention_inputs))),
-            ("tokens", tokens, projected.projectors.target(taught.h)),
+        outputs = live(batch)
+        for name, student_values, teacher_values in (
+            ("attention", attended, attention(*heads(outputs.attention_inputs))),
+            ("tokens", tokens, projected.projectors.target(outputs.h)),
         ):
-            cosine = F.cosine_similarity(mine, theirs, dim=-1).flatten(1).mean(1)
+            cosine = F.cosine_similarity(student_values, teacher_values, dim=-1).flatten(1).mean(1)
             sums[name] += cosine.sum().item()
     return {name: total / len(rows) for name, total in sums.items()}

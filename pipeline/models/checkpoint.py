@@ -1,4 +1,4 @@
-"""A timm model and the JSON that rebuilds it: one safetensors file of plain timm keys, one JSON beside it."""
+"""Checkpoints of timm models: a safetensors file with timm's own keys, and beside it the JSON that rebuilds it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ REMOTE_SOURCES = (
 
 
 def validate_description(description: dict[str, Any], path: Path) -> None:
-    """Raise UserError where the JSON beside a checkpoint cannot rebuild it."""
-    remedy = "make it again with `dvc repro`"
+    """Check the JSON beside a checkpoint. Raises UserError: it cannot rebuild the model."""
+    remedy = "write it again with `dvc repro`"
     artifacts.expect(description, path, remedy, model=str, kwargs=dict, weights_sha256=str)
     artifacts.expect(description, path, remedy, num_classes=int, preprocess=dict)
     preprocess, classes = description["preprocess"], description["num_classes"]
@@ -42,16 +42,22 @@ def validate_description(description: dict[str, Any], path: Path) -> None:
         not (numbers and len(preprocess["mean"]) == 3 == len(preprocess["std"]))
         or min(values[3:]) <= 0
     ):
-        raise UserError(f"{path}: damaged, mean and std are {reprlib.repr(values)}; {remedy}")
+        raise UserError(
+            f"{path}: damaged: mean and std: got {reprlib.repr(values)}; expected 3 numbers each, std above 0; "
+            f"{remedy}"
+        )
     if not (1 <= classes <= MAX_CLASSES and 1 <= preprocess["image_size"] <= MAX_SIDE):
         raise UserError(
-            f"{path}: damaged, {classes} classes of {preprocess['image_size']} px; {remedy}"
+            f"{path}: damaged: got {classes} classes at {preprocess['image_size']} px; expected at most "
+            f"{MAX_CLASSES} and {MAX_SIDE}; {remedy}"
         )
     names = description.get("classes")
     if names is not None and not (
         isinstance(names, list) and len(names) == classes and all(isinstance(n, str) for n in names)
     ):
-        raise UserError(f"{path}: damaged, {classes} classes are {reprlib.repr(names)}; {remedy}")
+        raise UserError(
+            f"{path}: damaged: classes: got {reprlib.repr(names)}; expected {classes} names; {remedy}"
+        )
 
 
 SCHEMA = "cakd.model/1"
@@ -68,9 +74,9 @@ def create(
     section: str = "model",
     pretrained: bool = False,
 ) -> nn.Module:
-    """`timm.create_model` with the mistakes of a user told in one line; `section` of params.yaml names the model.
+    """Call `timm.create_model` for the model that `section` of params.yaml names.
 
-    Raises UserError: unknown name, no pretrained weights to be had, kwargs the model refuses.
+    Raises UserError: unknown name, pretrained weights that cannot be downloaded, kwargs the model does not take.
     """
     where, arguments = KEYS.get(section, (section, "its kwargs"))
     source, _, rest = name.partition(":")
@@ -82,7 +88,9 @@ def create(
             ".safetensors file in teach.weights"
         )
     if not timm.is_model(name):
-        raise UserError(f"{where}: timm {timm.__version__} has no model {name!r}; {_similar(name)}")
+        raise UserError(
+            f"{where}: got {name!r}; expected a model of timm {timm.__version__}; {_similar(name)}"
+        )
     try:
         model: nn.Module = timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, **kwargs
@@ -90,11 +98,11 @@ def create(
     except Exception as error:  # timm raises whatever the constructor or the hub raised
         if pretrained:
             raise UserError(
-                f"{where}: no pretrained weights of {name} to be had ({first_line(error)}); check the network, "
-                "or give a .safetensors file, or scratch, as teach.weights"
+                f"{where}: cannot download pretrained weights of {name} ({first_line(error)}); check the network, "
+                "or set teach.weights to a .safetensors file or scratch"
             ) from error
         raise UserError(
-            f"{where}: timm refused {kwargs} for {name}: {first_line(error)}; correct {arguments}"
+            f"{where}: cannot create {name} with {kwargs} ({first_line(error)}); correct {arguments}"
         ) from error
     return model
 
@@ -114,7 +122,7 @@ def _similar(name: str) -> str:
 
 
 def preprocessing(model: nn.Module, image_size: int) -> dict[str, Any]:
-    """What must be done to a uint8 RGB picture before the model: it travels into the ONNX metadata."""
+    """Describe how a uint8 RGB image becomes the model's input; part of the ONNX metadata."""
     config = resolve_model_data_config(model)
     return {
         "image_size": image_size,
@@ -126,16 +134,17 @@ def preprocessing(model: nn.Module, image_size: int) -> dict[str, Any]:
 
 
 def save(path: Path, model: nn.Module, description: dict[str, Any]) -> None:
-    """Write `path` (.safetensors) and the JSON beside it; the JSON holds the hash of the weights.
+    """Write `path` (.safetensors) and the JSON beside it, which holds the SHA-256 of the weights.
 
     Raises UserError: cannot write.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    # One metadata key only: safetensors writes several in no fixed order, and same seed = same bytes.
-    note = {"cakd": json.dumps({k: description[k] for k in ("model", "kwargs")}, sort_keys=True)}
+    # One metadata key only: safetensors writes several in no fixed order, and one seed must give the same bytes.
+    rebuild = {key: description[key] for key in ("model", "kwargs")}
+    metadata = {"cakd": json.dumps(rebuild, sort_keys=True)}
     try:
         with atomic(path) as temporary:
-            save_file(state, temporary, metadata=note)
+            save_file(state, temporary, metadata=metadata)
             weights = artifacts.sha256(temporary)
     except SafetensorError as error:
         raise UserError(f"{path}: cannot write ({error}); free space, then run again") from None
@@ -145,25 +154,28 @@ def save(path: Path, model: nn.Module, description: dict[str, Any]) -> None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """The JSON beside a checkpoint, checked against the weights' hash.
+    """Read the JSON beside a checkpoint and check it against the SHA-256 of the weights.
 
     Keys: model, kwargs, num_classes, classes, preprocess {image_size, mean, std, ...}, role, weights_sha256.
     Raises UserError: either file missing, or the weights are not those the JSON was written with.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; expected a .safetensors file")
+        raise UserError(
+            f"{path}: no such checkpoint; expected a .safetensors file; correct the path or run `dvc repro`"
+        )
     description = artifacts.read_json(path.with_suffix(".json"), SCHEMA)
     validate_description(description, path.with_suffix(".json"))
-    if artifacts.sha256(path) != description["weights_sha256"]:
+    expected = description["weights_sha256"]
+    if (got := artifacts.sha256(path)) != expected:
         raise UserError(
-            f"{path}: its SHA-256 is not the one in {path.with_suffix('.json').name}: damaged "
-            "or replaced; make it again with `dvc repro`"
+            f"{path}: damaged or replaced: SHA-256: got {got[:12]}; expected {expected[:12]}, that of "
+            f"{path.with_suffix('.json').name}; write both again with `dvc repro`"
         )
     return description
 
 
 def load(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild the plain timm model in eval mode, with its description. Raises UserError as `describe`."""
+    """Rebuild the plain timm model in eval mode; also its description. Raises UserError: as `describe`."""
     description = describe(path)
     model = create(description["model"], description["kwargs"], description["num_classes"])
     load_weights(model, path)
@@ -177,25 +189,32 @@ def load_weights(model: nn.Module, path: Path) -> None:
         check_dtypes(state, model, path)
         model.load_state_dict(state, strict=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such weights; expected a .safetensors file") from None
+        raise UserError(
+            f"{path}: no such file; expected weights as .safetensors; correct the path"
+        ) from None
     except (SafetensorError, KeyError, OSError) as error:  # KeyError: a dtype torch does not have
         raise UserError(
-            f"{path}: not a safetensors file ({error}); pickles (.pt, .pth) are never loaded"
+            f"{path}: not a safetensors file ({error}); pickles (.pt, .pth) are never loaded; convert it"
         ) from None
     except RuntimeError as error:
-        raise UserError(f"{path}: the weights do not fit the model: {str(error)[:300]}") from None
+        raise UserError(
+            f"{path}: the weights do not fit the model ({str(error)[:300]}); give those of this model"
+        ) from None
 
 
 def check_dtypes(state: dict[str, torch.Tensor], model: nn.Module, path: Path) -> None:
-    """Raise UserError where whole numbers stand for floating weights, which torch would take, or the reverse."""
-    for name, wanted in model.state_dict().items():
-        got = state.get(name, wanted)
-        if got.is_floating_point() != wanted.is_floating_point():
-            raise UserError(f"{path}: the weights do not fit the model: {name} is {got.dtype}")
+    """Check that weights are floating where the model's are. Raises UserError: integers, which torch casts."""
+    for name, expected in model.state_dict().items():
+        got = state.get(name, expected)
+        if got.is_floating_point() != expected.is_floating_point():
+            raise UserError(
+                f"{path}: the weights do not fit the model ({name}: got {got.dtype}; expected {expected.dtype}); "
+                "give those of this model"
+            )
 
 
 def count(model: nn.Module, image_size: int) -> dict[str, int]:
-    """Parameters, and multiply-accumulates of one image (half of PyTorch's own FLOP count)."""
+    """Count parameters, and multiply-accumulates of one image (half of PyTorch's FLOP count)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     was_training = model.training

@@ -1,4 +1,4 @@
-"""Structure of a teacher: what its last block computes, probed by running it once on zeros."""
+"""The structure of a teacher, probed by running it once on an image of zeros."""
 
 from __future__ import annotations
 
@@ -25,27 +25,23 @@ from torch.overrides import TorchFunctionMode
 from pipeline.core.errors import UserError
 from pipeline.models.checkpoint import first_line
 
-ROW_BY_ROW = (
-    VisionTransformer,
-    Eva,
-    Beit,
-    VisionTransformerRelPos,
-    Cait,
-    ConVit,
-)  # behind P prefix tokens
+# Final features (B, P+N, D): P prefix tokens, then the patches row by row.
+ROW_BY_ROW = (VisionTransformer, Eva, Beit, VisionTransformerRelPos, Cait, ConVit)
+# Final features as a map, or as tokens without prefix.
 MAPS = (SwinTransformer, SwinTransformerV2, PyramidVisionTransformerV2, MultiScaleVit)
 ALLOWED = (
-    "of timm the vit_*, deit*, beit*, dinov2, dinov3, eva02_*, vit_pe_* and relpos models, and for h and logits "
-    "alone cait, convit, swin, swinv2, pvt_v2 and mvitv2"
+    "timm's vit_*, deit*, beit*, dinov2, dinov3, eva02_*, vit_pe_* and relpos models; for h and logits only also "
+    "cait, convit, swin, swinv2, pvt_v2 and mvitv2"
 )
 
 SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention
 
 
 class AttentionRecorder(TorchFunctionMode):
-    """Sees one block at work: its input x (B, P+N, D), what else it was given, and its attention calls.
+    """Records one block's forward pass: its input x (B, P+N, D), its other arguments, its attention calls.
 
-    Asking the block itself makes fused and split projections, qk-norm and rotary embeddings all alike.
+    Q, K, V are the arguments of scaled_dot_product_attention, so fused and split projections, qk-norm and rotary
+    embeddings need no code of their own here.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -77,84 +73,84 @@ class AttentionRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def qkv(self, prefix: int) -> Tensor:
-        """(B, N, 3, H, d) of the block's attention call, without its first `prefix` tokens."""
+        """Return Q, K, V (B, N, 3, H, d) of the first attention call, without the first `prefix` tokens."""
         args, _ = self.calls[0]
-        return torch.stack([part[:, :, prefix:].transpose(1, 2) for part in args[:3]], dim=2)
+        return torch.stack([tensor[:, :, prefix:].transpose(1, 2) for tensor in args[:3]], dim=2)
 
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """Sizes of a teacher, and why its attention or its last block's replay is not to be had, where it is not."""
+    """Sizes of a teacher, and the reasons why it has no Q, K, V or its last block cannot be replayed."""
 
     prefix: int  # P
-    grid: tuple[int, int]  # rows and columns of patches, N in all
-    n_heads: int  # 0 where `no_attention` says why
-    width: int
+    grid: tuple[int, int]  # rows and columns of patches, N together
+    n_heads: int  # H; 0 where `no_attention` says why
+    width: int  # D
     extra: dict[
         str, Any
-    ]  # what the last block is given beside x_L: the rotary embedding, in some families
-    not_replayable: str | None
-    no_attention: str | None = None
+    ]  # arguments of the last block beside x_L: in some families a rotary embedding
+    not_replayable: str | None  # None: x_L alone gives the last block's output
+    no_attention: str | None = None  # None: the last block has the Q, K, V of eq. 2
 
 
 def probe_teacher(vit: Any, image_size: int | None = None) -> TeacherSpec:
-    """Look at one zero image in a ViT; `image_size` counts where the model itself is built for no size.
+    """Run a ViT on one image of zeros and describe it; `image_size` for models that are built for no size.
 
-    Raises UserError, by name and reason: its tokens stand in an order that is not known here.
+    Raises UserError: a class whose token order is not known here, or another number of tokens than its grid has.
     """
     if not isinstance(vit, (*ROW_BY_ROW, *MAPS)):
         raise UserError(
-            f"teach.model: {type(vit).__name__} cannot teach: its tokens stand in an order not known here; "
-            f"allowed: {ALLOWED}"
+            f"teach.model: got {type(vit).__name__}, whose token order is unknown; expected one of {ALLOWED}; "
+            "choose another"
         )
     blocks: Any = getattr(vit, "blocks", None)
-    a_row = isinstance(blocks, nn.Sequential | nn.ModuleList)
-    if a_row and not len(blocks):
+    has_blocks = isinstance(blocks, nn.Sequential | nn.ModuleList)
+    if has_blocks and not len(blocks):
         raise UserError(
-            f"teach.model: {type(vit).__name__} has {len(blocks)} blocks; expected 1 or more; correct "
+            f"teach.model: {type(vit).__name__}: got {len(blocks)} blocks; expected 1 or more; correct "
             "teach.kwargs (depth)"
         )
-    seen = AttentionRecorder(blocks[-1] if a_row else vit)
-    if a_row:
-        fuse_attention(seen.block)
-    final = _probe_with_zeros(vit, seen, image_size)
+    recorder = AttentionRecorder(blocks[-1] if has_blocks else vit)
+    if has_blocks:
+        fuse_attention(recorder.block)
+    final = _probe_with_zeros(vit, recorder, image_size)
     reason = (
-        _without_attention(vit, seen)
-        if a_row
-        else "it has no row of blocks over one grid of tokens"
+        _without_attention(vit, recorder)
+        if has_blocks
+        else "it has no sequence of blocks over one grid of tokens"
     )
     mixed = "its last block has a learned rotary embedding of its own depth"
     prefix, rows = int(getattr(vit, "num_prefix_tokens", 0)), in_rows(final, vit)
     grid = _grid(vit, final, prefix)
     if rows.shape[1] != prefix + math.prod(grid):
         raise UserError(
-            f"teach.model: {type(vit).__name__} cannot teach: it ends in {rows.shape[1]} tokens, not {prefix} and "
-            f"{grid[0]}x{grid[1]}; correct teach.kwargs"
+            f"teach.model: {type(vit).__name__}: got {rows.shape[1]} final tokens; expected {prefix} prefix "
+            f"tokens and {grid[0]}x{grid[1]} patches; correct teach.kwargs"
         )
     return TeacherSpec(
         prefix=prefix,
         grid=grid,
-        n_heads=0 if reason else seen.calls[0][0][0].shape[1],
+        n_heads=0 if reason else recorder.calls[0][0][0].shape[1],
         width=rows.shape[2],
-        extra=seen.extra,
+        extra=recorder.extra,
         not_replayable=mixed if getattr(vit, "rope_mixed", False) and not reason else None,
         no_attention=reason,
     )
 
 
 def fuse_attention(block: nn.Module) -> None:
-    """Route attention through the one call that AttentionRecorder records, whatever TIMM_FUSED_ATTN is."""
+    """Make a block call scaled_dot_product_attention, which is recorded, even under TIMM_FUSED_ATTN=0."""
     layer: Any
     for layer in block.modules():
         if hasattr(layer, "fused_attn"):
             layer.fused_attn = True
 
 
-def _without_attention(vit: Any, seen: AttentionRecorder) -> str | None:
-    """Why Q, K, V of the last block are not what eq. 2 takes; None where they are."""
-    if len(seen.calls) != 1:
-        return f"its last block makes {len(seen.calls)} attention calls, not one"
-    (q, k, *_), kwargs = seen.calls[0]
+def _without_attention(vit: Any, recorder: AttentionRecorder) -> str | None:
+    """Return why Q, K, V of the last block are not those of eq. 2; None where they are."""
+    if len(recorder.calls) != 1:
+        return f"its last block makes {len(recorder.calls)} attention calls, not one"
+    (q, k, *_), kwargs = recorder.calls[0]
     tokens = vit.num_prefix_tokens + vit.patch_embed.num_patches
     if q.shape[2] != tokens or k.shape[2] != tokens:
         return f"its last block attends from {q.shape[2]} to {k.shape[2]} of {tokens} tokens"
@@ -168,8 +164,8 @@ def _without_attention(vit: Any, seen: AttentionRecorder) -> str | None:
 
 
 @torch.no_grad()
-def _probe_with_zeros(vit: Any, seen: AttentionRecorder, image_size: int | None) -> Tensor:
-    """The final features of one zero image, in eval mode."""
+def _probe_with_zeros(vit: Any, recorder: AttentionRecorder, image_size: int | None) -> Tensor:
+    """Run the ViT on one image of zeros in eval mode; its final features (1, ...)."""
     default = (image_size,) * 2 if image_size else vit.pretrained_cfg["input_size"][1:]
     size = getattr(vit.patch_embed, "img_size", None) or default
     parameter = next(vit.parameters())
@@ -177,7 +173,7 @@ def _probe_with_zeros(vit: Any, seen: AttentionRecorder, image_size: int | None)
     vit.eval()
     image = torch.zeros(1, 3, *size, device=parameter.device)
     try:
-        with seen:
+        with recorder:
             final: Tensor = vit.forward_features(image)
         logits: Tensor = vit.forward_head(final)
     except Exception as error:  # a network raises whatever its layers raise
@@ -187,7 +183,7 @@ def _probe_with_zeros(vit: Any, seen: AttentionRecorder, image_size: int | None)
         ) from None
     if logits.ndim != 2:
         raise UserError(
-            f"teach.model: {type(vit).__name__} gives logits of shape {tuple(logits.shape)} for one image; "
+            f"teach.model: {type(vit).__name__}: got logits of shape {tuple(logits.shape)} for one image; "
             "expected (1, classes); correct teach.kwargs (global_pool)"
         )
     vit.train(was_training)
@@ -195,7 +191,7 @@ def _probe_with_zeros(vit: Any, seen: AttentionRecorder, image_size: int | None)
 
 
 def _grid(vit: Any, final: Tensor, prefix: int) -> tuple[int, int]:
-    """Height and width of the grid that the final features (1, ...) stand on."""
+    """Return height and width of the patch grid of the final features (1, ...)."""
     patches = getattr(vit.patch_embed, "grid_size", None)
     if patches is not None and final.dim() == 3:
         rows, columns = patches
@@ -207,12 +203,12 @@ def _grid(vit: Any, final: Tensor, prefix: int) -> tuple[int, int]:
 
 
 def channels_last(vit: Any) -> bool:
-    """Whether timm leaves the final features as a map (B, h, w, D)."""
+    """Whether timm's final features are a map (B, h, w, D)."""
     return getattr(vit, "output_fmt", "NCHW") == "NHWC"
 
 
 def in_rows(final: Tensor, vit: Any) -> Tensor:
-    """Final features as timm leaves them, a map or tokens, -> (B, P+N, D), row by row."""
+    """Reshape timm's final features, a map or tokens, to (B, P+N, D), row by row."""
     if final.dim() == 3:
         return final
     return final.flatten(1, 2) if channels_last(vit) else final.flatten(2).mT

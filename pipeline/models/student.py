@@ -1,6 +1,7 @@
-"""A timm CNN and where the methods read it: its tap h_S (B, c, h, w), its stages, the input of its classifier.
+"""The timm CNN student and where the methods read it: tap h_S (B, c, h, w), stages, input of the classifier.
 
-The student stays plain timm."""
+Hooks read it; the student itself stays plain timm.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ from pipeline.models.checkpoint import first_line
 
 @dataclass(frozen=True)
 class StudentSpec:
-    """What one dry run shows of a student: width of the classifier's input; each feature map that timm names."""
+    """Sizes of a student, from one dry run."""
 
-    embedding: int
+    embedding: int  # width of the classifier's input
     maps: dict[str, tuple[int, tuple[int, int]]]  # module -> channels, grid; shallow to deep
 
     @property
@@ -48,25 +49,25 @@ def find_tap(
     student: nn.Module,
     image_size: int,
     tokens: tuple[int, int],
-    wanted: str = "auto",
+    requested: str = "auto",
 ) -> Tap:
-    """The tap by the rule of decision 4, from one dry run.
+    """Choose the tap from one dry run (docs/decisions.md, 4).
 
     `auto`: the deepest map whose grid is at least the token grid, if it belongs to the last two stages; else the
-    deepest of those two stages with at least half the token grid's side; never a shallower one, which the loss
-    would leave the deep stages out of. `wanted` may name any module of timm's feature_info.
-    Raises UserError: the model tells no feature maps, the name is unknown, no deep map is fine enough.
+    deepest of those two stages with at least half the token grid's side; never a shallower one, because the loss
+    would not reach the stages behind it. `requested` may name any module of timm's feature_info.
+    Raises UserError: a model without feature maps, an unknown name, no deep map that is fine enough.
     """
-    found = probe_student(student, image_size)
-    check_feature_maps(student, found)
-    maps = found.maps
+    spec = probe_student(student, image_size)
+    check_feature_maps(student, spec)
+    maps = spec.maps
     name = type(student).__name__
-    if wanted != "auto":
-        if wanted not in maps:
+    if requested != "auto":
+        if requested not in maps:
             raise UserError(
-                f"distill.cakd.tap: {name} has no map {wanted!r}; {nearest(wanted, maps)}"
+                f"distill.cakd.tap: got {requested!r}, which {name} does not have; {nearest(requested, maps)}"
             )
-        return Tap(wanted, *maps[wanted], tokens)
+        return Tap(requested, *maps[requested], tokens)
     deepest_first = list(reversed(maps.items()))
     for module, (channels, grid) in deepest_first[:2]:
         if min(grid) >= max(tokens):
@@ -76,16 +77,16 @@ def find_tap(
             return Tap(module, channels, grid, tokens)
     sizes = ", ".join(f"{m} {h}x{w}" for m, (_, (h, w)) in maps.items())
     raise UserError(
-        f"distill.student: at {image_size} px {name} has maps {sizes}; neither of the last two reaches half of "
-        f"the teacher's {tokens[0]}x{tokens[1]} tokens; set distill.student_kwargs.output_stride, or a larger "
-        "image_size"
+        f"distill.student: got {name} with feature maps {sizes} at {image_size} px; expected one of the last two "
+        f"to have half the side of the teacher's {tokens[0]}x{tokens[1]} tokens; set "
+        "distill.student_kwargs.output_stride, or a larger prepare.image_size"
     )
 
 
 def probe_student(student: nn.Module, image_size: int) -> StudentSpec:
-    """Measured by one dry run of a zero image.
+    """Describe a student by running it once on an image of zeros.
 
-    Raises UserError: no classifier that timm names, images of a size that it does not take.
+    Raises UserError: no classifier that timm names, or an image size that it does not take.
     """
     name, modules = type(student).__name__, list(_named_maps(student))
     maps: dict[str, tuple[int, tuple[int, int]]] = {}
@@ -108,28 +109,28 @@ def probe_student(student: nn.Module, image_size: int) -> StudentSpec:
         return StudentSpec(taps.embedding.shape[1], maps)
 
 
-def check_feature_maps(student: nn.Module, found: StudentSpec) -> None:
-    """Raise UserError where timm names no module of the student whose output is one feature map."""
-    if not found.maps:
+def check_feature_maps(student: nn.Module, spec: StudentSpec) -> None:
+    """Check that timm names a feature map of the student. Raises UserError: none, or none that is one tensor."""
+    if not spec.maps:
         raise UserError(
-            f"distill.student: timm names no feature maps for {type(student).__name__} that are one tensor each; "
-            "choose a CNN whose `timm.create_model(name).feature_info` names such modules, or methods that read "
-            "none, as logits"
+            f"distill.student: got {type(student).__name__}, for which timm names no feature maps that are one "
+            "tensor each; expected a CNN whose `timm.create_model(name).feature_info` names such modules; choose "
+            "one, or methods that read none, such as logits"
         )
 
 
 def _named_maps(student: nn.Module) -> dict[str, int]:
-    """Modules and channels of the feature maps that timm names; some names are no modules and are left out."""
+    """Return modules and channels of the feature maps that timm names, without names that are not modules."""
     info: Any = getattr(student, "feature_info", None) or []
-    there = dict(student.named_modules())
+    modules = dict(student.named_modules())
     entries = info if isinstance(info, list) else info.info
-    return {e["module"]: e["num_chs"] for e in entries if e["module"] in there}
+    return {e["module"]: e["num_chs"] for e in entries if e["module"] in modules}
 
 
 class Taps:
-    """Hooks that keep what a student's forward pass leaves at named modules, and before its classifier.
+    """Forward hooks that keep a student's features at named modules, and the input of its classifier.
 
-    A context manager. `features` by module; `embedding` (B, e). Raises UserError: no classifier.
+    A context manager. `features` by module (B, c, h, w); `embedding` (B, e). Raises UserError: no classifier.
     """
 
     def __init__(self, student: nn.Module, modules: list[str]) -> None:
@@ -138,7 +139,8 @@ class Taps:
         classifier = getattr(student, "get_classifier", lambda: None)()
         if not isinstance(classifier, nn.Module):
             raise UserError(
-                f"distill.student: {type(student).__name__} has no classifier that timm names; choose another"
+                f"distill.student: got {type(student).__name__}, for which timm names no classifier; choose "
+                "another"
             )
         channels = _named_maps(student)
         self._handles = [
@@ -166,7 +168,7 @@ class Taps:
 
 
 def _channels_first(feature: Any, channels: int | None) -> Any:
-    """(B, h, w, c) -> (B, c, h, w), where timm says c and only the last axis has it; anything else as it is."""
+    """Permute (B, h, w, c) to (B, c, h, w) where only the last axis has timm's number of channels."""
     if not isinstance(feature, Tensor) or feature.dim() != 4 or feature.shape[1] == channels:
         return feature
     return feature.permute(0, 3, 1, 2) if feature.shape[3] == channels else feature

@@ -1,1 +1,1 @@
-"""The checkout itself: recipes merged into params.yaml, and lock files that a killed DVC left."""
+"""The checkout: recipes that are merged into params.yaml, and lock files of a killed DVC."""

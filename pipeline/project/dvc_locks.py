@@ -1,8 +1,8 @@
-"""`python -m pipeline.project.dvc_locks`: set aside the half-written files of a killed DVC, which it would refuse.
+"""Move the half-written files of a killed DVC aside: `python -m pipeline.project.dvc_locks`.
 
-DVC writes two files in place: `.dvc/tmp/rwlock`, which stage reads and writes what (treeverse/dvc#7615), and
-`dvc.lock`, the hashes of every stage. Without a dvc.lock DVC restores most stages from its run cache,
-the trainings included, and runs the others again.
+DVC writes two files in place and fails to start on half of one: `.dvc/tmp/rwlock`, which stage reads and writes
+what (treeverse/dvc#7615), and `dvc.lock`, the hashes of every stage. Without a dvc.lock DVC restores most stages
+from its run cache, trainings included, and runs the others again.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from dvc.utils import strictyaml
 from pipeline.core import cli
 
 TMP = Path(".dvc") / "tmp"
-HELD = ("lock", "rwlock.lock")  # by a dvc while it writes; in TMP
-CONFLICT = b"<<<<<<< "  # git's mark: it is for the user to resolve
+LOCKS = ("lock", "rwlock.lock")  # files in TMP that a dvc locks while it writes
+CONFLICT = b"<<<<<<< "  # a merge conflict of git, which the user resolves
 
 
 def set_aside(repository: Path) -> list[str]:
-    """Move each torn file to `.dvc/tmp/*.torn`; their names. Nothing while another dvc is writing."""
+    """Move each half-written file to `.dvc/tmp/*.torn` and return their names; none while another dvc writes."""
     tmp = repository / TMP
-    judged = ((tmp / "rwlock", _is_json), (repository / "dvc.lock", _is_lock))
-    with _alone(tmp) as alone:
-        torn = [path for path, whole in judged if alone and path.is_file() and not whole(path)]
+    checks = ((tmp / "rwlock", _is_json), (repository / "dvc.lock", _is_lock))
+    with _locked(tmp) as locked:
+        existing = [(path, is_whole) for path, is_whole in checks if locked and path.is_file()]
+        torn = [path for path, is_whole in existing if not is_whole(path)]
         for path in torn:
             path.replace(tmp / f"{path.name}.torn")
     return [path.name for path in torn]
 
 
 @contextmanager
-def _alone(tmp: Path) -> Iterator[bool]:
-    """Hold what DVC holds; False where another process does, or where DVC has never run."""
-    with ExitStack() as held:
+def _locked(tmp: Path) -> Iterator[bool]:
+    """Lock the files that DVC locks; False where another process has them, or DVC has never run."""
+    with ExitStack() as locks:
         try:
-            for name in HELD:
-                file = held.enter_context((tmp / name).open("a"))
+            for name in LOCKS:
+                file = locks.enter_context((tmp / name).open("a"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             yield False
@@ -67,9 +68,9 @@ def _is_lock(path: Path) -> bool:
 
 
 def main(_: argparse.Namespace) -> None:
-    """Tell what was set aside."""
+    """Print what was moved aside."""
     for name in set_aside(Path()):
-        print(f"{name}: half-written by a killed dvc; set aside as {TMP / name}.torn")
+        print(f"{name}: half-written by a killed dvc; moved to {TMP / name}.torn")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A recipe: a file of the parameters in which a run differs from the default one, merged into params.yaml."""
+"""Recipes: files of the parameters that differ from the default run, merged into params.yaml."""
 
 from __future__ import annotations
 
@@ -15,57 +15,57 @@ from pipeline.core import config
 from pipeline.core.atomic import atomic
 from pipeline.core.errors import UserError, nearest
 
-DEFAULT = "digits"  # the recipe that is complete: every other one is merged over it
-SELF_MADE = ("digits",)  # sources that need no path
+DEFAULT = "digits"  # the only complete recipe; the others are merged over it
+WITHOUT_PATH = ("digits",)  # sources that need no path
 
 Params = dict[str, Any]
 Sections = Mapping[str, type]  # name of a section of params.yaml -> its dataclass
 
 
 def names(folder: Path) -> list[str]:
-    """The recipes of a folder, in alphabetical order."""
+    """List the recipes of a folder in alphabetical order."""
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def merged(name: str, folder: Path, sections: Sections, data: str | None = None) -> Params:
-    """The whole of params.yaml by the recipe `folder/name.yaml`, checked; `data` takes the place of prepare.path.
+    """Merge the recipe `folder/name.yaml` into a complete, checked params.yaml; `data` replaces prepare.path.
 
-    A key that is itself a list, or whose keys are free (`teach.kwargs`), is replaced as a whole; all others are
-    merged key by key.
-    Raises UserError: unknown recipe, section or key, a value that its dataclass refuses, a path that is not given.
+    A value that is a list, or whose keys are free (`teach.kwargs`), is replaced as a whole; all others are merged
+    key by key.
+    Raises UserError: unknown recipe, section or key, a value that is not allowed, a path that is missing.
     """
     if name not in names(folder):
         raise UserError(f"recipe: got {name!r}; {nearest(name, names(folder))}")
-    whole = config.read(folder / f"{DEFAULT}.yaml")
+    params = config.read(folder / f"{DEFAULT}.yaml")
     file = folder / f"{name}.yaml"
     for section, overlay in config.read(file).items():
         if section not in sections:
             raise UserError(f"{file}: unknown section '{section}:'; {nearest(section, sections)}")
         where = f"{file}: {section}"
-        whole[section] = _merge(whole.get(section, {}), overlay, sections[section], where)
-        config.parse(sections[section], whole[section], where)
+        params[section] = _merge(params.get(section, {}), overlay, sections[section], where)
+        config.parse(sections[section], params[section], where)
     choices = tuned_path(name, folder)
     if choices.is_file():
-        whole["distill"]["tuned"] = whole["distill"].get("tuned", {}) | config.read(choices)
-        config.parse(sections["distill"], whole["distill"], f"{choices}: distill")
+        params["distill"]["tuned"] = params["distill"].get("tuned", {}) | config.read(choices)
+        config.parse(sections["distill"], params["distill"], f"{choices}: distill")
     if data is not None:
-        whole["prepare"]["path"] = data
-    path = whole["prepare"]["path"]
-    if path is None and whole["prepare"]["source"] not in SELF_MADE:
+        params["prepare"]["path"] = data
+    path = params["prepare"]["path"]
+    if path is None and params["prepare"]["source"] not in WITHOUT_PATH:
         raise UserError(
-            f"recipe {name}: prepare.path is {path}; say where the pictures are: "
+            f"recipe {name}: prepare.path: got {path}; expected the path of the images; run "
             f"`make repro RECIPE={name} DATA=PATH`"
         )
-    return whole
+    return params
 
 
 def tuned_path(name: str, folder: Path) -> Path:
-    """Where the settings that were chosen on val for a recipe's methods stand: merged into `distill.tuned`."""
+    """Return the file of the settings tuned on val for a recipe's methods; it is merged into `distill.tuned`."""
     return folder / "tuned" / f"{name}.yaml"
 
 
 def write_tuned(name: str, folder: Path, method: str, choice: Mapping[str, Any]) -> None:
-    """Put the choice of one method into `tuned_path`; an empty one, the recipe as it is, takes it out."""
+    """Write the tuned settings of one method into `tuned_path`; empty ones, the recipe unchanged, remove it."""
     path = tuned_path(name, folder)
     choices = config.read(path) if path.is_file() else {}
     choices[method] = dict(choice)
@@ -81,14 +81,14 @@ def _merge(default: Any, overlay: Any, kind: type, where: str) -> Any:
     if not isinstance(overlay, dict) or not isinstance(default, dict):
         return overlay
     hints = typing.get_type_hints(kind)
-    whole = dict(default)
+    result = dict(default)
     for key, value in overlay.items():
         if key not in hints:
             raise UserError(f"{where}: unknown key '{key}'; {nearest(key, hints)}")
         if dataclasses.is_dataclass(hints[key]):
-            value = _merge(whole.get(key, {}), value, hints[key], f"{where}.{key}")
-        whole[key] = value
-    return whole
+            value = _merge(result.get(key, {}), value, hints[key], f"{where}.{key}")
+        result[key] = value
+    return result
 
 
 def apply(
@@ -99,38 +99,38 @@ def apply(
     data: str | None = None,
     force: bool = False,
 ) -> str:
-    """Write `params` by a recipe, atomically; the line that says what was written.
+    """Write a recipe to `params` atomically and return a line for the user.
 
-    What it wrote last is kept in `.work/recipe.yaml` beside `params`: so a file that somebody has edited since is
-    told from one that may be replaced. `force` replaces either.
+    A copy of what was written is in `.work/recipe.yaml` beside `params`: it shows whether the file has been edited
+    since. `force` overwrites edits.
     Raises UserError: as `merged`; edits that would be lost.
     """
-    default, wanted = merged(DEFAULT, folder, sections), merged(name, folder, sections, data)
+    default, requested = merged(DEFAULT, folder, sections), merged(name, folder, sections, data)
     last = params.parent / ".work" / "recipe.yaml"
     present = config.read(params) if params.is_file() and not force else None
-    if present == wanted:
-        return f"{params}: holds {folder / name}.yaml already"
+    if present == requested:
+        return f"{params}: unchanged, it is {folder / name}.yaml already"
     if present not in (None, default):
         was = config.read(last) if last.is_file() else default
         if present != was:
             raise UserError(
-                f"{params}: edited by hand ({_told(present, was)}); commit or copy it, then give FORCE=1 "
-                f"(--force) to put recipe {name} in its place"
+                f"{params}: got edits by hand ({_summary(present, was)}); expected none, which recipe {name} "
+                "would overwrite; commit or copy the file, then pass FORCE=1 (--force)"
             )
-    text = _title(folder / f"{name}.yaml") + _yaml(wanted)
+    text = _title(folder / f"{name}.yaml") + _yaml(requested)
     for path in (last, params):
         with atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    changed = sum(1 for _ in differences(wanted, default))
-    source = wanted["prepare"]["path"] or wanted["prepare"]["source"]
+    changed = sum(1 for _ in differences(requested, default))
+    source = requested["prepare"]["path"] or requested["prepare"]["source"]
     return (
-        f"{params}: written by {folder / name}.yaml, {changed} values unlike the default; "
+        f"{params}: written from {folder / name}.yaml, {changed} values differ from the default; "
         f"images: {source}"
     )
 
 
 def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
-    """Dotted names of the values in which two nests of keys differ, in the order of the first."""
+    """Yield the dotted names of the values in which two mappings differ, in the order of the first."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in [*one, *(k for k in other if k not in one)]:
             location = f"{where}.{key}" if where else str(key)
@@ -139,20 +139,20 @@ def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
         yield where
 
 
-def _told(present: Params, was: Params) -> str:
-    found = list(differences(present, was))
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return ", ".join(found[:3]) + more
+def _summary(present: Params, was: Params) -> str:
+    changed = list(differences(present, was))
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return ", ".join(changed[:3]) + more
 
 
 def _title(path: Path) -> str:
-    """The recipe's first line where it is a comment, with its line end: the first line of params.yaml too."""
+    """Read the recipe's first line where it is a comment; it becomes the first line of params.yaml."""
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return f"{first}\n" if first.startswith("#") else ""
 
 
 def _yaml(params: Params) -> str:
-    """Block style, as DVC writes params.yaml."""
+    """Dump in block style, as DVC writes params.yaml."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]

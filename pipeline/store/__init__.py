@@ -1,5 +1,5 @@
-"""The teacher-feature store: what the frozen teacher made of V views of every training image, written once.
+"""The feature cache: outputs of the frozen teacher for V views of every training image, written once.
 
-A record is one view of one image, sample-major: record = position of the image in train * V + view. Records lie in
-safetensors shards beside `manifest.json`, which says whose they are; the format is docs/store.md.
+A record is one view of one image, sample-major: record = position of the image in train * V + view. Records are in
+safetensors shards beside `manifest.json`, which identifies teacher, images and views. Format: docs/store.md.
 """

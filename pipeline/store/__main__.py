@@ -1,4 +1,4 @@
-"""`python -m pipeline.store plan | verify | info`: what a feature store costs, holds, and whether it is true."""
+"""Plan, verify and describe a feature cache: `python -m pipeline.store plan | verify | info`."""
 
 from __future__ import annotations
 
@@ -17,103 +17,90 @@ from pipeline.store import planning, verifying
 from pipeline.store.policy import Cache
 
 INFO = (
-    "mode",
-    "layout",
-    "dtype",
-    "images",
-    "views",
-    "records",
-    "bytes_per_view",
-    "error",
-    "fingerprint",
+    *("mode", "layout", "dtype", "images", "views", "records"),
+    *("bytes_per_view", "error", "fingerprint"),
 )
 UNITS = {
-    "bytes_per_view": "bytes a view",
+    "bytes_per_view": "bytes per view",
     "r12": "R12 of the teacher (largest over second raw logit)",
     "total_gb": "size (GB)",
     "free_gb": "free on this disk (GB)",
-    "disk_write_mb_per_s": "disk, writing in a row, synced (MB/s)",
-    "disk_read_mb_per_s": "disk, reading records at random (MB/s)",
-    "teacher_img_per_s": "teacher here (img/s)",
-    "replay_img_per_s": "replayed block here (img/s)",
-    "needed_gb_per_s": "a disk slower than this loses to the teacher (GB/s)",
+    "disk_write_mb_per_s": "disk, sequential synced write (MB/s)",
+    "disk_read_mb_per_s": "disk, random read of records (MB/s)",
+    "teacher_img_per_s": "teacher (img/s)",
+    "replay_img_per_s": "replayed last block (img/s)",
+    "needed_gb_per_s": "disk speed below which the teacher is faster (GB/s)",
     "hours_to_write": "time to write (hours)",
-    "pays_after_epochs": "pays after epochs, over all students",
+    "pays_after_epochs": "epochs until it pays off, over all students",
 }
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run one of the commands and show what it found."""
+    """Run one of the commands and print its result."""
     if args.command == "info":
         manifest = verifying.check_bytes(args.store)
-        found = {key: manifest[key] for key in INFO} | {"shards": len(manifest["shards"])}
+        result = {key: manifest[key] for key in INFO} | {"shards": len(manifest["shards"])}
         if manifest.get("r12"):
-            found["r12"] = manifest["r12"]
+            result["r12"] = manifest["r12"]
     elif args.command == "verify":
         prepared = Prepared.open(args.prepared)
         prepared.verify()
         errors = verifying.verify(args.store, prepared, args.teacher, args.n)
-        found = {"records": args.n, "relative_error": errors}
+        result = {"records": args.n, "relative_error": errors}
     else:
         prepared = Prepared.open(args.prepared)
         cache = config.load(Cache, args.params)
         live = teacher.load(args.teacher)
-        found = planning.plan(cache, prepared, live, args.store, args.seconds)
+        result = planning.plan(cache, prepared, live, args.store, args.seconds)
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(result, indent=1))
     else:
-        Console().print(table(f"{args.command} {args.store}", found))
+        Console().print(table(f"{args.command} {args.store}", result))
 
 
-def table(title: str, found: dict[str, Any]) -> Table:
-    """Names with their units on the left, values on the right; groups indented below their name."""
-    shown = Table("", "", title=title, title_justify="left", show_header=False)
-    for name, value in found.items():
-        shown.add_row(UNITS.get(name, name.replace("_", " ")), _shown(value))
+def table(title: str, result: dict[str, Any]) -> Table:
+    """Format names with units on the left, values on the right; groups are indented below their name."""
+    rows = Table("", "", title=title, title_justify="left", show_header=False)
+    for name, value in result.items():
+        rows.add_row(UNITS.get(name, name.replace("_", " ")), _format(value))
         if isinstance(value, dict):
             for key, inner in value.items():
-                shown.add_row(f"  {key}", _shown(inner, deep=True))
-    return shown
+                rows.add_row(f"  {key}", _format(inner, deep=True))
+    return rows
 
 
-def _shown(value: Any, deep: bool = False) -> str:
+def _format(value: Any, deep: bool = False) -> str:
     if isinstance(value, dict):
-        return "  ".join(f"{k} {_shown(v)}" for k, v in value.items()) if deep else ""
+        return "  ".join(f"{k} {_format(v)}" for k, v in value.items()) if deep else ""
     if value is None:
-        return "never: reading costs as much as the teacher"
+        return "never: reading takes as long as the teacher"
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
     return str(value)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    whole = argparse.ArgumentParser(prog="pipeline.store", description=__doc__)
-    commands = whole.add_subparsers(dest="command", required=True)
+    """Build the command line."""
+    parser = argparse.ArgumentParser(prog="pipeline.store", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("plan", "what a store of params.yaml's `cache:` costs here, and when it has paid"),
-        ("verify", "every byte of store and images, and n records against the live teacher"),
-        ("info", "what is in a store, after checking every byte"),
+        ("plan", "estimate size, writing time and pay-off of the cache that params.yaml describes"),
+        ("verify", "check every byte, and n records against the running teacher"),
+        ("info", "describe a cache, after checking every byte"),
     ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("store", type=Path, nargs="?", default=Path("data/features"))
-        command.add_argument("--json", action="store_true")
+        add = commands.add_parser(name, help=text).add_argument
+        add("store", type=Path, nargs="?", default=Path("data/features"), help="the feature cache")
+        add("--json", action="store_true", help="print JSON instead of a table")
         if name == "info":
             continue
-        command.add_argument("--prepared", type=Path, default=Path("data/prepared"))
-        command.add_argument(
-            "--teacher", type=Path, default=Path("artifacts/teacher/teacher.safetensors")
-        )
+        add("--prepared", type=Path, default=Path("data/prepared"))
+        add("--teacher", type=Path, default=Path("artifacts/teacher/teacher.safetensors"))
         if name == "plan":
-            command.add_argument("--params", type=Path, default=Path("params.yaml"))
-            command.add_argument(
-                "--seconds", type=float, default=planning.SECONDS, help="for each measurement"
-            )
+            add("--params", type=Path, default=Path("params.yaml"))
+            add("--seconds", type=float, default=planning.SECONDS, help="per measurement")
         else:
-            command.add_argument(
-                "-n", type=int, default=64, help="records to hold against the teacher"
-            )
-    return whole
+            add("-n", type=int, default=64, help="records to compare with the teacher")
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How a feature is stored, and what that costs: float32, float16, bfloat16, or int8 with a scale a channel."""
+"""Encoding of stored features: float32, float16, bfloat16, or int8 with a scale per channel, and its error."""
 
 from __future__ import annotations
 
@@ -16,51 +16,53 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
 }
-ERROR_GATE = {  # ||replayed - live|| / ||live|| of a batch, the worst of q, k, v, h, logits
+# Largest ||replayed - live|| / ||live|| over a batch that is accepted, of q, k, v, h and logits each.
+ERROR_GATE = {
     "float32": 1e-6,
     "float16": 5e-4,
     "bfloat16": 4e-3,
     "int8": 1.5e-2,
 }
-FLOAT16_END = 65504.0
-INT8_END = 127
+MAX_FLOAT16 = 65504.0
+MAX_INT8 = 127
 
 
 def encode(x: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
-    """Features (B, T, ...) float32 -> as stored, and for int8 the scales (B, ...): one a record and channel.
+    """Encode features (B, T, ...) float32; for int8 also the scales (B, ...), one per record and channel.
 
     int8 is symmetric and rounds to nearest; a channel's scale is its largest magnitude over the T tokens / 127.
-    Raises UserError: not finite, or beyond float16.
+    Raises UserError: a feature that is not finite, or above the range of float16.
     """
-    largest = check_error(x)
+    largest = largest_magnitude(x)
     if dtype == "int8":
-        scale = x.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / INT8_END
-        return (x / scale.unsqueeze(1)).round().clamp(-INT8_END, INT8_END).to(torch.int8), scale
-    if dtype == "float16" and largest > FLOAT16_END:
+        # tiny: a channel of zeros must not divide by zero.
+        scale = x.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / MAX_INT8
+        return (x / scale.unsqueeze(1)).round().clamp(-MAX_INT8, MAX_INT8).to(torch.int8), scale
+    if dtype == "float16" and largest > MAX_FLOAT16:
         raise UserError(
-            f"cache.dtype: a feature is {largest:.3g}, float16 ends at 65504; use bfloat16"
+            f"cache.dtype: got float16 for a feature of {largest:.3g}; expected at most 65504; set it to bfloat16"
         )
     return x.to(DTYPES[dtype]), None
 
 
-def check_error(x: Tensor) -> float:
-    """The largest magnitude. Raises UserError: it is not finite."""
+def largest_magnitude(x: Tensor) -> float:
+    """Return the largest absolute value. Raises UserError: it is not finite."""
     largest = x.abs().max().item()
     if not math.isfinite(largest):
         raise UserError(
-            f"cache: the teacher's features hold {largest}; its weights are broken: teach again"
+            f"cache: got {largest} in the teacher's features; expected finite numbers; train the teacher again"
         )
     return largest
 
 
 def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
-    """The inverse of `encode`, up to the error of its dtype; always memory of its own."""
-    x = stored.to(torch.float32, copy=True)
+    """Invert `encode`, up to the error of its dtype."""
+    x = stored.to(torch.float32, copy=True)  # a copy always: the reader reuses its buffers
     return x if scale is None else x.mul_(scale.unsqueeze(1))
 
 
 def relative_errors(got: TeacherOutputs, exact: TeacherOutputs) -> dict[str, float]:
-    """||got - exact|| / ||exact|| of q, k, v (where the teacher has them), h and logits, over the whole batch."""
+    """Compute ||got - exact|| / ||exact|| of q, k, v (where the teacher has them), h and logits over a batch."""
     pairs = {"h": (got.h, exact.h), "logits": (got.logits, exact.logits)}
     if got.qkv is not None and exact.qkv is not None:
         pairs |= {n: (got.qkv[:, :, i], exact.qkv[:, :, i]) for i, n in enumerate("qkv")}
@@ -68,20 +70,21 @@ def relative_errors(got: TeacherOutputs, exact: TeacherOutputs) -> dict[str, flo
 
 
 def worst(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The largest error of each tensor."""
+    """Return the largest error of each tensor over the rows."""
     return {name: max(row[name] for row in rows) for name in rows[0]} if rows else {}
 
 
-def hold(errors: dict[str, float], dtype: str, what: str, remedy: str) -> None:
-    """Raise GateFailed where an error is over the gate of its dtype, or is no number."""
+def check_gate(errors: dict[str, float], dtype: str, what: str, remedy: str) -> None:
+    """Compare errors with the gate of their dtype. Raises GateFailed: one is above it, or NaN."""
     for name, error in errors.items():
         if not error <= ERROR_GATE[dtype]:
             raise GateFailed(
-                f"{what}: {dtype} changes {name} by {error:.2e}, its gate is {ERROR_GATE[dtype]:.1e}; {remedy}"
+                f"{what}: relative error of {name} in {dtype}: got {error:.2e}; expected at most "
+                f"{ERROR_GATE[dtype]:.1e}; {remedy}"
             )
 
 
 def finer(dtype: str) -> str:
-    """What to try where a dtype is over its gate."""
+    """Name the setting to try where a dtype is above its gate."""
     better = {"int8": "float16", "bfloat16": "float16", "float16": "float32"}
-    return f"use cache.dtype: {better[dtype]}" if dtype in better else "use cache.layout: qkvh"
+    return f"set cache.dtype: {better[dtype]}" if dtype in better else "set cache.layout: qkvh"

@@ -1,4 +1,4 @@
-"""Which views of each image are stored, and every line that decides whether a store still fits."""
+"""The settings `cache:`, and the fingerprint that decides whether a store still fits."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Cache:
     device: Device = "auto"  # of the teacher; by rounding the bytes depend on it
 
 
-def asked(cache: Cache) -> Lines:
-    """The lines of a fingerprint that params.yaml decides."""
+def policy_lines(cache: Cache) -> Lines:
+    """List the lines of the fingerprint that come from params.yaml."""
     geometry = {
         f"geometry.{name}": list(value) if isinstance(value, tuple) else value
         for name, value in asdict(cache.geometry).items()
@@ -53,7 +53,7 @@ def asked(cache: Cache) -> Lines:
 
 
 def surroundings(prepared: Prepared, teacher_description: dict[str, Any]) -> Lines:
-    """The lines that the images, the teacher and the installed packages decide."""
+    """List the lines that come from the images, the teacher and the installed packages."""
     built = {k: teacher_description[k] for k in ("model", "kwargs", "num_classes", "preprocess")}
     return {
         "teacher": teacher_description["weights_sha256"],
@@ -67,48 +67,48 @@ def surroundings(prepared: Prepared, teacher_description: dict[str, Any]) -> Lin
 
 
 def fingerprint(cache: Cache, prepared: Prepared, teacher_description: dict[str, Any]) -> Lines:
-    """Every line that decides what the records hold; a store is usable only where all of them agree."""
-    return {**surroundings(prepared, teacher_description), **asked(cache)}
+    """List every line that decides the content of the records; a store fits where all of them are equal."""
+    return {**surroundings(prepared, teacher_description), **policy_lines(cache)}
 
 
-def check_layout(cache: Cache, found: TeacherSpec) -> None:
-    """Raise UserError where the layout would not bring back what the teacher's last block did."""
-    if cache.mode == "on" and cache.layout == "qkvh" and found.no_attention:
+def check_layout(cache: Cache, spec: TeacherSpec) -> None:
+    """Check that the layout fits the teacher. Raises UserError: no Q, K, V to store, or no replay from x_L."""
+    if cache.mode == "on" and cache.layout == "qkvh" and spec.no_attention:
         raise UserError(
-            f"cache.layout: got qkvh, but of this teacher {found.no_attention}; use block_input"
+            f"cache.layout: got qkvh for a teacher without Q, K, V ({spec.no_attention}); set it to block_input"
         )
-    if cache.mode == "on" and cache.layout == "block_input" and found.not_replayable:
+    if cache.mode == "on" and cache.layout == "block_input" and spec.not_replayable:
         raise UserError(
-            f"cache.layout: got block_input, but of this teacher {found.not_replayable}; use qkvh"
+            "cache.layout: got block_input for a teacher that cannot be replayed from it "
+            f"({spec.not_replayable}); set it to qkvh"
         )
 
 
 def check_data(prepared: Prepared, teacher_description: dict[str, Any]) -> None:
-    """Raise UserError where the teacher was made for other classes or another size than the images have."""
-    classes, size = (
-        teacher_description.get("classes"),
-        teacher_description["preprocess"]["image_size"],
-    )
+    """Check that teacher and images fit. Raises UserError: other classes, or another image size."""
+    classes = teacher_description.get("classes")
+    size = teacher_description["preprocess"]["image_size"]
     if classes is not None and tuple(classes) != prepared.classes:
         raise UserError(
-            f"{prepared.folder}: its classes {_few(prepared.classes)} are not the teacher's {_few(classes)}; "
-            "teach again on these images"
+            f"{prepared.folder}: classes: got {_few(prepared.classes)}; expected the teacher's {_few(classes)}; "
+            "train the teacher again on these images"
         )
     if size != prepared.image_size:
         raise UserError(
-            f"{prepared.folder}: its images are {prepared.image_size} px, the teacher takes {size} px; teach again"
+            f"{prepared.folder}: image size: got {prepared.image_size} px; expected the teacher's {size} px; "
+            "train the teacher again"
         )
 
 
 def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"({len(names)}: {shown}{', ...' if len(names) > 3 else ''})"
+    first = ", ".join(names[:3])
+    return f"({len(names)}: {first}{', ...' if len(names) > 3 else ''})"
 
 
-def check_fingerprint(folder: Path, marks: Lines, now: Lines) -> None:
-    """Raise UserError with the first line of the fingerprint that differs from what stands here now."""
-    for line, value in now.items():
-        if marks.get(line) != value:
+def check_fingerprint(folder: Path, stored: Lines, current: Lines) -> None:
+    """Compare a store's fingerprint with the current one. Raises UserError: the first line that differs."""
+    for line, value in current.items():
+        if stored.get(line) != value:
             raise UserError(
-                f"{folder}: stale feature store: {line} was {marks.get(line)}, is {value}; run cache again"
+                f"{folder}: stale feature cache: {line}: got {stored.get(line)}; expected {value}; run cache again"
             )

@@ -1,4 +1,4 @@
-"""Opening a store and reading its records: by the main process, one batch ahead, into buffers used again."""
+"""Opening a store and reading its records, one batch ahead, into reused buffers."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from pipeline.store.shards import SAFETENSORS, Field, Fields, Shard, word_sums
 
 SCHEMA = "cakd.store/2"
 REMEDY = "run cache again"
-FEATURES = {"block_input": ("x",), "qkvh": ("qkv", "h")}  # layout -> what a record must hold
-SEAL = "sha256"  # the manifest's own hash, over all its other keys
-OTHER_FILES = 256  # that a training has open besides
-THREADS = 2  # that read: more gain nothing from a page cache, fewer leave a disk idle
+FEATURES = {"block_input": ("x",), "qkvh": ("qkv", "h")}  # layout -> fields of a record
+SEAL = "sha256"  # key of the manifest: its hash, over all other keys
+OTHER_FILES = 256  # open files of a training beside the shards
+THREADS = 2  # of the reader: more gain nothing from a page cache, fewer leave a disk idle
 
 RecordNumbers = NDArray[np.int64]
 
@@ -43,13 +43,13 @@ class Records:
     logits: Tensor
     view_hash: NDArray[np.uint64]
 
-    def to(self, slot: torch.device) -> Records:
-        """The same on a device."""
-        features = {name: tensor.to(slot) for name, tensor in self.features.items()}
-        return replace(self, features=features, logits=self.logits.to(slot))
+    def to(self, device: torch.device) -> Records:
+        """Copy to a device."""
+        features = {name: tensor.to(device) for name, tensor in self.features.items()}
+        return replace(self, features=features, logits=self.logits.to(device))
 
     def tokens(self, tail: TeacherTail | None) -> TeacherOutputs:
-        """The teacher's tokens: replayed from x (B, P+N, D) by the tail, or as they were stored."""
+        """Return the teacher's outputs: replayed from x (B, P+N, D) by the tail, or as they were stored."""
         if tail is None:
             return TeacherOutputs(self.features["qkv"], self.features["h"], self.logits)
         replayed: TeacherOutputs = tail(self.features["x"])
@@ -59,57 +59,71 @@ class Records:
 def record_numbers(
     train: NDArray[np.int64], rows: views.Rows, view_numbers: views.Rows, n_views: int
 ) -> RecordNumbers:
-    """Index in the training rows (ascending) times V, plus the view: records are sample-major."""
+    """Number the records, sample-major: index of a row in `train` (ascending) times V, plus the view."""
     return np.searchsorted(train, rows) * n_views + view_numbers
 
 
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with its own hash in it."""
+    """Add the manifest's own hash to it."""
     bare = {key: value for key, value in manifest.items() if key != SEAL}
     return {**bare, SEAL: artifacts.digest(bare)}
 
 
 def open_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest. Raises UserError: missing, of another version, not as it was written."""
+    """Read the manifest. Raises UserError: missing, of another version, changed after it was written."""
     path = folder / "manifest.json"
     manifest = artifacts.read_json(path, SCHEMA)
     if seal(manifest) != manifest:
-        raise UserError(f"{path}: damaged, it is not what was written; run cache again")
+        raise UserError(
+            f"{path}: damaged: {SEAL}: got {manifest.get(SEAL)!r}; expected the hash of its content; {REMEDY}"
+        )
     artifacts.expect(manifest, path, REMEDY, mode=str, layout=str, dtype=str, fingerprint=dict)
     artifacts.expect(
         manifest, path, REMEDY, images=int, views=int, records=int, fields=dict, shards=list
     )
     artifacts.expect(manifest, path, REMEDY, bytes_per_view=int | float, error=dict)
     if manifest["layout"] not in FEATURES or manifest["dtype"] not in DTYPES:
-        raise UserError(f"{path}: damaged, {manifest['dtype']} in {manifest['layout']}; {REMEDY}")
+        raise UserError(
+            f"{path}: damaged: layout and dtype: got {manifest['layout']!r}, {manifest['dtype']!r}; expected one "
+            f"of {', '.join(FEATURES)} and of {', '.join(DTYPES)}; {REMEDY}"
+        )
     for entry in manifest["shards"]:
         artifacts.expect(entry, path, REMEDY, file=str, records=int, bytes=int, sha256=str)
         inside = Path(entry["file"]).name == entry["file"] and entry["file"] not in ("", "..")
         if not inside or entry["records"] < 1:
-            raise UserError(f"{path}: damaged, a shard is {reprlib.repr(entry)}; {REMEDY}")
-    if sum(entry["records"] for entry in manifest["shards"]) != manifest["records"]:
+            raise UserError(
+                f"{path}: damaged: a shard: got {reprlib.repr(entry)}; expected a file name and 1 record or more; "
+                f"{REMEDY}"
+            )
+    total = sum(entry["records"] for entry in manifest["shards"])
+    if total != manifest["records"]:
         raise UserError(
-            f"{path}: damaged, {manifest['records']} records are not its shards'; {REMEDY}"
+            f"{path}: damaged: records: got {manifest['records']}; expected {total}, those of its shards; {REMEDY}"
         )
     return manifest
 
 
 def _shape(sides: list[int]) -> tuple[int, ...]:
-    """A field's shape. Raises ValueError: not of sides."""
+    """Parse a field's shape. Raises ValueError: not a list of sides above 0."""
     if not isinstance(sides, list) or not all(type(s) is int and s > 0 for s in sides):
-        raise ValueError(f"of shape {sides!r}")
+        raise ValueError(f"shape {sides!r}")
     return tuple(sides)
 
 
 def open_shards(folder: Path, manifest: dict[str, Any]) -> list[Shard]:
-    """Every shard, its size and header checked. Raises UserError naming the damaged one."""
+    """Open every shard and check its size and header. Raises UserError: naming the damaged one."""
     try:
         fields = {n: Field(SAFETENSORS[d], _shape(s)) for n, (d, s) in manifest["fields"].items()}
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: damaged, a field is {error}; {REMEDY}") from None
+        raise UserError(
+            f"{folder}: damaged: a field: got {error}; expected a dtype and a shape; {REMEDY}"
+        ) from None
     needed = {*FEATURES[manifest["layout"]], "logits", "view_hash", "checksum"}
     if manifest["shards"] and not needed <= set(fields):
-        raise UserError(f"{folder}: damaged, the fields are {reprlib.repr(list(fields))}; {REMEDY}")
+        raise UserError(
+            f"{folder}: damaged: fields: got {reprlib.repr(list(fields))}; expected {', '.join(sorted(needed))}; "
+            f"{REMEDY}"
+        )
     _allow_files(len(manifest["shards"]))
     shards, first = [], 0
     for entry in manifest["shards"]:
@@ -119,22 +133,23 @@ def open_shards(folder: Path, manifest: dict[str, Any]) -> list[Shard]:
 
 
 def _allow_files(count: int) -> None:
-    """Raise the limit of open files as far as these shards need. Raises UserError: not allowed that many."""
+    """Raise the soft limit of open files to what these shards need. Raises UserError: above the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * count + OTHER_FILES  # twice: `verify` opens them beside a Store
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise UserError(
-            f"{count} shards want {needed} open files, allowed here: {hard}; raise cache.shard_mb or `ulimit -n`"
+            f"open files: got a limit of {hard}; expected {needed} for {count} shards; raise cache.shard_mb or "
+            "`ulimit -n`"
         )
     if soft != resource.RLIM_INFINITY and needed > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class Store:
-    """An opened store: whole, and made for this teacher, these images and this policy.
+    """An opened store that fits this teacher, these images and this policy.
 
-    Raises UserError: missing, damaged, or stale, with the one line that differs. `asked` is the policy of
-    params.yaml; None takes the store's own.
+    `requested` is the policy of params.yaml; None takes the store's own.
+    Raises UserError: missing, damaged, or stale, with the line of the fingerprint that differs.
     """
 
     def __init__(
@@ -142,41 +157,43 @@ class Store:
         folder: Path,
         prepared: Prepared,
         teacher_path: Path,
-        asked: policy.Cache | None = None,
+        requested: policy.Cache | None = None,
     ) -> None:
         self.manifest = open_manifest(folder)
-        marks = self.manifest["fingerprint"]
+        fingerprint = self.manifest["fingerprint"]
         description = checkpoint.describe(teacher_path)
-        now = policy.surroundings(prepared, description)
-        policy.check_fingerprint(folder, marks, now | (policy.asked(asked) if asked else {}))
+        current = policy.surroundings(prepared, description)
+        policy.check_fingerprint(
+            folder, fingerprint, current | (policy.policy_lines(requested) if requested else {})
+        )
         policy.check_data(prepared, description)
-        self.views = int(marks["views"])
-        self.seed = int(marks["seed"])
-        geometry = {k.split(".")[1]: v for k, v in marks.items() if k.startswith("geometry.")}
+        self.views = int(fingerprint["views"])
+        self.seed = int(fingerprint["seed"])
+        geometry = {k.split(".")[1]: v for k, v in fingerprint.items() if k.startswith("geometry.")}
         self.geometry = config.parse(views.Geometry, geometry, f"{folder}: geometry")
         self._train = prepared.rows("train")
         self._reader = Reader(open_shards(folder, self.manifest))
 
     @property
     def cached(self) -> bool:
-        """False where `cache.mode` is off: only the policy is here."""
+        """Whether it has records; with `cache.mode: off` it has only the policy."""
         return bool(self.manifest["mode"] == "on")
 
     @property
     def replayed(self) -> bool:
-        """True where the teacher's last block is needed to make tokens of a record."""
+        """Whether the teacher's last block is needed to compute its outputs from a record."""
         return bool(self.manifest["layout"] == "block_input")
 
     def records(self, rows: views.Rows, ks: views.Rows) -> RecordNumbers:
-        """Record numbers of view k of each image row."""
+        """Return the record numbers of view k of each image row."""
         return record_numbers(self._train, rows, ks, self.views)
 
     def prefetch(self, records: RecordNumbers) -> None:
-        """Begin to read the records that the next `read` will ask for."""
+        """Start reading the records of the next `read`."""
         self._reader.begin(records)
 
     def read(self, records: RecordNumbers) -> Records:
-        """The given records, decoded. Raises UserError: bytes that are not those written."""
+        """Read and decode records. Raises UserError: bytes that are not those written."""
         raw = self._reader.finish(records)
         features = {
             name: decode(tensor, raw.get(f"{name}_scale"))
@@ -188,9 +205,9 @@ class Store:
 
 
 class Reader:
-    """Fills one buffer a field with the records of a batch, on two threads, and checks every record's sum.
+    """Reads the records of a batch into one buffer per field, on two threads, and checks every checksum.
 
-    The buffers are pinned where there is a GPU, and used again: what `finish` gives holds until the next `begin`.
+    The buffers are reused: what `finish` returns is valid until the next `begin`. Pinned where there is a GPU.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
@@ -200,26 +217,26 @@ class Reader:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
         self._buffers: dict[str, Tensor] = {}
         self._capacity = 0
-        self._wanted: RecordNumbers | None = None
+        self._pending: RecordNumbers | None = None
         self._filling: list[Future[None]] = []
 
     def begin(self, records: RecordNumbers) -> None:
-        """Start to read. What an earlier `begin` asked for and nobody took is dropped, with its errors."""
-        self._wanted = None
-        wait(self._filling)
+        """Start reading. Records of an earlier `begin` that were not finished are dropped, with their errors."""
+        self._pending = None
+        wait(self._filling)  # its threads still write to the buffers
         if len(records) > self._capacity:
             self._allocate(len(records))
-        self._wanted = records.copy()
-        parts = np.array_split(np.arange(len(records)), THREADS)
+        self._pending = records.copy()
+        shares = np.array_split(np.arange(len(records)), THREADS)
         self._filling = [
-            self._pool.submit(self._fill, records[part], part) for part in parts if len(part)
+            self._pool.submit(self._fill, records[share], share) for share in shares if len(share)
         ]
 
     def finish(self, records: RecordNumbers) -> dict[str, Tensor]:
-        """The fields (B, ...) of the records, as stored; reads now what was not begun."""
-        if self._wanted is None or not np.array_equal(self._wanted, records):
+        """Return the fields (B, ...) of the records as stored; reads them now where `begin` did not."""
+        if self._pending is None or not np.array_equal(self._pending, records):
             self.begin(records)
-        self._wanted = None
+        self._pending = None
         self._settle()
         return {
             name: self._buffers[name][: len(records), : field.bytes]
@@ -229,7 +246,7 @@ class Reader:
         }
 
     def _settle(self) -> None:
-        """Wait for the threads; raise what went wrong in one of them."""
+        """Wait for the threads and raise the first error of one of them."""
         filling, self._filling = self._filling, []
         for error in [future.exception() for future in filling]:
             if error is not None:
@@ -244,7 +261,7 @@ class Reader:
         }
 
     def _fill(self, records: RecordNumbers, slots: NDArray[np.int64]) -> None:
-        """Read the records into these places of the buffers, and hold each against its checksum."""
+        """Read the records into these slots of the buffers and check their checksums."""
         arrays = {name: buffer.numpy() for name, buffer in self._buffers.items()}
         owners = np.searchsorted(self._starts, records, side="right") - 1
         for slot, record, owner in zip(
@@ -252,10 +269,10 @@ class Reader:
         ):
             for name, array in arrays.items():
                 self._shards[owner].read(name, record, memoryview(array[slot]))
-        mine = slice(slots[0], slots[-1] + 1)
-        stored = arrays.pop("checksum")[mine].view(np.int64)[:, 0]
-        total = records + np.add.reduce([word_sums(array[mine]) for array in arrays.values()])
-        for at in np.flatnonzero(total != stored)[:1]:
-            raise self._shards[owners[at]].damaged(
-                f"record {records[at]} does not have the bytes written"
+        share = slice(slots[0], slots[-1] + 1)
+        stored = arrays.pop("checksum")[share].view(np.int64)[:, 0]
+        total = records + np.add.reduce([word_sums(array[share]) for array in arrays.values()])
+        for index in np.flatnonzero(total != stored)[:1]:
+            raise self._shards[owners[index]].damaged(
+                f"record {records[index]}: checksum: got {total[index]}; expected {stored[index]}"
             )

@@ -1,4 +1,4 @@
-"""A shard: one safetensors file of records, each field read by itself, each record with a checksum."""
+"""Shards: safetensors files of records, each record with a checksum."""
 
 from __future__ import annotations
 
@@ -36,41 +36,41 @@ WORD = 8  # bytes of a word of the checksum
 
 @dataclass(frozen=True)
 class Field:
-    """What one record holds under one name."""
+    """Type and shape of one field of a record."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @cached_property
     def bytes(self) -> int:
-        """Bytes of a record."""
+        """Bytes per record."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def padded(self) -> int:
-        """Bytes up to the next whole word."""
+        """Bytes per record, rounded up to whole words."""
         return -(-self.bytes // WORD) * WORD
 
     def described(self) -> list[Any]:
-        """The JSON-able form: safetensors' name of the dtype, and the shape."""
+        """Convert to JSON: safetensors' name of the dtype, and the shape."""
         return [NAMES[self.dtype], list(self.shape)]
 
 
 Fields = dict[str, Field]
 
 
-def layout_fields(layout: str, dtype: str, found: TeacherSpec, classes: int) -> Fields:
-    """The fields of a record.
+def layout_fields(layout: str, dtype: str, spec: TeacherSpec, classes: int) -> Fields:
+    """List the fields of a record.
 
-    block_input: x (P+N, D): x_L, or of a teacher without Q, K, V its final features. qkvh: qkv (N, 3, H, d) and
-    h (N, D). int8: a scale a channel beside each.
+    block_input: x (P+N, D), which is x_L, or the final features of a teacher without Q, K, V. qkvh: qkv
+    (N, 3, H, d) and h (N, D). int8: beside each a scale per channel.
     Always: logits (K,), view_hash () and checksum ().
     """
-    patches = found.grid[0] * found.grid[1]
-    shapes: dict[str, tuple[int, ...]] = {"x": (found.prefix + patches, found.width)}
+    patches = spec.grid[0] * spec.grid[1]
+    shapes: dict[str, tuple[int, ...]] = {"x": (spec.prefix + patches, spec.width)}
     if layout == "qkvh":
-        head = (3, found.n_heads, found.width // found.n_heads)
-        shapes = {"qkv": (patches, *head), "h": (patches, found.width)}
+        head = (3, spec.n_heads, spec.width // spec.n_heads)
+        shapes = {"qkv": (patches, *head), "h": (patches, spec.width)}
     fields = {name: Field(DTYPES[dtype], shape) for name, shape in shapes.items()}
     if dtype == "int8":
         fields |= {f"{n}_scale": Field(torch.float32, s[1:]) for n, s in shapes.items()}
@@ -79,36 +79,37 @@ def layout_fields(layout: str, dtype: str, found: TeacherSpec, classes: int) -> 
 
 
 def record_bytes(fields: Fields) -> int:
-    """Bytes of a record, all fields together."""
+    """Return the bytes of a record, all fields together."""
     return sum(field.bytes for field in fields.values())
 
 
 def check_disk_space(folder: Path, needed: int) -> int:
-    """Free bytes where `folder` is to stand. Raises UserError: fewer than needed."""
-    free = shutil.disk_usage(standing(folder)).free
+    """Return the free bytes on the disk of `folder`. Raises UserError: fewer than needed."""
+    free = shutil.disk_usage(nearest_existing(folder)).free
     if needed > free:
         raise UserError(
-            f"{folder}: the store needs {needed / 1e6:,.0f} MB more, {free / 1e6:,.0f} MB are free; free space, "
-            "lower cache.views, or set cache.mode: off"
+            f"{folder}: disk space: got {free / 1e6:,.0f} MB; expected {needed / 1e6:,.0f} MB for the feature "
+            "cache; free space, lower cache.views, or set cache.mode: off"
         )
     return free
 
 
-def standing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+def nearest_existing(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
     return next(p for p in (path, *path.resolve().parents) if p.exists())
 
 
 def word_sums(rows: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """(B, bytes) uint8, rows of whole words -> (B,) the sum of each row's 64-bit words, wrapping."""
+    """Sum the 64-bit words of each row, wrapping: (B, bytes) uint8 of whole words -> (B,)."""
     sums: NDArray[np.int64] = np.add.reduce(rows.view(np.int64), axis=1)
     return sums
 
 
 def checksums(tensors: dict[str, Tensor], first: int) -> Tensor:
-    """(n,) int64: the wrapping sum of the words of a record's fields and of its number, `first` onwards.
+    """Compute the checksums (n,) int64 of records numbered from `first`: the wrapping sum of words and number.
 
-    Any one flipped bit changes it, and so does a record that stands where another belongs.
+    Any flipped bit changes it, and so does a record in another record's position. A sum, because it runs at the
+    speed of memory for every record that is read.
     """
     total = np.arange(first, first + len(tensors["view_hash"]), dtype=np.int64)
     for tensor in tensors.values():
@@ -118,66 +119,69 @@ def checksums(tensors: dict[str, Tensor], first: int) -> Tensor:
 
 
 def save(path: Path, tensors: dict[str, Tensor], first: int) -> None:
-    """Write a shard whose first record is number `first`, atomically. Raises UserError: disk full, read-only."""
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    whole["checksum"] = checksums(whole, first)
+    """Write a shard whose first record has number `first`, atomically. Raises UserError: disk full, read-only."""
+    record_fields = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    record_fields["checksum"] = checksums(record_fields, first)
     try:
         with atomic(path) as temporary:
-            save_file(whole, temporary)
+            save_file(record_fields, temporary)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot write ({error}); free space, then run again") from None
 
 
 class Shard:
-    """An open shard: any field of any record by one `preadv`, which tells a truncated file by a short read."""
+    """An open shard, any field of any record read by one `preadv`.
+
+    Not memory-mapped: a file that is cut short while it is open gives a short read here, and SIGBUS there.
+    """
 
     def __init__(self, path: Path, fields: Fields, entry: dict[str, Any], first: int) -> None:
-        """Open the shard of a manifest's entry. Raises UserError: missing, another size, a foreign header."""
+        """Open the shard of a manifest's entry. Raises UserError: missing, another size, another header."""
         self.path, self.fields, self.first = path, fields, first
         self.records = int(entry["records"])
         try:
             self._file = path.open("rb", buffering=0)
         except FileNotFoundError:
             raise UserError(
-                f"{path}: this shard of the feature store is missing; run cache again"
+                f"{path}: no such file; expected a shard of the feature cache; run cache again"
             ) from None
-        if os.fstat(self._file.fileno()).st_size != entry["bytes"]:
-            raise self.damaged(f"it is not the {entry['bytes']} bytes written")
+        if (size := os.fstat(self._file.fileno()).st_size) != entry["bytes"]:
+            raise self.damaged(f"got {size} bytes; expected {entry['bytes']}")
         self._offsets = self._read_header()
 
     def _read_header(self) -> dict[str, int]:
-        """Where each field begins."""
+        """Return the offset of each field in the file."""
         try:
             length = int.from_bytes(self._file.read(WORD), "little")
             if length > os.fstat(self._file.fileno()).st_size:
-                raise self.damaged(f"its header says that it has {length} bytes")
+                raise self.damaged(
+                    f"header: got a length of {length} bytes; expected less than the file"
+                )
             header = json.loads(self._file.read(length))
             for name, field in self.fields.items():
                 dtype, shape = field.described()
-                if header[name]["dtype"] != dtype or header[name]["shape"] != [
-                    self.records,
-                    *shape,
-                ]:
-                    raise self.damaged(f"field {name} is {header[name]}")
+                expected = [dtype, [self.records, *shape]]
+                if [header[name]["dtype"], header[name]["shape"]] != expected:
+                    raise self.damaged(f"field {name}: got {header[name]}; expected {expected}")
             return {n: WORD + length + int(header[n]["data_offsets"][0]) for n in self.fields}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise self.damaged(f"its header is unreadable ({error})") from None
+            raise self.damaged(f"header: not readable ({error})") from None
 
     def close(self) -> None:
-        """Nothing more is read."""
+        """Close the file."""
         self._file.close()
 
-    def damaged(self, why: str) -> UserError:
-        """The error that names this shard."""
-        return UserError(f"{self.path}: damaged, {why}; run cache again")
+    def damaged(self, reason: str) -> UserError:
+        """Build the error that names this shard."""
+        return UserError(f"{self.path}: damaged: {reason}; run cache again")
 
-    def read(self, name: str, record: int, into: memoryview) -> None:
-        """Read a field of a record, counted over the whole store, into `into`. Raises UserError: cut short."""
+    def read(self, name: str, record: int, buffer: memoryview) -> None:
+        """Read a field of a record, numbered over the whole store, into `buffer`. Raises UserError: cut short."""
         field = self.fields[name]
-        at = self._offsets[name] + (record - self.first) * field.bytes
+        offset = self._offsets[name] + (record - self.first) * field.bytes
         try:
-            got = os.preadv(self._file.fileno(), [into[: field.bytes]], at)
+            got = os.preadv(self._file.fileno(), [buffer[: field.bytes]], offset)
         except OSError as error:
-            raise self.damaged(f"record {record} cannot be read ({error.strerror})") from None
+            raise self.damaged(f"record {record}: cannot be read ({error.strerror})") from None
         if got != field.bytes:
-            raise self.damaged(f"record {record} is cut short")
+            raise self.damaged(f"record {record}: got {got} bytes; expected {field.bytes}")

@@ -1,4 +1,4 @@
-"""Is a store what it says: every byte against the manifest, and records against the live teacher."""
+"""Verification of a store: every byte against the manifest, and records against the running teacher."""
 
 from __future__ import annotations
 
@@ -15,48 +15,50 @@ from pipeline.models import teacher
 from pipeline.store import encoding
 from pipeline.store.reading import Store, open_manifest, open_shards
 
-BATCH = 64  # records the live teacher sees at once
+BATCH = 64  # records per forward pass of the teacher
 
 
 def check_bytes(folder: Path) -> dict[str, Any]:
-    """The manifest, after hashing every shard. Raises UserError naming the one that is damaged."""
+    """Hash every shard and return the manifest. Raises UserError: naming the damaged shard."""
     manifest = open_manifest(folder)
     for shard in open_shards(folder, manifest):
         shard.close()
     for entry in manifest["shards"]:
         path = folder / entry["file"]
-        if artifacts.sha256(path) != entry["sha256"]:
-            raise UserError(f"{path}: damaged, its SHA-256 is not the one written; run cache again")
+        if (got := artifacts.sha256(path)) != entry["sha256"]:
+            raise UserError(
+                f"{path}: damaged: SHA-256: got {got[:12]}; expected {entry['sha256'][:12]}; run cache again"
+            )
     return manifest
 
 
 def verify(
     folder: Path, prepared: Prepared, teacher_path: Path, n: int
 ) -> dict[str, dict[str, float]]:
-    """Every byte, then `n` records against the live teacher: max and mean relative error by tensor.
+    """Check every byte, then `n` records against the teacher; returns max and mean relative error by tensor.
 
-    Raises UserError: damaged, stale, or nothing stored. GateFailed: an error is over the gate of its dtype.
+    Raises UserError: damaged, stale, or nothing stored. GateFailed: an error is above the gate of its dtype.
     """
     if n < 1:
-        raise UserError(f"-n: got {n}; allowed: 1 record or more")
+        raise UserError(f"-n: got {n}; expected 1 record or more")
     store = Store(folder, prepared, teacher_path)
     if not store.cached:
         raise UserError(
-            f"{folder}: mode is off, no record is stored; set cache.mode: on to store them"
+            f"{folder}: got a feature cache with mode off, which has no records; set cache.mode: on and run cache"
         )
     total = check_bytes(folder)["records"]
     live = teacher.load(teacher_path)
-    chosen = np.sort(np.random.default_rng(0).choice(total, min(n, total), replace=False))
+    sample = np.sort(np.random.default_rng(0).choice(total, min(n, total), replace=False))
     train, errors = prepared.rows("train"), []
-    for at in range(0, len(chosen), BATCH):
-        records = chosen[at : at + BATCH]
+    for start in range(0, len(sample), BATCH):
+        records = sample[start : start + BATCH]
         rows, ks = train[records // store.views], records % store.views
         batch = views.view_batch(prepared.images, store.geometry, store.seed, rows, ks, train)
         stored = store.read(records)
         views.check_hashes(batch, stored.view_hash, rows)
         tokens = stored.tokens(live.tail if store.replayed else None)
         errors.append(encoding.relative_errors(tokens, live(batch)))
-        encoding.hold(errors[-1], store.manifest["dtype"], str(folder), "run cache again")
+        encoding.check_gate(errors[-1], store.manifest["dtype"], str(folder), "run cache again")
     worst = encoding.worst(errors)
     return {
         name: {"max": worst[name], "mean": float(np.mean([e[name] for e in errors]))}

@@ -1,7 +1,7 @@
-"""Writing a store: the teacher over every view, shard by shard, by one process or by the ranks of torchrun.
+"""Writing a store: the teacher runs over every view, shard by shard, in one process or on several ranks.
 
-A shard is the unit of resuming and of sharing out: whole write batches, so that neither a kill nor the number of
-ranks changes which images the teacher sees together, and with that no bit.
+A shard is the unit of resuming and of distribution over ranks. It consists of whole write batches, so that neither
+a kill nor the number of ranks changes which images are in a batch together, and with that the bits.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from pipeline.store.reading import SCHEMA, seal
 from pipeline.training import compute, resume
 from pipeline.training.ranks import SINGLE_PROCESS, Ranks
 
-MEASURE_EVERY = 8  # write batches: the error is that of each eighth
-# Rooms of pipeline/ whose code makes a record: an edit there starts an unfinished store anew.
+MEASURE_EVERY = 8  # write batches between two measurements of the error, which costs a replay
+# Rooms of pipeline/ whose code decides a record: after an edit there an unfinished store starts again.
 ROOMS = ("core", "data", "models", "store", "training")
-STATISTICS = 512  # views behind the per-channel mean and standard deviation of h
+STATISTICS = 512  # views for the mean and standard deviation of h per channel
 
 
 def write(
@@ -44,18 +44,19 @@ def write(
     progress: Callable[[int], None],
     ranks: Ranks = SINGLE_PROCESS,
 ) -> dict[str, Any]:
-    """Run the teacher over every view and publish the store at `out`; resumes shard by shard; the manifest.
+    """Run the teacher over every view and publish the store at `out`; returns the manifest.
 
-    The teacher is moved to this rank's device.
-    `progress` is told how many records this rank has done. Raises UserError: a block that cannot be replayed, a
-    value float16 cannot hold, disk full, no such device. GateFailed: the dtype's error is over its gate.
+    Resumes shard by shard. The teacher is moved to this rank's device. `progress` is called with the number of
+    records that this rank has written.
+    Raises UserError: a layout that does not fit the teacher, a value above float16, disk full, no such device.
+    GateFailed: an error above the gate of its dtype.
     """
     check_layout(cache, live.spec)
     policy.check_data(prepared, live.description)
     device = compute.pick_device(cache.device, "cache.device", ranks)
     task = Task(cache, prepared, live.to(device), device)
     unfinished = {
-        **task.marks,
+        **task.fingerprint,
         "batch": cache.batch,
         "shard_mb": cache.shard_mb,
         "device": device.type,
@@ -72,7 +73,7 @@ def write(
 
 
 class Task:
-    """What is to be written, and how it is cut into shards."""
+    """The content of a store to write, and its division into shards."""
 
     def __init__(
         self,
@@ -82,7 +83,7 @@ class Task:
         device: torch.device,
     ) -> None:
         self.cache, self.prepared, self.live, self.device = cache, prepared, live, device
-        self.marks = policy.fingerprint(cache, prepared, live.description)
+        self.fingerprint = policy.fingerprint(cache, prepared, live.description)
         self.fields = shards.layout_fields(
             cache.layout, cache.dtype, live.spec, len(prepared.classes)
         )
@@ -93,24 +94,24 @@ class Task:
 
     @property
     def shard_count(self) -> int:
-        """Shards of the whole store."""
+        """Number of shards of the whole store."""
         return -(-self.total // self.per_shard)
 
     def records_of(self, number: int) -> NDArray[np.int64]:
-        """Record numbers of one shard."""
+        """Return the record numbers of one shard."""
         start = number * self.per_shard
         return np.arange(start, min(start + self.per_shard, self.total))
 
     def view(self, records: NDArray[np.int64]) -> Tensor:
-        """The views (B, 3, S, S) uint8 that records are about."""
+        """Render the views (B, 3, S, S) uint8 of records (B,)."""
         cache, rows = self.cache, self.rows[records // self.cache.views]
         return views.view_batch(
             self.prepared.images, cache.geometry, cache.seed, rows, records % cache.views, self.rows
         )
 
     def manifest(self, folder: Path) -> dict[str, Any]:
-        """The sealed manifest of the finished shards in the work folder."""
-        cache, found = self.cache, self.live.spec
+        """Build the sealed manifest from the finished shards in the work folder."""
+        cache, spec = self.cache, self.live.spec
         entries = [artifacts.read_json(_note(folder, n)) for n in range(self.shard_count)]
         mean, std = _statistics(self)
         return seal(
@@ -127,12 +128,12 @@ class Task:
                 "fields": {name: field.described() for name, field in self.fields.items()},
                 "error": encoding.worst([e["error"] for e in entries if e["error"]]),
                 "r12": overconfidence.r12(entries),
-                "n_heads": found.n_heads,
-                "no_attention": found.no_attention,
-                "width": found.width,
+                "n_heads": spec.n_heads,
+                "no_attention": spec.no_attention,
+                "width": spec.width,
                 "h_mean": mean,
                 "h_std": std,
-                "fingerprint": self.marks,
+                "fingerprint": self.fingerprint,
                 "shards": entries,
                 "provenance": artifacts.provenance(asdict(cache)),
             }
@@ -150,31 +151,26 @@ def _shard(folder: Path, number: int) -> Path:
 def _write_shards(
     task: Task, folder: Path, out: Path, progress: Callable[[int], None], ranks: Ranks
 ) -> None:
-    """Write this rank's shards; a shard goes to the disk while the teacher looks at the next one's views."""
-    mine = range(ranks.rank, task.shard_count, ranks.size)
-    missing = [n for n in mine if not _whole(_note(folder, n), _shard(folder, n))]
+    """Write this rank's shards; a thread saves one while the teacher runs on the next."""
+    own_shards = range(ranks.rank, task.shard_count, ranks.size)
+    missing = [n for n in own_shards if not _is_complete(_note(folder, n), _shard(folder, n))]
     if ranks.rank == 0:
-        here = sum(
-            _shard(folder, n).stat().st_size
-            for n in range(task.shard_count)
-            if _shard(folder, n).exists()
-        )
-        whole = task.total * shards.record_bytes(task.fields)
-        shards.check_disk_space(folder, max(0, whole - here))
-        if folder.stat().st_dev != shards.standing(out).stat().st_dev:  # published by copying
-            shards.check_disk_space(out, whole)
-    done = sum(len(task.records_of(n)) for n in mine) - sum(
-        len(task.records_of(n)) for n in missing
-    )
+        paths = [_shard(folder, n) for n in range(task.shard_count)]
+        written = sum(path.stat().st_size for path in paths if path.exists())
+        total = task.total * shards.record_bytes(task.fields)
+        shards.check_disk_space(folder, max(0, total - written))
+        if folder.stat().st_dev != shards.nearest_existing(out).stat().st_dev:  # `publish` copies
+            shards.check_disk_space(out, total)
+    done = sum(len(task.records_of(n)) for n in own_shards if n not in missing)
     saving: Future[None] | None = None
     with resume.Interrupts() as interrupts, ThreadPoolExecutor(1) as disk:
 
-        def told(more: int) -> None:
+        def report(more: int) -> None:
             progress(done + more)
-            interrupts.leave_if_asked(folder)
+            interrupts.leave_if_signalled(folder)
 
         for number in missing:
-            tensors, errors = _make_shard(task, task.records_of(number), told)
+            tensors, errors = _make_shard(task, task.records_of(number), report)
             done += len(tensors["logits"])
             if saving is not None:
                 saving.result()
@@ -183,8 +179,8 @@ def _write_shards(
             saving.result()
 
 
-def _whole(note: Path, shard: Path) -> bool:
-    """True where an earlier run left this shard complete: its note is there and its bytes have the noted hash."""
+def _is_complete(note: Path, shard: Path) -> bool:
+    """Whether an earlier run finished this shard: its note exists and has the hash of its bytes."""
     if not (note.is_file() and shard.is_file()):
         return False
     return bool(artifacts.read_json(note)["sha256"] == artifacts.sha256(shard))
@@ -193,46 +189,46 @@ def _whole(note: Path, shard: Path) -> bool:
 def _make_shard(
     task: Task, records: NDArray[np.int64], progress: Callable[[int], None]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The fields (n, ...) of these records without the checksum, and the error of every eighth batch's worst."""
-    parts: dict[str, list[Tensor]] = {}
+    """Compute the fields (n, ...) of these records without checksum, and the largest measured errors."""
+    columns: dict[str, list[Tensor]] = {}
     errors: list[dict[str, float]] = []
-    for at in range(0, len(records), task.cache.batch):
-        chosen = records[at : at + task.cache.batch]
-        batch = task.view(chosen)
+    for start in range(0, len(records), task.cache.batch):
+        batch_records = records[start : start + task.cache.batch]
+        batch = task.view(batch_records)
         x, exact = task.live.look(batch.to(task.device))
         stored, replayed = _stored(
-            task, x, exact, measure=at % (MEASURE_EVERY * task.cache.batch) == 0
+            task, x, exact, measure=start % (MEASURE_EVERY * task.cache.batch) == 0
         )
         if replayed is not None:
             errors.append(encoding.relative_errors(replayed, exact))
-            encoding.hold(
+            encoding.check_gate(
                 errors[-1], task.cache.dtype, "cache.dtype", encoding.finer(task.cache.dtype)
             )
-        encoding.check_error(exact.logits)
+        encoding.largest_magnitude(exact.logits)
         stored["logits"] = exact.logits
         stored["view_hash"] = torch.from_numpy(views.view_hashes(batch).astype(np.int64))
         for name, tensor in stored.items():
-            parts.setdefault(name, []).append(tensor.cpu())
-        progress(at + len(chosen))
-    return {k: torch.cat(v) for k, v in parts.items()}, encoding.worst(errors)
+            columns.setdefault(name, []).append(tensor.cpu())
+        progress(start + len(batch_records))
+    return {k: torch.cat(v) for k, v in columns.items()}, encoding.worst(errors)
 
 
 def _stored(
     task: Task, x: Tensor, exact: TeacherOutputs, measure: bool
 ) -> tuple[dict[str, Tensor], TeacherOutputs | None]:
-    """The encoded features of a batch, and where asked what the method will be given of them."""
+    """Encode the features of a batch; with `measure` also the outputs that a training will get from them."""
     features = (
         {"x": x}
         if task.cache.layout == "block_input"
         else {"qkv": exact.attention_inputs, "h": exact.h}
     )
-    coded = {name: encoding.encode(value, task.cache.dtype) for name, value in features.items()}
-    stored = {name: tensor for name, (tensor, _) in coded.items()}
-    stored |= {f"{name}_scale": scale for name, (_, scale) in coded.items() if scale is not None}
+    encoded = {name: encoding.encode(value, task.cache.dtype) for name, value in features.items()}
+    stored = {name: tensor for name, (tensor, _) in encoded.items()}
+    stored |= {f"{name}_scale": scale for name, (_, scale) in encoded.items() if scale is not None}
     if not measure:
         return stored, None
-    seen = {name: encoding.decode(*pair) for name, pair in coded.items()}
-    return stored, task.live.tail(seen["x"]) if "x" in seen else replace(exact, **seen)
+    decoded = {name: encoding.decode(*pair) for name, pair in encoded.items()}
+    return stored, task.live.tail(decoded["x"]) if "x" in decoded else replace(exact, **decoded)
 
 
 def _save_shard(
@@ -254,14 +250,22 @@ def _save_shard(
 
 
 def _statistics(task: Task) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation of h over view 0 of spread images; the same cached or not."""
+    """Compute mean and standard deviation of h per channel over view 0 of evenly spaced images.
+
+    From the running teacher, so that they are the same with `cache.mode` on and off.
+    """
     cache = task.cache
-    chosen = spread(task.rows, STATISTICS)
+    rows = spread(task.rows, STATISTICS)
     tokens = []
-    for at in range(0, len(chosen), cache.batch):
-        part = chosen[at : at + cache.batch]
+    for start in range(0, len(rows), cache.batch):
+        batch_rows = rows[start : start + cache.batch]
         batch = views.view_batch(
-            task.prepared.images, cache.geometry, cache.seed, part, np.zeros_like(part), task.rows
+            task.prepared.images,
+            cache.geometry,
+            cache.seed,
+            batch_rows,
+            np.zeros_like(batch_rows),
+            task.rows,
         )
         tokens.append(task.live(batch.to(task.device)).h.flatten(0, 1).cpu())
     h = torch.cat(tokens).double()

@@ -1,1 +1,1 @@
-"""The training loop that both teacher and student use: resumable, on one process or several ranks."""
+"""The training loop of teacher and student: resumable, in one process or on several ranks."""

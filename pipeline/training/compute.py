@@ -1,4 +1,4 @@
-"""Where and how a training step is computed: device, precision, memory format, ranks, parts of a batch, EMA."""
+"""How a training step is computed: device, precision, memory format, micro-batches, EMA."""
 
 from __future__ import annotations
 
@@ -33,41 +33,42 @@ class Compute:
     ema: BelowOne = 0.0  # decay of the averaged weights that are published; 0: the last weights
 
     def backend(self) -> str:
-        """What carries messages between ranks: NCCL between CUDA devices, else gloo."""
+        """Return the backend of torch.distributed: NCCL between CUDA devices, else gloo."""
         return "nccl" if self.device != "cpu" and torch.cuda.is_available() else "gloo"
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """What the forward pass runs under."""
-        return (
-            torch.autocast(device.type, torch.bfloat16)
-            if self.precision == "bf16"
-            else nullcontext()
-        )
+        """Return the context of the forward pass: autocast to bfloat16, or none."""
+        if self.precision == "bf16":
+            return torch.autocast(device.type, torch.bfloat16)
+        return nullcontext()
 
-    def parts(self, batch: int, ranks: Ranks) -> int:
-        """Parts of a step's batch over ranks and accumulation. Raises UserError: it does not divide."""
-        parts = self.accumulate * ranks.size
-        if batch % parts or batch // parts < 2:
+    def micro_batches(self, batch: int, ranks: Ranks) -> int:
+        """Count the micro-batches of a step over ranks and accumulation. Raises UserError: of unequal size."""
+        micro_batches = self.accumulate * ranks.size
+        if batch % micro_batches or batch // micro_batches < 2:
             raise UserError(
-                f"distill.batch: got {batch}, which {ranks.size} ranks x {self.accumulate} parts do not "
-                "divide into equal parts of 2 or more; change one of the three"
+                f"distill.batch: got {batch} for {ranks.size} ranks x {self.accumulate} micro-batches "
+                "(distill.compute.accumulate); expected a multiple that leaves 2 images or more in each; change "
+                "one of the three"
             )
-        return parts
+        return micro_batches
 
     def average(self, student: nn.Module) -> AveragedModel | None:
-        """The exponential moving average of the student's weights and buffers; None where it is off."""
+        """Create the exponential moving average of weights and buffers; None where it is off."""
         if not self.ema:
             return None
         return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(self.ema), use_buffers=True)
 
 
 def pick_device(device: Device, parameter: str, ranks: Ranks) -> torch.device:
-    """The device of this rank. Raises UserError: `parameter` asks for CUDA where there is none."""
+    """Choose the device of this rank. Raises UserError: `parameter` says CUDA and there is none."""
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise UserError(f"{parameter}: got {device!r}, but PyTorch sees no CUDA device; use auto")
+        raise UserError(
+            f"{parameter}: got {device!r}; expected a CUDA device, PyTorch sees none; set it to auto"
+        )
     if device == "cpu" or not available:
         return torch.device("cpu")
-    found = torch.device("cuda", ranks.local % torch.cuda.device_count())
-    torch.cuda.set_device(found)
-    return found
+    cuda = torch.device("cuda", ranks.local % torch.cuda.device_count())
+    torch.cuda.set_device(cuda)
+    return cuda

@@ -1,4 +1,4 @@
-"""A run that can be killed: one writer a work folder, checkpoints without pickle, signals that save and leave."""
+"""The loop over training steps: checkpoints, interruption, divergence, learning rate."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def run_steps(
     step: Callable[[int], StepFigures],
     ranks: Ranks = SINGLE_PROCESS,
 ) -> list[StepFigures]:
-    """Call `step(i)` for i up to `bar.total`, going on after the last checkpoint; the figures of every step.
+    """Call `step(i)` for i up to `bar.total`, from the last checkpoint on; returns the figures of every step.
 
-    Saves every `every` steps, and before it leaves on SIGINT or SIGTERM. A step must draw its random numbers from
+    Saves every `every` steps, and before it exits on SIGINT or SIGTERM. A step must draw its random numbers from
     its own number alone: then a killed run ends in the same bits. `bar.what` begins with the params section.
-    Of several ranks the first saves and tells; all of them load.
+    Of several ranks the first one saves and logs; all of them load.
     Raises UserError: a figure that is not finite, a damaged checkpoint, disk full.
     """
     start, logged = load_checkpoint(checkpoint, modules, optimizers)
@@ -46,10 +46,10 @@ def run_steps(
         module.train()
     with Interrupts() as interrupts, bar:
         for i in range(start, bar.total):
-            seen = step(i)
-            _check_divergence(bar.what, i, seen)
-            curves.append({"step": i, **seen})
-            bar(i + 1, **seen)
+            figures = step(i)
+            _check_divergence(bar.what, i, figures)
+            curves.append({"step": i, **figures})
+            bar(i + 1, **figures)
             leaving = ranks.any(interrupts.signal is not None)
             if i + 1 < bar.total and (leaving or (i + 1) % every == 0):
                 if ranks.rank == 0:
@@ -62,18 +62,18 @@ def run_steps(
     return curves
 
 
-def _check_divergence(name: str, step: int, seen: StepFigures) -> None:
-    for term, value in seen.items():
+def _check_divergence(name: str, step: int, figures: StepFigures) -> None:
+    for term, value in figures.items():
         if not math.isfinite(value):
             section = name.split()[0]
             raise UserError(
-                f"{name}: {term} is {value} at step {step}: the training diverged; lower {section}.lr, remove "
-                f".work/{section}, run again"
+                f"{name}: training diverged: {term}: got {value} at step {step}; expected a finite number; lower "
+                f"{section}.lr, remove .work/{section}, run again"
             )
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of an optimiser: matrices and kernels decay, norms and biases (one axis or none) do not."""
+    """Split parameters into optimiser groups: matrices and kernels decay, norms and biases (ndim <= 1) do not."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in parameters:
         groups[parameter.ndim > 1].append(parameter)
@@ -81,7 +81,7 @@ def decay_groups(parameters: Iterable[nn.Parameter], decay: float) -> list[dict[
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 5 % of the steps, then cosine to 0."""
+    """Compute the learning rate of a step: linear warm-up over 5 % of the steps, then cosine to 0."""
     warm = max(1, steps // 20)
     if step < warm:
         return peak * (step + 1) / warm

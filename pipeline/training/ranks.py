@@ -1,4 +1,8 @@
-"""One process or several ranks: set-up from the environment, means over all of them."""
+"""Distributed training: ranks from the environment, means over all of them.
+
+Gradients are averaged after the backward pass, not during it as in DistributedDataParallel: student and projectors
+are small, and one plain loop serves accumulation, two optimisers and any device (docs/scaling.md).
+"""
 
 from __future__ import annotations
 
@@ -15,22 +19,21 @@ from pipeline.core.errors import UserError
 
 
 def average_gradients(parameters: Iterable[Tensor], ranks: Ranks) -> None:
-    """Replace every gradient by its mean over the ranks: one message for all of them."""
+    """Replace every gradient by its mean over the ranks, in one all-reduce."""
     if ranks.size == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
     distributed.all_reduce(flat)
-    for gradient, mean in zip(
-        gradients, (flat / ranks.size).split([g.numel() for g in gradients]), strict=True
-    ):
+    means = (flat / ranks.size).split([g.numel() for g in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
         gradient.copy_(mean.view_as(gradient))
 
 
 def average_figures(
     figures: dict[str, float], device: torch.device, ranks: Ranks
 ) -> dict[str, float]:
-    """The mean of every figure over the ranks; all ranks have the same names."""
+    """Average figures over the ranks, which all have the same names."""
     if ranks.size == 1:
         return figures
     row = torch.tensor([figures[name] for name in sorted(figures)], device=device)
@@ -38,17 +41,17 @@ def average_figures(
     return dict(zip(sorted(figures), (row / ranks.size).tolist(), strict=True))
 
 
-def of_all_ranks(part: Tensor) -> Tensor:
-    """The parts (B, ...) of all ranks, one after the other; alone, the part itself."""
+def of_all_ranks(own: Tensor) -> Tensor:
+    """Concatenate the tensors (B, ...) of all ranks, in the order of their numbers."""
     if not distributed.is_initialized():
-        return part
-    parts = [torch.empty_like(part) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, part.contiguous())
-    return torch.cat(parts)
+        return own
+    gathered = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(gathered, own.contiguous())
+    return torch.cat(gathered)
 
 
 def same_start(modules: Iterable[nn.Module], ranks: Ranks) -> None:
-    """Give every rank the first one's parameters and buffers."""
+    """Copy the first rank's parameters and buffers to all ranks."""
     if ranks.size == 1:
         return
     for module in modules:
@@ -56,7 +59,8 @@ def same_start(modules: Iterable[nn.Module], ranks: Ranks) -> None:
             distributed.broadcast(tensor, 0)
 
 
-RANK_TIMEOUT = timedelta(days=7)  # that a rank may wait for the others
+# Above torch's default of minutes: the others wait while one rank hashes a store or writes its last shards.
+RANK_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Ranks:
     local: int = 0
 
     def wait(self) -> None:
-        """Until every rank has come here."""
+        """Wait until every rank has called this."""
         if self.size > 1:
             with self._ended():
                 distributed.barrier()
@@ -77,26 +81,26 @@ class Ranks:
         """Whether it holds for any rank."""
         if self.size == 1:
             return flag
-        found = torch.tensor([int(flag)], device=self._device)
+        flags = torch.tensor([int(flag)], device=self._device)
         with self._ended():
-            distributed.all_reduce(found, distributed.ReduceOp.MAX)
-        return bool(found.item())
+            distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+        return bool(flags.item())
 
     def check_equal(self, what: str, value: int) -> None:
-        """Raise UserError where the ranks do not have the same number."""
+        """Compare a number between the ranks. Raises UserError: it differs, on every rank."""
         if self.any(self._of_first(value) != value):
             raise UserError(
-                f"rank {self.rank}: {what} is {value}, on another rank it is not; put the work folder where all "
-                "machines see it"
+                f"rank {self.rank}: {what}: got {value}; expected the same number on all ranks; put the work "
+                "folder on a disk that all machines share"
             )
 
     def _of_first(self, value: int) -> int:
         if self.size == 1:
             return value
-        found = torch.tensor([value], device=self._device)
+        number = torch.tensor([value], device=self._device)
         with self._ended():
-            distributed.broadcast(found, 0)
-        return int(found.item())
+            distributed.broadcast(number, 0)
+        return int(number.item())
 
     @property
     def _device(self) -> torch.device:
@@ -109,34 +113,31 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise UserError(
-                f"rank {self.rank}: another rank has ended ({str(error)[:60]}); its line says why"
+                f"rank {self.rank}: another rank has ended ({str(error)[:60]}); see its own error message"
             ) from None
 
 
 SINGLE_PROCESS = Ranks()
-
-
-SLURM = {
-    "RANK": "SLURM_PROCID",
-    "WORLD_SIZE": "SLURM_NTASKS",
-    "LOCAL_RANK": "SLURM_LOCALID",
-}  # what torchrun would set -> what srun sets
+# torchrun's variable -> srun's
+SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
 @contextmanager
 def ranks(backend: str = "gloo") -> Iterator[Ranks]:
-    """The ranks that torchrun or srun started, joined over `backend`; without either this process alone.
+    """Join the ranks that torchrun or srun started, over `backend`; without either a single process.
 
     Raises UserError: srun without MASTER_ADDR and MASTER_PORT.
     """
     if "WORLD_SIZE" not in os.environ and "SLURM_STEP_ID" in os.environ:
-        os.environ.update({ours: os.environ[theirs] for ours, theirs in SLURM.items()})
+        os.environ.update({variable: os.environ[slurm] for variable, slurm in SLURM.items()})
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield SINGLE_PROCESS
         return
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise UserError(f"{name} is not set; export the first node's address and a free port")
+            raise UserError(
+                f"{name}: got no value under srun; expected the first node's address and a free port; export both"
+            )
     local, device = int(os.environ.get("LOCAL_RANK", "0")), None
     if backend == "nccl":
         device = torch.device("cuda", local % torch.cuda.device_count())

@@ -1,4 +1,4 @@
-"""Work folders with one writer, signals that save before leaving, checkpoints in safetensors."""
+"""Resuming a killed run: work folders with one writer, signal handlers, checkpoints without pickle."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ PATIENCE = 10.0  # seconds a killed predecessor gets to save and leave
 
 @contextmanager
 def work_folder(root: Path, fingerprint: str, ranks: Ranks = SINGLE_PROCESS) -> Iterator[Path]:
-    """The folder of one run's unfinished work, `root/<fingerprint>`, locked against a second writer.
+    """Open the folder of one run's unfinished work, `root/<fingerprint>`, locked against a second writer.
 
-    Removed when the body ends well, kept when it does not. The lock stands beside it and is never removed. Of
-    several ranks the first holds the lock and clears up, when all are done.
-    Raises UserError: another process holds it and does not leave within PATIENCE seconds.
+    It is removed when the body succeeds and stays when it fails, so that the next run resumes. Of several ranks
+    the first one holds the lock and removes the folder when all are done.
+    Raises UserError: another process holds it and does not exit within PATIENCE seconds.
     """
     folder = root / fingerprint[:16]
     if ranks.rank:
@@ -42,12 +42,14 @@ def work_folder(root: Path, fingerprint: str, ranks: Ranks = SINGLE_PROCESS) -> 
         ranks.wait()
         return
     make_parent(folder)
+    # The lock file is beside the folder and never removed: a process that waits for it would hold a deleted file,
+    # and a third one would lock the new file of the same name.
     with folder.with_suffix(".lock").open("w") as lock:
         until = time.monotonic() + PATIENCE
         while not _locked(lock):
             if time.monotonic() > until:
                 raise UserError(
-                    f"{folder}: another process is writing it; wait for it or stop it, then run again"
+                    f"{folder}: locked by another process that writes it; wait for it or stop it, then run again"
                 )
             time.sleep(0.1)
         folder.mkdir(exist_ok=True)  # here: the process waited for has removed its own
@@ -66,37 +68,39 @@ def _locked(file: TextIO) -> bool:
 
 
 class Interrupts:
-    """Turns SIGINT and SIGTERM into a flag the loop can ask for, so that it saves before it leaves."""
+    """Turns SIGINT and SIGTERM into a flag, so that a loop can save before it exits."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     def __enter__(self) -> Interrupts:
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {s: signal.signal(s, self._record) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         self.signal = number
 
-    def leave_if_asked(self, saved: Path) -> None:
-        """Leave, if a signal has come."""
+    def leave_if_signalled(self, saved: Path) -> None:
+        """Exit if a signal has arrived."""
         if self.signal is not None:
             self.leave(saved)
 
     def leave(self, saved: Path, quiet: bool = False) -> None:
-        """Exit with 128 + signal, saying where the work is saved; SIGTERM where another rank got the signal."""
-        number = self.signal or signal.SIGTERM
+        """Exit with 128 + signal and print where the work is saved, unless `quiet`."""
+        number = self.signal or signal.SIGTERM  # none here: another rank got the signal
         if not quiet:
-            print(f"stopped by signal {number}; saved {saved}; run again to go on", file=sys.stderr)
+            print(
+                f"stopped by signal {number}; saved {saved}; run again to resume", file=sys.stderr
+            )
         sys.exit(128 + number)
 
 
 def as_worker(_: int) -> None:
-    """What a process that makes batches does first: it leaves signals to its parent, and dies with it."""
+    """Set up a data-loader process: signals are left to its parent, and it is killed with it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     cli.die_with_parent(signal.SIGKILL)
@@ -112,7 +116,7 @@ def save_checkpoint(
     optimizers: Mapping[str, torch.optim.Optimizer],
     logged: Mapping[str, Tensor],
 ) -> None:
-    """Write parameters, buffers, optimiser moments and the `logged` tensors after `step` steps, atomically.
+    """Save parameters, buffers, optimiser moments and the `logged` tensors after `step` steps, atomically.
 
     Raises UserError: cannot write, disk full.
     """
@@ -123,9 +127,8 @@ def save_checkpoint(
     for name, optimizer in optimizers.items():
         for index, state in optimizer.state_dict()["state"].items():
             for key, value in state.items():
-                tensors[f"optimizer/{name}/{index}/{key}"] = (
-                    torch.as_tensor(value).cpu().contiguous()
-                )
+                tensor = torch.as_tensor(value).cpu().contiguous()
+                tensors[f"optimizer/{name}/{index}/{key}"] = tensor
     try:
         with atomic(path) as temporary:
             save_file(tensors, temporary, metadata={"step": str(step)})
@@ -136,7 +139,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
 ) -> tuple[int, dict[str, Tensor]]:
-    """Restore what `save_checkpoint` wrote -> (steps done, `logged`); (0, {}) where there is none.
+    """Restore what `save_checkpoint` wrote; returns (steps done, `logged`), (0, {}) without a checkpoint.
 
     Raises UserError: damaged.
     """
@@ -151,24 +154,26 @@ def load_checkpoint(
         for name, optimizer in optimizers.items():
             state: dict[int, dict[str, Tensor]] = {}
             for key, value in _below(tensors, f"optimizer/{name}/").items():
-                index, what = key.split("/")
-                state.setdefault(int(index), {})[what] = value
+                index, name = key.split("/")
+                state.setdefault(int(index), {})[name] = value
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        told = " ".join(str(error).split())[:300]
-        raise UserError(f"{path}: damaged checkpoint ({told}); remove it and run again") from None
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{path}: damaged: not a checkpoint of this run ({reason}); remove it and run again"
+        ) from None
     return step, _below(tensors, "logged/")
 
 
 def to_columns(curves: list[StepFigures]) -> dict[str, Tensor]:
-    """One float64 tensor a term over the steps so far, NaN where a step has no such figure."""
+    """Convert the figures of each step to a float64 tensor per term, NaN where a step has no such figure."""
     terms = sorted({t for row in curves for t in row})
     nan = math.nan
     return {t: torch.tensor([r.get(t, nan) for r in curves], dtype=torch.float64) for t in terms}
 
 
 def from_columns(columns: Mapping[str, Tensor]) -> list[StepFigures]:
-    """The steps that `to_columns` made columns of."""
+    """Invert `to_columns`."""
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     figures = [
         {t: v for t, v in zip(columns, row, strict=True) if not math.isnan(v)} for row in rows

@@ -1,4 +1,4 @@
-"""Seeds and orders as pure functions of their names, so that a resumed run draws the same numbers."""
+"""Seeds and permutations as pure functions of their names, so that a resumed run draws the same numbers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pipeline.core import artifacts
 
 
 def permutation(n: int, seed: int, stream: str, epoch: int) -> NDArray[np.int64]:
-    """The order of `n` items in one pass of a named stream: a function of its arguments alone."""
+    """Draw the order of `n` items in one epoch of a named stream; a function of its arguments alone."""
     key = hashlib.blake2b(f"{seed}/{stream}/{epoch}".encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(key, "little")).permutation(n)
 
 
 def step_seed(seed: int, step: int, stream: str) -> int:
-    """The seed of one named stream of random numbers in one step."""
+    """Compute the seed of one named stream of random numbers in one step."""
     return int(artifacts.digest([seed, step, stream])[:15], 16)

@@ -1,4 +1,4 @@
-"""Time of each stage of a training step, and the peak memory of the process."""
+"""Timing of the stages of a training step, and the peak memory of the process."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 
 
 class Stopwatch:
-    """Milliseconds of each named stage of a training step, kept for every step.
+    """Milliseconds of each named stage, for every training step.
 
-    On a CUDA device the time between two events of its stream, read when the step ends: nothing waits for it.
+    On a CUDA device the time between two events of its stream, read when the step ends, so that no stage waits for
+    the device.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -50,7 +51,7 @@ class Stopwatch:
 
 
 def peak_memory_mb() -> float:
-    """Peak resident memory of this process so far, in MB."""
+    """Return the peak resident memory of this process so far, in MB."""
     import resource
 
     scale = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes on Linux
