@@ -481,7 +481,7 @@ def test_a_noisy_row_is_marked_explained_and_counted(run: Run) -> None:
 
 def test_students_stand_beside_the_teacher_with_labels_and_points(run: Run) -> None:
     text = markdown([summary(run)])
-    row = cells(text, "cakd (shipped)")
+    row = cells(text, "cakd (exported)")
     assert row[1] == "50 of 1,297" and row[2] == "88.5 ± 1.6"
     assert row[-2:] == ["+7.5", "+2.2"]
     assert cells(text, "logits")[-2:] == ["+5.2", "–"]
@@ -518,7 +518,7 @@ def test_a_student_that_gained_nothing_is_never_shipped_under_a_green_pass(run: 
     assert "+0.9\\] points against plain" in first and "(teacher 68.8 %)" in first
     assert "the teacher is not better than plain (73.1 %)" in first
     assert "cakd is not better than plain" in first
-    assert "a stronger or pretrained teacher, or more unlabelled images, or ship plain" in first
+    assert "a stronger or pretrained teacher, or more unlabelled images, or export plain" in first
     page = (run.folder / "out/index.html").read_text()
     assert '<strong class="NO-GAIN">NO GAIN</strong>' in page and ".NO-GAIN," in page
     assert '<strong class="PASS">PASS</strong>:' not in page
@@ -608,7 +608,7 @@ def test_the_table_has_each_control_with_its_interval(run: Run) -> None:
     found["models"]["cakd"]["against"] = differences(plain=(7.5, 3.1, 11.9), control=(5, 1, 9))
     run.write("accuracy.json", found)
     text = markdown([summary(run)])
-    row = [cell.replace("\\", "") for cell in cells(text, "cakd (shipped)")]
+    row = [cell.replace("\\", "") for cell in cells(text, "cakd (exported)")]
     assert row[-3:] == ["+7.5 [+3.1, +11.9]", "+2.2", "+5.0 [+1.0, +9.0]"]
     assert cells(text, "logits")[-3:] == ["+5.2", "–", "–"]
     assert "against control (points)" in text
@@ -618,7 +618,7 @@ def test_a_shipped_student_below_its_baseline_is_told(run: Run) -> None:
     found = accuracy()
     found["models"]["cakd"]["clean"]["top1"] = 0.80
     run.write("accuracy.json", found)
-    assert "the shipped cakd is 6.2 points below logits" in summary(run)["verdict"]["notes"]
+    assert "the exported cakd is 6.2 points below logits" in summary(run)["verdict"]["notes"]
 
 
 def test_names_and_reasons_cannot_leave_their_place(run: Run) -> None:

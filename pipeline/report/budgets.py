@@ -1,4 +1,4 @@
-"""Limits on accuracy, latency, size and parameters, and whether the exported student keeps them."""
+"""Limits on accuracy, latency, size and parameters, and whether the exported student meets them."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ def check_targets(budgets: Iterable[str], targets: Sequence[str]) -> None:
 
 def judge_budget(summary: Mapping[str, Any], name: str, limit: float) -> dict[str, Any]:
     """A budget and its verdict: PASS, FAIL, NOT MEASURED, or INCONCLUSIVE where noise alone is above the limit."""
-    wanted, _, quantity = name.rpartition(".")
+    requested, _, quantity = name.rpartition(".")
     what = BUDGETS[quantity]
     best: tuple[float, float] | None = None  # the figure, and the lowest it can be without noise
     if quantity in OF_TARGET:
-        found = [
+        figures = [
             (_bounds(t["student"], quantity), t["target"])
             for t in summary["targets"]
-            if wanted in ("", t["target"]) and t["student"]["status"] == "measured"
+            if requested in ("", t["target"]) and t["student"]["status"] == "measured"
         ]
-        if found:
-            best, target = min(found)
+        if figures:
+            best, target = min(figures)
             what = f"{what} of {target}"
     elif summary["shipped"] in summary["models"]:
         figure = _figure(summary, quantity)
         best = None if figure is None else (figure, figure)
     verdict = "NOT MEASURED"
     if best is not None:
-        kept = best[0] >= limit if quantity.endswith("_min") else best[0] <= limit
+        met = best[0] >= limit if quantity.endswith("_min") else best[0] <= limit
         noise = quantity == "wall_ms_max" and best[1] <= limit
-        verdict = "PASS" if kept else "INCONCLUSIVE" if noise else "FAIL"
+        verdict = "PASS" if met else "INCONCLUSIVE" if noise else "FAIL"
     return {
         "name": name,
         "what": what,
@@ -64,13 +64,13 @@ def judge_budget(summary: Mapping[str, Any], name: str, limit: float) -> dict[st
 
 
 def _figure(summary: Mapping[str, Any], quantity: str) -> float | None:
-    """What the exported student has of a quantity that no target decides; None where it was not measured."""
+    """A quantity of the exported student that does not depend on the target; None where not measured."""
     shipped = summary["models"][summary["shipped"]]
     if quantity == "gain_min":
         gained = gain(summary)
         return gained.points if gained else None
-    found: float = shipped["clean"]["top1"] if quantity == "top1_min" else shipped["params"]
-    return found
+    figure: float = shipped["clean"]["top1"] if quantity == "top1_min" else shipped["params"]
+    return figure
 
 
 def _bounds(row: Mapping[str, Any], quantity: str) -> tuple[float, float]:

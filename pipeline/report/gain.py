@@ -1,4 +1,4 @@
-"""What distillation gained over `plain` and the control, and what to do where it gained nothing. Torch-free."""
+"""Gain of distillation over `plain` and the control, and advice where there is none. Torch-free."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Gain:
 
 
 def gain(summary: Summary, model: str | None = None, baseline: str = "plain") -> Gain | None:
-    """What a model, or else the exported student, is above a baseline; None where one of them was not judged."""
+    """Gain of a model (default: the exported student) over a baseline; None where one was not evaluated."""
     models, name = summary["models"], model or summary["shipped"]
-    if found := models.get(name, {}).get("against", {}).get(baseline):
-        return Gain(found["points"], (found["low"], found["high"]))
+    if paired := models.get(name, {}).get("against", {}).get(baseline):
+        return Gain(paired["points"], (paired["low"], paired["high"]))
     if name not in models or baseline not in models:
         return None
     own, other = (models[n]["clean"]["top1"] for n in (name, baseline))
@@ -40,7 +40,7 @@ def gain(summary: Summary, model: str | None = None, baseline: str = "plain") ->
 
 
 def no_gain(summary: Summary) -> list[str]:
-    """Why nothing was gained, each reason a sentence; empty where something was, or `plain` was not judged."""
+    """Reasons why nothing was gained, as sentences; empty where something was, or `plain` was not evaluated."""
     return list(_reasons(summary)) if gain(summary) else []
 
 
@@ -50,8 +50,8 @@ def _reasons(summary: Summary) -> Iterator[str]:
     if teacher and teacher.points <= 0:
         yield f"the teacher is not better than plain ({_percent(models, 'plain')} %)"
     if shipped == "plain":
-        chosen = summary.get("selection", {}).get("reason")
-        yield f"plain is exported{f' ({chosen})' if chosen else ''}"
+        reason = summary.get("selection", {}).get("reason")
+        yield f"plain is exported{f' ({reason})' if reason else ''}"
     for baseline in dict.fromkeys(("plain", *models[shipped].get("against", {}))):
         compared = gain(summary, baseline=baseline)
         if shipped != baseline and compared and not compared.proven:
@@ -64,8 +64,8 @@ def _percent(models: Mapping[str, Any], name: str) -> str:
 
 
 def advice(summary: Summary) -> str:
-    """What to do about a run without a gain."""
-    return BETTER_TEACHER if summary["shipped"] == "plain" else f"{BETTER_TEACHER}, or ship plain"
+    """Advice for a run without a gain."""
+    return BETTER_TEACHER if summary["shipped"] == "plain" else f"{BETTER_TEACHER}, or export plain"
 
 
 def points(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What a summary comes to: its gates one by one, and the status, failures and notes made of them. Torch-free."""
+"""Verdict on a summary: its gates, and the status, failures and notes that follow from them. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from pipeline.report.gain import no_gain
 
 MODELS = ("student", "teacher")
-KEPT = ("PASS", "ALLOWED")  # verdicts of a gate that is open; ALLOWED: the user said so
+PASSING = ("PASS", "ALLOWED")  # verdicts of a gate that passes; ALLOWED: accepted by --allow
 
 
 @dataclass(frozen=True)
 class ReportCheck:
-    """One question put to a run, and its answer. One that does not decide is told and never fails a report."""
+    """One check of a run and its verdict. A check that does not decide is reported and never fails the report."""
 
     kind: str  # parity, budget, precision, baseline
     name: str
@@ -24,14 +24,14 @@ class ReportCheck:
 
     @property
     def failed(self) -> bool:
-        """Whether it fails the report: a budget without a measurement does, nobody knows that it is kept."""
+        """Whether it fails the report. A budget without a measurement does: it may be exceeded."""
         unknown = self.kind == "budget" and self.verdict == "NOT MEASURED"
         return self.decides and (self.verdict == "FAIL" or unknown)
 
     @property
     def open(self) -> bool:
-        """Whether it was asked, answered, and the answer is good."""
-        return self.verdict in KEPT
+        """Whether its verdict lets the run pass."""
+        return self.verdict in PASSING
 
 
 def gates(summary: Mapping[str, Any]) -> list[ReportCheck]:
@@ -40,22 +40,22 @@ def gates(summary: Mapping[str, Any]) -> list[ReportCheck]:
         *map(_parity, summary["parity"]),
         *map(_budget, summary["budgets"]),
         *_precision(summary["targets"]),
-        *(gate for found in summary.get("comparisons", []) for gate in _compared(found)),
+        *(gate for comparison in summary.get("comparisons", []) for gate in _compared(comparison)),
     ]
 
 
 def _parity(row: Mapping[str, Any]) -> ReportCheck:
     precision, name = row["precision_effective"], f"{row['target']} {row['artifact']}"
     reason = row.get("reason") or "not the trained network"
-    said = " ".join(filter(None, [precision, f"parity of {name}: {reason}"]))
-    return ReportCheck("parity", name, row["verdict"], said, decides=precision == "fp32")
+    message = " ".join(filter(None, [precision, f"parity of {name}: {reason}"]))
+    return ReportCheck("parity", name, row["verdict"], message, decides=precision == "fp32")
 
 
 def _budget(budget: Mapping[str, Any]) -> ReportCheck:
     value = budget["value"]
     got = "no measurement" if value is None else round(value, 4)
-    said = f"budget {budget['name']}: got {got}, limit {budget['limit']}"
-    return ReportCheck("budget", budget["name"], budget["verdict"], said)
+    message = f"budget {budget['name']}: got {got}, limit {budget['limit']}"
+    return ReportCheck("budget", budget["name"], budget["verdict"], message)
 
 
 def _precision(targets: Iterable[Mapping[str, Any]]) -> Iterator[ReportCheck]:
@@ -64,39 +64,39 @@ def _precision(targets: Iterable[Mapping[str, Any]]) -> Iterator[ReportCheck]:
         if row.get("precision_requested") in (None, "default"):
             continue
         if row["status"] != "measured":
-            verdict, said = "NOT MEASURED", str(row["reason"])
+            verdict, message = "NOT MEASURED", str(row["reason"])
         elif fell_back(row):
-            verdict, said = "FELL BACK", fall_back(row)
+            verdict, message = "FELL BACK", fall_back(row)
         else:
-            verdict, said = "PASS", f"runs in {row['precision_effective']}"
-        yield ReportCheck("precision", target["target"], verdict, said, decides=False)
+            verdict, message = "PASS", f"runs in {row['precision_effective']}"
+        yield ReportCheck("precision", target["target"], verdict, message, decides=False)
 
 
-def _compared(found: Mapping[str, Any]) -> Iterator[ReportCheck]:
-    where = location(found)
+def _compared(comparison: Mapping[str, Any]) -> Iterator[ReportCheck]:
+    where = location(comparison)
     yield ReportCheck(
-        "baseline", f"{where}: latency", of_latency(found), f"{where}: {_ratio(found)}"
+        "baseline", f"{where}: latency", of_latency(comparison), f"{where}: {_ratio(comparison)}"
     )
-    for gate in found.get("gates", []):
-        said = (
+    for gate in comparison.get("gates", []):
+        message = (
             f"{where}: {gate['name']}: baseline {gate['baseline']}, candidate {gate['candidate']}"
         )
-        said += f", limit {gate['limit']}" * (gate["limit"] is not None)
-        yield ReportCheck("baseline", f"{where}: {gate['name']}", gate["verdict"], said)
+        message += f", limit {gate['limit']}" * (gate["limit"] is not None)
+        yield ReportCheck("baseline", f"{where}: {gate['name']}", gate["verdict"], message)
 
 
-def of_latency(found: Mapping[str, Any]) -> str:
+def of_latency(comparison: Mapping[str, Any]) -> str:
     """The verdict on the ratio alone: that of a comparison is the worst of the ratio and the gates beside it."""
-    ratio, verdict = found.get("ratio"), str(found["verdict"])
-    by_gate = any(gate["verdict"] == "FAIL" for gate in found.get("gates", []))
+    ratio, verdict = comparison.get("ratio"), str(comparison["verdict"])
+    by_gate = any(gate["verdict"] == "FAIL" for gate in comparison.get("gates", []))
     if verdict != "FAIL" or not by_gate or not ratio:
         return verdict
     return str(ratio.get("verdict", verdict))
 
 
-def location(found: Mapping[str, Any]) -> str:
+def location(comparison: Mapping[str, Any]) -> str:
     """Where a comparison was made: "student.onnx on ort-fp32, 1 thread"."""
-    return f"{found['model']} on {found['target']}, {threads(found['threads'])}"
+    return f"{comparison['model']} on {comparison['target']}, {threads(comparison['threads'])}"
 
 
 def threads(count: int) -> str:
@@ -104,10 +104,10 @@ def threads(count: int) -> str:
     return f"{count} thread" + "s" * (count != 1)
 
 
-def _ratio(found: Mapping[str, Any]) -> str:
-    ratio = found.get("ratio")
+def _ratio(comparison: Mapping[str, Any]) -> str:
+    ratio = comparison.get("ratio")
     if not ratio:
-        return str(found.get("reason") or "no ratio was measured")
+        return str(comparison.get("reason") or "no ratio was measured")
     return (
         f"CPU time {ratio['median']:.3f} times the baseline's, 95 % interval {ratio['ci_low']:.3f} to "
         f"{ratio['ci_high']:.3f}, tolerated {1 + ratio['tol']:g}"
@@ -115,57 +115,57 @@ def _ratio(found: Mapping[str, Any]) -> str:
 
 
 def judge(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The status with the reasons, and notes: what a reader must know although it fails nothing.
+    """Status with its reasons, and notes: remarks that fail nothing.
 
     FAIL: a gate failed; NO GAIN: none did, but distillation gained nothing; INCONCLUSIVE: nor that, but a
     comparison with a baseline decided nothing; NOT JUDGED: there was no parity, no budget and no baseline.
     """
-    found = gates(summary)
-    failures = [gate.message for gate in found if gate.failed]
-    undecided = any(c["verdict"] not in KEPT for c in summary.get("comparisons", []))
-    judged = any(g.kind != "precision" for g in found)
+    checks = gates(summary)
+    failures = [gate.message for gate in checks if gate.failed]
+    undecided = any(c["verdict"] not in PASSING for c in summary.get("comparisons", []))
+    judged = any(g.kind != "precision" for g in checks)
     without_gain = no_gain(summary)
     status = "INCONCLUSIVE" if undecided else "PASS" if judged else "NOT JUDGED"
     return {
         "status": "FAIL" if failures else "NO GAIN" if without_gain else status,
         "no_gain": without_gain,
         "failures": failures,
-        "notes": list(_notes(summary, found)),
+        "notes": list(_notes(summary, checks)),
     }
 
 
-def _notes(summary: Mapping[str, Any], found: Iterable[ReportCheck]) -> Iterator[str]:
-    shipped = summary["models"].get(summary["shipped"], {})
-    for baseline, points in shipped.get("points", {}).items():
+def _notes(summary: Mapping[str, Any], checks: Iterable[ReportCheck]) -> Iterator[str]:
+    exported = summary["models"].get(summary["shipped"], {})
+    for baseline, points in exported.get("points", {}).items():
         if points < 0:
-            yield f"the shipped {summary['shipped']} is {-points:.1f} points below {baseline}"
+            yield f"the exported {summary['shipped']} is {-points:.1f} points below {baseline}"
     for target in summary["targets"]:
         yield from _of_target(target)
     disturbed = [t[m] for t in summary["targets"] for m in MODELS if noisy(t[m])]
     if disturbed:
         yield (
             f"{len(disturbed)} of {2 * len(summary['targets'])} rows are NOISY: the machine was disturbed, their "
-            "milliseconds are not to be trusted"
+            "latencies are unreliable"
         )
     for budget in summary["budgets"]:
         if budget["verdict"] == "INCONCLUSIVE":
-            yield f"budget {budget['name']} is inconclusive: only noise stands above {budget['limit']}"
-    for gate in found:
+            yield f"budget {budget['name']} is inconclusive: only the noise is above {budget['limit']}"
+    for gate in checks:
         if gate.kind == "baseline" and gate.verdict not in ("PASS", "FAIL", "UNKNOWN"):
             yield f"{gate.verdict.lower()}: {gate.message}"
 
 
 def _of_target(target: Mapping[str, Any]) -> Iterator[str]:
-    said: dict[str, list[str]] = {}  # what there is to say -> of which models
+    remarks: dict[str, list[str]] = {}  # remark -> its models
     for model in MODELS:
         for remark in _remarks(target[model], target["student"]):
-            said.setdefault(remark, []).append(model)
-    for remark, models in said.items():
+            remarks.setdefault(remark, []).append(model)
+    for remark, models in remarks.items():
         yield f"{target['target']} {' and '.join(models)}: {remark}"
 
 
 def _remarks(row: Mapping[str, Any], student: Mapping[str, Any]) -> Iterator[str]:
-    if "skipped" == row["status"] == student["status"]:  # a teacher left out alone is in the table
+    if "skipped" == row["status"] == student["status"]:  # a skipped teacher alone is in the table
         yield f"skipped, {row['reason']}"
     if fell_back(row):
         yield fall_back(row)
@@ -174,7 +174,7 @@ def _remarks(row: Mapping[str, Any], student: Mapping[str, Any]) -> Iterator[str
 
 
 def noisy(row: Mapping[str, Any]) -> bool:
-    """Whether the bench flagged the row: its milliseconds are not to be trusted."""
+    """Whether the bench flagged the row: its latency is unreliable."""
     return "NOISY" in row.get("flags", [])
 
 

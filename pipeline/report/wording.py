@@ -274,8 +274,8 @@ def headline(summary: Section) -> str:
     if summary["comparisons"]:
         parts.append(compared(summary["comparisons"]))
     if summary["budgets"]:
-        kept = sum(b["verdict"] == "PASS" for b in summary["budgets"])
-        parts.append(f"{kept} of {len(summary['budgets'])} budgets kept")
+        passed = sum(b["verdict"] == "PASS" for b in summary["budgets"])
+        parts.append(f"{passed} of {len(summary['budgets'])} budgets met")
     sentence = ", ".join(parts) or "nothing was measured"
     reasons = summary["verdict"].get("no_gain", [])
     if not reasons:
