@@ -42,7 +42,7 @@ def weights(trainer):
 
 @pytest.mark.parametrize(("parts", "count"), [(2, 4), pytest.param(4, 10, marks=pytest.mark.ci)])
 def test_a_batch_in_parts_is_the_batch(parts, count, prepared, teacher_path, features, monkeypatch):
-    monkeypatch.setattr(torch.optim, "AdamW", lambda g, lr, weight_decay: torch.optim.SGD(g, lr))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda g, lr: torch.optim.SGD(g, lr))
     trained = []
     for accumulate in (1, parts):
         config = replace(UNNORMED, compute=Compute(accumulate=accumulate))
@@ -81,7 +81,7 @@ def test_two_forked_ranks_are_one_process_with_the_whole_batch(
     prepared, teacher_path, features, tmp_path, monkeypatch
 ):
     """A few steps; with torchrun, and fifty of them, below."""
-    monkeypatch.setattr(torch.optim, "AdamW", lambda g, lr, weight_decay: torch.optim.SGD(g, lr))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda g, lr: torch.optim.SGD(g, lr))
 
     def trained(among):
         trainer = build(UNNORMED, "cakd+logits", prepared, teacher_path, features, ranks=among)
