@@ -1,10 +1,11 @@
 """Every method on one recipe, several seeds: `python -m benchmarks.methods digits --seeds 5 --teachers 3`.
 
 Images, teacher and features are made once a teacher, below .work/benchmarks; the seed varies what the student
-starts from, the order of the images, the swap masks and Trans. A finished run is kept, so a killed benchmark goes
-on. Writes a table and its JSON: mean top-1, differences paired by teacher and seed with their 95 % intervals
-(Student's t), top-1 under noise, and the time of a step. With --controls every method that reads the teacher is
-also compared with its own control: its settings, batches and views, and none of its terms.
+starts from, the order of the images, the swap masks and Trans. A finished run is kept, so a killed benchmark
+goes on. Writes a table and its JSON: mean top-1, differences paired by seed, each the mean over the teachers,
+with their 95 % intervals (Student's t over the seeds), top-1 under noise, and the time of a step. With --controls
+every method that reads the teacher is also compared with its own control: its settings, batches and views, and
+none of its terms.
 """
 
 from __future__ import annotations
@@ -42,10 +43,21 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     return mean, float(stats.t.ppf(0.975, len(differences) - 1)) * error
 
 
+def over_teachers(differences: Sequence[float], teachers: int) -> list[float]:
+    """The mean of each seed: a baseline without a teacher is one run for all, so only seeds are independent."""
+    starts = range(0, len(differences), teachers)
+    return [statistics.fmean(differences[at : at + teachers]) for at in starts]
+
+
 def compared(
-    runs: dict[str, list[Run]], controls: dict[str, list[Run]] | None = None
+    runs: dict[str, list[Run]],
+    controls: dict[str, list[Run]] | None = None,
+    teachers: int = 1,
 ) -> dict[str, dict[str, Any]]:
-    """Of every method: means, paired differences in percentage points with half widths, step time over plain's."""
+    """Of every method: means, paired differences in percentage points with half widths, step time over plain's.
+
+    Runs are in the order of the seeds, and of the teachers within a seed.
+    """
     cost = {m: statistics.median(r["step_ms"] for r in rows) for m, rows in runs.items()}
     table: dict[str, dict[str, Any]] = {}
     for method, rows in runs.items():
@@ -58,7 +70,7 @@ def compared(
         for name, other in others.items():
             for what in ("clean", "noisy"):
                 pairs = [100 * (a[what] - b[what]) for a, b in zip(rows, other, strict=True)]
-                mean, half = interval(pairs)
+                mean, half = interval(over_teachers(pairs, teachers))
                 row[f"{what}_minus_{name}"] = {"mean": mean, "half_width_95": half}
         if "plain" in runs:
             row["step_over_plain"] = cost[method] / cost["plain"]
@@ -102,8 +114,9 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"{result['seeds']} seeds of the student under each of {len(teachers)} teachers; ± half a 95 % interval "
-        "of the difference paired by teacher and seed, points. `plain` sees labelled images only; `control` is "
-        "plain on the batches of the distilled methods; a method's own control has its settings and no term.",
+        "over the seeds of the difference, its mean over the teachers, points. `plain` sees labelled images only; "
+        "`control` is plain on the batches of the distilled methods; a method's own control has its settings and "
+        "no term.",
     ]
     return "\n".join(lines)
 
@@ -131,7 +144,7 @@ def main(args: argparse.Namespace) -> None:
         "recipe": args.recipe,
         "seeds": args.seeds,
         "teachers": [shared.on_test(shared.teacher) for shared in by_teacher],
-        "methods": compared(runs, controls),
+        "methods": compared(runs, controls, args.teachers),
         "runs": runs,
         "controls": controls,
     }

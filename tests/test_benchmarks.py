@@ -43,6 +43,8 @@ def test_differences_are_paired_by_seed_and_their_interval_is_students():
     assert row["half_width_95"] == pytest.approx(4.3027, rel=1e-4)
     assert found["cakd"]["step_over_plain"] == 1.0 and "clean_minus_plain" not in found["plain"]
     assert math.isnan(methods.interval([1.0])[1])
+    # a baseline that is one run for two teachers gives one difference a seed
+    assert methods.over_teachers([2.0, 4.0, 1.0, 3.0], 2) == [3.0, 2.0]
     taught = {"clean": 0.55, "noisy": 0.4}
     shown = methods.markdown({"teachers": [taught], "methods": found, "seeds": 3})
     assert shown.startswith("**The teacher is not better than the plain student.**")
