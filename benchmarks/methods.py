@@ -26,7 +26,7 @@ from pipeline.distill.methods.table import paired, reads, terms_of
 from pipeline.distill.settings import Distill
 
 SCHEMA = "cakd.methods/3"
-AGAINST = ("plain", "logits", "control")
+AGAINST = ("plain", "logits", "control", "plain+trans")
 
 
 def control_of(method: str) -> str:
