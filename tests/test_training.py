@@ -423,7 +423,9 @@ WEIGHTLESS = {
 
 
 @pytest.mark.parametrize("settings", WEIGHTLESS)
-@pytest.mark.parametrize("change", [{}, {"clip_norm": 0.1, "optimizer": "sgd"}])
+@pytest.mark.parametrize(
+    "change", [{}, pytest.param({"clip_norm": 0.1, "optimizer": "sgd"}, marks=pytest.mark.ci)]
+)
 def test_without_weight_every_method_is_its_control_to_the_bit(settings, change, make):
     config = replace(QUICK, **change).with_choice(WEIGHTLESS[settings], "all")
     method = settings.removeprefix("terms.")
