@@ -87,7 +87,7 @@ def test_images_of_another_size_than_the_models_are_exit_2(
     paths = [*chosen(exported), exported / "teacher.safetensors", other]
     params = exported.parent / "params.yaml"
     done = command("stages.export", *paths, tmp_path / "out", "--params", params)
-    assert done.returncode == 2 and "holds 16" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "prepared 16 px" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -112,7 +112,9 @@ def test_pipeline_and_runner_read_a_file_alike_and_as_a_viewer_shows_it(name, tm
 def test_pipeline_and_runner_name_what_is_no_image(name, tmp_path):
     data, reason = files.REFUSED[name]
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(BrokenImage, match=f"{name}: not a readable image .*({reason}).*on_error"):
+    with pytest.raises(
+        BrokenImage, match=f"{name}: not a readable image .*({reason}).*repair or remove it"
+    ):
         square_pixels(partial(decode, tmp_path / name), name, 8)
     with pytest.raises(errors.UserError, match=f"{name}: cannot be read .*({reason})"):
         image.read_image(tmp_path / name, NOTES)

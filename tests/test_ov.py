@@ -175,7 +175,7 @@ def test_a_fixed_batch_is_in_the_ir_and_changes_no_answer(
     done = command("exporters.ov", tmp_path / "two.onnx", "--batch", 4, torch=False)
     assert done.returncode == 2 and "fixes it at 2; leave it out" in done.stderr
     done = command("exporters.ov", source, "--batch", 0, torch=False)
-    assert done.returncode == 2 and "--batch: got 0; allowed: 1 or more" in done.stderr
+    assert done.returncode == 2 and "--batch: got 0; expected 1 or more" in done.stderr
 
 
 def test_bfloat16_is_asked_for_by_name(ir: Path) -> None:
