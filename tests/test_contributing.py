@@ -95,7 +95,7 @@ class ReferenceSession:
     """One model on one thread."""
 
     def __init__(self, path: Path) -> None:
-        model = onnx_file.read(path)
+        model = onnx_file.read_onnx(path)
         self._evaluator = ReferenceEvaluator(model)
         self.runtime = f"onnx reference {onnx.__version__}"
         self.precision_effective = "fp32"
