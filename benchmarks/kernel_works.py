@@ -195,7 +195,7 @@ def step_work(
     labels = torch.randint(100, (batch,), device=where)
     sizes = Sizes(100, probe_student(net, size), tap, space, labels=labels.cpu(), views=1)
     images = torch.randn(batch, 3, size, size, device=where)
-    targets = Targets(labels, labels, torch.ones(batch, device=where), False, float(batch))
+    targets = Targets(labels, labels, None, float(batch))
     make = partial(torch.randn, device=where, dtype=kind)
     qkv = make(batch, n, 3, shape.n_heads, shape.width)
     taught = TeacherOutputs(qkv, make(batch, n, width), make(batch, 100))

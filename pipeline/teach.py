@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import (
     Field,
     NonNegativeFloat,
@@ -18,8 +17,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from typing_extensions import Self
 
 from pipeline.core import artifacts, progress
@@ -27,12 +25,12 @@ from pipeline.core.atomic import atomic_dir
 from pipeline.core.config import STRICT, Seed, Share
 from pipeline.core.errors import UserError
 from pipeline.data import views
-from pipeline.data.mixing import Mixture
 from pipeline.data.prepared import Prepared
 from pipeline.models.checkpoint import create, load_weights, preprocessing, save
 from pipeline.models.probe import TeacherSpec, probe_teacher
 from pipeline.training import compute, loop, ranks, resume, seeds
 from pipeline.training.compute import Compute, Device
+from pipeline.training.mixed_loss import mixed_cross_entropy
 
 # Rooms of pipeline/ whose code trains a teacher: after an edit there an unfinished training starts again.
 ROOMS = ("core", "data", "models", "teach.py", "training")
@@ -177,9 +175,13 @@ def _train(
         batch = views.view_batch(prepared.images, *drawn)
         torch.manual_seed(seeds.step_seed(config.seed, number, "teach"))  # for dropout
         mixed = views.mixed_with(*drawn, prepared.image_size)
+        partners = selected if mixed is None else mixed.partners
+        own, other = (torch.from_numpy(prepared.labels[r]).to(device) for r in (selected, partners))
+        shares = None if mixed is None else torch.from_numpy(mixed.shares).to(device)
         with precision.autocast(device):
             logits = vit(views.normalise(batch.to(device), preprocess))
-            loss = _loss(logits, prepared.labels, selected, mixed, config.label_smoothing)
+            losses = mixed_cross_entropy(logits, own, other, shares, config.label_smoothing)
+            loss = losses.mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for group in optimizer.param_groups:
@@ -192,22 +194,3 @@ def _train(
     bar = progress.Progress("teach", steps, batch=config.batch, epoch=steps // config.epochs)
     loop.run_steps(bar, every, checkpoint, {"vit": vit}, {"adamw": optimizer}, step)
     vit.cpu()
-
-
-def _loss(
-    logits: Tensor,
-    labels: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    mixed: Mixture | None,
-    smoothing: float,
-) -> Tensor:
-    """Compute the mean cross-entropy of logits (B, K), with labels mixed as the views are."""
-
-    def cross_entropy(rows: NDArray[np.int64]) -> Tensor:
-        target = torch.from_numpy(labels[rows]).to(logits.device)
-        return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
-
-    if mixed is None:
-        return cross_entropy(rows).mean()
-    shares = torch.from_numpy(mixed.shares).to(logits.device)
-    return (shares * cross_entropy(rows) + (1 - shares) * cross_entropy(mixed.partners)).mean()

@@ -13,7 +13,7 @@ from pipeline.distill.robust import Discriminator
 
 
 def cross_entropy(logits, labels, labelled):
-    unmixed = objective.Targets(labels, labels, torch.ones(len(labels)), False, labelled)
+    unmixed = objective.Targets(labels, labels, None, labelled)
     return objective.cross_entropy(logits, unmixed)
 
 
@@ -41,7 +41,7 @@ def test_cross_entropies_of_the_parts_of_a_batch_add_up_to_that_of_the_batch():
 def test_the_label_of_a_mixed_view_is_mixed_by_its_share():
     logits, labels, partners = torch.randn(3, 4), torch.tensor([0, 3, 1]), torch.tensor([2, 3, 0])
     shares = torch.tensor([0.25, 0.6, 1.0])
-    targets = objective.Targets(labels, partners, shares, mixed=True, labelled=3.0)
+    targets = objective.Targets(labels, partners, shares, labelled=3.0)
     soft = shares[:, None] * F.one_hot(labels, 4) + (1 - shares[:, None]) * F.one_hot(partners, 4)
     for smoothing in (0.0, 0.2):
         expected = F.cross_entropy(logits, soft, label_smoothing=smoothing)

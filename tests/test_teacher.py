@@ -216,3 +216,21 @@ def test_a_rotary_teachers_tail_moves_to_another_device_as_a_whole():
     tail = teacher.TeacherTail(vit, probe.probe_teacher(vit)).to("meta")
     found = tail(torch.empty(2, 5, 192, device="meta"))
     assert found.qkv.device.type == "meta" and found.qkv.shape == (2, 4, 3, 3, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("vit_tiny_patch16_224", VIT | {"depth": 1}),
+        ("beit_base_patch16_224", VIT),
+    ],
+)
+def test_a_teacher_without_a_normed_layer_before_its_last_refuses_before_last(
+    name, kwargs, tmp_path
+):
+    path = tmp_path / "teacher.safetensors"
+    saved(path, name, kwargs)
+    live = teacher.load(path)
+    live.read_at("last")
+    with pytest.raises(UserError, match="cakd.layer: got before_last with .*; set it to last"):
+        live.read_at("before_last")

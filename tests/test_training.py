@@ -396,6 +396,18 @@ def test_the_share_of_labels_is_the_one_asked_and_leaves_room_for_two_others(pre
     assert (batches(prepared, silent)(0).labels == -1).all()
 
 
+def test_every_micro_batch_has_cached_views_or_the_share_is_refused(make):
+    accumulated = replace(QUICK, labelled_share=0.9, compute=Compute(accumulate=4))
+    with pytest.raises(
+        UserError, match="leaves 6 cached views of a batch of 64 to 4 micro-batches"
+    ):
+        make("logits", accumulated)
+    trainer = make("logits", replace(accumulated, labelled_share=0.8))
+    for batch in trainer.feed.batches(0, stopwatch.Stopwatch()):
+        cached = len(batch.indices.cached.rows)
+        assert cached >= 2 and len(batch.teacher.logits) == cached
+
+
 def test_plain_trains_on_labelled_images_only_for_the_same_number_of_steps(prepared):
     plain, paired = batches(prepared, paired=False), batches(prepared)
     chosen = plain(20)

@@ -54,6 +54,11 @@ class BatchIndices:
     shares: NDArray[np.float32]  # of the label in a mixed view; 1 in one that is not
     records: NDArray[np.int64]  # of the store, and the keys of an image's random draws
 
+    @property
+    def mixed(self) -> bool:
+        """Whether any view is mixed."""
+        return bool((self.shares < 1).any())
+
     def part(self, number: int, of: int) -> BatchIndices:
         """Every `of`-th image from `number` on: fresh views are spread over the parts."""
         return self._take(slice(number, None, of), len(range(number, self.fresh, of)))
@@ -83,7 +88,7 @@ class Batches:
 
     A paired batch has a labelled part in fresh views, for the cross-entropy, and a part of all training images in
     cached views, for the distillation terms. Another batch is all labelled, in fresh views.
-    Raises UserError: a batch that has no room for either part.
+    Raises UserError: no labelled part where the cross-entropy needs one.
     """
 
     def __init__(
@@ -97,12 +102,8 @@ class Batches:
     ) -> None:
         train = prepared.rows("train")
         labelled_rows = train[prepared.student_label[train]]
-        self.prepared, self.train, self.labelled_rows, self.n_views = (
-            prepared,
-            train,
-            labelled_rows,
-            n_views,
-        )
+        self.prepared, self.train, self.n_views = prepared, train, n_views
+        self.labelled_rows = labelled_rows
         self.geometry, self.seed = geometry, seed
         self.steps = config.step_count(len(train))
         self.labels_seen = len(labelled_rows)
@@ -123,6 +124,11 @@ class Batches:
         )
         self.parts = [part for part in parts if part.count]
 
+    @property
+    def cached(self) -> int:
+        """Images of a batch in cached views."""
+        return sum(part.count for part in self.parts if part.cached)
+
     def __call__(self, step: int) -> BatchIndices:
         """The batch of a step, drawn once: kept until the step after the next is asked for."""
         if step not in self._drawn:
@@ -132,24 +138,23 @@ class Batches:
 
     def _draw(self, step: int) -> BatchIndices:
         columns = [self._draw_part(part, step) for part in self.parts]
-        fresh = sum(part.count for part in self.parts if not part.cached)
+        fresh = sum(part.count for part in self.parts) - self.cached
         return BatchIndices(fresh, *(np.concatenate(c) for c in zip(*columns, strict=True)))
 
     def _draw_part(self, part: _Part, step: int) -> tuple[NDArray[np.generic], ...]:
         """The columns of a part. A cached view is one of V; a fresh one is new at every pass."""
         rows, passes = part.stream.take(step * part.count, part.count)
         numbers = passes % self.n_views if part.cached else passes
-        known = (
-            self.prepared.labels
-            if part.labelled
-            else np.full_like(self.prepared.labels, UNLABELLED)
-        )
         size = self.prepared.image_size
         mixed = views.mixed_with(self.geometry, self.seed, rows, numbers, part.stream.rows, size)
         shares = np.ones(len(rows), np.float32) if mixed is None else mixed.shares
         partners = rows if mixed is None else mixed.partners
         records = record_numbers(self.train, rows, numbers, self.n_views)
-        return rows, numbers, known[rows], known[partners], shares, records
+        return rows, numbers, self._shown(part, rows), self._shown(part, partners), shares, records
+
+    def _shown(self, part: _Part, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The labels of these rows, where the part shows any."""
+        return self.prepared.labels[rows] if part.labelled else np.full(len(rows), UNLABELLED)
 
 
 def _labelled_count(config: Distill) -> int:

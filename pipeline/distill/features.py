@@ -28,9 +28,9 @@ class Features:
         self.live = None if store.cached else teacher.load(teacher_path).to(device)
         replays = store.cached and store.replayed
         self.tail = teacher.load_tail(teacher_path).to(device) if replays else None
-        for tail in (self.live.tail if self.live is not None else None, self.tail):
-            if tail is not None:
-                tail.read_at(layer)
+        for network in (self.live, self.tail):
+            if network is not None:
+                network.read_at(layer)
         self._checked = False
 
     def tokens(

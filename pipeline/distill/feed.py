@@ -102,7 +102,7 @@ class Feed:
                 yield batch
                 continue
             cached = batch.indices.cached
-            tokens = self.features.tokens(step, cached, batch.views[-len(cached.rows) :], timer)
+            tokens = self.features.tokens(step, cached, batch.views[batch.indices.fresh :], timer)
             self._prefetch(step, number)
             yield replace(batch, teacher=tokens)
 

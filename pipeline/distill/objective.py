@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.distill import robust
 from pipeline.distill.balance import Balance
@@ -18,6 +17,7 @@ from pipeline.distill.methods.term import Sizes, StudentOutputs, Term, ramp
 from pipeline.distill.robust import Discriminator
 from pipeline.distill.settings import Distill
 from pipeline.models.teacher import TeacherOutputs
+from pipeline.training.mixed_loss import mixed_cross_entropy
 from pipeline.training.stopwatch import Stopwatch
 
 PROJECTORS = ("pca", "gl")
@@ -29,8 +29,7 @@ class Targets:
 
     labels: Tensor  # (B,), -1 for none
     partner_labels: Tensor  # (B,) of the images that the views are mixed with
-    shares: Tensor  # (B,) of an image's own label
-    mixed: bool  # whether any share is below 1
+    shares: Tensor | None  # (B,) of an image's own label; None where no view is mixed
     labelled: float  # labelled images that a part of the step's batch has on average
 
 
@@ -40,15 +39,9 @@ def cross_entropy(logits: Tensor, targets: Targets, smoothing: float = 0.0) -> T
     So the mean over the parts of a batch is the mean over the batch, however the labels fell. logits (B, K). Zero,
     with a gradient of zero, where none is labelled.
     """
-
-    def of(labels: Tensor) -> Tensor:
-        return F.cross_entropy(
-            logits, labels, ignore_index=-1, reduction="none", label_smoothing=smoothing
-        )
-
-    each = of(targets.labels)
-    if targets.mixed:
-        each = targets.shares * each + (1 - targets.shares) * of(targets.partner_labels)
+    each = mixed_cross_entropy(
+        logits, targets.labels, targets.partner_labels, targets.shares, smoothing
+    )
     total = each.sum()
     return total / targets.labelled if targets.labelled else total
 
@@ -82,32 +75,26 @@ class Objective(nn.Module):
         if "adversarial" in self.terms:
             self.discriminator = Discriminator(sizes.space.width)
         if config.weights == "balanced":
-            self.balance = Balance(list(self._fixed(1.0))[1:], config.balance)
+            losses = (loss for term in self._loss_terms() for loss in term.losses)
+            judged = ("adversarial",) if self.discriminator is not None else ()
+            self.balance = Balance([*losses, *judged], config.balance)
 
     def weights(self, progress: float) -> dict[str, float]:
         """The weight of each loss at this share of the training."""
-        fixed = self._fixed(progress)
-        if self.balance is None:
-            return fixed
-        warm = self._warmth(progress)
-        return fixed | {name: warm[name] * w for name, w in self.balance.weights().items()}
-
-    def _fixed(self, progress: float) -> dict[str, float]:
         weights = {"cross_entropy": self.labels.weight}
-        for term in self.loss_terms.values():
-            weights |= term.weights(progress)  # type: ignore[operator]
+        balanced = self.balance.weights() if self.balance is not None else {}
+        for term in self._loss_terms():
+            grown = term.warmth(progress)
+            weights |= {n: grown * balanced.get(n, w) for n, w in term.weights().items()}
         if self.discriminator is not None:
-            grown = ramp(progress, self.cakd.warmup)
-            weights["adversarial"] = grown * self.cakd.adversarial_weight
+            weight = balanced.get("adversarial", self.cakd.adversarial_weight)
+            weights["adversarial"] = ramp(progress, self.cakd.warmup) * weight
         return weights
 
-    def _warmth(self, progress: float) -> dict[str, float]:
-        """How much of its weight each term has at this share of the training."""
-        shares: dict[str, float] = {}
+    def _loss_terms(self) -> Iterator[Term]:
         for term in self.loss_terms.values():
             assert isinstance(term, Term)
-            shares |= dict.fromkeys(term.losses, term.warmth(progress))
-        return shares | {"adversarial": ramp(progress, self.cakd.warmup)}
+            yield term
 
     def forward(
         self,

@@ -164,7 +164,13 @@ def build(
     network = network.to(device).to(memory_format=layout)
     same_start((network, objective), ranks)
     batches = Batches(config, prepared, paired(method), store.views, store.geometry, store.seed)
-    rendered = Views(batches, config.compute.micro_batches(config.batch, ranks), ranks)
+    micro_batches = config.compute.micro_batches(config.batch, ranks)
+    if distilled and batches.cached < 2 * micro_batches:
+        raise UserError(
+            f"distill.labelled_share: got {config.labelled_share}, which leaves {batches.cached} cached views of "
+            f"a batch of {config.batch} to {micro_batches} micro-batches; expected 2 or more for each; lower it"
+        )
+    rendered = Views(batches, micro_batches, ranks)
     return Trainer(
         config=config,
         method=method,
@@ -280,9 +286,8 @@ def student_step(
     with timer.stage("optimizer"):
         student, beside = list(trainer.student.parameters()), objective.trained()
         average_gradients([*student, *beside], trainer.ranks)
-        if (
-            config.clip_norm
-        ):  # each by itself: the student's step does not depend on what is dropped
+        if config.clip_norm:
+            # Each by itself: the student's step does not depend on what is dropped after training.
             for parameters in (student, beside):
                 nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         for group in optimizer.param_groups:
@@ -315,8 +320,7 @@ def _losses(trainer: Trainer, step: int, batch: Batch, timer: Stopwatch) -> Loss
     targets = Targets(
         torch.from_numpy(indices.labels).to(device),
         torch.from_numpy(indices.partner_labels).to(device),
-        torch.from_numpy(indices.shares).to(device),
-        bool((indices.shares < 1).any()),
+        torch.from_numpy(indices.shares).to(device) if indices.mixed else None,
         batch.labelled,
     )
     losses: Losses = trainer.objective(

@@ -113,7 +113,7 @@ def similarity(
     `attention`: of a head's output at a token (eq. 2); `tokens`: of h at a token (eq. 5).
     """
     rows = prepared.rows(config.split)
-    live.tail.read_at(projected.projectors.config.layer)
+    live.read_at(projected.projectors.config.layer)
     sums = {"attention": 0.0, "tokens": 0.0}
     for start in range(0, len(rows), config.batch):
         batch = views.whole(prepared.images[rows[start : start + config.batch]])

@@ -92,16 +92,13 @@ class TeacherTail(nn.Module):
 
     def read_at(self, layer: Layer) -> None:
         """Set the layer. Raises UserError: a teacher whose last block does not begin with a norm of x_L."""
-        block = self.vit.blocks[-1] if hasattr(self.vit, "blocks") else None
-        known = hasattr(block, "norm1") and type(block).__name__ != "ResPostBlock"
-        if layer == "before_last" and (self.spec.no_attention or not known):
-            raise UserError(
-                f"distill.cakd.layer: got before_last with {type(self.vit).__name__}; expected a ViT whose last "
-                "block begins with a norm of its input; set it to last"
-            )
+        if layer == "before_last":
+            block = self.vit.blocks[-1]
+            if not hasattr(block, "norm1") or type(block).__name__ == "ResPostBlock":
+                raise _no_layer_before(self.vit)
+            if len(self.vit.blocks) > 1:
+                fuse_attention(self.vit.blocks[-2])
         self.layer = layer
-        if layer == "before_last" and len(self.vit.blocks) > 1:
-            fuse_attention(self.vit.blocks[-2])
 
     def _at_layer(
         self, tokens: TeacherOutputs, x_l: Tensor, before: AttentionRecorder | None
@@ -131,8 +128,20 @@ class TeacherTail(nn.Module):
         return vit.forward_head(final, pre_logits=True), vit.forward_head(final)
 
 
+def _no_layer_before(vit: nn.Module) -> UserError:
+    return UserError(
+        f"distill.cakd.layer: got before_last with {type(vit).__name__}; expected a ViT of 2 blocks or more whose "
+        "last block begins with a norm of its input; set it to last"
+    )
+
+
 class TeacherHead(TeacherTail):
     """The tail of a teacher without Q, K, V: only its head. x is the final features (B, P+N, D)."""
+
+    def read_at(self, layer: Layer) -> None:
+        """Accept the last layer only. Raises UserError: before_last."""
+        if layer == "before_last":
+            raise _no_layer_before(self.vit)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> TeacherOutputs:
@@ -173,6 +182,12 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> Teacher:  # noqa: ARG002 - a teacher never leaves eval mode
         """Stay in eval mode whatever `mode` is."""
         return super().train(False)
+
+    def read_at(self, layer: Layer) -> None:
+        """Set the layer of h, Q, K and V. Raises UserError: a teacher that has no such layer."""
+        if layer == "before_last" and not self.spec.no_attention and len(self.tail.vit.blocks) < 2:
+            raise _no_layer_before(self.tail.vit)
+        self.tail.read_at(layer)
 
     def look(self, batch: Tensor) -> tuple[Tensor, TeacherOutputs]:
         """Run views (B, 3, S, S) uint8: x (B, P+N, D) float32, which a store keeps, and the outputs."""

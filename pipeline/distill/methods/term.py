@@ -101,10 +101,9 @@ class Term(nn.Module):
         """Unweighted losses by the names they have in the logs."""
         raise NotImplementedError
 
-    def weights(self, progress: float) -> dict[str, float]:
-        """The weight of each loss at this share of the training."""
-        grown = self.warmth(progress)
-        return {loss: grown * getattr(self.config, name) for loss, name in self.losses.items()}
+    def weights(self) -> dict[str, float]:
+        """The weight of each loss, before `warmth`."""
+        return {loss: getattr(self.config, name) for loss, name in self.losses.items()}
 
     def warmth(self, progress: float) -> float:
         """The share of its weight that the term has at this share of the training."""
