@@ -11,14 +11,26 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import UserError
+from pipeline.prepare.prepare import Prepare, prepare
 from pipeline.prepare.sources.sample import existing
+from tests import layouts
 from tests.conftest import ROOT
 
 
 def test_a_path_below_the_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "flowers").mkdir()
-    assert existing("imagefolder", "~/flowers", "a folder") == tmp_path / "flowers"
+    layouts.build(tmp_path / "flowers", {"a": 10, "b": 10})
+    prepared = prepare(Prepare("imagefolder", "~/flowers", image_size=32), tmp_path / "out")
+    assert prepared["classes"] == ["a", "b"]
+    broken = tmp_path / "flowers" / "b" / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(UserError, match=f"{broken}: "):
+        prepare(Prepare("imagefolder", "~/flowers", image_size=32), tmp_path / "out")
+
+
+def test_the_home_folder_of_nobody_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="got ~nobody_here/x; no such user on this machine; write"):
+        prepare(Prepare("parquet", "~nobody_here/x", image_size=32), tmp_path / "out")
 
 
 def test_a_relative_path_that_is_not_there_is_shown_with_the_folder_it_counts_from(

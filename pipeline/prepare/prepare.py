@@ -30,6 +30,7 @@ from pipeline.prepare.sources.sample import (
     Sample,
     Source,
     SourceImages,
+    expanded,
     legible,
     shortened,
 )
@@ -155,10 +156,11 @@ def prepare(config: Prepare, out: Path) -> dict[str, Any]:
 def _read_source(config: Prepare) -> SourceImages:
     """What the source holds, once every label and split of it makes sense."""
     columns = Columns(config.label_column, config.image_column, config.label_pattern)
+    path = expanded(config.path)
     if config.source in SOURCES:
-        source = SOURCES[config.source](config.path, columns)
+        source = SOURCES[config.source](path, columns)
     else:
-        source = zoo.read(config.source.removeprefix(zoo.PREFIX), config.path, columns)
+        source = zoo.read(config.source.removeprefix(zoo.PREFIX), path, columns)
     for name in source.classes:
         if legible(name) != name:
             raise UserError(
@@ -216,7 +218,7 @@ def _noting_frames(sample: Sample, animated: list[str]) -> Image.Image:
 
 def _with_path(error: BrokenImage, config: Prepare) -> BrokenImage:
     """The error with the whole path of a file below `prepare.path`."""
-    path = Path(config.path or "") / error.origin
+    path = Path(expanded(config.path) or "") / error.origin
     origin = str(path) if os.path.lexists(path) else error.origin
     return BrokenImage(origin, error.reason, "repair or remove it, or set prepare.on_error: skip")
 

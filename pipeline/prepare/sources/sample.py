@@ -74,11 +74,22 @@ class Columns:
 Source = Callable[["str | None", Columns], SourceImages]  # prepare.path, the columns
 
 
+def expanded(path: str | None) -> str | None:
+    """The path with `~` as the home folder. Raises UserError: of a user who has none."""
+    if path is None:
+        return None
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise UserError(
+            f"prepare.path: got {path}; no such user on this machine; write out the home folder"
+        ) from None
+
+
 def existing(source: str, path: str | None, expected: str) -> Path:
     """The path that a source reads. Raises UserError: none given, nothing there."""
     if path is None:
         raise UserError(f"prepare.path: got {path}; source '{source}' needs {expected}")
-    path = str(Path(path).expanduser())
     try:
         exists, readable = Path(path).exists(), Path(path).is_file() or Path(path).is_dir()
     except OSError as error:
