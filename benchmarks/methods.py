@@ -20,7 +20,7 @@ from typing import Any
 from scipy import stats
 
 from benchmarks import record
-from benchmarks.runs import Run, Runs, merged
+from benchmarks.runs import Run, Runs, command, merged
 from pipeline.core import artifacts, cli
 from pipeline.distill.methods.table import paired, reads, terms_of
 from pipeline.distill.settings import Distill
@@ -155,17 +155,9 @@ def main(args: argparse.Namespace) -> None:
     params["prepare"]["path"] = None  # a place of this machine
     teachers = {f"teacher {n}": shared.teacher for n, shared in enumerate(by_teacher)}
     made_by = artifacts.provenance(params, **teachers)
-    flags = "".join(
-        (
-            " --data PATH" if args.data else "",
-            f" --methods {' '.join(args.methods)}" if args.methods else "",
-            f" --seeds {args.seeds} --teachers {args.teachers}",
-            " --controls" if args.controls else "",
-            *(f" -S {change}" for change in args.set),
-        )
-    )
-    command = f"python -m benchmarks.methods {args.recipe}{flags}"
-    record.write(args.out, SCHEMA, result, made_by, command, shown)
+    own = [f"--seeds {args.seeds} --teachers {args.teachers}"]
+    own += ["--controls"] if args.controls else []
+    record.write(args.out, SCHEMA, result, made_by, command("methods", args, *own), shown)
 
 
 if __name__ == "__main__":

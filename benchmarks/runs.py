@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from ruamel.yaml import YAML
 
 from pipeline import teach
@@ -17,7 +17,7 @@ from pipeline.core.errors import UserError
 from pipeline.data.prepared import Prepared
 from pipeline.distill import distill
 from pipeline.distill.settings import Distill
-from pipeline.evaluate import accuracy
+from pipeline.evaluate import accuracy, selection
 from pipeline.models import checkpoint
 from pipeline.models.teacher import load
 from pipeline.prepare import prepare
@@ -52,6 +52,14 @@ def merged(recipe: str, data: str | None, assignments: Sequence[str]) -> dict[st
     for name, kind in SECTIONS.items():
         config.parse(kind, params.get(name), name)
     return params
+
+
+def command(module: str, args: argparse.Namespace, *own: str) -> str:
+    """The command line of a benchmark of runs as its record states it: without paths of this machine."""
+    words = [f"python -m benchmarks.{module} {args.recipe}"]
+    words += ["--data PATH"] if args.data else []
+    words += [f"--methods {' '.join(args.methods)}"] if args.methods else []
+    return " ".join([*words, *own, *(f"-S {change}" for change in args.set)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +118,7 @@ class Runs:
     def on_val(self, path: Path) -> Run:
         """Clean top-1 and negative log-likelihood of a model on val: what choices are made by."""
         model, description = checkpoint.load(path)
-        prepared = self.prepared
-        settings = dataclasses.replace(self.section(accuracy.Evaluate), split="val")
-        rows = accuracy.labelled_rows(prepared, settings)
-        logits = accuracy.predict(
-            model, prepared.images[rows], description["preprocess"], settings.batch
-        )
-        labels = torch.from_numpy(prepared.labels[rows])
-        result = accuracy.figures(logits, labels, settings.ece_bins)
+        result = selection.score(model, description["preprocess"], self.prepared)
         return {"top1": result["top1"], "nll": result["nll"]}
 
     def run(self, settings: Distill, method: str, seed: int, split: str = "test") -> Run:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.runs import Run, Runs, merged
+from benchmarks.runs import Run, Runs, command, merged
 from pipeline.core import artifacts, cli
 from pipeline.distill.methods.table import TERMS, WITHOUT_LOSS, paired, terms_of
 from pipeline.distill.settings import Distill
@@ -110,17 +110,8 @@ def main(args: argparse.Namespace) -> None:
         return
     params["prepare"]["path"] = None  # a place of this machine
     made_by = artifacts.provenance(params, teacher=shared.teacher)
-    flags = "".join(
-        (
-            " --data PATH" if args.data else "",
-            f" --methods {' '.join(args.methods)}" if args.methods else "",
-            f" --trials {args.trials}",
-            *(f" -S {change}" for change in args.set),
-        )
-    )
-    record.write(
-        args.out, SCHEMA, result, made_by, f"python -m benchmarks.tune {args.recipe}{flags}", shown
-    )
+    line = command("tune", args, f"--trials {args.trials}")
+    record.write(args.out, SCHEMA, result, made_by, line, shown)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipeline.core import artifacts
 from pipeline.data.prepared import Prepared
@@ -17,10 +18,16 @@ SCHEMA = "cakd.selection/1"
 SPLIT = "val"
 BEST = "best"  # a value of export.method beside the methods: select on val
 FIGURES = ("top1", "nll", "n")
-BATCH, BINS = 100, 15
 
 
-@torch.no_grad()
+def score(model: nn.Module, preprocess: dict[str, Any], prepared: Prepared) -> dict[str, Any]:
+    """Compute top1, nll and n of a model on the clean images of val."""
+    rows = prepared.rows(SPLIT)
+    labels = torch.from_numpy(prepared.labels[rows])
+    result = figures(predict(model, prepared.images[rows], preprocess), labels)
+    return {key: result[key] for key in FIGURES}
+
+
 def select(
     prepared: Prepared, students: Mapping[str, Path], requested: str = BEST
 ) -> dict[str, Any]:
@@ -28,13 +35,10 @@ def select(
 
     `students`: method to checkpoint, cheapest first. `requested`: export.method, `best` or one of the methods.
     """
-    rows = prepared.rows(SPLIT)
-    images, labels = prepared.images[rows], torch.from_numpy(prepared.labels[rows])
     scores = {}
     for method, path in students.items():
         model, description = checkpoint.load(path)
-        result = figures(predict(model, images, description["preprocess"], BATCH), labels, BINS)
-        scores[method] = {key: result[key] for key in FIGURES}
+        scores[method] = score(model, description["preprocess"], prepared)
     selected, reason = choose(scores, requested)
     provenance = artifacts.provenance({"method": requested, "methods": list(students)}, **students)
     return {
