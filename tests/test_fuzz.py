@@ -253,10 +253,10 @@ KEYS = {  # defaults of the dataclasses that BASE does not set
     ),
     "cache": ("mode", "layout", "dtype", "batch", "shard_mb", "seed", "device"),
     "distill": ("steps", "batch", "lr", "labelled_share", "seed", "workers", "logits"),
-    "evaluate": ("batch", "ece_bins", "seed"),
+    "evaluate": ("seed",),
     "export": ("opset", "reference_images", "calibration_images"),
     "build": ("fp32_rel", "int8_calibration", "int8_search_s"),
-    "bench": ("rounds", "seconds_per_row", "seed"),
+    "bench": ("rounds", "seconds_per_row"),
 }
 PLACES += [(section, key) for section, keys in KEYS.items() for key in keys]
 

@@ -245,14 +245,14 @@ class OnDevice(nn.Module):
 def accuracy(run: Run, path: Path, prepared: Prepared) -> dict[str, Any]:
     """Top-1, top-5, nll and ECE on the test split, clean: the noises are drawn an image at a time on the CPU."""
     model, description = checkpoint.load(path)
-    settings = run.section(Evaluate, batch=1000)
+    settings = run.section(Evaluate)
     rows = prepared.rows(settings.split)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wrapped = OnDevice(model.eval(), where)
     pixels: Any = np.asarray(prepared.images[rows])
-    logits = predict(wrapped, pixels, description["preprocess"], settings.batch)
+    logits = predict(wrapped, pixels, description["preprocess"], batch=1000)
     labels = torch.from_numpy(prepared.labels[rows])
-    return evaluate_accuracy.figures(logits, labels, settings.ece_bins)
+    return evaluate_accuracy.figures(logits, labels)
 
 
 def main(args: argparse.Namespace) -> None:

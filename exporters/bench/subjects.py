@@ -14,7 +14,7 @@ from exporters.artifact.session import TARGETS, Target
 from exporters.bench.measure import Subject
 from exporters.open import RUNTIMES
 from pipeline.core import artifacts
-from pipeline.core.config import STRICT, Seed
+from pipeline.core.config import STRICT
 from pipeline.core.errors import UserError, nearest
 from pipeline.core.machine import machine
 
@@ -31,7 +31,6 @@ class Bench:
     batches: Counts = (1,)  # images a call, a row each
     rounds: PositiveInt = 20  # blocks a row, interleaved with those of the other rows
     seconds_per_row: PositiveFloat = 3.0  # in all blocks of a row, warm-up not counted
-    seed: Seed = 0  # of the order within the rounds
 
     @field_validator("enabled")
     @classmethod

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +17,8 @@ from pipeline.data.prepared import Prepared
 from pipeline.evaluate.corruptions import NOISE, Pixels, noisy
 
 SCHEMA = "cakd.accuracy/1"
+BATCH = 100  # images a call: a whole student's activations stay in the cache of a CPU
+BINS = 15  # of the calibration error, as in Guo et al.
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -25,13 +26,13 @@ class Evaluate:
     """`evaluate:` how the models are judged."""
 
     split: Literal["train", "val", "test"] = "test"
-    batch: PositiveInt = 100
-    ece_bins: PositiveInt = 15
     seed: Seed = 0  # of the noise
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Pixels, preprocess: dict[str, Any], batch: int) -> Tensor:
+def predict(
+    model: nn.Module, images: Pixels, preprocess: dict[str, Any], batch: int = BATCH
+) -> Tensor:
     """Compute logits (n, K) for whole images (n, S, S, 3) uint8."""
     logits = [
         model(views.normalise(views.whole(images[start : start + batch]), preprocess))
@@ -40,7 +41,7 @@ def predict(model: nn.Module, images: Pixels, preprocess: dict[str, Any], batch:
     return torch.cat(logits)
 
 
-def figures(logits: Tensor, labels: Tensor, bins: int) -> dict[str, float | int]:
+def figures(logits: Tensor, labels: Tensor, bins: int = BINS) -> dict[str, float | int]:
     """Compute top1, top5 (of K where K < 5), nll and ece as fractions, and n. logits (n, K), labels (n,).
 
     ECE: mean |accuracy - confidence| over equal-width bins of the top confidence, weighted by their share
@@ -74,14 +75,13 @@ def accuracy(
     images, labels = prepared.images[rows], torch.from_numpy(prepared.labels[rows])
     ids = tuple(prepared.sha256[r] for r in rows)
     by_kind = {
-        kind: predict(model, noisy(images, ids, kind, config.seed), preprocess, config.batch)
-        for kind in NOISE
+        kind: predict(model, noisy(images, ids, kind, config.seed), preprocess) for kind in NOISE
     }
-    clean = predict(model, images, preprocess, config.batch)
+    clean = predict(model, images, preprocess)
     all_kinds = torch.cat(list(by_kind.values()))
     result = {
-        "clean": figures(clean, labels, config.ece_bins),
-        "noisy": figures(all_kinds, labels.repeat(len(by_kind)), config.ece_bins),
-        "noisy_by_kind": {k: figures(v, labels, config.ece_bins) for k, v in by_kind.items()},
+        "clean": figures(clean, labels),
+        "noisy": figures(all_kinds, labels.repeat(len(by_kind))),
+        "noisy_by_kind": {k: figures(v, labels) for k, v in by_kind.items()},
     }
     return result, clean

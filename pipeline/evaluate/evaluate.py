@@ -16,7 +16,7 @@ from pipeline.data.prepared import Prepared
 from pipeline.distill.kernels.reference import attention, heads
 from pipeline.distill.methods.cakd import Projectors, load_projectors
 from pipeline.evaluate import evidence
-from pipeline.evaluate.accuracy import Evaluate, accuracy, labelled_rows
+from pipeline.evaluate.accuracy import BATCH, Evaluate, accuracy, labelled_rows
 from pipeline.evaluate.corruptions import NOISE
 from pipeline.evaluate.paired import Hits, against
 from pipeline.models import checkpoint, teacher
@@ -115,8 +115,8 @@ def similarity(
     rows = prepared.rows(config.split)
     live.read_at(projected.projectors.config.layer)
     sums = {"attention": 0.0, "tokens": 0.0}
-    for start in range(0, len(rows), config.batch):
-        batch = views.whole(prepared.images[rows[start : start + config.batch]])
+    for start in range(0, len(rows), BATCH):
+        batch = views.whole(prepared.images[rows[start : start + BATCH]])
         attended, tokens = projected.projectors.projected(projected.feature(batch))
         outputs = live(batch)
         for name, student_values, teacher_values in (
