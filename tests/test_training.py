@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -190,23 +191,29 @@ def test_the_granularity_asked_is_the_one_used(granularity, make, monkeypatch):
     assert asked == [(0.5, granularity, "auto")]
 
 
-def test_unfinished_work_of_other_labels_is_not_gone_on_with(
-    prepared, teacher_path, features, tmp_path, monkeypatch
-):
-    class Killed(Exception):
-        pass
+class Killed(Exception):
+    """What a kill looks like from inside: no handler of the training knows it."""
 
-    exact = train_step
 
-    def step(trainer, number, timer):
-        if number == 12:
+@contextmanager
+def killed_at(number):
+    """The training inside ends at this step, before it."""
+
+    def step(trainer, now, timer):
+        if now == number:
             raise Killed
-        return exact(trainer, number, timer)
+        return train_step(trainer, now, timer)
 
-    monkeypatch.setattr(distillation, "train_step", step)
-    with pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(distillation, "train_step", step)
+        yield
+
+
+def test_unfinished_work_of_other_labels_is_not_gone_on_with(
+    prepared, teacher_path, features, tmp_path
+):
+    with killed_at(12):
         run(QUICK, "plain", prepared, teacher_path, features, tmp_path / "killed")
-    monkeypatch.setattr(distillation, "train_step", exact)
     every = replace(prepared, student_label=prepared.splits == "train", index_sha256="other")
     for folder in ("killed", "whole"):
         run(QUICK, "plain", every, teacher_path, features, tmp_path / folder)
@@ -504,7 +511,7 @@ def test_in_mixed_views_the_cached_teacher_answers_as_the_one_that_runs(
 
 
 def test_killed_with_mixing_momentum_clipping_and_averaging_it_goes_on_to_the_same_bits(
-    prepared, teacher_path, tmp_path, monkeypatch
+    prepared, teacher_path, tmp_path
 ):
     store = mixed_store(prepared, teacher_path, tmp_path / "mixed")
     config = replace(
@@ -516,21 +523,8 @@ def test_killed_with_mixing_momentum_clipping_and_averaging_it_goes_on_to_the_sa
         compute=Compute(ema=0.9),
     )
     whole = run(config, "cakd+queue", prepared, teacher_path, store, tmp_path / "whole")
-
-    class Killed(Exception):
-        pass
-
-    exact = train_step
-
-    def step(trainer, number, timer):
-        if number == 12:
-            raise Killed
-        return exact(trainer, number, timer)
-
-    monkeypatch.setattr(distillation, "train_step", step)
-    with pytest.raises(Killed):
+    with killed_at(12):
         run(config, "cakd+queue", prepared, teacher_path, store, tmp_path / "killed")
-    monkeypatch.setattr(distillation, "train_step", exact)
     again = run(config, "cakd+queue", prepared, teacher_path, store, tmp_path / "killed")
     assert json.dumps(again["curves"]) == json.dumps(whole["curves"])
     assert again["weights"] == whole["weights"]
@@ -643,26 +637,14 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_bits(
     prepared, teacher_path, features, tmp_path, monkeypatch
 ):
     undisturbed = run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "whole")
-
-    class Killed(Exception):
-        pass
-
-    exact = train_step
-    for kill_at in (3, 7, 12, 20):
-
-        def step(trainer, number, timer, kill_at=kill_at):
-            if number == kill_at:
-                raise Killed
-            return exact(trainer, number, timer)
-
-        monkeypatch.setattr(distillation, "train_step", step)
-        with pytest.raises(Killed):
+    for number in (3, 7, 12, 20):
+        with killed_at(number):
             run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "killed")
     resumed = []
 
     def watch_step(trainer, number, timer):
         resumed.append(number)
-        return exact(trainer, number, timer)
+        return train_step(trainer, number, timer)
 
     monkeypatch.setattr(distillation, "train_step", watch_step)
     figures = run(QUICK, "cakd+logits", prepared, teacher_path, features, tmp_path / "killed")
