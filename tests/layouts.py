@@ -128,17 +128,17 @@ CASES = [
     Case(
         "`test/cat/` ... and no train",
         {"test/cat": 2, "test/dog": 2},
-        refused="has test/ but no train/",
+        refused="got test/ without train/",
     ),
     Case(
         "`cat/` `dog/` and a flat `test/`",
         {**ONE, "test": 5},
-        refused="has test/ but no train/ beside cat/, dog/",
+        refused="got test/ beside cat/, dog/ without train/",
     ),
     Case(
         "`bus/` `car/` and a class `train/`",
         {"bus": 4, "car": 4, "train": 4},
-        refused="got train/ beside bus/, car/, a split among class folders",
+        refused="got train/ beside bus/, car/, a split beside class folders",
     ),
     Case(
         "`bus/` `test_tube/` `train_station/`",
@@ -149,7 +149,7 @@ CASES = [
     Case(
         "`bus/` `x_train/` `x_test/`",
         {"bus": 4, "x_train": 4, "x_test": 2},
-        refused="got x_test/, x_train/ beside bus/, a split among class folders",
+        refused="got x_test/, x_train/ beside bus/, a split beside class folders",
     ),
     Case(
         "a class `train` in both splits",
@@ -161,7 +161,7 @@ CASES = [
     Case(
         "`train/cat/` `train/dog/` `train/val/`",
         {**TRAIN, "train/val": 3},
-        refused="got val/ among class folders",
+        refused="got the split val/ beside class folders",
     ),
     Case(
         "flat `test/` beside `train/`",
@@ -178,7 +178,7 @@ CASES = [
     Case(
         "`test/` has a class that `train/` lacks",
         {**TRAIN, "test/cow": 2},
-        refused="class 'cow' is not in train/",
+        refused="got the class 'cow', which train/ does not have",
     ),
     Case(
         "images beside the class folders",
@@ -214,7 +214,7 @@ CASES = [
         train=12,
         left_out={".md, not a format that is read": 1, ".heic, not a format that is read": 1},
     ),
-    Case("an empty class folder", {**ONE, "eel": 0}, refused="class 'eel' holds no image"),
+    Case("an empty class folder", {**ONE, "eel": 0}, refused="got a class folder without images"),
     Case(
         "one name composed and decomposed",
         {f"train/{NFC}": 2, f"train/{NFD}": 2, "train/rose": 4, f"test/{NFD}": 2, "test/rose": 2},
@@ -234,8 +234,12 @@ CASES = [
         {**ONE, "eel": "-> /not/mounted"},
         refused="got a link to /not/mounted, which is not there",
     ),
-    Case("one flat folder", {"": 6}, refused="found 0 class folders (none); at least 2 are needed"),
-    Case("one class", {"only": 6}, refused="found 1 class folders (only)"),
+    Case(
+        "one flat folder",
+        {"": 6},
+        refused="got no class folders and 6 images; expected 2 class folders or more",
+    ),
+    Case("one class", {"only": 6}, refused="got 1 class folder (only); expected 2 or more"),
     Case(
         "flat, names by `label_pattern`",
         {"cat_1.png": "image", "cat_2.png": "image", "dog_1.png": "image", "x.png": "image"},

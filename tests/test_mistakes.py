@@ -245,24 +245,24 @@ def pictures(folder, **classes):
 FOLDERS = {
     "missing": (
         lambda f: None,
-        "does not exist; give the folder that holds train/ or the class folders",
+        "no such file or folder; expected the folder that holds train/ or the class folders",
     ),
     "one class": (
         lambda f: pictures(f, cat=3),
-        "found 1 class folders (cat); at least 2 are needed",
+        "got 1 class folder (cat); expected 2 or more; add another",
     ),
     "no class": (
         lambda f: pictures(f, **{".hidden": 3}),
-        "found 0 class folders (none); at least 2 are needed",
+        "got no class folders and 0 images; expected 2 class folders or more",
     ),
     "an empty class": (
         lambda f: pictures(f, cat=3, dog=0),
-        "class 'dog' holds no image (.apng, .avif, .bmp, .dib, .gif, .jfif, .jpe, .jpeg, .jpg, .pbm, .pgm, "
-        ".png, .pnm, .ppm, .tif, .tiff, .webp); add images or remove the folder",
+        "dog: got a class folder without images; expected .apng, .avif, .bmp, .dib, .gif, .jfif, .jpe, .jpeg, "
+        ".jpg, .pbm, .pgm, .png, .pnm, .ppm, .tif, .tiff, .webp; add images or remove the folder",
     ),
     "too few pictures to cut a test split": (
         lambda f: pictures(f, cat=2, dog=2),
-        "prepare.test: cannot cut 400 of 4 images",
+        "prepare.test: got 400 of 4 images; expected a stratified split",
     ),
     "a broken picture": (
         lambda f: (pictures(f, cat=3, dog=3) / "dog" / "1.png").write_bytes(b"no"),

@@ -151,7 +151,9 @@ def test_a_class_that_is_all_broken_is_named(folder, tmp_path):
     for path in (folder / "train" / "cat").iterdir():
         path.write_bytes(b"")
     config = Prepare("imagefolder", path=str(folder), image_size=16, val=2, on_error="skip")
-    with pytest.raises(UserError, match="class 'cat' has no image left to train on"):
+    with pytest.raises(
+        UserError, match="class 'cat': got no training image with val 2 and test 0.2"
+    ):
         prepare(config, tmp_path / "p")
 
 
@@ -160,7 +162,7 @@ def test_a_full_disk_is_told_before_anything_is_written(folder, tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match="the prepared images need 0.00 GB .No space left"):
+    with pytest.raises(UserError, match="got No space left .*; expected 0.00 GB for the prepared"):
         prepare(Prepare("imagefolder", path=str(folder), image_size=16, val=4), tmp_path / "p")
     assert not any(p.suffix != "" or p.name == "p" for p in tmp_path.iterdir())
 
@@ -172,9 +174,15 @@ def test_a_full_disk_is_told_before_anything_is_written(folder, tmp_path, monkey
             lambda r: (r / "train" / "cat" / "0.png").write_bytes(b"\x89PNG broken"),
             "0.png: not a readable image",
         ),
-        (lambda r: (r / "train" / "eel").mkdir(), "class 'eel' holds no image .*add images"),
-        (lambda r: draw(r / "test" / "cow" / "1.png", 0), "class 'cow' is not in train/"),
-        (lambda r: (r / "train").rename(r / "trian"), "has test/ but no train/"),
+        (
+            lambda r: (r / "train" / "eel").mkdir(),
+            "eel: got a class folder without images; .*add images",
+        ),
+        (
+            lambda r: draw(r / "test" / "cow" / "1.png", 0),
+            "got the class 'cow', which train/ does not",
+        ),
+        (lambda r: (r / "train").rename(r / "trian"), "got test/ beside trian/ without train/"),
     ],
 )
 def test_mistakes_in_a_folder_are_named_and_nothing_is_left_behind(
@@ -195,12 +203,18 @@ def test_mistakes_in_a_folder_are_named_and_nothing_is_left_behind(
         ({"path": None}, "prepare.path: got None"),
         (
             {"path": "nowhere"},
-            "does not exist in .*; give the folder that holds train/",
+            "no such file or folder in .*; expected the folder that holds train/",
         ),
-        ({"path": __file__}, "test_prepare.py is not a folder"),
-        ({"label_column": "fine"}, "prepare.label_column: got 'fine', but source 'imagefolder'"),
-        ({"student_labels": 100}, "got 100, but class 'cat' has only"),
-        ({"val": 1000.0}, "prepare.val: cannot cut 1000 of"),
+        ({"path": __file__}, "test_prepare.py: got a file; expected the folder"),
+        (
+            {"label_column": "fine"},
+            "prepare.label_column: got 'fine'; expected null for source 'im",
+        ),
+        (
+            {"student_labels": 100},
+            "got 100; expected at most .* the training images of class 'cat'",
+        ),
+        ({"val": 1000.0}, "prepare.val: got 1000 of .* images; expected a stratified split"),
     ],
 )
 def test_mistakes_in_the_parameters_are_named(kwargs, message, folder, tmp_path):
@@ -231,7 +245,7 @@ def test_impossible_parameters_are_refused_with_the_value(kwargs, message):
 
 def test_one_class_is_refused_with_the_count(tmp_path):
     draw(tmp_path / "images" / "only" / "a.png", 0)
-    with pytest.raises(UserError, match=r"found 1 class folders \(only\); at least 2"):
+    with pytest.raises(UserError, match=r"got 1 class folder \(only\); expected 2 or more"):
         prepare(Prepare("imagefolder", path=str(tmp_path / "images")), tmp_path / "p")
 
 

@@ -170,13 +170,21 @@ def with_unlabelled_tests(tmp_path, splits, _):
         (
             without_a_shard,
             None,
-            "train-00001-of-00002.parquet is missing; add it, or give the part",
+            "got no train-00001-of-00002.parquet; expected all shards; add it, or give the part",
         ),
         (with_a_broken_file, None, "test-00000-of-00002.parquet: not a readable parquet file"),
-        (with_a_bare_file, None, "splits test, train and more.parquet; name each file after its"),
-        (with_unlabelled_tests, None, r"test-00000-of-00002.parquet:0 of .* has no label; leave"),
-        (None, "fine", "has no column 'fine'; did you mean 'fine_label'"),
-        (None, "img", "has no column 'img'; .*allowed: fine_label, coarse_label"),
+        (
+            with_a_bare_file,
+            None,
+            "splits test, train and more.parquet; .* name each file after its",
+        ),
+        (
+            with_unlabelled_tests,
+            None,
+            r"test-00000-of-00002.parquet:0: got no label in test; .*leave",
+        ),
+        (None, "fine", "got 'fine', which is no column of .*; did you mean 'fine_label'"),
+        (None, "img", "got 'img', which is no column of .*; .*allowed: fine_label, coarse_label"),
     ],
 )
 def test_mistakes_in_parquet_are_named(spoil, column, message, splits, tmp_path, monkeypatch):
@@ -192,11 +200,14 @@ def test_mistakes_in_parquet_are_named(spoil, column, message, splits, tmp_path,
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"other": [0, 1]}, "no ClassLabel column; got other; name the one"),
-        ({"label": [0.5, 1.0]}, "column 'label' holds 0.5; allowed: class numbers from 0"),
+        (
+            {"other": [0, 1]},
+            "label column: got other; expected a ClassLabel or .*; name the column",
+        ),
+        ({"label": [0.5, 1.0]}, "column 'label': got 0.5; expected class numbers from 0"),
         (
             {"label": [0, 1], "thumb": [b"", b""]},
-            "image columns: image, thumb, of image, label, thumb",
+            "image columns: got image, thumb of image, label, thumb",
         ),
     ],
 )
@@ -214,7 +225,7 @@ def test_a_label_above_the_named_classes_is_named(tmp_path):
     read = pq.read_table(path)
     column = read.schema.get_field_index("fine_label")
     pq.write_table(read.set_column(column, "fine_label", [[9] * 8]), path)
-    with pytest.raises(UserError, match=r"holds class 9, its metadata names 4 classes \(0 to 3\)"):
+    with pytest.raises(UserError, match="got class 9; expected 0 to 3, as in its metadata"):
         parquet.read(str(path), Columns())
 
 
@@ -231,13 +242,13 @@ OBJECTS = np.array([{"a": 1}], dtype=object)
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (Evil(), "refused a pickle that names posix.system; allowed: dict, list, str, bytes"),
-        ({b"data": np.zeros(3, np.float64)}, "refused an array of dtype 'f8'"),
-        ({b"data": OBJECTS}, "refused an array of dtype 'O8'"),
-        ({b"data": np.dtype}, "names numpy.dtype|refused a MakeDtype"),
-        ({b"data": {1, 2}}, "refused a set|names .*set"),
-        (Path("a"), "refused a pickle that names pathlib"),
-        (print, "refused a pickle that names .*print"),
+        (Evil(), "batch: got a pickle that names posix.system; expected dict, list, str, bytes"),
+        ({b"data": np.zeros(3, np.float64)}, "batch: got an array of dtype 'f8'"),
+        ({b"data": OBJECTS}, "batch: got an array of dtype 'O8'"),
+        ({b"data": np.dtype}, "names numpy.dtype|batch: got a MakeDtype"),
+        ({b"data": {1, 2}}, "batch: got a set|names .*set"),
+        (Path("a"), "batch: got a pickle that names pathlib"),
+        (print, "batch: got a pickle that names .*print"),
     ],
 )
 @pytest.mark.parametrize("protocol", [0, 2, 4])
@@ -274,13 +285,19 @@ def rewrite(folder, name, **change):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: (f / "test").unlink(), "cifar-100-python/test: No such file.*unpack the whole"),
-        (lambda f: (f / "meta").unlink(), "holds no batches.meta .CIFAR-10. and no meta"),
+        (lambda f: (f / "test").unlink(), "/test: cannot be read .No such file.*unpack the whole"),
+        (lambda f: (f / "meta").unlink(), "got no batches.meta .CIFAR-10. or meta"),
         (lambda f: (f / "train").write_bytes(b"x"), "train: not a CIFAR batch"),
-        (lambda f: rewrite(f, "train", fine_labels=[0]), r"data is \(40, 3072\) for 1 labels"),
-        (lambda f: rewrite(f, "train", fine_labels=[9] * 40), "label 9 of .*; allowed: 0 to 3"),
-        (lambda f: rewrite(f, "train", data=[1] * 40), "data is list for 40 labels"),
-        (lambda f: containers.dump(f / "meta", {"a": 1}), "no 'fine_label_names' in it, got a"),
+        (lambda f: rewrite(f, "train", fine_labels=[0]), r"data: got \(40, 3072\) for 1 labels"),
+        (
+            lambda f: rewrite(f, "train", fine_labels=[9] * 40),
+            "label of .*: got 9; expected 0 to 3",
+        ),
+        (lambda f: rewrite(f, "train", data=[1] * 40), "data: got list for 40 labels"),
+        (
+            lambda f: containers.dump(f / "meta", {"a": 1}),
+            "got a; expected the key 'fine_label_names'",
+        ),
     ],
 )
 def test_mistakes_in_a_cifar_folder_are_named(spoil, message, splits, tmp_path):
@@ -297,16 +314,18 @@ def test_mistakes_in_a_cifar_archive_are_named(splits, tmp_path):
     (folder / "test").unlink()
     archive = containers.packed(folder)
     with pytest.raises(
-        UserError, match="cifar-100-python/test is missing; fetch the archive again"
+        UserError, match="got no cifar-100-python/test; expected the whole archive; fetch it again"
     ):
         cifar.read(str(archive), Columns())
     archive.write_bytes(archive.read_bytes()[:200])
     with pytest.raises(UserError, match="not a readable archive"):
         cifar.read(str(archive), Columns())
-    with pytest.raises(UserError, match="prepare.path: got None; source 'cifar' needs"):
+    with pytest.raises(
+        UserError, match="prepare.path: got None for source 'cifar'; expected cifar-10"
+    ):
         cifar.read(None, Columns())
     other = containers.packed(containers.as_cifar100(tmp_path / "b", splits).rename(tmp_path / "x"))
-    with pytest.raises(UserError, match="x.tar.gz holds x/.*; give cifar-10-python.tar.gz"):
+    with pytest.raises(UserError, match="x.tar.gz: got x/.*; expected cifar-10-python.tar.gz"):
         cifar.read(str(other), Columns())
 
 
@@ -360,13 +379,16 @@ def offline(*_, **__):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("CIFAR11", "torchvision has no data set 'CIFAR11'; did you mean 'CIFAR1"),
-        ("MNIST", r"torchvision:MNIST: not in .* and not to be downloaded .*check the network"),
+        ("CIFAR11", "source: got 'torchvision:CIFAR11'; did you mean 'CIFAR1"),
+        ("MNIST", r"torchvision:MNIST: no files in .* the download failed .*check the network"),
         (
             "CIFAR100",
-            r"torchvision:CIFAR100: not in .* and not to be downloaded .*service not known",
+            r"torchvision:CIFAR100: no files in .* the download failed .*service not known",
         ),
-        ("CocoDetection", "torchvision:CocoDetection needs more than a folder .*annFile"),
+        (
+            "CocoDetection",
+            "torchvision:CocoDetection: got .*annFile.*; expected a data set that needs a",
+        ),
     ],
 )
 def test_mistakes_in_a_torchvision_source_are_named(name, message, tmp_path, monkeypatch):
@@ -380,5 +402,5 @@ def test_mistakes_in_a_torchvision_source_are_named(name, message, tmp_path, mon
 
 
 def test_a_torchvision_source_without_a_path_says_what_the_path_is_for(tmp_path):
-    with pytest.raises(UserError, match="prepare.path: got None; .*the folder to download to"):
+    with pytest.raises(UserError, match="prepare.path: got None .*the folder to download to"):
         prepare(Prepare("torchvision:MNIST"), tmp_path / "out")

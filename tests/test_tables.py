@@ -78,7 +78,7 @@ def test_labels_of_every_kind_are_classes(cells, classes, numbers, tmp_path):
         ("file,label\n0.png\n", "got 1 columns in line 2; expected 2, as in the header"),
         (
             "file,label\nx.png,a\ny.png,b\n",
-            "got the header file, label; expected a column with the names of the images",
+            "got the header file, label; expected a column of image names",
         ),
         (
             "file,label\n0.png,0.5\n1.png,0.25\n",
@@ -103,7 +103,7 @@ def test_labels_of_every_kind_are_classes(cells, classes, numbers, tmp_path):
         ),
         (
             "left,right,label\n0,1,a\n1,2,b\n",
-            "expected one column of image names, got left, right; name one in prepare.image",
+            "image names in left, right; expected one column of image names; name it in prepare.image",
         ),
     ],
 )
@@ -202,7 +202,7 @@ def test_a_path_into_another_folder_is_not_the_image_of_that_name(tmp_path):
 
 
 def test_a_name_that_fits_two_images_is_refused(tmp_path):
-    with pytest.raises(UserError, match="got '0', which fits a/0.png, b/0.png; expected one image"):
+    with pytest.raises(UserError, match="got '0', which matches a/0.png, b/0.png; expected one"):
         read(tmp_path, {"a": 1, "b": 1, "labels.csv": "id,label\n0,x\n"}, label="label")
 
 
@@ -259,7 +259,7 @@ def test_a_row_whose_image_is_not_there_is_a_broken_image(tmp_path):
 
 def test_without_a_table_a_column_is_refused(tmp_path):
     with pytest.raises(
-        UserError, match="prepare.image_column: got 'file', but source 'imagefolder'"
+        UserError, match="prepare.image_column: got 'file'; expected null for source 'imagefolder'"
     ):
         read(tmp_path, {"cat": 2, "dog": 2}, image="file")
 

@@ -164,19 +164,19 @@ def _read_source(config: Prepare) -> SourceImages:
     for name in source.classes:
         if legible(name) != name:
             raise UserError(
-                f"prepare.path: {config.path}: class {name!r} holds a line break or another control character; "
-                "rename it"
+                f"prepare.path: {config.path}: got the class {name!r}; expected a name without line breaks and "
+                "control characters; rename it"
             )
     if len(source.classes) < 2:
         raise UserError(
-            f"prepare.path: {config.path} has {len(source.classes)} classes "
-            f"({', '.join(source.classes) or 'none'}); at least 2 are needed"
+            f"prepare.path: {config.path}: got {len(source.classes)} classes "
+            f"({', '.join(source.classes) or 'none'}); expected 2 or more; correct the path or add images"
         )
     for sample in source.samples:
         if sample.label is None and sample.split in ("val", "test"):
             raise UserError(
-                f"prepare.path: {sample.origin} of {config.path} is in {sample.split} and has no label; leave "
-                "that split out, and test is cut from train"
+                f"prepare.path: {config.path}: {sample.origin}: got no label in {sample.split}; expected labels "
+                "in val and test; leave that split out, and test is cut from train"
             )
     return source
 
@@ -232,8 +232,8 @@ def _reserve(path: Path) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return  # a file system that cannot reserve
         raise UserError(
-            f"{path.parent}: the prepared images need {path.stat().st_size / 1e9:.2f} GB ({error.strerror}); free "
-            "space, or lower prepare.image_size"
+            f"{path.parent}: disk space: got {error.strerror}; expected {path.stat().st_size / 1e9:.2f} GB for "
+            "the prepared images; free space, or lower prepare.image_size"
         ) from None
 
 
@@ -321,7 +321,8 @@ def _assign_splits(samples: Sequence[Sample], config: Prepare) -> list[str]:
             )
         except ValueError as error:
             raise UserError(
-                f"prepare.{name}: cannot cut {size} of {len(free)} images, stratified: {error}"
+                f"prepare.{name}: got {size} of {len(free)} images; expected a stratified split ({error}); set "
+                "another size, or add images"
             ) from None
         for i in held_out:
             splits[i] = name
@@ -337,14 +338,14 @@ def _choose_student_labels(
         rows = [i for i, s in enumerate(samples) if splits[i] == "train" and s.label == label]
         if not rows:
             raise UserError(
-                f"prepare: class {name!r} has no image left to train on; add images, or lower prepare.val and "
-                f"prepare.test (they are {config.val:g} and {config.test:g})"
+                f"prepare: class {name!r}: got no training image with val {config.val:g} and test {config.test:g}"
+                "; expected 1 or more; add images, or lower prepare.val and prepare.test"
             )
         if isinstance(config.student_labels, int):
             if len(rows) < config.student_labels:
                 raise UserError(
-                    f"prepare.student_labels: got {config.student_labels}, but class {name!r} has only "
-                    f"{len(rows)} training images; lower it or use 'all'"
+                    f"prepare.student_labels: got {config.student_labels}; expected at most {len(rows)}, the "
+                    f"training images of class {name!r}; lower it or use 'all'"
                 )
             generator = np.random.default_rng((config.seed, label))
             rows = [int(i) for i in generator.choice(rows, config.student_labels, replace=False)]

@@ -87,18 +87,19 @@ def _folder(root: Path) -> tuple[Layout, Member]:
             if (folder / layout.meta).is_file():
                 return layout, partial(_read_file, folder)
     raise UserError(
-        f"prepare.path: {root} holds no batches.meta (CIFAR-10) and no meta (CIFAR-100); give {EXPECTED}"
+        f"prepare.path: {root}: got no batches.meta (CIFAR-10) or meta (CIFAR-100); expected {EXPECTED}; "
+        "correct the path"
     )
 
 
 def _read_file(folder: Path, name: str) -> bytes:
     try:
-        if (folder / name).stat().st_size > MAX_FILE_BYTES:
-            raise _too_large(folder / name)
+        if (size := (folder / name).stat().st_size) > MAX_FILE_BYTES:
+            raise _too_large(folder / name, size)
         return (folder / name).read_bytes()
     except OSError as error:
         raise UserError(
-            f"{folder / name}: {error.strerror}; unpack the whole archive again"
+            f"{folder / name}: cannot be read ({error.strerror}); unpack the whole archive again"
         ) from None
 
 
@@ -111,7 +112,9 @@ def _archive(path: Path) -> tuple[Layout, Member]:
             layout = next((known[n] for n in files if n in known), None)
             if layout is None:
                 some = ", ".join(sorted(files)[:3]) or "nothing"
-                raise UserError(f"prepare.path: {path} holds {some}; give {EXPECTED}")
+                raise UserError(
+                    f"prepare.path: {path}: got {some}; expected {EXPECTED}; correct the path"
+                )
             inside = f"{layout.folder}/"
             members = {
                 name.removeprefix(inside): _extracted(tar, m)
@@ -122,12 +125,14 @@ def _archive(path: Path) -> tuple[Layout, Member]:
         raise
     except Exception as error:  # a packer's library raises whatever the bytes lead it to
         raise UserError(
-            f"{path}: not a readable archive ({error}); give {EXPECTED}, or fetch it again"
+            f"{path}: not a readable archive ({error}); expected {EXPECTED}; fetch it again"
         ) from None
 
     def member(name: str) -> bytes:
         if name not in members:
-            raise UserError(f"{path}: {inside}{name} is missing; fetch the archive again")
+            raise UserError(
+                f"{path}: got no {inside}{name}; expected the whole archive; fetch it again"
+            )
         return members[name]
 
     return layout, member
@@ -135,22 +140,22 @@ def _archive(path: Path) -> tuple[Layout, Member]:
 
 def _extracted(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     if member.size > MAX_FILE_BYTES:
-        raise _too_large(member.name)
+        raise _too_large(member.name, member.size)
     stream = tar.extractfile(member)
     assert stream is not None
     return stream.read()
 
 
-def _too_large(name: Path | str) -> UserError:
+def _too_large(name: Path | str, size: int) -> UserError:
     return UserError(
-        f"{name}: larger than {MAX_FILE_BYTES:,} bytes, which no file of CIFAR is; give {EXPECTED}"
+        f"{name}: got {size:,} bytes; expected at most {MAX_FILE_BYTES:,} in a file of CIFAR; give {EXPECTED}"
     )
 
 
 def _value(batch: Any, key: str, origin: str) -> Any:
     if not isinstance(batch, dict) or key not in batch:
         keys = ", ".join(map(str, batch)) if isinstance(batch, dict) else type(batch).__name__
-        raise UserError(f"{origin}: no {key!r} in it, got {keys}; fetch the archive again")
+        raise UserError(f"{origin}: got {keys}; expected the key {key!r}; fetch it again")
     return batch[key]
 
 
@@ -179,14 +184,14 @@ def _samples(
     shape = pixels.shape if isinstance(pixels, np.ndarray) else type(pixels).__name__
     if shape != (len(labels), 3 * SIDE * SIDE) or len(names) != len(labels):
         raise UserError(
-            f"{origin}: data is {shape} for {len(labels)} labels; expected ({len(labels)}, 3072); fetch it again"
+            f"{origin}: data: got {shape} for {len(labels)} labels; expected ({len(labels)}, 3072); fetch it again"
         )
     images = pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
     samples = []
     for name, image, label in zip(names, images, labels, strict=True):
         if not (type(label) is int and 0 <= label < n_classes):
             raise UserError(
-                f"{origin}: label {label!r} of {name}; allowed: 0 to {n_classes - 1}; fetch it again"
+                f"{origin}: label of {name}: got {label!r}; expected 0 to {n_classes - 1}; fetch it again"
             )
         read = partial(_image, image)
         location = legible(f"{origin.rpartition(': ')[2]}/{name}")

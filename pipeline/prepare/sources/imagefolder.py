@@ -39,7 +39,7 @@ def read(path: str | None, columns: Columns) -> SourceImages:
     """
     root = existing("imagefolder", path, EXPECTED)
     if not root.is_dir():
-        raise UserError(f"prepare.path: {root} is not a folder; give {EXPECTED}")
+        raise UserError(f"prepare.path: {root}: got a file; expected {EXPECTED}; correct the path")
     left_out, images, others = _files(root)
     sheets = [name for name in others if PurePosixPath(name).suffix.lower() in tables.SUFFIXES]
     if columns.pattern is not None or not sheets:
@@ -112,7 +112,7 @@ def _by_pattern(images: list[str], pattern: str) -> FileLabels:
     if not any(texts.values()):
         raise UserError(
             f"prepare.label_pattern: got {pattern!r}, which matches none of {len(images)} image names "
-            f"({shortened(images)}); expected a pattern whose first group is the class"
+            f"({shortened(images)}); expected a pattern whose first group is the class; correct it"
         )
     classes, number = classes_of(texts.values(), "prepare.label_pattern")
     return FileLabels(classes, {n: number[t] for n, t in texts.items()}, splits, reasons)
@@ -138,23 +138,23 @@ def _check_level(root: Path, level: Level, classes: list[str]) -> None:
     folder = root / level.name
     if not classes:
         raise UserError(
-            f"{folder}: found 0 class folders (none); at least 2 are needed, or for its "
-            f"{len(level.images)} images a table of labels (.csv, .tsv) beside them, or prepare.label_pattern"
+            f"{folder}: got no class folders and {len(level.images)} images; expected 2 class folders or more; "
+            "add them, or a table of labels (.csv, .tsv) beside the images, or prepare.label_pattern"
         )
     for name in tree.folders(folder):
         if name not in level.folders and not split_of(name):
             raise UserError(
-                f"{folder / name}: class {name!r} holds no image ({', '.join(sorted(SUFFIXES))}); add images or "
-                "remove the folder"
+                f"{folder / name}: got a class folder without images; expected {', '.join(sorted(SUFFIXES))}; add "
+                "images or remove the folder"
             )
     if len(classes) < 2:
         raise UserError(
-            f"{folder}: found 1 class folders ({shortened(classes)}); at least 2 are needed"
+            f"{folder}: got 1 class folder ({shortened(classes)}); expected 2 or more; add another"
         )
     unknown = sorted(set(level.classes()) - set(classes))
     if unknown:
         raise UserError(
-            f"{folder}: class {unknown[0]!r} is not in train/; {nearest(unknown[0], classes)}"
+            f"{folder}: got the class {unknown[0]!r}, which train/ does not have; {nearest(unknown[0], classes)}"
         )
 
 
@@ -164,11 +164,9 @@ def _outside(layout: Layout, name: str) -> str:
         if name.startswith(level.name):
             return f"no label, {level.name} has no class folders"
     below = name.removeprefix(layout.top.name).split("/")
-    place = name.rpartition("/")[0]
+    folder = name.rpartition("/")[0]
     if layout.trees[TRAIN] is not layout.top and len(below) > 1:
         beside = f"{layout.top.name}{below[0]}/"
         if not any(tree.name.startswith(beside) for tree in layout.trees.values()):
-            place = beside.rstrip("/")
-    return (
-        f"outside the class folders, in {legible(place)}/" if place else "outside the class folders"
-    )
+            folder = beside.rstrip("/")
+    return "outside the class folders" + (f", in {legible(folder)}/" if folder else "")

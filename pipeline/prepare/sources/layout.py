@@ -59,7 +59,7 @@ class Layout:
 def layout_of(root: Path, images: Iterable[str], has_tables: bool) -> Layout:
     """Sort the images below `root` by their folders.
 
-    Raises UserError: splits without train, two folders for one split, a split among class folders.
+    Raises UserError: splits without train, two folders for one split, a split beside class folders.
     """
     top = _levels(images)
     while (inner := _only(root, top)) and inner.folders:
@@ -139,12 +139,12 @@ def _splits(root: Path, top: Level, has_tables: bool) -> dict[str, Level]:
     got = shortened(f.name for f in folders if f.base in sure or (not sure and f.split()))
     if TRAIN not in by_kind:
         raise UserError(
-            f"{root}: has {got} but no train/{beside}; expected train/ with the class folders in it; add train/, "
+            f"{root}: got {got}{beside} without train/; expected train/ with the class folders in it; add train/, "
             "or rename a class that is named like a split"
         )
     if others and not (has_tables or (nested and sure)):
         raise UserError(
-            f"{root}: got {got}{beside}, a split among class folders; expected train/ with the class folders "
+            f"{root}: got {got}{beside}, a split beside class folders; expected train/ with the class folders "
             "in it; move them there, or rename a class that is named like a split"
         )
     return {kind: by_kind[kind][0] for kind in sorted(by_kind, key=lambda k: k != TRAIN)}
@@ -159,6 +159,6 @@ def _check_classes(root: Path, trees: dict[str, Level]) -> None:
             flat = not any(folder.folders for folder in folders)
             if split and split.exact and not (everywhere and flat) and len(level.classes()) > 1:
                 raise UserError(
-                    f"{root / level.name}: got {name}/ among class folders; expected classes only; "
+                    f"{root / level.name}: got the split {name}/ beside class folders; expected classes only; "
                     "move a split beside train/, or rename a class that is named like one"
                 )

@@ -71,7 +71,9 @@ def _files(path: str | None) -> tuple[Path, list[Path], dict[str, list[str]]]:
         root = Path(*parts[:fixed])
         matches = sorted(root.glob("/".join(parts[fixed:])))
         if not matches:
-            raise UserError(f"prepare.path: no file matches {path}; give {EXPECTED}")
+            raise UserError(
+                f"prepare.path: got {path}, which matches no file; expected {EXPECTED}; correct it"
+            )
         return root, matches, {}
     root = existing("parquet", path, EXPECTED)
     if root.is_file():
@@ -86,7 +88,9 @@ def _files(path: str | None) -> tuple[Path, list[Path], dict[str, list[str]]]:
             why = file.reason or f"{suffix or legible(Path(file.name).name)}, not a parquet file"
             left_out.setdefault(why, []).append(file.name)
     if not names:
-        raise UserError(f"prepare.path: {root} holds no .parquet file; give {EXPECTED}")
+        raise UserError(
+            f"prepare.path: {root}: got no .parquet file; expected {EXPECTED}; correct the path"
+        )
     _check_shards(root, names)
     return root, [root / name for name in names], left_out
 
@@ -113,8 +117,8 @@ def _check_shards(root: Path, names: list[str]) -> None:
                 some = group[min(group)].rpartition("/")[2]
                 width = len(some) - len(prefix) - len(some[len(prefix) :].lstrip("0123456789"))
                 raise UserError(
-                    f"{root / folder}: {prefix}{i:0{width}d}{rest}.parquet is missing; add it, or give the part "
-                    f"you want as a pattern (prepare.path: '{root / folder / some}')"
+                    f"{root / folder}: got no {prefix}{i:0{width}d}{rest}.parquet; expected all shards; add it, "
+                    f"or give the part you want as a pattern (prepare.path: '{root / folder / some}')"
                 )
 
 
@@ -130,8 +134,8 @@ def _by_split(root: Path, files: list[Path]) -> dict[str, list[Path]]:
     if TRAIN not in named or "" in named:
         bare = shortened(p.name for p in named.get("", [])) or "no train file"
         raise UserError(
-            f"prepare.path: splits {', '.join(filter(None, named))} and {bare}; name each file after its split "
-            "(train-*.parquet, test-*.parquet)"
+            f"prepare.path: got the splits {', '.join(filter(None, named))} and {bare}; expected a split in each "
+            "name, and train; name each file after its split (train-*.parquet, test-*.parquet)"
         )
     return {kind: named[kind] for kind in sorted(named, key=lambda kind: kind != TRAIN)}
 
@@ -199,20 +203,22 @@ class _File:
         images = [f.name for f in self.schema if is_image(f.type)]
         if requested is not None and requested not in images:
             raise UserError(
-                f"prepare.image_column: {self.path} has no column of images {requested!r}; "
+                f"prepare.image_column: got {requested!r}, which is no column of images in {self.path}; "
                 f"{nearest(requested, images)}"
             )
         if requested is None and len(images) != 1:
             raise UserError(
-                f"{self.path}: image columns: {', '.join(images) or 'none'}, of {', '.join(self.schema.names)}; "
-                "exactly one is needed, a struct {bytes, path} or binary; name one in prepare.image_column"
+                f"{self.path}: image columns: got {', '.join(images) or 'none'} of {', '.join(self.schema.names)}"
+                "; expected one, a struct {bytes, path} or binary; name one in prepare.image_column"
             )
         return requested or str(images[0])
 
     def column(self, name: str) -> list[Any]:
         """All values of a column. Raises UserError: this file lacks it, or is damaged."""
         if name not in self.schema.names:
-            raise UserError(f"{self.path}: no column {name!r}; {nearest(name, self.schema.names)}")
+            raise UserError(
+                f"{self.path}: got no column {name!r}; {nearest(name, self.schema.names)}"
+            )
         try:
             values: list[Any] = self.file.read(columns=[name]).column(0).to_pylist()
         except Exception as error:  # as above
@@ -249,7 +255,8 @@ def _label_column(file: _File, requested: str | None) -> tuple[str, list[str]]:
     if requested is not None:
         if requested not in columns:
             raise UserError(
-                f"prepare.label_column: {file.path} has no column {requested!r}; {nearest(requested, columns)}"
+                f"prepare.label_column: got {requested!r}, which is no column of {file.path}; "
+                f"{nearest(requested, columns)}"
             )
         return requested, []
     candidates = sorted(labels, key=lambda n: -len(file.class_names(n) or ())) or [
@@ -257,8 +264,8 @@ def _label_column(file: _File, requested: str | None) -> tuple[str, list[str]]:
     ]
     if not candidates:
         raise UserError(
-            f"{file.path}: no ClassLabel column; got {', '.join(columns) or 'no other column'}; name the "
-            "one that holds the labels in prepare.label_column"
+            f"{file.path}: label column: got {', '.join(columns) or 'no columns'}; expected a ClassLabel or one "
+            f"named {', '.join(USUAL)}; name the column of labels in prepare.label_column"
         )
     others = f"labels: {candidates[0]} (prepare.label_column: also {', '.join(candidates[1:])})"
     return candidates[0], [others] if candidates[1:] else []
@@ -275,14 +282,14 @@ def _labels(file: _File, column: str) -> list[int | str | None]:
         if label is not None and not isinstance(label, str):
             if not isinstance(label, int) or label >= MAX_CLASS_NUMBER:
                 raise UserError(
-                    f"{file.path}: column {column!r} holds {reprlib.repr(value)}; allowed: class numbers from 0 "
-                    f"to {MAX_CLASS_NUMBER - 1}, or class names"
+                    f"{file.path}: column {column!r}: got {reprlib.repr(value)}; expected class numbers from 0 to "
+                    f"{MAX_CLASS_NUMBER - 1}, or class names; name another in prepare.label_column"
                 )
             label = None if label < 0 else int(label)
             if names and label is not None and label >= len(names):
                 raise UserError(
-                    f"{file.path}: column {column!r} holds class {label}, its metadata names {len(names)} classes "
-                    f"(0 to {len(names) - 1}); mend the metadata or the labels"
+                    f"{file.path}: column {column!r}: got class {label}; expected 0 to {len(names) - 1}, as in "
+                    "its metadata; correct the metadata or the labels"
                 )
         labels.append(label)
     return labels
@@ -299,8 +306,8 @@ def _classes(
     if names is None and numbers and texts:
         mixed = next(f for f, cells in labels.items() if any(isinstance(c, str) for c in cells))
         raise UserError(
-            f"{mixed}: column {column!r} holds {min(texts)!r}, and class numbers elsewhere; expected one or the "
-            "other; mend the column"
+            f"{mixed}: column {column!r}: got {min(texts)!r}, and class numbers elsewhere; expected one or the "
+            "other; correct the column"
         )
     if names is None and texts:
         return sorted(texts)
@@ -314,7 +321,7 @@ def _classes(
         )
         if unknown and first:
             raise UserError(
-                f"{path}: got the class {unknown[0]!r}, which {first.path} does not name; "
+                f"{path}: got the class {unknown[0]!r}, which {first.path} does not have; "
                 f"{nearest(unknown[0], names)}"
             )
         if own is None and first and any(isinstance(c, int) for c in labels[path]):

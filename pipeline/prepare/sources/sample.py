@@ -67,7 +67,7 @@ class Columns:
             value = getattr(self, name)
             if value is not None and name not in accepted:
                 raise UserError(
-                    f"prepare.{key}: got {value!r}, but source {source!r} has no use for it; set it to null"
+                    f"prepare.{key}: got {value!r}; expected null for source {source!r}; set it to null"
                 )
 
 
@@ -82,29 +82,37 @@ def expanded(path: str | None) -> str | None:
         return str(Path(path).expanduser())
     except RuntimeError:
         raise UserError(
-            f"prepare.path: got {path}; no such user on this machine; write out the home folder"
+            f"prepare.path: got {path}; expected a user of this machine after ~; write out the home folder"
         ) from None
 
 
 def existing(source: str, path: str | None, expected: str) -> Path:
     """The path that a source reads. Raises UserError: none given, nothing there."""
     if path is None:
-        raise UserError(f"prepare.path: got {path}; source '{source}' needs {expected}")
+        raise UserError(
+            f"prepare.path: got {path} for source '{source}'; expected {expected}; set it"
+        )
     try:
         exists, readable = Path(path).exists(), Path(path).is_file() or Path(path).is_dir()
     except OSError as error:
-        raise UserError(f"prepare.path: {path}: {error.strerror}; give {expected}") from None
+        raise UserError(
+            f"prepare.path: {path}: cannot be read ({error.strerror}); expected {expected}; correct it"
+        ) from None
     if not exists:
         absolute = Path(path).is_absolute()
         where = "" if absolute else f" in {Path.cwd()}"
         copy = (
             ""
             if absolute
-            else ", or its absolute path (dvc exp run --temp and --queue run in a copy)"
+            else ", or give the absolute path (dvc exp run --temp and --queue run in a copy)"
         )
-        raise UserError(f"prepare.path: {path} does not exist{where}; give {expected}{copy}")
+        raise UserError(
+            f"prepare.path: {path}: no such file or folder{where}; expected {expected}; correct it{copy}"
+        )
     if not readable:
-        raise UserError(f"prepare.path: {path} is neither a file nor a folder; give {expected}")
+        raise UserError(
+            f"prepare.path: {path}: got neither a file nor a folder; expected {expected}; correct it"
+        )
     return Path(path)
 
 
@@ -123,9 +131,9 @@ def composed(name: str) -> str:
 
 def shortened(names: Iterable[str], limit: int = 5) -> str:
     """The first few names of a list, for a message."""
-    shown = sorted(names)
-    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
-    return ", ".join(map(legible, shown[:limit])) + more
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(map(legible, ordered[:limit])) + more
 
 
 def whole_number(text: str) -> int | None:
@@ -159,8 +167,8 @@ def classes_of(texts: Iterable[str], where: str) -> tuple[list[str], dict[str, i
         )
     else:
         names = sorted(set(known.values()))
-    place = {name: i for i, name in enumerate(names)}
-    return names, {cell: place[known[cell]] if cell in known else None for cell in cells}
+    number = {name: i for i, name in enumerate(names)}
+    return names, {cell: number[known[cell]] if cell in known else None for cell in cells}
 
 
 def _is_number(text: str) -> bool:

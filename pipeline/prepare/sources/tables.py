@@ -103,7 +103,7 @@ def check_agreement(root: Path, images: list[str], names: list[str], folders: Fi
             example = folders.classes[torn[0] if torn else min(pairs)]
             raise UserError(
                 f"{root / name}: got other labels (column {reading.label or 'one-hot'!r}) than the class folders, "
-                f"for images of {example}/ among others; expected labels of one kind; set prepare.label_column to "
+                f"first for images of {example}/; expected labels of one kind; set prepare.label_column to "
                 "read the table, or move it away to read the folders"
             )
 
@@ -163,13 +163,15 @@ def _table(root: Path, name: str) -> Table:
             f"{path}: cannot be read ({error}); expected a table in UTF-8; save it again"
         ) from None
     if len(rows) < 2:
-        raise UserError(f"{path}: got {len(rows)} lines; expected a header and a row an image")
+        raise UserError(
+            f"{path}: got {len(rows)} lines; expected a header and a row an image; complete or remove it"
+        )
     header = [legible(composed(cell.strip())) for cell in rows[0][1]]
     for line, cells in rows:
         if len(cells) != len(header):
             raise UserError(
                 f"{path}: got {len(cells)} columns in line {line}; expected {len(header)}, as in the header; "
-                "mend the line"
+                "correct the line"
             )
     return Table(name, header, rows[1:])
 
@@ -180,8 +182,8 @@ def _reading(table: Table, index: _Index, columns: Columns, usual_only: bool = F
     ):  # no header: the first row is an image's
         header = [f"column {i + 1}" for i in range(len(table.header))]
         table = Table(table.name, header, [(1, table.header), *table.rows])
-    shown = f"{table.name}: got the header {', '.join(table.header)}"
-    image = _image_column(table, index, columns.image, shown)
+    got = f"{table.name}: got the header {', '.join(table.header)}"
+    image = _image_column(table, index, columns.image, got)
     rest = [name for name in table.header if name != image]
     split = next(
         (n for n in rest if n.lower() in SPLIT_COLUMNS and _are_splits(table.column(n))), None
@@ -194,7 +196,7 @@ def _reading(table: Table, index: _Index, columns: Columns, usual_only: bool = F
     if columns.label is not None:
         if columns.label not in rest:
             raise UserError(
-                f"{shown}; expected prepare.label_column {columns.label!r}; {nearest(columns.label, rest)}"
+                f"{got}; expected prepare.label_column {columns.label!r}; {nearest(columns.label, rest)}"
             )
         usual = [columns.label]
     if not usual and len(rest) == 1 and not usual_only:
@@ -207,14 +209,14 @@ def _reading(table: Table, index: _Index, columns: Columns, usual_only: bool = F
     hot = [n for n in rest if {whole_number(cell) for cell in table.column(n)} <= {0, 1}]
     if len(hot) < 2:
         raise UserError(
-            f"{shown}; expected a column of labels ({', '.join(USUAL[:5])}, ...) or one-hot columns of 0 and 1; "
+            f"{got}; expected a column of labels ({', '.join(USUAL[:5])}, ...) or one-hot columns of 0 and 1; "
             "name the column in prepare.label_column"
         )
     notes = [f"labels: one-hot columns {shortened(hot)} of {legible(table.name)}"]
     return Reading(table, image, "", _one_hot(table, hot), splits, notes)
 
 
-def _image_column(table: Table, index: _Index, requested: str | None, shown: str) -> str:
+def _image_column(table: Table, index: _Index, requested: str | None, got: str) -> str:
     """The column that names most images."""
     hits = {
         name: frozenset(
@@ -227,7 +229,7 @@ def _image_column(table: Table, index: _Index, requested: str | None, shown: str
     if requested is not None:
         if not hits.get(requested):
             raise UserError(
-                f"{shown}; expected prepare.image_column {requested!r} to name images; "
+                f"{got}; expected prepare.image_column {requested!r} to name images; "
                 f"{nearest(requested, [n for n in hits if hits[n]])}"
             )
         return requested
@@ -235,12 +237,13 @@ def _image_column(table: Table, index: _Index, requested: str | None, shown: str
     best = [name for name in hits if len(hits[name]) == most]
     if most == 0:
         raise UserError(
-            f"{shown}; expected a column with the names of the images, with their suffix or without; got none of "
-            f"{shortened(index.paths, 3) or 'no images'}"
+            f"{got}; expected a column of image names, with or without suffix "
+            f"({shortened(index.paths, 3) or 'no images'}); correct the names, or prepare.path"
         )
     if len({hits[name] for name in best}) > 1:
         raise UserError(
-            f"{shown}; expected one column of image names, got {', '.join(best)}; name one in prepare.image_column"
+            f"{got}, image names in {', '.join(best)}; expected one column of image names; name it in "
+            "prepare.image_column"
         )
     return best[0]
 
@@ -282,11 +285,11 @@ def _joined(
         listed = zip(
             table.rows, table.column(reading.image), reading.labels, reading.splits, strict=True
         )
-        for (line, _), cell, text, given in listed:
+        for (line, _), cell, text, split in listed:
             row, matches = f"line {line} of {table.name}", index.find(cell, table.name)
             if len(matches) > 1:
                 raise UserError(
-                    f"{row}: got {cell!r}, which fits {shortened(matches)}; expected one image; write its "
+                    f"{row}: got {cell!r}, which matches {shortened(matches)}; expected one image; write its "
                     "path from the table"
                 )
             name = matches[0] if matches else str(PurePosixPath(table.name).parent / cell)
@@ -295,10 +298,10 @@ def _joined(
             if texts.get(name, text) != text:
                 raise UserError(
                     f"{row}: got {text!r} for {name}, which is {texts[name]!r} in {rows[name]}; expected one "
-                    "label an image; mend the table, or name another column in prepare.label_column"
+                    "label an image; correct the table, or name another column in prepare.label_column"
                 )
             again += name in texts
-            kind = given or index.kinds.get(name) or (by_name.kind if by_name else None) or TRAIN
+            kind = split or index.kinds.get(name) or (by_name.kind if by_name else None) or TRAIN
             texts[name], rows[name] = ("", row) if kind == UNLABELLED else (text, row)
             splits[name] = TRAIN if kind == UNLABELLED else kind
     where = ", ".join(reading.table.name for reading in readings)

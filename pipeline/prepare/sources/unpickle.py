@@ -22,8 +22,8 @@ def loads(raw: bytes, origin: str) -> Any:
     try:
         _check_memo(raw)
         return _plain(_Reader(io.BytesIO(raw), encoding="bytes").load())
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{origin}: {error}; fetch the archive again") from None
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
         raise UserError(
             f"{origin}: not a CIFAR batch ({type(error).__name__}: {error}); fetch the archive again"
@@ -31,13 +31,13 @@ def loads(raw: bytes, origin: str) -> Any:
 
 
 def _check_memo(raw: bytes) -> None:
-    """Raise ValueError where a value is kept under a number larger than the pickle is long.
+    """Raise ValueError where a memo index is larger than the pickle is long.
 
-    Python's reader makes a table up to that number: 40 bytes could take 34 GB.
+    Python's reader allocates a table up to that index: 40 bytes could take 34 GB.
     """
     for code, number, _ in pickletools.genops(raw):
         if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and number not in range(len(raw)):
-            raise ValueError(f"a value is kept under number {number}")
+            raise ValueError(f"memo index: got {number}; expected below {len(raw)}")
 
 
 class _Reader(pickle.Unpickler):
@@ -51,8 +51,7 @@ class _Reader(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes bytes
             return _Encode()
         raise UserError(
-            f"refused a pickle that names {module}.{name}; allowed: dict, list, str, bytes, numbers and NumPy "
-            "arrays; this is not a CIFAR archive"
+            f"got a pickle that names {module}.{name}; expected dict, list, str, bytes, numbers, NumPy arrays only"
         )
 
 
@@ -68,7 +67,7 @@ class _Dtype:
 
     def __init__(self, code: str) -> None:
         if code not in ("u1", "uint8"):
-            raise UserError(f"refused an array of dtype {code!r}; allowed: unsigned bytes (u1)")
+            raise UserError(f"got an array of dtype {code!r}; expected unsigned bytes (u1)")
 
     def __setstate__(self, _: Any) -> None: ...
 
@@ -82,7 +81,9 @@ class _Array:
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
         if not isinstance(dtype, _Dtype) or not isinstance(raw, bytes):
-            raise UserError(f"refused an array of {type(dtype).__name__} over {type(raw).__name__}")
+            raise UserError(
+                f"got an array of {type(dtype).__name__} over {type(raw).__name__}; expected unsigned bytes (u1)"
+            )
         order = "F" if fortran else "C"
         self.value = np.frombuffer(raw, np.uint8).reshape(shape, order=order)  # type: ignore[call-overload]
 
@@ -113,5 +114,5 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, int | str | bytes):
         return value
     raise UserError(
-        f"refused a {type(value).__name__.strip('_')} in a CIFAR batch; it is not the original"
+        f"got a {type(value).__name__.strip('_')}; expected plain values and arrays of a CIFAR batch"
     )

@@ -32,8 +32,8 @@ def read(name: str, path: str | None, columns: Columns) -> SourceImages:
     kind = _class_of(name)
     if path is None:
         raise UserError(
-            f"prepare.path: got {path}; source '{PREFIX}{name}' needs the folder to download to, or that holds it "
-            "already (data/downloads)"
+            f"prepare.path: got {path} for source '{PREFIX}{name}'; expected the folder to download to, or that "
+            "holds it already; set it (data/downloads)"
         )
     if name in ARCHIVES:
         return _archive(kind, Path(path), columns)
@@ -57,9 +57,7 @@ def _class_of(name: str) -> Any:
             f"source '{PREFIX}{name}' needs torchvision ({error}); pip install torchvision"
         ) from None
     if name not in datasets.__all__:
-        raise UserError(
-            f"prepare.source: torchvision has no data set {name!r}; {nearest(name, datasets.__all__)}"
-        )
+        raise UserError(f"prepare.source: got {PREFIX + name!r}; {nearest(name, datasets.__all__)}")
     return getattr(datasets, name)
 
 
@@ -77,8 +75,8 @@ def _archive(kind: Any, root: Path, columns: Columns) -> SourceImages:
 
 def _not_available(name: str, root: Path, error: Exception) -> UserError:
     return UserError(
-        f"{PREFIX}{name}: not in {root} and not to be downloaded ({error}); check the network, or put its files "
-        "there by hand"
+        f"{PREFIX}{name}: no files in {root}, and the download failed ({error}); check the network, or put the "
+        "files there by hand"
     )
 
 
@@ -100,7 +98,7 @@ def _splits(name: str, kind: Any, root: Path) -> dict[str, Any]:
             break
     if "train" not in datasets:
         raise UserError(
-            f"prepare.source: {PREFIX}{name} has no train split; got {', '.join(datasets) or 'none'}; "
+            f"prepare.source: {PREFIX}{name}: got the splits {', '.join(datasets) or 'none'}; expected train; "
             "save it as class folders and use source: imagefolder"
         )
     return datasets
@@ -108,17 +106,17 @@ def _splits(name: str, kind: Any, root: Path) -> dict[str, Any]:
 
 def _open(name: str, kind: Any, root: Path, **split: Any) -> Any:
     accepts = inspect.signature(kind).parameters
-    given = dict(split)
+    arguments = dict(split)
     if "root" in accepts:
-        given["root"] = str(root)
+        arguments["root"] = str(root)
     if "download" in accepts:
-        given["download"] = True
+        arguments["download"] = True
     try:
-        return kind(**given)
+        return kind(**arguments)
     except TypeError as error:
         raise UserError(
-            f"prepare.source: {PREFIX}{name} needs more than a folder ({error}); save it as class folders and use "
-            "source: imagefolder"
+            f"prepare.source: {PREFIX}{name}: got {error}; expected a data set that needs a folder only; save it "
+            "as class folders and use source: imagefolder"
         ) from None
     except (OSError, RuntimeError, ImportError) as error:
         raise _not_available(name, root, error) from None
@@ -145,7 +143,7 @@ def _labels(name: str, dataset: Any, n_classes: int | None) -> list[int]:
         )
         if not isinstance(number, int) or not 0 <= number < (n_classes or number + 1):
             raise UserError(
-                f"prepare.source: {PREFIX}{name}: label {i} is {label!r}; allowed: one class number a image, "
+                f"prepare.source: {PREFIX}{name}: label {i}: got {label!r}; expected one class number an image, "
                 f"0 to {(n_classes or 1) - 1}; choose a classification data set"
             )
         labels.append(number)
@@ -155,5 +153,5 @@ def _labels(name: str, dataset: Any, n_classes: int | None) -> list[int]:
 def _image(dataset: Any, i: int) -> Image.Image:
     image = dataset[i][0]
     if not isinstance(image, Image.Image):
-        raise ValueError(f"item {i} is a {type(image).__name__}, not a image")
+        raise ValueError(f"item {i}: got a {type(image).__name__}; expected an image")
     return image
