@@ -1,7 +1,7 @@
 """Students of several CNN families through every exporter: `python -m benchmarks.exporters`. A table and its JSON.
 
 The weights are random, batch norms calibrated on smooth images so that the networks react to their input.
-Images to calibrate int8 on and to judge by come from `--calib`, or are smooth ones. Every artefact is held against
+Images for int8 calibration and its check come from `--calib`, or are smooth ones. Every artefact is compared with
 its ONNX.
 """
 
@@ -44,9 +44,9 @@ RUNTIMES = ("ort", "ov", "rtx")
 
 
 def reactive(name: str, kwargs: dict[str, Any], size: int) -> nn.Module:
-    """A network of random weights for 10 classes that does not answer every image alike.
+    """A network of random weights for 10 classes whose logits differ between images.
 
-    Four passes over smooth images give its batch norms statistics.
+    Its batch norms take their statistics from four passes over smooth images.
     """
     torch.manual_seed(0)
     model = create(name, kwargs, 10)
@@ -59,7 +59,7 @@ def reactive(name: str, kwargs: dict[str, Any], size: int) -> nn.Module:
 
 
 def checkpoint(name: str, kwargs: dict[str, Any], size: int, path: Path) -> None:
-    """Write that network as a student's checkpoint."""
+    """Write a `reactive` network as a student's checkpoint."""
     model = reactive(name, kwargs, size)
     description = {
         "model": name,
@@ -73,7 +73,7 @@ def checkpoint(name: str, kwargs: dict[str, Any], size: int, path: Path) -> None
 
 
 def timed(make: Callable[[], dict[str, Any]], *artefacts: Path) -> dict[str, Any]:
-    """The row of `make()` with size in MB and seconds; a refusal is a row with its reason."""
+    """Return the row of `make()` with size in MB and seconds, or a row with the reason of its error."""
     start = time.perf_counter()
     try:
         row = make()
@@ -85,40 +85,40 @@ def timed(make: Callable[[], dict[str, Any]], *artefacts: Path) -> dict[str, Any
 
 
 def through(name: str, folder: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """One student through all exporters: `ort fp32`, ... -> its row."""
+    """Export one student by all exporters: `ort fp32`, ... -> its row."""
     source, path = folder / f"{name}.onnx", folder / f"{name}.safetensors"
     checkpoint(name, STUDENTS[name], args.size, path)
-    found = {"ort fp32": timed(partial(export.export, path, source), source)}
-    pictures = chosen(source, args)
+    rows = {"ort fp32": timed(partial(export.export, path, source), source)}
+    pictures = calibration(source, args)
     how = int8.Settings(search_s=args.search_seconds)
     for precision in PRECISIONS:
         out = precision_path(source, precision)
         if precision != "fp32":
             made = partial(export.convert_onnx, source, out, precision, pictures, how)
-            found[f"ort {precision}"] = timed(made, out)
+            rows[f"ort {precision}"] = timed(made, out)
         ir = out.with_suffix(".xml")
         made = partial(ov_convert.convert_to_ir, source, ir, precision, pictures, how)
-        found[f"ov {precision}"] = timed(made, ir, ir.with_suffix(".bin"))
+        rows[f"ov {precision}"] = timed(made, ir, ir.with_suffix(".bin"))
         plan = out.with_suffix(".plan")
         made = partial(engine, source, plan, precision, pictures)
-        found[f"rtx {precision}"] = timed(made, plan)
-    return found
+        rows[f"rtx {precision}"] = timed(made, plan)
+    return rows
 
 
 def engine(
     source: Path, plan: Path, precision: str, pictures: int8.CalibrationImages
 ) -> dict[str, Any]:
-    """A TensorRT-RTX engine: built, and run where there is a GPU."""
+    """Build a TensorRT-RTX engine and, where there is a GPU, run it."""
     trt_convert.build_plan(source, plan, precision, "rtx", calibration=pictures.shown)
-    told, verdict = trt_command.plan_parity(source, plan)
-    return {"verdict": "built" if verdict == "skipped" else verdict, "reason": told}
+    reason, verdict = trt_command.plan_parity(source, plan)
+    return {"verdict": "built" if verdict == "skipped" else verdict, "reason": reason}
 
 
-def chosen(source: Path, args: argparse.Namespace) -> int8.CalibrationImages:
-    """Images to calibrate on and to judge by, without labels: the weights are random."""
+def calibration(source: Path, args: argparse.Namespace) -> int8.CalibrationImages:
+    """Images to calibrate on and to check by, without labels: the weights are random."""
     if args.calib:
-        found = int8.calibration_images(source, args.calib)
-        return int8.CalibrationImages(found.shown, found.held, np.full(len(found.held), -1))
+        images = int8.calibration_images(source, args.calib)
+        return int8.CalibrationImages(images.shown, images.held, np.full(len(images.held), -1))
     x = inputs.smooth(128, args.size, args.size, seed=9)
     return int8.CalibrationImages(x[::2], x[1::2], np.full(64, -1))
 
@@ -136,10 +136,10 @@ def cell(row: dict[str, Any]) -> str:
     return f"{row['verdict']} {figure}{part}, {size}"
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """The Markdown table: a student and precision a line, a runtime a column."""
     lines = ["| student | precision | " + " | ".join(RUNTIMES) + " |", "|---|---|---|---|---|"]
-    for name, rows in found["students"].items():
+    for name, rows in result["students"].items():
         for precision in PRECISIONS:
             cells = " | ".join(cell(rows[f"{runtime} {precision}"]) for runtime in RUNTIMES)
             lines.append(f"| {name} | {precision} | {cells} |")
@@ -150,18 +150,18 @@ def table(found: dict[str, Any]) -> str:
 def main(args: argparse.Namespace) -> None:
     """Measure, print, write `<out>.json` and `<out>.md`."""
     with tempfile.TemporaryDirectory() as folder:
-        found = {"students": {name: through(name, Path(folder), args) for name in args.students}}
-    shown = table(found)
-    print(shown)
+        result = {"students": {name: through(name, Path(folder), args) for name in args.students}}
+    text = table(result)
+    print(text)
     if args.out is None:
         return
-    asked = {k: v for k, v in vars(args).items() if k not in ("out", "calib")}
+    params = {k: v for k, v in vars(args).items() if k not in ("out", "calib")}
     options = f"--students {' '.join(args.students)} --size {args.size}"
     calib = " --calib DIR" if args.calib else ""
     command = (
         f"python -m benchmarks.exporters {options}{calib} --search-seconds {args.search_seconds:g}"
     )
-    record.write(args.out, SCHEMA, found, artifacts.provenance(asked), command, shown)
+    record.write(args.out, SCHEMA, result, artifacts.provenance(params), command, text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -169,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="benchmarks.exporters", description=__doc__)
     made.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
     made.add_argument("--size", type=int, default=224)
-    made.add_argument("--calib", type=Path, help="images to calibrate int8 on and to judge by")
+    made.add_argument("--calib", type=Path, help="images to calibrate int8 on and to check by")
     made.add_argument("--search-seconds", type=float, default=60.0)
     made.add_argument("--out", type=Path, help="where to write, without suffix")
     return made

@@ -1,4 +1,4 @@
-"""Everything that only a CUDA device can tell: `python -m benchmarks.gpu [--minutes 8] [--out DIR]`.
+"""All measurements that need a CUDA device: `python -m benchmarks.gpu [--minutes 8] [--out DIR]`.
 
 The parts run one after the other, most valuable first, each a process with its own time limit: `tests` (parity,
 determinism, no waiting, graph capture), `kernels` (every provider against the roofline), `steps` (whole training
@@ -37,18 +37,18 @@ PARTS: dict[str, Part] = {
     "engine": engine.PART,
 }
 MARGIN = 5.0  # seconds for ending a part and writing the summary
-SLACK = 8.0  # seconds before its limit that a part with a budget is asked to end
+SLACK = 8.0  # seconds between the budget of a part and its limit
 
 
 def main(args: argparse.Namespace) -> None:
     """Run the parts, print the summary. Raises GateFailed where a part failed."""
     if not args.dry and not torch.cuda.is_available():
         raise UserError(
-            f"no CUDA device: torch {torch.__version__} sees none; run it on a machine with one, or with --dry, "
-            "which runs every part small on the CPU"
+            f"CUDA: got no device in torch {torch.__version__}; expected one; run on a machine with a GPU, or "
+            "with --dry, which runs every part small on the CPU"
         )
-    if args.data and not given(args.data):
-        raise UserError(f"--data: {args.data} does not exist; give the folder of CIFAR-100")
+    if args.data and not exists(args.data):
+        raise UserError(f"--data: {args.data}: no such folder; expected CIFAR-100; correct it")
     deadline = time.monotonic() + 60 * args.minutes - MARGIN
     args.out.mkdir(parents=True, exist_ok=True)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
         raise GateFailed(f"failed: {', '.join(failed)}; their logs are in {args.out}")
 
 
-def given(data: str) -> bool:
+def exists(data: str) -> bool:
     """Whether a path is there, or a pattern matches something."""
     return Path(data).exists() or any(Path(data).parent.glob(Path(data).name or "*"))
 
@@ -81,7 +81,7 @@ def clear(out: Path, names: Sequence[str]) -> None:
 
 
 def obstructed(name: str, args: argparse.Namespace) -> Outcome | None:
-    """The outcome of a part that cannot run here."""
+    """The outcome of a part that cannot run here, else None."""
     reason = PARTS[name].obstacle(args)
     return None if reason is None else Outcome("skipped", reason=reason)
 
@@ -105,7 +105,7 @@ def run_part(name: str, args: argparse.Namespace, limit: float) -> Outcome:
 
 
 def summarise(outcomes: dict[str, Outcome], args: argparse.Namespace) -> dict[str, Any]:
-    """How each part ended, and the rows of the results that it has left."""
+    """The outcome of each part, with the rows of the results it wrote."""
     parts: dict[str, Any] = {}
     for name, outcome in outcomes.items():
         part = PARTS[name]
@@ -117,7 +117,7 @@ def summarise(outcomes: dict[str, Outcome], args: argparse.Namespace) -> dict[st
 
 
 def write(summary: dict[str, Any], args: argparse.Namespace) -> None:
-    """`summary.json` and `summary.md`."""
+    """Write `summary.json` and `summary.md`."""
     params = {"parts": args.parts, "minutes": args.minutes, "dry": args.dry}
     command = f"{COMMAND} --minutes {args.minutes:g}{' --data DIR' if args.data else ''}"
     command += " --dry" if args.dry else ""

@@ -1,8 +1,8 @@
 """int8 of trained students: what it costs in top-1, what it gains in CPU time over fp32 in ONNX Runtime.
 
 `python -m benchmarks.int8 --student NAME STUDENT.onnx CALIB TEST [--student ...] [--out F]`
-CALIB gives the ranges and judges the search. TEST, which neither saw, judges the accuracy: a folder of labelled
-images, or of a prepared one the test split.
+CALIB has the images for the ranges and for the search. TEST has other images, for the accuracy: a folder of
+labelled images, or a prepared one, of which the test split is read.
 """
 
 from __future__ import annotations
@@ -43,24 +43,25 @@ MAKERS: dict[str, tuple[str, str, Callable[..., dict[str, Any]]]] = {
 
 
 def test_images(session: Session, folder: Path) -> tuple[Array, NDArray[np.int64]]:
-    """All labelled test images, prepared by the network's own notes: (N, 3, S, S) and (N,).
+    """All labelled test images, preprocessed by the network's metadata: (N, 3, S, S) and (N,).
 
-    Raises UserError: no image with a label, a prepared folder of another size, a network without notes.
+    Raises UserError: no image with a label, a prepared folder of another size, a network without metadata.
     """
-    notes = metadata.preprocessing(session.metadata)
-    if notes is None or not (folder / "index.json").is_file():
+    preprocess = metadata.preprocessing(session.metadata)
+    if preprocess is None or not (folder / "index.json").is_file():
         x, labels = inputs.labelled_images(folder, session, 1 << 16)
     else:
         prepared = Prepared.open(folder)
         rows = prepared.rows("test")
-        if prepared.images.shape[1] != notes["image_size"]:
+        if prepared.images.shape[1] != preprocess["image_size"]:
             raise UserError(
-                f"{folder}: images of {prepared.images.shape[1]} px; the network takes {notes['image_size']}"
+                f"{folder}: image size: got {prepared.images.shape[1]} px; expected {preprocess['image_size']}; "
+                "give a folder of the network's size"
             )
-        x, labels = normalised(prepared.images[rows], notes), prepared.labels[rows]
+        x, labels = normalised(prepared.images[rows], preprocess), prepared.labels[rows]
     known = labels >= 0
     if not known.any():
-        raise UserError(f"{folder}: no image with a label; its folders must bear the class names")
+        raise UserError(f"{folder}: got no labelled image; expected folders named as the classes")
     return x[known], labels[known]
 
 
@@ -71,7 +72,7 @@ def student(name: str, onnx: str, calib: str, test: str) -> dict[str, Any]:
     pictures = int8.calibration_images(source, Path(calib))
     x, labels = test_images(reference, Path(test))
     exact = inputs.run_batches(reference, x)
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "images": len(x),
         "fp32_top1": float((exact.argmax(axis=1) == labels).mean()),
         "int8": {},
@@ -82,32 +83,32 @@ def student(name: str, onnx: str, calib: str, test: str) -> dict[str, Any]:
             try:
                 made = make(source, out, pictures=pictures, how=int8.Settings())
             except (GateFailed, UserError) as error:
-                found["int8"][maker] = {"reason": str(error).split(": ", 1)[-1]}
+                result["int8"][maker] = {"reason": str(error).split(": ", 1)[-1]}
                 continue
             got = inputs.run_batches(open_session(TARGETS[target], out, 1), x)
             candidate = Subject(out.name, out, TARGETS[target])
             baseline = Subject(source.name, source, TARGETS["ort-fp32"])
             versus, _ = compare_artefacts(candidate, baseline, 0, None)
-            found["int8"][maker] = {
+            result["int8"][maker] = {
                 "made": made.get("int8"),
                 "sqnr_centered_db": made["sqnr_centered_db"],
                 "top1_drop": agreement.top1_drop(exact, got, labels),
                 "cpu_over_ort_fp32": versus["ratio"],
                 "reason": versus["reason"],
             }
-    return found
+    return result
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """The Markdown table: a line a student and maker."""
     lines = [
         "| student | fp32 top-1 (%) | int8 by | made | SQNR (dB) | top-1 lost (points) "
         "| CPU time over ORT fp32 |",
         "|---|--:|---|---|--:|--:|---|",
     ]
-    for name, one in found["students"].items():
-        head = f"| {name} | {100 * one['fp32_top1']:.1f} of {one['images']} images"
-        for maker, row in one["int8"].items():
+    for name, figures in result["students"].items():
+        head = f"| {name} | {100 * figures['fp32_top1']:.1f} of {figures['images']} images"
+        for maker, row in figures["int8"].items():
             if row["reason"]:
                 lines.append(f"{head} | {maker} | stays fp32: {row['reason']} | | | |")
                 continue
@@ -122,15 +123,14 @@ def table(found: dict[str, Any]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Measure, print, write `<out>.json` and `<out>.md`."""
-    found = {"students": {given[0]: student(*given) for given in args.student}}
-    shown = table(found)
-    print(shown)
+    result = {"students": {name: student(name, *files) for name, *files in args.student}}
+    text = table(result)
+    print(text)
     if args.out:
-        names = " ".join(
-            f"--student {given[0]} {given[0]}.onnx CALIB TEST" for given in args.student
-        )
-        made_by = artifacts.provenance({"students": [given[0] for given in args.student]})
-        record.write(args.out, SCHEMA, found, made_by, f"python -m benchmarks.int8 {names}", shown)
+        options = " ".join(f"--student {name} {name}.onnx CALIB TEST" for name, *_ in args.student)
+        made_by = artifacts.provenance({"students": [name for name, *_ in args.student]})
+        command = f"python -m benchmarks.int8 {options}"
+        record.write(args.out, SCHEMA, result, made_by, command, text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -142,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar=("NAME", "ONNX", "CALIB", "TEST"),
-        help="a trained student, images to calibrate on, labelled images to judge by",
+        help="a trained student, images to calibrate on, labelled images for the accuracy",
     )
     made.add_argument("--out", type=Path, help="where to write, without suffix")
     return made

@@ -1,7 +1,7 @@
 """Every shipped kernel compiled for every GPU generation, without a GPU: spills, registers, memory, products.
 
-`python -m benchmarks.kernel_budget` writes what was found to benchmarks/results/kernel-budget.json; a test
-compares every build with it.
+`python -m benchmarks.kernel_budget` writes them to benchmarks/results/kernel-budget.json; a test compares every
+build with it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ WITHOUT_PRODUCT = {"swap_mix", "dropout"}
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What one kernel takes on one architecture."""
+    """Resources of one kernel on one architecture."""
 
     registers: int
     spilled_bytes: int
@@ -74,13 +74,13 @@ class CompiledKernel:
     products: int  # tensor-core instructions
 
 
-def build(kernel: str, architecture: int, chosen: Config | None = None) -> CompiledKernel:
-    """Compile a kernel in bfloat16 with the table's configuration, or with `chosen`."""
-    chosen = chosen or config(kernel, architecture)
+def build(kernel: str, architecture: int, settings: Config | None = None) -> CompiledKernel:
+    """Compile a kernel in bfloat16 with the table's configuration, or with `settings`."""
+    settings = settings or config(kernel, architecture)
     function = KERNELS[kernel]
-    tiles = {"BLOCK": chosen.block, "KEYS": chosen.inner, "DEPTH": chosen.inner}
-    if chosen.columns:
-        tiles["COLUMNS"] = chosen.columns
+    tiles = {"BLOCK": settings.block, "KEYS": settings.inner, "DEPTH": settings.inner}
+    if settings.columns:
+        tiles["COLUMNS"] = settings.columns
     constants = {k: v for k, v in {**CONSTANTS, **tiles}.items() if k in function.arg_names}
     signature = {
         name: "constexpr" if name in constants else TYPES.get(name, "i32")
@@ -88,22 +88,22 @@ def build(kernel: str, architecture: int, chosen: Config | None = None) -> Compi
     }
     aligned = [["tt.divisibility", 16]]  # as at a real launch: without it no load is vectorised
     attributes = {
-        (place,): aligned
-        for place, (name, kind) in enumerate(signature.items())
+        (index,): aligned
+        for index, (name, kind) in enumerate(signature.items())
         if kind.startswith("*") or ALIGNED.match(name)
     }
     compiled = triton.compile(
         ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": chosen.warps, "num_stages": chosen.stages},
+        options={"num_warps": settings.warps, "num_stages": settings.stages},
     )
     registers, spilled, instructions = _assembled(compiled.asm["cubin"])
-    wanted = PRODUCT[architecture // 10]
+    product = PRODUCT[architecture // 10]
     return CompiledKernel(
         registers,
         spilled,
         int(compiled.metadata.shared),
-        sum(line.startswith(wanted) and "MMA" in line for line in instructions),
+        sum(line.startswith(product) and "MMA" in line for line in instructions),
     )
 
 
@@ -113,8 +113,8 @@ def _assembled(cubin: bytes) -> tuple[int, int, list[str]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _told(tools / "cuobjdump", "-res-usage", file.name)
-        listing = _told(tools / "nvdisasm", "-c", file.name)
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        listing = _output(tools / "nvdisasm", "-c", file.name)
     registers = re.search(r"REG:(\d+)", usage)
     stack = re.search(r"STACK:(\d+)", usage)
     assert registers and stack, usage
@@ -123,34 +123,34 @@ def _assembled(cubin: bytes) -> tuple[int, int, list[str]]:
     return int(registers.group(1)), spilled, opcodes
 
 
-def _told(*command: object) -> str:
+def _output(*command: object) -> str:
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
     return done.stdout
 
 
 def faults(
-    kernel: str, architecture: int, found: CompiledKernel, budget: dict[str, int] | None
+    kernel: str, architecture: int, compiled: CompiledKernel, budget: dict[str, int] | None
 ) -> list[str]:
-    """What is wrong with a build: spills, no tensor-core product, too much shared memory, more than its budget."""
+    """Faults of a build: spills, no tensor-core product, too much shared memory, more than its budget."""
     where = f"{kernel} on sm_{architecture}"
     limit = SHARED_KB[architecture] * 1024
     wrong = []
-    if found.spilled_bytes:
-        wrong.append(f"{where}: {found.spilled_bytes} bytes of registers spilled, allowed: 0")
-    if kernel not in WITHOUT_PRODUCT and not found.products:
+    if compiled.spilled_bytes:
+        wrong.append(f"{where}: {compiled.spilled_bytes} bytes of registers spilled, allowed: 0")
+    if kernel not in WITHOUT_PRODUCT and not compiled.products:
         wrong.append(
             f"{where}: no {PRODUCT[architecture // 10]} instruction: not on the tensor cores"
         )
-    if found.shared_bytes > limit:
-        wrong.append(f"{where}: {found.shared_bytes} bytes of shared memory, limit {limit}")
+    if compiled.shared_bytes > limit:
+        wrong.append(f"{where}: {compiled.shared_bytes} bytes of shared memory, limit {limit}")
     if budget is None:
         wrong.append(f"{where}: not in {BUDGET.name}; run `python -m benchmarks.kernel_budget`")
     elif (
-        found.registers > SLACK * budget["registers"]
-        or found.shared_bytes > SLACK * budget["shared_bytes"]
+        compiled.registers > SLACK * budget["registers"]
+        or compiled.shared_bytes > SLACK * budget["shared_bytes"]
     ):
         wrong.append(
-            f"{where}: {found.registers} registers and {found.shared_bytes} bytes of shared memory, "
+            f"{where}: {compiled.registers} registers and {compiled.shared_bytes} bytes of shared memory, "
             f"budget {budget['registers']} and {budget['shared_bytes']}"
         )
     return wrong

@@ -74,7 +74,7 @@ STUDENTS_ON_CPU: tuple[Student, ...] = (("resnet18", 32, 8, Shape(32, (8, 8), 3,
 
 @dataclass
 class Work:
-    """One row group of the table: who computes it, and the least it could take."""
+    """One row group of the table: its providers, and the FLOPs and bytes of its roofline."""
 
     title: str
     flops: float = 0.0
@@ -93,7 +93,7 @@ class Work:
 
 
 def naive_attention(s: Tensor, t: Tensor, _: Key) -> tuple[Tensor, Tensor]:
-    """Both terms as most would write them: masks of torch.rand, softmax, N x N Gram matrices, autograd."""
+    """Both terms in plain PyTorch: masks of torch.rand, softmax, N x N Gram matrices, autograd."""
     mixed = torch.where(torch.rand_like(s) < 0.5, t, s)
     ours, theirs = (reference.attention(*reference.heads(v)) for v in (mixed, t))
     v_s, v_t = (reference.heads(v)[2] for v in (s, t))
@@ -104,7 +104,7 @@ def naive_attention(s: Tensor, t: Tensor, _: Key) -> tuple[Tensor, Tensor]:
 def naive_tokens(
     x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, groups: projectors.Groups
 ) -> tuple[Tensor, Tensor]:
-    """The token term group by group: tokens picked out of x, answers put into place."""
+    """The token term group by group: tokens indexed out of x, outputs indexed into the result."""
     x = F.dropout(x, 0.1)
     out = x.new_empty(*x.shape[:2], weight.shape[1])
     for group, w, b in zip(groups, weight, bias, strict=True):
@@ -145,7 +145,7 @@ def attention_work(shape: Shape, kind: torch.dtype, where: torch.device, compile
 
 
 def tokens_work(shape: Shape, kind: torch.dtype, where: torch.device, compiled: bool) -> Work:
-    """Drop-out, group-wise linear and mse with all gradients. Least bytes: x, target in, the rest out."""
+    """Dropout, group-wise linear and mse with all gradients. Least bytes: x, target in, the rest out."""
     groups = projectors.token_groups(*shape.grid)
     width = shape.n_heads * shape.width
     make = partial(torch.randn, device=where, dtype=kind)
@@ -168,12 +168,12 @@ def tokens_work(shape: Shape, kind: torch.dtype, where: torch.device, compiled: 
     work.add("loop over groups", partial(call, naive_tokens))
     if compiled:
         work.add("loop, torch.compile", partial(call, torch.compile(naive_tokens, dynamic=False)))
-    wanted = {"eager": "eager"}
+    impls = {"eager": "eager"}
     if (
         where.type == "cuda"
     ):  # as the switch names them: PyTorch's grouped_mm, and the Triton kernels
-        wanted |= {"grouped_mm": "sdpa", "triton": "flash"}
-    for name, impl in wanted.items():
+        impls |= {"grouped_mm": "sdpa", "triton": "flash"}
+    for name, impl in impls.items():
         work.add(name, partial(ours, impl))
     return work
 
@@ -198,7 +198,7 @@ def step_work(
     targets = Targets(labels, labels, None, float(batch))
     make = partial(torch.randn, device=where, dtype=kind)
     qkv = make(batch, n, 3, shape.n_heads, shape.width)
-    taught = TeacherOutputs(qkv, make(batch, n, width), make(batch, 100))
+    teacher = TeacherOutputs(qkv, make(batch, n, width), make(batch, 100))
     key = Key(1, torch.arange(batch, device=where), 3)
     net = net.to(where).to(memory_format=torch.channels_last)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -209,9 +209,9 @@ def step_work(
         with half:
             logits = net(images)
             feature = taps.features[tap.module]
-            seen = StudentOutputs(logits, taps.embedding, feature, [], labels, key, 1.0)
-            found = objective(logits, targets, seen, taught, stopwatch.Stopwatch())
-        sum(weights[t] * v for t, v in found.terms.items()).backward()
+            outputs = StudentOutputs(logits, taps.embedding, feature, [], labels, key, 1.0)
+            losses = objective(logits, targets, outputs, teacher, stopwatch.Stopwatch())
+        sum(weights[t] * v for t, v in losses.terms.items()).backward()
         net.zero_grad()
         objective.zero_grad()
 

@@ -56,7 +56,7 @@ class Selection:
     compiled: bool
 
     def works(self) -> Iterator[Work]:
-        """Every row group, built when it is asked for."""
+        """Build the row groups one by one."""
         for part in self.parts:
             if part == "step":
                 for student in self.students:
@@ -112,8 +112,8 @@ def _on_gpu(providers: dict[str, Call]) -> dict[str, list[float]]:
 def timed(call: Call, bench: Callable[..., Any]) -> list[float]:
     """Milliseconds of at least MIN_CALLS calls by Triton's `do_bench`.
 
-    It makes as many calls as fit into its 100 ms: a single one where a call is slower than that. Then it is given
-    the time that MIN_CALLS take.
+    It makes as many calls as fit into its 100 ms: a single one where a call is slower than that. It is then run
+    again for the time that MIN_CALLS take.
     """
     values: list[float] = list(bench(call, return_mode="all"))
     if len(values) < MIN_CALLS:
@@ -151,12 +151,12 @@ def measured_ceilings(kind: torch.dtype) -> dict[str, float]:
     return {"copy_gb_per_s": copied, "tflop_per_s": 2 * 8192**3 / do_bench(lambda: a @ b) / 1e9}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """The Markdown table: ratios to the first provider; on a GPU milliseconds, memory, launches, roofline too."""
-    ceilings = found["ceilings"]
+    ceilings = result["ceilings"]
     more = " ms | device ms | peak MB | launches | % of roofline |" if ceilings else ""
     lines = [f"| work | provider | speed |{more}", "|---|---|--:|" + "--:|" * more.count("|")]
-    for title, rows in found["work"].items():
+    for title, rows in result["work"].items():
         base = next((row["ms"]["median"] for row in rows.values() if "ms" in row), 0.0)
         for name, row in rows.items():
             if "reason" in row:
@@ -211,10 +211,10 @@ def selected_shapes(gpu: bool, tokens: Sequence[int], first: int | None) -> tupl
 
 
 def write(out: Path | None, params: dict[str, Any], command: str, result: dict[str, Any]) -> None:
-    """`<out>.json` and `<out>.md`, where an output is named."""
+    """Write `<out>.json` and `<out>.md` where `out` is not None."""
     if out is not None:
-        shown = f"{result['dtype']}\n\n{table(result)}"
-        record.write(out, SCHEMA, result, artifacts.provenance(params), command, shown)
+        text = f"{result['dtype']}\n\n{table(result)}"
+        record.write(out, SCHEMA, result, artifacts.provenance(params), command, text)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -236,7 +236,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command line that measures the same again."""
+    """The command that repeats the measurement."""
     words = ["python -m benchmarks.kernels"]
     if tuple(args.parts) != PARTS:
         words += ["--parts", *args.parts]

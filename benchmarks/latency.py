@@ -1,4 +1,4 @@
-"""What the latency lab is worth here: `python -m benchmarks.latency [peers] [gate] [whole]`. A table and its JSON.
+"""Checks of the latency measurements: `python -m benchmarks.latency [peers] [gate] [whole]`. A table and its JSON.
 
 peers: medians of our blocks and of OpenVINO's benchmark_app, taken in turns. gate: verdicts of `exporters.bench
 --against` on a network beside itself and beside slower ones, every core loaded by other processes (`--loaded`).
@@ -55,7 +55,7 @@ BURN = "import numpy as np\nx = np.ones((512, 512))\nwhile True: x @ x"
 
 
 def network(name: str, size: int, folder: Path) -> Path:
-    """A network of random weights as ONNX, its free batch kept."""
+    """Export a network of random weights to ONNX with a dynamic batch."""
     source, out = folder / f"{name}.safetensors", folder / f"{name}.onnx"
     checkpoint(name, {}, size, source)
     export.export(source, out)
@@ -63,11 +63,11 @@ def network(name: str, size: int, folder: Path) -> Path:
 
 
 def slower(source: Path, out: Path, kernel: tuple[int, int]) -> Path:
-    """`source` with one convolution more: nearly the identity, of every channel behind its first pooling."""
+    """Write `source` with one more convolution, close to the identity, behind its first pooling."""
     model = onnx.load(source)
     nodes = model.graph.node
-    place = next(i for i, node in enumerate(nodes) if node.op_type == "MaxPool")
-    value = nodes[place].output[0]
+    index = next(i for i, node in enumerate(nodes) if node.op_type == "MaxPool")
+    value = nodes[index].output[0]
     reader = next(node for node in nodes if value in node.input and node.op_type == "Conv")
     weights = {w.name: w for w in model.graph.initializer}
     channels = weights[reader.input[1]].dims[1]
@@ -77,14 +77,14 @@ def slower(source: Path, out: Path, kernel: tuple[int, int]) -> Path:
         node.input[:] = [f"{name}.more" if name == value else name for name in node.input]
     pads = [(k - 1) // 2 for k in kernel] + [k // 2 for k in kernel]
     added = helper.make_node("Conv", [value, "more"], [f"{value}.more"], "more", pads=pads)
-    nodes.insert(place + 1, added)
+    nodes.insert(index + 1, added)
     model.graph.initializer.append(numpy_helper.from_array(weight.astype(np.float32), "more"))
     onnx.save(model, out)
     return out
 
 
 def fixed(source: Path) -> Path:
-    """The IR of an ONNX file for a batch of 1: with a free batch OpenVINO is up to a fifth slower."""
+    """Convert an ONNX file to IR with a batch of 1: with a dynamic batch OpenVINO is up to a fifth slower."""
     model = onnx.load(source)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
@@ -94,13 +94,13 @@ def fixed(source: Path) -> Path:
 
 
 def peers(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Of every network median wall ms, in turns: our blocks, ours on an input set before, benchmark_app.
+    """Median wall ms of every network, in turns: our blocks, ours with a preset input, benchmark_app.
 
-    benchmark_app sets its input once; our call copies one in and takes the logits out.
+    benchmark_app sets its input once; our call copies an image in and the logits out.
     Raises UserError: benchmark_app is not installed, or fails.
     """
     if not BENCHMARK_APP.is_file():
-        raise UserError(f"{BENCHMARK_APP}: not there; `pip install openvino` brings it")
+        raise UserError(f"{BENCHMARK_APP}: no such file; run `pip install openvino`")
     irs = {name: fixed(network(name, 224, folder)) for name in PEERS}
     calls = {name: call_on_a_set_input(ir) for name, ir in irs.items()}
     pictures = timing.cycle_inputs([np.zeros(1, np.float32)] * timing.MIN_INPUTS)
@@ -110,13 +110,13 @@ def peers(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for _ in range(args.turns):
             for runner in runners:
                 name = runner.subject.model
-                told = runner.ask("block", seconds=args.seconds)
+                ours = runner.ask("block", seconds=args.seconds)
                 bare = timing.run_block(calls[name], pictures, args.seconds)
                 theirs = benchmark_app(irs[name], args.seconds, folder)
-                medians = (statistics.median(told["wall_ms"]), statistics.median(bare.wall_ms))
+                medians = (statistics.median(ours["wall_ms"]), statistics.median(bare.wall_ms))
                 for tool, ms in zip(TOOLS, (*medians, theirs), strict=True):
                     turns[name][tool].append(ms)
-    return {name: _peer(found) for name, found in turns.items()}
+    return {name: _peer(times) for name, times in turns.items()}
 
 
 def call_on_a_set_input(ir: Path) -> Callable[[Any], object]:
@@ -141,22 +141,22 @@ def _median_ratio(ours: list[float], theirs: list[float]) -> float:
 
 
 def benchmark_app(ir: Path, seconds: float, folder: Path) -> float:
-    """Its median latency in ms, as its JSON report says. Raises UserError: it ended otherwise than with 0."""
+    """Median latency in ms that benchmark_app reports. Raises UserError: it fails."""
     command = [str(BENCHMARK_APP), "-m", str(ir), *OPTIONS.split(), "-t", str(round(seconds))]
     command += ["-shape", "[1,3,224,224]", "-report_type", "no_counters", "-json_stats"]
     command += ["-report_folder", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"{command[0]} ended with exit {done.returncode}: {done.stdout[-200:]}")
-    told = json.loads((folder / "benchmark_report.json").read_text(encoding="utf-8"))
-    return float(told["execution_results"]["latency (ms)"])
+        raise UserError(f"{command[0]}: got exit code {done.returncode}: {done.stdout[-200:]}")
+    report = json.loads((folder / "benchmark_report.json").read_text(encoding="utf-8"))
+    return float(report["execution_results"]["latency (ms)"])
 
 
 @contextmanager
-def load(wanted: bool) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Every core kept busy by a process of its own, where `wanted`."""
+def load(busy: bool) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Run one busy process for each core where `busy`, else none."""
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    count = os.cpu_count() or 1 if wanted else 0
+    count = os.cpu_count() or 1 if busy else 0
     burning = [
         subprocess.Popen([sys.executable, "-c", BURN], env=environment) for _ in range(count)
     ]
@@ -169,13 +169,13 @@ def load(wanted: bool) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def gate(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Verdicts on CPU time by name of the candidate; each is one command, in turns, seeded by its number."""
+    """Verdicts on CPU time by name of the candidate; each is one command, in turns, its seed the run's number."""
     source = network(*GATE, folder)
     candidates = {
         name: slower(source, folder / f"{kernel[0]}x{kernel[1]}.onnx", kernel) if kernel else source
         for name, kernel in SLOWER.items()
     }
-    found: dict[str, Any] = {
+    rows: dict[str, Any] = {
         name: {"macs_ratio": _macs(path) / _macs(source), "runs": []}
         for name, path in candidates.items()
     }
@@ -183,11 +183,11 @@ def gate(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for run in range(args.runs):
             for name, path in candidates.items():
                 if name == "itself" or run < args.runs // 2:
-                    found[name]["runs"].append(against([path], source, run, folder))
+                    rows[name]["runs"].append(against([path], source, run, folder))
     for name, path in candidates.items():
-        found[name]["quiet_ratio"] = quiet_ratio(path, source, args.seconds)
-        found[name]["verdicts"] = dict(Counter(r["on_time"] for r in found[name]["runs"]))
-    return found
+        rows[name]["quiet_ratio"] = quiet_ratio(path, source, args.seconds)
+        rows[name]["verdicts"] = dict(Counter(r["on_time"] for r in rows[name]["runs"]))
+    return rows
 
 
 def _macs(path: Path) -> int:
@@ -197,7 +197,7 @@ def _macs(path: Path) -> int:
 
 
 def quiet_ratio(candidate: Path, baseline: Path, seconds: float) -> float:
-    """Fastest calls by CPU time of a long run in turns: what is left when nothing disturbs."""
+    """Ratio of the fastest calls by CPU time, of a long run in turns: without the load of other processes."""
     target = TARGETS["ort-fp32"]
     with warmed_runners(
         [Subject("", path, target) for path in (candidate, baseline)] * 3, None
@@ -210,9 +210,9 @@ def quiet_ratio(candidate: Path, baseline: Path, seconds: float) -> float:
 
 
 def against(models: Sequence[Path], baseline: Path, seed: int, folder: Path) -> dict[str, Any]:
-    """One command, the gates that a layer more breaks allowed: its exit code, seconds, ratios, verdict on time.
+    """Run `exporters.bench --against` once: exit code, seconds, ratios and the verdict on time.
 
-    Raises UserError: it ended without its file.
+    The gates that one more layer breaks are allowed. Raises UserError: it wrote no file.
     """
     out = folder / "against.json"
     out.unlink(missing_ok=True)
@@ -223,22 +223,22 @@ def against(models: Sequence[Path], baseline: Path, seed: int, folder: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.monotonic() - began
     if not out.is_file():
-        raise UserError(f"{command[2]} ended with exit {done.returncode}: {done.stderr[-300:]}")
-    told = json.loads(out.read_text(encoding="utf-8"))
+        raise UserError(f"{command[2]}: got exit code {done.returncode}: {done.stderr[-300:]}")
+    report = json.loads(out.read_text(encoding="utf-8"))
     return {
         "exit": done.returncode,
-        "on_time": told["verdict"],
+        "on_time": report["verdict"],
         "seconds": round(seconds, 1),
         "load_1m": before,
         "comparisons": [
             {k: c[k] for k in ("target", "verdict", "ratio", "rounds", "process_spread")}
-            for c in told["comparisons"]
+            for c in report["comparisons"]
         ],
     }
 
 
 def whole(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Seconds of the gate of a CI job: one command, four targets, every file beside its own baseline."""
+    """Run the gate of a CI job: one command, four targets, every file against its own baseline."""
     del args
     name, size = GATE
     source = network(name, size, folder)
@@ -262,10 +262,10 @@ def whole(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 PARTS = {"peers": peers, "gate": gate, "whole": whole}
 
 
-def table(found: dict[str, Any]) -> str:
-    """Every part that was measured as Markdown."""
-    shown = {"peers": _peers_table, "gate": _gate_table, "whole": _whole_lines}
-    return "\n\n".join(shown[part](found[part]) for part in shown if part in found)
+def table(result: dict[str, Any]) -> str:
+    """The measured parts as Markdown."""
+    writers = {"peers": _peers_table, "gate": _gate_table, "whole": _whole_lines}
+    return "\n\n".join(writers[part](result[part]) for part in writers if part in result)
 
 
 def _peers_table(rows: dict[str, Any]) -> str:
@@ -306,8 +306,10 @@ def _gate_table(rows: dict[str, Any]) -> str:
 
 
 def _whole_lines(row: dict[str, Any]) -> str:
-    told = [f"{c['target']} {c['verdict']} after {c['rounds']} rounds" for c in row["comparisons"]]
-    return f"Four targets in one command: {row['seconds']:.0f} s ({', '.join(told)})."
+    verdicts = [
+        f"{c['target']} {c['verdict']} after {c['rounds']} rounds" for c in row["comparisons"]
+    ]
+    return f"Four targets in one command: {row['seconds']:.0f} s ({', '.join(verdicts)})."
 
 
 def main(args: argparse.Namespace) -> None:
@@ -315,21 +317,21 @@ def main(args: argparse.Namespace) -> None:
     for part in args.parts:
         if part not in PARTS:
             raise UserError(f"parts: got {part!r}; {nearest(part, PARTS)}")
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     if args.out and args.out.with_suffix(".json").is_file():
         earlier = artifacts.read_json(args.out.with_suffix(".json"), SCHEMA)
-        found = {part: earlier[part] for part in PARTS if part in earlier}
+        result = {part: earlier[part] for part in PARTS if part in earlier}
     for part in args.parts or PARTS:
         with tempfile.TemporaryDirectory() as folder:
-            found[part] = PARTS[part](args, Path(folder))
-    shown = table(found)
-    print(shown)
+            result[part] = PARTS[part](args, Path(folder))
+    text = table(result)
+    print(text)
     if args.out is None:
         return
-    asked = {k: v for k, v in vars(args).items() if k not in ("out", "parts")}
+    params = {k: v for k, v in vars(args).items() if k not in ("out", "parts")}
     options = f"--runs {args.runs} --turns {args.turns} --seconds {args.seconds:g}"
     command = f"python -m benchmarks.latency {options}{' --loaded' if args.loaded else ''}"
-    record.write(args.out, SCHEMA, found, artifacts.provenance(asked), command, shown)
+    record.write(args.out, SCHEMA, result, artifacts.provenance(params), command, text)
 
 
 def parser() -> argparse.ArgumentParser:

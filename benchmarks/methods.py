@@ -1,7 +1,7 @@
 """Every method on one recipe, several seeds: `python -m benchmarks.methods digits --seeds 5 --teachers 3`.
 
 Images, teacher and features are made once a teacher, below .work/benchmarks; the seed varies what the student
-starts from, the order of the images, the swap masks and Trans. A finished run is kept, so a killed benchmark
+starts from, the order of the images, the swap masks and Trans. A finished run is stored, so a killed benchmark
 goes on. Writes a table and its JSON: mean top-1, differences paired by seed, each the mean over the teachers,
 with their 95 % intervals (Student's t over the seeds), top-1 under noise, and the time of a step. With --controls
 every method that reads the teacher is also compared with its own control: its settings, batches and views, and
@@ -30,7 +30,7 @@ AGAINST = ("plain", "logits", "control", "plain+trans")
 
 
 def control_of(method: str) -> str:
-    """The method without its terms: the same transform of the student's images, or none."""
+    """The method's control: the same transform of the student's images and no terms."""
     return "control+trans" if "trans" in terms_of(method) else "control"
 
 
@@ -148,16 +148,16 @@ def main(args: argparse.Namespace) -> None:
         "runs": runs,
         "controls": controls,
     }
-    shown = markdown(result)
-    print(shown)
+    text = markdown(result)
+    print(text)
     if args.out is None:
         return
-    params["prepare"]["path"] = None  # a place of this machine
+    params["prepare"]["path"] = None  # a path of this machine
     teachers = {f"teacher {n}": shared.teacher for n, shared in enumerate(by_teacher)}
     made_by = artifacts.provenance(params, **teachers)
     own = [f"--seeds {args.seeds} --teachers {args.teachers}"]
     own += ["--controls"] if args.controls else []
-    record.write(args.out, SCHEMA, result, made_by, command("methods", args, *own), shown)
+    record.write(args.out, SCHEMA, result, made_by, command("methods", args, *own), text)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Every teacher family with every student family, tried: `python -m benchmarks.pairs`. A matrix and its JSON.
+"""Every teacher family with every student family: `python -m benchmarks.pairs`. A matrix and its JSON.
 
-Weights are random and the teachers small, the code paths are the families' own. A teacher is taught for one step,
+Weights are random and the teachers small, the code paths are the families' own. A teacher is trained for one step,
 its features are stored. A pair works where two steps of `cakd` and one of `cakd+logits` by the real trainer, or of
 `gl` and `gl+logits` where the teacher has no Q, K, V, leave finite losses, and in the second step each term gives
 the tap a finite gradient that is not zero, and all of them a third of the student's backbone or more. Each student
-is also exported to ONNX and held against itself. `--docs FILE` puts the matrix between the marks of that page.
+is also exported to ONNX and compared with it. `--docs FILE` writes the matrix between the markers of that page.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ BY_LABEL = ("cross_entropy", "logits")  # what reaches a backbone through the he
 
 @dataclass(frozen=True)
 class Family:
-    """A teacher: what it stands for, timm's name and kwargs, the size of the images."""
+    """A teacher: the property it covers, timm's name and kwargs, the size of the images."""
 
     shows: str
     model: str
@@ -128,8 +128,8 @@ STUDENTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class Taught:
-    """A teacher made on the spot, its store beside it."""
+class TrainedTeacher:
+    """A teacher trained here, and the store of its features."""
 
     prepared: Prepared
     path: Path
@@ -140,7 +140,7 @@ class Taught:
 
 @dataclass
 class Reach:
-    """A hook on the objective: which distillation terms move the tap, and how much of the student they move.
+    """A forward hook on the objective: terms that reach the tap, and their share of the backbone.
 
     `terms` are those that give the tap a gradient, finite and not zero; `share` the tensors of the backbone that
     get one from all of them, over all its tensors.
@@ -150,11 +150,11 @@ class Reach:
     terms: list[str] = field(default_factory=list)
     share: float = 0.0
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], found: Losses) -> None:
-        """After the objective's forward pass."""
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], result: Losses) -> None:
+        """Take the gradients after the objective's forward pass."""
         feature = args[2].feature  # of the student's outputs
-        losses = [loss for t, loss in found.terms.items() if t not in BY_LABEL]
-        for term, loss in found.terms.items():
+        losses = [loss for t, loss in result.terms.items() if t not in BY_LABEL]
+        for term, loss in result.terms.items():
             if term not in BY_LABEL:
                 (gradient,) = torch.autograd.grad(loss, feature, retain_graph=True)
                 self.terms += [term] if _moves(gradient) else []
@@ -167,8 +167,8 @@ def _moves(gradient: Tensor) -> bool:
     return bool(gradient.isfinite().all() and gradient.any())
 
 
-def taught(family: Family, prepared: Prepared, folder: Path) -> Taught:
-    """The family's teacher after one step, and the store of its features. Raises UserError: not fit to teach."""
+def train_teacher(family: Family, prepared: Prepared, folder: Path) -> TrainedTeacher:
+    """Train the family's teacher for one step and store its features. Raises UserError: not fit to teach."""
     made = teach.Teach(family.model, kwargs=dict(family.kwargs), epochs=1, batch=IMAGES)
     teach.teach(made, prepared, folder / "teacher", folder / "work")
     path = folder / "teacher" / "teacher.safetensors"
@@ -176,11 +176,11 @@ def taught(family: Family, prepared: Prepared, folder: Path) -> Taught:
     cache = Cache(layout=family.layout, dtype="float32", views=1, batch=BATCH)
     features = folder / "features"
     manifest = writing.write(cache, prepared, live, features, folder / "work", lambda _: None)
-    return Taught(prepared, path, features, manifest, live.spec)
+    return TrainedTeacher(prepared, path, features, manifest, live.spec)
 
 
-def trainer(made: Taught, student: str, method: str) -> Trainer:
-    """The real one. Raises UserError: the pair is refused."""
+def trainer(made: TrainedTeacher, student: str, method: str) -> Trainer:
+    """Build the trainer that the stage distill builds. Raises UserError: the pair is refused."""
     config = Distill(
         methods=(method,),
         student=student,
@@ -192,10 +192,10 @@ def trainer(made: Taught, student: str, method: str) -> Trainer:
     return build(config, method, made.prepared, made.path, made.features)
 
 
-def tried(made: Taught, student: str, method: str) -> dict[str, Any]:
-    """Two steps of one method: the second's losses, the tap, what reaches it, and what of the student is reached.
+def train_pair(made: TrainedTeacher, student: str, method: str) -> dict[str, Any]:
+    """Train two steps of one method; the losses, the tap, its terms and the share of the backbone of the second.
 
-    The second: many families begin with residual branches of weight 0, which let no gradient by.
+    Many families start with residual branches of weight 0, which pass no gradient in the first step.
     Raises UserError: the pair is refused, before any step.
     """
     training = trainer(made, student, method)
@@ -214,21 +214,21 @@ def tried(made: Taught, student: str, method: str) -> dict[str, Any]:
     }
 
 
-def judged(made: Taught, student: str) -> dict[str, Any]:
-    """A cell of the matrix: `verdict` works, broken or refused, with the reason or with what each step left."""
+def pair_result(made: TrainedTeacher, student: str) -> dict[str, Any]:
+    """A cell of the matrix: `verdict` works, broken or refused, with the reason or the figures of the steps."""
     alone, with_logits = ("gl", "gl+logits") if made.spec.no_attention else ("cakd", "cakd+logits")
     try:
-        found = tried(made, student, alone)
+        figures = train_pair(made, student, alone)
         losses = train_step(trainer(made, student, with_logits), 0, stopwatch.Stopwatch())
     except UserError as error:
         return {"verdict": "refused", "reason": str(error)}
-    finite = all(math.isfinite(v) for v in (*found["losses"].values(), *losses.values()))
+    finite = all(math.isfinite(v) for v in (*figures["losses"].values(), *losses.values()))
     expected = {"tokens"} if alone == "gl" else {"attention", "gram", "tokens", "adversarial"}
-    works = finite and set(found["terms"]) == expected and found["reached"] >= REACHED
+    works = finite and set(figures["terms"]) == expected and figures["reached"] >= REACHED
     return {
         "verdict": "works" if works else "broken",
         "methods": [alone, with_logits],
-        **found,
+        **figures,
         "losses_with_logits": losses,
     }
 
@@ -239,63 +239,65 @@ def row(family: Family, students: list[str], folder: Path) -> dict[str, Any]:
     if not shared.exists():
         pictures(shared, IMAGES + HELD_OUT, family.size)
     prepared = Prepared.open(shared / "prepared")
-    told = asdict(family) | {"kwargs": dict(family.kwargs)}
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+    description = asdict(family) | {"kwargs": dict(family.kwargs)}
+    with tempfile.TemporaryDirectory(dir=folder) as work:
         try:
-            made = taught(family, prepared, Path(place))
+            made = train_teacher(family, prepared, Path(work))
         except UserError as error:
-            return told | {"refused": str(error)}
+            return description | {"refused": str(error)}
         refused = None
         if made.spec.no_attention:
             try:
                 trainer(made, students[0], "cakd")
             except UserError as error:
                 refused = str(error)
-        return told | {
+        return description | {
             "prefix": made.spec.prefix,
             "grid": made.spec.grid,
             "n_heads": made.spec.n_heads,
             "store_error": max(made.manifest["error"].values()),
             "cakd_refused": refused,
-            "students": {student: judged(made, student) for student in students},
+            "students": {student: pair_result(made, student) for student in students},
         }
 
 
 def exported(students: list[str], folder: Path, size: int = 64) -> dict[str, dict[str, Any]]:
-    """Each student through the fp32 ONNX export and its parity check; once, whatever the teacher."""
-    found = {}
+    """Export each student to fp32 ONNX and check parity, once for all teachers."""
+    rows = {}
     for student in students:
         source, out = folder / f"{student}.safetensors", folder / f"{student}.onnx"
         try:
             checkpoint(student, STUDENTS[student], size, source)
         except RuntimeError as error:
-            found[student] = {"verdict": "refused", "reason": str(error)}
+            rows[student] = {"verdict": "refused", "reason": str(error)}
             continue
-        found[student] = timed(partial(export.export, source, out), out)
+        rows[student] = timed(partial(export.export, source, out), out)
         source.unlink()
         out.unlink(missing_ok=True)
-    return found
+    return rows
 
 
-def table(found: dict[str, Any]) -> str:
-    """The matrix, the students' exports, and every reason in full, numbered where it is first met."""
+def table(result: dict[str, Any]) -> str:
+    """The matrix, the students' exports, and every reason in full, numbered in order of appearance."""
     reasons: list[str] = []
-    students = list(found["onnx"])
+    students = list(result["onnx"])
     lines = [
         "| teacher | what it shows | " + " | ".join(f"`{s}`" for s in students) + " |",
         "|---|---|" + ":-:|" * len(students),
     ]
-    for name, whole in found["teachers"].items():
+    for name, whole in result["teachers"].items():
         cells = [_cell(whole, student, reasons) for student in students]
-        lines.append(f"| {name}: `{whole['model']}` | {_shown(whole)} | {' | '.join(cells)} |")
-    cells = [_reach(found, student) for student in students]
+        lines.append(
+            f"| {name}: `{whole['model']}` | {_description(whole)} | {' | '.join(cells)} |"
+        )
+    cells = [_reach(result, student) for student in students]
     lines.append(f"| | backbone reached (%) | {' | '.join(cells)} |")
-    cells = [_export(found["onnx"][student], reasons) for student in students]
+    cells = [_export(result["onnx"][student], reasons) for student in students]
     lines.append(f"| | ONNX fp32, parity | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"{i}. {why}" for i, why in enumerate(reasons, 1))])
 
 
-def _shown(whole: dict[str, Any]) -> str:
+def _description(whole: dict[str, Any]) -> str:
     if "refused" in whole:
         return str(whole["shows"])
     rows, columns = whole["grid"]
@@ -314,10 +316,10 @@ def _cell(whole: dict[str, Any], student: str, reasons: list[str]) -> str:
     return mark if cell["verdict"] == "works" else "broken"
 
 
-def _reach(found: dict[str, Any], student: str) -> str:
+def _reach(result: dict[str, Any], student: str) -> str:
     """The least share of the student's backbone that the terms reached, over all teachers."""
     cells = [
-        whole["students"][student] for whole in found["teachers"].values() if "students" in whole
+        whole["students"][student] for whole in result["teachers"].values() if "students" in whole
     ]
     shares = [cell["reached"] for cell in cells if "reached" in cell]
     return f"{100 * min(shares):.0f}" if shares else ""
@@ -335,32 +337,32 @@ def _numbered(reason: str, reasons: list[str]) -> str:
     return f"[{reasons.index(reason) + 1}]"
 
 
-def publish(shown: str, page: Path) -> None:
-    """Put the table between the two marks of a page. Raises UserError: they are not there."""
+def publish(matrix: str, page: Path) -> None:
+    """Write the matrix between the two markers of a page. Raises UserError: they are not there."""
     text = page.read_text(encoding="utf-8")
     if START not in text or END not in text:
-        raise UserError(f"{page}: the marks {START!r} and {END!r} are not there; restore them")
+        raise UserError(f"{page}: got no markers; expected {START!r} and {END!r}; restore them")
     before, after = text.split(START)[0], text.split(END)[1]
     with atomic(page) as temporary:
-        temporary.write_text(f"{before}{START}\n{shown}\n{END}{after}", encoding="utf-8")
+        temporary.write_text(f"{before}{START}\n{matrix}\n{END}{after}", encoding="utf-8")
 
 
 def main(args: argparse.Namespace) -> None:
     """Try every pair, print the matrix, write `<out>.json` and `<out>.md`, and the page where one is named."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = {
+        result = {
             "onnx": exported(args.students, folder),
             "teachers": {t: row(TEACHERS[t], args.students, folder) for t in args.teachers},
         }
-    shown = table(found)
-    print(shown)
+    matrix = table(result)
+    print(matrix)
     if args.docs is not None:
-        publish(shown, args.docs)
+        publish(matrix, args.docs)
     if args.out is not None:
-        asked = {"teachers": args.teachers, "students": args.students}
+        params = {"teachers": args.teachers, "students": args.students}
         command = "python -m benchmarks.pairs"
-        record.write(args.out, SCHEMA, found, artifacts.provenance(asked), command, shown)
+        record.write(args.out, SCHEMA, result, artifacts.provenance(params), command, matrix)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Fills the README's result table from the last run: `python -m benchmarks.readme`."""
+"""Fill the README's result table from the last run: `python -m benchmarks.readme`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def table(edge: dict[str, Any]) -> str:
         "| model | labels | clean top-1 (%) | noisy top-1 (%) | parameters |",
         "|---|--:|--:|--:|--:|",
     ]
-    for name, judged in edge["models"].items():
-        shown = f"**{name}** (exported)" if name == edge["shipped"] else name
-        clean, noisy = (f"{100 * judged[k]['top1']:.1f}" for k in ("clean", "noisy"))
+    for name, figures in edge["models"].items():
+        label = f"**{name}** (exported)" if name == edge["shipped"] else name
+        clean, noisy = (f"{100 * figures[k]['top1']:.1f}" for k in ("clean", "noisy"))
         lines.append(
-            f"| {shown} | {judged['labels_seen']:,} | {clean} | {noisy} | {judged['params']:,} |"
+            f"| {label} | {figures['labels_seen']:,} | {clean} | {noisy} | {figures['params']:,} |"
         )
     lines += [
         "",
@@ -55,12 +55,12 @@ def _latency(target: dict[str, Any]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Replace what stands between the two marks of the README."""
+    """Replace the text between the two markers of the README."""
     edge = machines.read_machine(args.edge)
     text = args.readme.read_text(encoding="utf-8")
     if START not in text or END not in text:
         raise UserError(
-            f"{args.readme}: the marks {START!r} and {END!r} are not there; restore them"
+            f"{args.readme}: got no markers; expected {START!r} and {END!r}; restore them"
         )
     before, after = text.split(START)[0], text.split(END)[1]
     with atomic(args.readme) as temporary:

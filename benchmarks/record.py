@@ -1,4 +1,4 @@
-"""What every benchmark leaves: a JSON with machine and provenance, and its table as Markdown under a head."""
+"""The output of every benchmark: a JSON with machine and provenance, and its table as Markdown under a head."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from pipeline.core import artifacts
 from pipeline.core import machine as core_machine
 from pipeline.core.atomic import atomic
 
-machine = cache(
-    core_machine.machine
-)  # asks tools of the system: once a process, however often a benchmark writes
+machine = cache(core_machine.machine)  # runs system tools, so once a process
 
 
 def write(
-    out: Path, schema: str, found: dict[str, Any], made_by: dict[str, Any], command: str, shown: str
+    out: Path,
+    schema: str,
+    result: dict[str, Any],
+    made_by: dict[str, Any],
+    command: str,
+    table: str,
 ) -> None:
-    """`<out>.json` and `<out>.md`; the head names the machine, torch's version and the command."""
+    """Write `<out>.json` and `<out>.md`; the head names the machine, torch's version and the command."""
     artifacts.write_json(
         out.with_suffix(".json"),
-        {"schema": schema, **found, "machine": machine(), "provenance": made_by},
+        {"schema": schema, **result, "machine": machine(), "provenance": made_by},
     )
     head = f"{machine_line()}. Command: `{command}`"
     with atomic(out.with_suffix(".md")) as temporary:
-        temporary.write_text(f"{head}\n\n{shown}\n", encoding="utf-8")
+        temporary.write_text(f"{head}\n\n{table}\n", encoding="utf-8")
 
 
 def machine_line() -> str:
-    """GPU, CPU, cores and torch's version, as the heads of the tables name them."""
+    """GPU, CPU, cores and torch's version, for the head of a table."""
     here = machine()
     name = f"{here['cpu']}, {here['cores']['usable']} cores"
     if here["gpu"]:

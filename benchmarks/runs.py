@@ -1,4 +1,4 @@
-"""Trainings of one recipe that share images, teacher and features; a finished one is read, not repeated."""
+"""Training runs of one recipe that share images, teacher and features; a finished one is read, not repeated."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def override(params: dict[str, Any], assignments: Sequence[str]) -> None:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         *folders, last = key.split(".")
-        place = params
+        section = params
         for folder in folders:
-            place = place.get(folder, {})
-        if not equals or last not in place:
+            section = section.get(folder, {})
+        if not equals or last not in section:
             raise UserError(
-                f"-S: got {assignment!r}; allowed: an existing key of the recipe, key=value"
+                f"-S: got {assignment!r}; expected key=value with a key of the recipe; correct it"
             )
-        place[last] = YAML(typ="safe", pure=True).load(io.StringIO(text))
+        section[last] = YAML(typ="safe", pure=True).load(io.StringIO(text))
 
 
 def merged(recipe: str, data: str | None, assignments: Sequence[str]) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def merged(recipe: str, data: str | None, assignments: Sequence[str]) -> dict[st
 
 
 def command(module: str, args: argparse.Namespace, *own: str) -> str:
-    """The command line of a benchmark of runs as its record states it: without paths of this machine."""
+    """The command of a benchmark for its record, without paths of this machine."""
     words = [f"python -m benchmarks.{module} {args.recipe}"]
     words += ["--data PATH"] if args.data else []
     words += [f"--methods {' '.join(args.methods)}"] if args.methods else []
@@ -64,14 +64,14 @@ def command(module: str, args: argparse.Namespace, *own: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """One recipe with what all its methods share: images, teacher, features; and their runs, in `folder`."""
+    """One recipe in `folder`: the images, teacher and features that all its methods share, and their runs."""
 
     params: dict[str, Any]
     folder: Path
 
     @classmethod
     def of(cls, recipe: str, params: dict[str, Any], teacher: int = 0) -> Runs:
-        """Those of a recipe, with the `teacher`-th seed after the recipe's for the teacher; made where missing."""
+        """Make what the runs of a recipe share, where missing; `teacher` is added to the seed of the teacher."""
         teach_section = {**params["teach"], "seed": params["teach"]["seed"] + teacher}
         params = {**params, "teach": teach_section}
         shared = {name: params[name] for name in ("prepare", "teach", "cache")}
@@ -116,13 +116,13 @@ class Runs:
         return {"clean": result["clean"]["top1"], "noisy": result["noisy"]["top1"]}
 
     def on_val(self, path: Path) -> Run:
-        """Clean top-1 and negative log-likelihood of a model on val: what choices are made by."""
+        """Clean top-1 and negative log-likelihood of a model on val, by which settings are selected."""
         model, description = checkpoint.load(path)
         result = selection.score(model, description["preprocess"], self.prepared)
         return {"top1": result["top1"], "nll": result["nll"]}
 
     def run(self, settings: Distill, method: str, seed: int, split: str = "test") -> Run:
-        """Train one student and judge it on a split; with it the milliseconds of a step."""
+        """Train one student and evaluate it on a split; its accuracy and the milliseconds of a step."""
         seeded = dataclasses.replace(settings.of_method(method), seed=seed, methods=(method,))
         features = self.folder / "features"
         mark = artifacts.digest(

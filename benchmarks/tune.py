@@ -3,7 +3,7 @@
 Every method gets the same budget: trial 0 is the recipe as it is, the others are draws of the learning rate, the
 labelled share and the weights and temperatures of the method's own terms, the same draws for the same method and
 number of trials. The best is that with the highest clean top-1 on val; of equals that with the lowest negative
-log-likelihood. Test is never opened. Each finished trial is kept, so a killed search goes on. The choices are
+log-likelihood. Test is never opened. Each finished trial is stored, so a killed search goes on. The choices are
 written to recipes/tuned/<recipe>.yaml, which `make repro RECIPE=` and the benchmarks merge into `distill.tuned`.
 """
 
@@ -104,14 +104,14 @@ def main(args: argparse.Namespace) -> None:
         rows[method] = {"trials": choices, "scores": scores, "best": best(scores)}
         recipes.write_tuned(args.recipe, args.recipes, method, choices[rows[method]["best"]])
     result = {"recipe": args.recipe, "methods": rows}
-    shown = markdown(result)
-    print(shown)
+    text = markdown(result)
+    print(text)
     if args.out is None:
         return
-    params["prepare"]["path"] = None  # a place of this machine
+    params["prepare"]["path"] = None  # a path of this machine
     made_by = artifacts.provenance(params, teacher=shared.teacher)
     line = command("tune", args, f"--trials {args.trials}")
-    record.write(args.out, SCHEMA, result, made_by, line, shown)
+    record.write(args.out, SCHEMA, result, made_by, line, text)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def run(*argv, **environment):
 
 def test_without_a_device_it_says_so_and_exits_2(tmp_path):
     done = run("--out", tmp_path / "out")
-    assert done.returncode == 2 and "no CUDA device" in done.stderr and "--dry" in done.stderr
+    assert done.returncode == 2 and "CUDA: got no device" in done.stderr and "--dry" in done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
@@ -128,7 +128,7 @@ def test_results_of_an_earlier_run_are_not_taken_for_this_ones(stubs):
 
 def test_data_that_is_not_there_stops_the_run_before_it_begins(stubs):
     stubs.data = "/no/such/cifar100"
-    with pytest.raises(UserError, match="/no/such/cifar100 does not exist"):
+    with pytest.raises(UserError, match="--data: /no/such/cifar100: no such folder"):
         gpu.main(stubs)
 
 

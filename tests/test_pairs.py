@@ -68,7 +68,7 @@ def made(tmp_path_factory):
             count = pairs.IMAGES + pairs.HELD_OUT
             images[family.size] = pictures(folder / str(family.size), count, family.size)
         if name not in known:
-            known[name] = pairs.taught(family, images[family.size], folder / name)
+            known[name] = pairs.train_teacher(family, images[family.size], folder / name)
         return known[name]
 
     return make
@@ -166,7 +166,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_it_is_taught(name, made, 
 )
 def test_a_pair_trains_and_every_term_reaches_the_students_backbone(pair, made):
     name, student = pair
-    cell = pairs.judged(made(name), student)
+    cell = pairs.pair_result(made(name), student)
     assert cell["verdict"] == "works", cell
     alone, terms = (
         ("gl", {"tokens"})
@@ -185,7 +185,7 @@ def test_attention_terms_are_refused_to_a_teacher_without_q_k_v_before_any_step(
     monkeypatch.setattr(pairs, "train_step", None)
     term = "minilm" if "minilm" in method else "pca"
     with pytest.raises(UserError) as told:
-        pairs.tried(made("swin"), "resnet18", method)
+        pairs.train_pair(made("swin"), "resnet18", method)
     assert f"method: '{method}' reads the teacher's queries, keys and values ({term})" in str(
         told.value
     )
@@ -252,7 +252,7 @@ STUDENTS_REFUSED = {
 @pytest.mark.parametrize("student", STUDENTS_REFUSED)
 def test_a_student_that_cannot_be_tapped_is_refused_by_name_and_reason(student, made, monkeypatch):
     monkeypatch.setattr(pairs, "train_step", None)
-    cell = pairs.judged(made("vit"), student)
+    cell = pairs.pair_result(made("vit"), student)
     assert cell["verdict"] == "refused"
     with pytest.raises(UserError, match=STUDENTS_REFUSED[student]):
         raise UserError(cell["reason"])

@@ -55,7 +55,7 @@ def checkpoint(args: argparse.Namespace, folder: Path) -> Path:
 
 
 def built(source: Path, precision: str) -> dict[str, Any]:
-    """One engine: its size and seconds, whether it agrees with the ONNX, and its latency; or why not."""
+    """Build one engine: size, seconds, parity with the ONNX and latency, or the reason of its error."""
     from exporters.trt import __main__ as trt_command
     from exporters.trt import convert
 
@@ -77,7 +77,7 @@ def timed(plan: Path) -> dict[str, Any]:
 
     session = TrtSession(plan)
     _, _, height, width = session.input_shape
-    found = {}
+    figures = {}
     for batch in BATCHES:
         x = smooth(4 * batch, height, width).reshape(4, batch, 3, height, width)
         turns = timing.cycle_inputs([np.ascontiguousarray(part) for part in x])
@@ -85,8 +85,8 @@ def timed(plan: Path) -> dict[str, Any]:
         blocks = [
             timing.run_block(session.run, turns, engine=session.engine_ms) for _ in range(BLOCKS)
         ]
-        found[str(batch)] = latency.summarise_calls(blocks)
-    return found
+        figures[str(batch)] = latency.summarise_calls(blocks)
+    return figures
 
 
 def main(args: argparse.Namespace) -> None:
@@ -107,14 +107,14 @@ def main(args: argparse.Namespace) -> None:
     made_by = artifacts.provenance({"dry": args.dry}, student=path)
     for precision in PRECISIONS[:1] if args.dry else PRECISIONS:
         result["engines"][precision] = built(source, precision)
-        shown = "\n".join(
+        text = "\n".join(
             ["| engine | figure |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows(result))]
         )
-        record.write(args.out / RESULT, SCHEMA, result, made_by, f"{COMMAND} --parts engine", shown)
+        record.write(args.out / RESULT, SCHEMA, result, made_by, f"{COMMAND} --parts engine", text)
 
 
 def obstacle(_: argparse.Namespace) -> str | None:
-    """A package that is missing."""
+    """The packages that are missing, if any."""
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if not missing:
         return None
@@ -122,8 +122,8 @@ def obstacle(_: argparse.Namespace) -> str | None:
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
-    """For each precision size, verdict and latency."""
-    found = []
+    """Size, verdict and latency of each precision."""
+    lines = []
     for precision, row in result["engines"].items():
         name = f"rtx {precision}, {result['model']} ({result['student']})"
         text = f"{row['verdict']}: {row['reason']}"
@@ -132,8 +132,8 @@ def rows(result: dict[str, Any]) -> list[Row]:
         for batch, times in row.get("latency", {}).items():
             engine, wall = times["engine_ms"]["p50"], times["wall_ms"]["p50"]
             text += f"; batch {batch} {wall:.3f} ms, engine {engine:.3f} ms"
-        found.append((name, text))
-    return found
+        lines.append((name, text))
+    return lines
 
 
 PART = Part(__name__, 1, [RESULT], rows, obstacle)

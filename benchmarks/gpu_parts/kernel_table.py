@@ -30,32 +30,32 @@ def main(args: argparse.Namespace) -> None:
     """Measure each dtype, written row group by row group."""
     device = torch.device("cpu" if args.dry else "cuda")
     for dtype, name in zip(DTYPES, RESULTS, strict=True):
-        chosen = DRY if args.dry else shapes()
+        selected = DRY if args.dry else shapes()
         selection = kernels.Selection(
-            PARTS, chosen, (), getattr(torch, dtype), device, compiled=not args.dry
+            PARTS, selected, (), getattr(torch, dtype), device, compiled=not args.dry
         )
-        params = {"parts": PARTS, "shapes": [str(s) for s in chosen], "dtype": dtype}
+        params = {"parts": PARTS, "shapes": [str(s) for s in selected], "dtype": dtype}
         save = partial(kernels.write, args.out / name, params, f"{COMMAND} --parts kernels")
         kernels.run(selection, save)
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
-    """For each work the fastest provider beside the first, which is what most would write."""
-    found = []
+    """The fastest provider of each work beside the first, its baseline."""
+    lines = []
     for title, providers in result["work"].items():
         measured = {name: row for name, row in providers.items() if "ms" in row}
         if not measured:
-            found.append((f"{title}, {result['dtype']}", "not measured: no provider ran"))
+            lines.append((f"{title}, {result['dtype']}", "not measured: no provider ran"))
             continue
         base = next(iter(measured))
         best = min(measured, key=lambda name: measured[name]["ms"]["median"])
-        shown = [told(name, measured[name]) for name in dict.fromkeys((best, base))]
-        found.append((f"{title}, {result['dtype']}", "; ".join(shown)))
-    return found
+        summaries = [summary(name, measured[name]) for name in dict.fromkeys((best, base))]
+        lines.append((f"{title}, {result['dtype']}", "; ".join(summaries)))
+    return lines
 
 
-def told(name: str, row: dict[str, Any]) -> str:
-    """One provider's figures in a few words."""
+def summary(name: str, row: dict[str, Any]) -> str:
+    """The figures of one provider in one line."""
     text = f"{name} {row['ms']['median']:.3f} ms"
     if "roofline_percent" in row:
         text += f", {row['roofline_percent']:.0f} % of the roofline"

@@ -27,7 +27,7 @@ OUTCOMES = ("passed", "failed", "skipped")
 
 
 class Recorder:
-    """A pytest plugin that writes the outcome of every test as they end, so that a killed run leaves them."""
+    """A pytest plugin that writes the outcomes while the tests run, so that a killed run leaves them."""
 
     def __init__(self, out: Path, params: dict[str, Any]) -> None:
         self.out, self.params = out, params
@@ -76,11 +76,11 @@ class Recorder:
     def write(self) -> None:
         """Write the outcomes so far."""
         result = self.result()
-        shown = "\n".join(
+        text = "\n".join(
             ["| test | outcome |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows(result))]
         )
         command = f"{COMMAND} --parts tests"
-        record.write(self.out, SCHEMA, result, artifacts.provenance(self.params), command, shown)
+        record.write(self.out, SCHEMA, result, artifacts.provenance(self.params), command, text)
         self._written = time.monotonic()
 
 
@@ -91,15 +91,15 @@ def last_line(text: str) -> str:
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
-    """All together, each test function, what was skipped and why, and files that were not collected."""
+    """Totals, each test function, skips with their reason, and files that were not collected."""
     total = ", ".join(f"{result['counts'][k]} {k}" for k in OUTCOMES)
-    found = [("all", total)] + [
+    lines = [("all", total)] + [
         (name, ", ".join(f"{counts[k]} {k}" for k in OUTCOMES if counts[k]))
         for name, counts in result["by_test"].items()
     ]
     skipped = [(f"skipped: {reason}", str(count)) for reason, count in result["skips"].items()]
     return [
-        *found,
+        *lines,
         *skipped,
         *((f"not collected: {file}", reason) for file, reason in result["not_collected"].items()),
         *((f"FAILED {name}", reason) for name, reason in result["failures"].items()),
@@ -107,17 +107,17 @@ def rows(result: dict[str, Any]) -> list[Row]:
 
 
 def options(dry: bool) -> list[str]:
-    """What pytest gets: the files with tests for a GPU, nothing of ours that needs a plugin."""
+    """Arguments of pytest: the files with tests for a GPU, without the options of pyproject.toml."""
     tests = [p for p in sorted(Path("tests").glob("test_*.py")) if MARK in p.read_text("utf-8")]
-    given = ["-q", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider"]
-    given += ["--continue-on-collection-errors", "--tb=short"]
+    arguments = ["-q", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider"]
+    arguments += ["--continue-on-collection-errors", "--tb=short"]
     if not dry and importlib.util.find_spec("xdist"):
-        given += ["-p", "xdist.plugin", "-n", str(min(MAX_WORKERS, machine.usable_cores()))]
-    return [*given, *map(str, tests)]
+        arguments += ["-p", "xdist.plugin", "-n", str(min(MAX_WORKERS, machine.usable_cores()))]
+    return [*arguments, *map(str, tests)]
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run them; a failed test fails the part."""
+    """Run the tests. Raises GateFailed: one failed."""
     import pytest
 
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # what else is installed there is not ours

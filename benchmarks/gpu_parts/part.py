@@ -1,4 +1,4 @@
-"""What the parts of the GPU benchmark have in common: their command line, and how one is described."""
+"""Command line and description of the parts of the GPU benchmark."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMMAND = "python -m benchmarks.gpu"
 
 
 def no_obstacle(_: argparse.Namespace) -> str | None:
-    """Of a part that can always run."""
+    """The obstacle of a part that can always run: None."""
     return None
 
 
@@ -41,5 +41,5 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def cell(text: str) -> str:
-    """A text that may stand in a Markdown table."""
+    """Escape a text for a cell of a Markdown table."""
     return " ".join(text.replace("|", "/").split())

@@ -29,7 +29,7 @@ class Outcome:
 
 
 def run(command: Sequence[str], log: Path, limit: float, environment: Mapping[str, str]) -> Outcome:
-    """Run it with both streams in `log`; at its limit, or when we are interrupted, end it and its children."""
+    """Run a command with both streams in `log`; end it and its children at its limit or on an interrupt."""
     start = time.monotonic()
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
@@ -57,7 +57,7 @@ def run(command: Sequence[str], log: Path, limit: float, environment: Mapping[st
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the group, then SIGKILL to what is left of it."""
+    """Send SIGTERM to the process group, then SIGKILL to the rest of it."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)

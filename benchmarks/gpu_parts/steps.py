@@ -1,7 +1,7 @@
 """A whole training step of plain, logits, cakd and cakd+logits, teacher cached: images a second and its stages.
 
-With the loader (views made on the CPU) and with resident batches (views on the device already): what is between
-the two is the loader's share. Trans and the reading of the store belong to both.
+With the loader (views made on the CPU) and with resident batches (views on the device already): the difference is
+the cost of the loader. Trans and reading the store are part of both.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ def main(args: argparse.Namespace) -> None:
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
-    """For each method images a second with each feed, and the stages of the loader's step."""
+    """Images a second of each method with each feed, and the stages of the loader's step."""
     params = result["provenance"]["params"]
     title = (
         f"step {params['student']} {params['size']} px B {params['batch']} {params['precision']}"
     )
-    found = []
+    lines = []
     for method, row in result["methods"].items():
         rates = f"{row['wall_img_per_s']:.0f} img/s with the loader"
         if "resident" in result:
             resident = result["resident"][method]["wall_img_per_s"]
             rates += f", {resident:.0f} with resident batches"
         stages = ", ".join(f"{k} {v:.1f}" for k, v in row["stage_ms"].items() if v >= 0.05)
-        found.append((f"{title}, {method}", f"{rates}; ms: {stages}"))
-    return found
+        lines.append((f"{title}, {method}", f"{rates}; ms: {stages}"))
+    return lines
 
 
 PART = Part(__name__, 2, list(SETTINGS), rows)
