@@ -109,7 +109,7 @@ def engine(
     source: Path, plan: Path, precision: str, pictures: int8.CalibrationImages
 ) -> dict[str, Any]:
     """Build a TensorRT-RTX engine and, where there is a GPU, run it."""
-    trt_convert.build_plan(source, plan, precision, "rtx", calibration=pictures.shown)
+    trt_convert.build_plan(source, plan, precision, "rtx", calibration=pictures.calibration)
     reason, verdict = trt_command.plan_parity(source, plan)
     return {"verdict": "built" if verdict == "skipped" else verdict, "reason": reason}
 
@@ -118,7 +118,9 @@ def calibration(source: Path, args: argparse.Namespace) -> int8.CalibrationImage
     """Images to calibrate on and to check by, without labels: the weights are random."""
     if args.calib:
         images = int8.calibration_images(source, args.calib)
-        return int8.CalibrationImages(images.shown, images.held, np.full(len(images.held), -1))
+        return int8.CalibrationImages(
+            images.calibration, images.held_out, np.full(len(images.held_out), -1)
+        )
     x = inputs.smooth(128, args.size, args.size, seed=9)
     return int8.CalibrationImages(x[::2], x[1::2], np.full(64, -1))
 

@@ -1,6 +1,6 @@
-"""One target's artefacts from the exported models, each held against torch's own logits.
+"""Builds of one target from the exported models, each compared with torch's own logits.
 
-A lower precision that fails its gate is not shipped: fp32 takes its place, and the reason says so.
+A lower precision that fails its gate is replaced by fp32, and the entry's reason says so.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from exporters.open import RUNTIMES, open_session
 
 
 def build_model(
-    target: Target, model: str, exported: Exported, out: Path, gates: Build
+    target: Target, model: str, exported: Exported, out: Path, settings: Build
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Build one model into `out` -> (its entry of build.json, its rows of parity.json)."""
     if target.precision == "int8" and model == "teacher":
-        reason = "int8 is built for the student only: the teacher does not ship"
-        return _left_out(target, model, reason)
+        reason = "int8 is built for the student only; the teacher is not deployed"
+        return _skipped(target, model, reason)
     start, runtime = time.perf_counter(), RUNTIMES[target.runtime]
     try:
-        artefact = runtime.make(target.precision, model, exported, out, gates)
-        row = artefact_parity(target, target.precision, artefact, model, exported, gates)
+        artefact = runtime.make(target.precision, model, exported, out, settings)
+        row = artefact_parity(target, target.precision, artefact, model, exported, settings)
     except Unavailable as error:
-        return _left_out(target, model, str(error))
+        return _skipped(target, model, str(error))
     rows, reason = [row], row["reason"]
     if row["verdict"] == "FAIL" and row["precision_effective"] != "fp32":
         row["verdict"] = "REJECTED"
         _remove(artefact)
         if target.precision == "default":
             reason = f"{row['precision_effective']}: {reason}; {target.name} offers nothing else"
-            return _left_out(target, model, reason, rows)
-        artefact = runtime.make("fp32", model, exported, out, gates)
-        rows.insert(0, artefact_parity(target, "fp32", artefact, model, exported, gates))
+            return _skipped(target, model, reason, rows)
+        artefact = runtime.make("fp32", model, exported, out, settings)
+        rows.insert(0, artefact_parity(target, "fp32", artefact, model, exported, settings))
         reason = f"fell back to fp32: {reason}"
     entry = {
         "status": "built",
@@ -53,11 +53,11 @@ def build_model(
 
 
 def artefact_parity(
-    target: Target, precision: str, artefact: Path, model: str, exported: Exported, gates: Build
+    target: Target, precision: str, artefact: Path, model: str, exported: Exported, settings: Build
 ) -> dict[str, Any]:
-    """The artefact's parity row against torch's logits; for int8 the loss of top-1 too.
+    """The artefact's parity row against torch's logits; for int8 with the loss of top-1.
 
-    precision: the one it was made in. An engine that cannot run here is a skipped row: nothing more is known.
+    precision: the one it was built in. An engine that cannot run here gets a skipped row.
     """
     try:
         session = open_session(target, artefact, 1)
@@ -66,17 +66,17 @@ def artefact_parity(
             raise
         return agreement.skipped_row(artefact.name, precision, str(error))
     reference = exported.logits[model]
-    got = inputs.run_batches(session, exported.x[model])
-    row = agreement.parity_row(artefact, session, reference, got, gates)
+    logits = inputs.run_batches(session, exported.x[model])
+    row = agreement.parity_row(artefact, session, reference, logits, settings)
     if row["precision_effective"] == "int8":
-        row = agreement.add_accuracy(row, reference, got, exported.labels, gates.int8_drop)
+        row = agreement.add_accuracy(row, reference, logits, exported.labels, settings.int8_drop)
     return row
 
 
-def _left_out(
+def _skipped(
     target: Target, model: str, reason: str, rows: list[dict[str, Any]] | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The entry and the row of a model that is not built for this target."""
+    """The build.json entry and the parity rows of a model that is not built for this target."""
     keys = ("artefact", "precision_requested", "precision_effective", "size_mb", "seconds")
     entry: dict[str, Any] = {"status": "skipped", "reason": reason, **dict.fromkeys(keys)}
     entry["precision_requested"] = target.precision
@@ -85,10 +85,10 @@ def _left_out(
 
 
 def _remove(artefact: Path) -> None:
-    for part in (*counts.artefact_files(artefact), sidecar_path(artefact)):
-        part.unlink(missing_ok=True)
+    for path in (*counts.artefact_files(artefact), sidecar_path(artefact)):
+        path.unlink(missing_ok=True)
 
 
 def failures(rows: list[dict[str, Any]]) -> str:
-    """The rows that break a hard gate, in words; empty where none does."""
+    """The failed rows with their reasons, in one line; empty where none failed."""
     return "; ".join(f"{r['artifact']}: {r['reason']}" for r in rows if r["verdict"] == "FAIL")

@@ -1,4 +1,4 @@
-"""The table of runtimes, and artefacts opened in them."""
+"""The table of runtimes, and functions that open an artefact in one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def open_artefact(path: Path, threads: int) -> Session:
     """
     runtimes = {runtime.suffix: runtime for runtime in reversed(RUNTIMES.values())}
     if path.suffix not in runtimes:
-        raise UserError(f"{path}: suffix is {path.suffix!r}; {nearest(path.suffix, runtimes)}")
+        raise UserError(f"{path}: got suffix {path.suffix!r}; {nearest(path.suffix, runtimes)}")
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give an artefact that exists")
+        raise UserError(f"{path}: no such file; expected an artefact; check the path")
     return runtimes[path.suffix].open(path, threads, "fp32")

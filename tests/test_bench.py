@@ -141,7 +141,7 @@ def test_rows_that_cannot_run_do_not_end_the_others(player: None, tmp_path: Path
 def test_a_worker_that_hangs_is_killed_and_told_so(
     player: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "PATIENCE", 4.0)
+    monkeypatch.setattr(worker, "ANSWER_SECONDS", 4.0)
     began = time.monotonic()
     (row,) = rows_of([subject(tmp_path, "hangs")])
     assert row["reason"] == "no answer to 'warm_up' in 4 s"
@@ -157,7 +157,7 @@ def test_no_worker_outlives_the_bench(player: None, tmp_path: Path) -> None:
 
 def test_more_threads_than_cores_is_a_skipped_row(player: None, tmp_path: Path) -> None:
     (row,) = rows_of([subject(tmp_path, "", threads=4096)])
-    assert row["status"] == "skipped" and row["reason"].startswith("4096 threads asked for")
+    assert row["status"] == "skipped" and row["reason"].startswith("threads: got 4096;")
 
 
 def test_a_fixed_batch_is_fed_and_counted(player: None, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_free_batch_is_as_large_as_asked_and_a_fixed_one_refuses(
     asked = [subject(tmp_path, play, batch=batch) for play, batch in (("batch3", 3), ("batch3", 5))]
     fed, refused = rows_of(asked)
     assert (fed["batch"], fed["status"]) == (3, "measured")
-    assert refused["reason"] == "batch 5 asked for, the artefact is fixed at 3"
+    assert refused["reason"] == "--batch: got 5; the artefact's batch is fixed at 3; leave it out"
     assert refused["batch"] == 5
     made = worker.input_batches(Shape(None), None, 8)
     assert {len(b) for b in made} == {8} and len({b.tobytes() for b in made}) == len(made) >= 4
@@ -206,7 +206,7 @@ def test_the_reference_pictures_are_run_each_in_turn(
 
 def test_pictures_without_a_reference_are_smooth_different_and_seeded() -> None:
     made, again = worker.input_batches(Shape(None), None), worker.input_batches(Shape(None), None)
-    assert len({b.tobytes() for b in made}) == len(made) == worker.PICTURES
+    assert len({b.tobytes() for b in made}) == len(made) == worker.IMAGES
     assert all(np.array_equal(a, b) for a, b in zip(made, again, strict=True))
 
 
@@ -226,7 +226,7 @@ def test_a_file_twice_as_slow_fails_the_verdict_with_exit_3_after_writing(
     player: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slow, plain, out = artefact(tmp_path, "slow"), artefact(tmp_path, ""), tmp_path / "o.json"
-    with pytest.raises(GateFailed, match="not as good: FAIL"):
+    with pytest.raises(GateFailed, match="regression: FAIL"):
         run_main(slow, "--against", plain, "--json", out)
     written = json.loads(out.read_text())
     (told,) = written["comparisons"]
@@ -277,7 +277,7 @@ def test_a_gate_fails_the_verdict_whatever_the_time_unless_it_is_allowed(
     monkeypatch.setattr(compare, "PROCESSES", 1)
     plain = artefact(tmp_path, "")
     fat = tmp_path / "fat.onnx"
-    fat.write_text(" " * 2 * checks.NOTES_BYTES)
+    fat.write_text(" " * 2 * checks.METADATA_BYTES)
     with pytest.raises(GateFailed, match="bytes: 8192, baseline 0, limit 4096"):
         run_main(fat, "--against", plain)
     run_main(fat, "--against", plain, "--allow", "bytes")
@@ -313,7 +313,7 @@ def test_the_self_test_passes_a_file_against_itself(
     run_main(artefact(tmp_path, ""), "--self-test")
     shown = capsys.readouterr().out
     assert ": CPU p50" in shown and "FAIL" not in shown
-    assert "noise floor here and now: a change of CPU time below " in shown.splitlines()[-1]
+    assert "noise floor of this machine now: changes of CPU time below " in shown.splitlines()[-1]
 
 
 def test_a_comparison_with_what_cannot_run_is_refused(
@@ -321,7 +321,7 @@ def test_a_comparison_with_what_cannot_run_is_refused(
 ) -> None:
     monkeypatch.setattr(compare, "PROCESSES", 1)
     plain, gone = artefact(tmp_path, ""), artefact(tmp_path, "unavailable")
-    with pytest.raises(UserError, match="not comparable: baseline .*: no such device here"):
+    with pytest.raises(UserError, match="no comparison: baseline .*: no such device here"):
         run_main(plain, "--against", gone)
 
 
@@ -370,7 +370,7 @@ def test_the_calls_stand_beside_the_json_and_the_report_reads_them(
     assert row["samples_ms"][0] == pytest.approx(row["wall_ms"]["min"], rel=1e-3)
     with pytest.raises(SystemExit):
         run_main(student, "--json", tmp_path / "o.npz")
-    assert ".npz is the name of the samples" in capsys.readouterr().err
+    assert ".npz is the suffix of the samples" in capsys.readouterr().err
 
 
 def test_the_same_calls_make_the_same_bytes(tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_the_same_calls_make_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_nothing_measured_is_the_users_to_know(player: None, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing could be measured: no such device here"):
+    with pytest.raises(UserError, match="no row could be measured: no such device here"):
         run_main(artefact(tmp_path, "unavailable"))
 
 
@@ -424,12 +424,15 @@ def test_every_model_meets_every_target_that_reads_it(tmp_path: Path) -> None:
     [
         (["gone.onnx"], "gone.onnx: no such file"),
         (["m.onnx", "--targets", "ort-fp23"], "did you mean 'ort-fp32'"),
-        (["m.onnx", "--targets", "torch-eager"], "none of the targets torch-eager reads it; give"),
-        (["m.plan"], "give --targets from: rtx-fp32"),
-        (["m.pth"], "no target reads such a file"),
+        (
+            ["m.onnx", "--targets", "torch-eager"],
+            "got targets torch-eager; none reads it; pass --targets",
+        ),
+        (["m.plan"], "got suffix '.plan' and no target; pass --targets, of rtx-fp32"),
+        (["m.pth"], "no target reads this suffix"),
         (["m.onnx", "--against", "folder"], "folder/m.onnx: no such file"),
         (["m.onnx", "--against", "gone.onnx"], "gone.onnx: no such file"),
-        (["m.plan", "--targets", "trt-fp16", "--self-test"], "trt-fp16 runs on a GPU"),
+        (["m.plan", "--targets", "trt-fp16", "--self-test"], "trt-fp16: runs on a GPU"),
         (["m.onnx", "--reference", "m.onnx"], "not an .npz with an array 'x'"),
     ],
 )

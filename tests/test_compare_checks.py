@@ -52,10 +52,10 @@ def test_a_file_passes_every_gate_beside_itself(side: Side) -> None:
     ("change", "broken"),
     [
         ({"precision": "fp32"}, {"precision"}),
-        ({"figures": replace(FIGURES, opset=19)}, {"opset"}),
-        ({"figures": operators(Sigmoid=1, Relu=8)}, {"operators"}),
-        ({"figures": operators(Relu=10)}, {"nodes"}),
-        ({"figures": operators(QuantizeLinear=3)}, {"qdq"}),
+        ({"counts": replace(FIGURES, opset=19)}, {"opset"}),
+        ({"counts": operators(Sigmoid=1, Relu=8)}, {"operators"}),
+        ({"counts": operators(Relu=10)}, {"nodes"}),
+        ({"counts": operators(QuantizeLinear=3)}, {"qdq"}),
         ({"params": 1011}, {"params"}),
         ({"macs": 50_501}, {"macs"}),
         ({"logits": LOGITS[::-1]}, {"parity"}),
@@ -75,7 +75,7 @@ def test_a_candidate_that_does_more_fails_that_gate_alone_unless_allowed(
 @pytest.mark.parametrize(
     "change",
     [
-        {"figures": operators(Relu=1)},
+        {"counts": operators(Relu=1)},
         {"params": 10},
         {"params": 1010},  # within the slack of 1 %
         {"macs": 1},
@@ -102,7 +102,7 @@ def test_what_one_side_does_not_tell_is_unknown_and_never_fails(side: Side) -> N
 
 
 def test_a_gate_shows_what_was_what_is_and_what_may_be(side: Side) -> None:
-    other = replace(side, macs=60_000, figures=operators(Sigmoid=2))
+    other = replace(side, macs=60_000, counts=operators(Sigmoid=2))
     rows = {r["name"]: r for r in checks.compare_checks(other, side)}
     assert rows["macs"] == {
         "name": "macs",
@@ -122,7 +122,7 @@ def test_a_gate_shows_what_was_what_is_and_what_may_be(side: Side) -> None:
 def test_other_weights_are_judged_by_the_parity_of_their_build(
     side: Side, built: str | None, verdict: str
 ) -> None:
-    other = replace(side, notes={"weights_sha256": "b"}, logits=LOGITS[::-1])
+    other = replace(side, metadata={"weights_sha256": "b"}, logits=LOGITS[::-1])
     if built:
         rows = [{"artifact": side.artefact.name, "verdict": built}]
         content = {"schema": "cakd.parity/1", "rows": rows}

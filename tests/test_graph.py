@@ -88,7 +88,7 @@ def test_int8_adds_nodes_but_neither_parameters_nor_products(
     source = exported / "student.onnx"
     x = np.load(exported / "calibration.npy")
     pictures = int8.CalibrationImages(x[::2], x[1::2], np.full(len(x[1::2]), -1))
-    how = int8.Settings(search_s=0.0, drop=1.0)
+    how = int8.Settings(search_s=0.0, max_drop=1.0)
     gates = int8.agreement.Thresholds(int8_db=-200.0)
     proto = int8.quantize_within_gates(source, pictures, how, gates)
     onnx.save(proto, tmp_path / "int8.onnx")

@@ -79,7 +79,7 @@ def test_a_block_gives_every_buffer_its_turn(clock: Callable[..., Clock]) -> Non
 
 
 def test_too_few_buffers_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 input buffers; at least 4"):
+    with pytest.raises(ValueError, match="got 3 input buffers; expected 4"):
         cycle_inputs(PICTURES[:3])
 
 
@@ -180,7 +180,7 @@ QUIET = {"stable": True, "threads": 1, "load": 1.0, "cores": 2}
         ({"threads": None}, 0.1, []),
         ({"load": 2.5}, 1.0, ["NOISY", "load 2.5 above 2 cores"]),
         ({"load": None}, 1.0, []),
-        ({"stable": False}, 1.0, ["NOISY", "warm-up unstable"]),
+        ({"stable": False}, 1.0, ["NOISY", "warm-up not stable"]),
         ({"throttled": 3}, 1.0, ["NOISY", "stopped 3 times by the CPU quota"]),
     ],
 )

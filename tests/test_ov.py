@@ -101,7 +101,7 @@ def test_a_lost_bin_and_a_damaged_xml_are_told(ir: Path, tmp_path: Path) -> None
         OvSession(tmp_path / "student.xml", 1, "fp32")
     (tmp_path / "student.bin").write_bytes(b"")
     (tmp_path / "student.xml").write_text("<net>")
-    with pytest.raises(UserError, match="OpenVINO .* refuses it"):
+    with pytest.raises(UserError, match="OpenVINO .* rejects it"):
         OvSession(tmp_path / "student.xml", 1, "fp32")
 
 
@@ -173,7 +173,7 @@ def test_a_fixed_batch_is_in_the_ir_and_changes_no_answer(
     fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
     onnx_file.write_onnx(fixed, tmp_path / "two.onnx")
     done = command("exporters.ov", tmp_path / "two.onnx", "--batch", 4, torch=False)
-    assert done.returncode == 2 and "fixes it at 2; leave it out" in done.stderr
+    assert done.returncode == 2 and "has a fixed batch of 2; leave --batch out" in done.stderr
     done = command("exporters.ov", source, "--batch", 0, torch=False)
     assert done.returncode == 2 and "--batch: got 0; expected 1 or more" in done.stderr
 
@@ -202,8 +202,8 @@ def test_nncf_makes_an_int8_with_the_notes_and_it_goes_through_the_gates(
     session = OvSession(out, 1, "int8")
     assert session.precision_effective == "int8"
     assert session.metadata == {**reference.metadata, "precision": "int8", "int8": "by NNCF"}
-    alike = inputs.run_batches(session, pictures.held).argmax(1) == inputs.run_batches(
-        reference, pictures.held
+    alike = inputs.run_batches(session, pictures.held_out).argmax(1) == inputs.run_batches(
+        reference, pictures.held_out
     ).argmax(1)
     assert alike.mean() > 0.8
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from exporters.artifact import agreement, onnx_file
-from exporters.artifact.agreement import Thresholds, figures, judge
+from exporters.artifact.agreement import Thresholds, compare_outputs
 from exporters.ort import quantize
 from exporters.parity import layers
 from pipeline.core.errors import UserError
@@ -22,24 +22,28 @@ LOGITS = RNG.standard_normal((32, 10)).astype(np.float32)
 
 
 def verdict(a: np.ndarray, b: np.ndarray, precision: str = "fp32") -> str:
-    return judge(figures(a, b), float(np.abs(a).max()), precision, Thresholds())[0]
+    return compare_outputs(a, b, precision, Thresholds())[1]
+
+
+def metrics(a: np.ndarray, b: np.ndarray) -> dict[str, float | None]:
+    return compare_outputs(a, b, "fp32", Thresholds())[0]
 
 
 def test_equal_outputs_pass_with_a_number_json_can_hold() -> None:
-    found = figures(LOGITS, LOGITS)
+    found = metrics(LOGITS, LOGITS)
     assert found["max_abs"] == 0 and found["sqnr_centered_db"] == agreement.BIT_EQUAL_DB
     assert verdict(LOGITS, LOGITS) == "PASS"
 
 
 def test_sqnr_is_the_noise_that_was_added() -> None:
     noise = RNG.standard_normal(LOGITS.shape) * LOGITS.std() / 100
-    assert figures(LOGITS, LOGITS + noise)["sqnr_centered_db"] == pytest.approx(40, abs=1)
+    assert metrics(LOGITS, LOGITS + noise)["sqnr_centered_db"] == pytest.approx(40, abs=1)
 
 
 def test_an_offset_shared_by_all_images_earns_no_agreement() -> None:
     large = LOGITS + 1000 * np.arange(10, dtype=np.float32)
     wrong = np.broadcast_to(large.mean(axis=0), large.shape).astype(np.float32)
-    found = figures(large, wrong)
+    found = metrics(large, wrong)
     assert found["top1_agreement"] == 1
     assert found["sqnr_centered_db"] == pytest.approx(0, abs=0.1)
     assert verdict(large, wrong, "int8") == "FAIL"
@@ -69,17 +73,17 @@ def test_outputs_that_are_not_finite_fail(bad: float) -> None:
 def test_a_reference_that_answers_every_image_alike_proves_nothing() -> None:
     constant = np.full((8, 10), 0.001, np.float32)
     assert verdict(constant, constant) == "UNDECIDED"
-    assert figures(constant, constant)["sqnr_centered_db"] is None
+    assert metrics(constant, constant)["sqnr_centered_db"] is None
     assert verdict(constant, constant * 1.5) == "FAIL"
     zeros = np.zeros((8, 10), np.float32)
     assert verdict(zeros, zeros) == "UNDECIDED"
 
 
 def test_other_shapes_and_a_single_image_are_refused() -> None:
-    with pytest.raises(UserError, match="two different networks"):
-        figures(LOGITS, LOGITS[:, :5])
-    with pytest.raises(UserError, match="at least 2"):
-        figures(LOGITS[:1], LOGITS[:1])
+    with pytest.raises(UserError, match="compare two files of the same network"):
+        metrics(LOGITS, LOGITS[:, :5])
+    with pytest.raises(UserError, match="expected 2 or more"):
+        metrics(LOGITS[:1], LOGITS[:1])
 
 
 def test_the_gate_is_that_of_the_coarsest_storage_or_arithmetic() -> None:
@@ -110,7 +114,7 @@ def test_layers_name_the_node_where_two_files_part(
     layers.compare_layers(exported / "student.onnx", damaged, None)
     told = capsys.readouterr().out
     gemm = next(n for n in onnx_file.read_onnx(damaged).graph.node if n.op_type == "Gemm")
-    assert f"they part at {gemm.output[0]}\n" in told and ", 1 below" in told
+    assert f"first divergence: {gemm.output[0]}\n" in told and ", 1 below" in told
 
 
 def test_layers_read_a_quantized_tensor_after_its_dequantization(
@@ -125,7 +129,7 @@ def test_layers_read_a_quantized_tensor_after_its_dequantization(
 
 def test_networks_of_other_sizes_are_exit_2(exported: Path, light: Path, command: Command) -> None:
     done = command("exporters.parity", exported / "student.onnx", light, torch=False)
-    assert done.returncode == 2 and "not comparable" in done.stderr
+    assert done.returncode == 2 and "inputs: got" in done.stderr
 
 
 @pytest.mark.parametrize("argv", [[], pytest.param(["--layers"], marks=pytest.mark.slow)])

@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 from exporters.artifact import agreement, inputs, onnx_file
+from exporters.device import parity
 from exporters.ort import int8, quantize, sensitive, session
 from exporters.ort.sensitive import Trial
 
@@ -42,28 +43,28 @@ def found(floor: float, seconds: float = 60.0) -> sensitive.Found:
 
 def test_what_meets_its_gates_is_left_as_it_is() -> None:
     made = found(15.0)
-    assert made.floating == () and made.tried == 1 and made.told() == "every node in int8"
+    assert made.floating == () and made.trials == 1 and made.summary() == "every node in int8"
 
 
 def test_the_most_harmful_nodes_are_freed_first_and_no_more_than_needed() -> None:
     assert found(24.0).floating == ("b",)
     made = found(28.0)
-    assert made.floating == ("b", "d") and made.judged.kept and made.tried == 1 + 4 + 2
-    assert made.told() == "2 groups of nodes left in float after 7 trials"
+    assert made.floating == ("b", "d") and made.trial.passed and made.trials == 1 + 4 + 2
+    assert made.summary() == "2 groups of nodes left in float after 7 trials"
 
 
 def test_half_the_nodes_at_most_are_freed_and_the_best_is_returned() -> None:
     made = found(29.9)
-    assert made.floating == ("b", "d") and not made.judged.kept
-    assert made.told().endswith("out of groups")
+    assert made.floating == ("b", "d") and not made.trial.passed
+    assert made.summary().endswith("out of groups")
 
 
 def test_the_search_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(0, 1000, 10))
     monkeypatch.setattr(sensitive.time, "monotonic", lambda: next(ticks))
     made = found(28.0, seconds=45.0)  # half of it ranks two groups, the rest frees one
-    assert not made.judged.kept and made.tried == 1 + 2 + 1
-    assert made.told() == "1 group of nodes left in float after 4 trials, out of time"
+    assert not made.trial.passed and made.trials == 1 + 2 + 1
+    assert made.summary() == "1 group of nodes left in float after 4 trials, out of time"
 
 
 BAD = 1  # which convolution is harmed
@@ -109,7 +110,7 @@ def test_a_network_with_one_bad_node_is_shipped_with_that_node_in_float(
         path = harmed.with_name("tried.onnx")
         onnx_file.write_onnx(proto, path)
         got = inputs.run_batches(session.OrtSession(path, 1), held)
-        return agreement.figures(expected, got)["sqnr_centered_db"]
+        return parity.logit_metrics(expected, got)["sqnr_centered_db"]
 
     bad = [n.name for n in onnx_file.read_onnx(harmed).graph.node if n.op_type == "Conv"][BAD]
     with quantize.Calibrated(onnx_file.read_onnx(harmed), x[::2]) as net:

@@ -163,7 +163,7 @@ def test_a_timing_cache_without_a_maker_is_for_tensorrt_to_judge(
     cache.write_bytes(b"from elsewhere")
     machine("set_cache")
     with pytest.raises(
-        UserError, match=r"trtexec\.cache: TensorRT refuses it: set_cache went wrong"
+        UserError, match=r"trtexec\.cache: TensorRT rejects it: set_cache went wrong"
     ):
         made(source, timing_cache=cache)
     assert cache.read_bytes() == b"from elsewhere"
@@ -181,19 +181,19 @@ def test_a_folder_is_no_timing_cache(machine: Callable[..., Fake], source: Path)
 @pytest.mark.parametrize(
     ("fails", "said"),
     [
-        ("network", "makes no network: network went wrong"),
-        ("config", "makes no configuration: config went wrong"),
+        ("network", "created no network: network went wrong"),
+        ("config", "created no configuration: config went wrong"),
         ("parse", "cannot parse it: parse went wrong"),
         ("model", "cannot parse it: the model went wrong"),
-        ("create_profile", "makes no optimization profile: create_profile went wrong"),
+        ("create_profile", "created no optimization profile: create_profile went wrong"),
         (
             "add_profile",
-            r"net\.onnx: TensorRT refuses the batches \[1, 1, 8\]: add_profile went wrong",
+            r"net\.onnx: TensorRT rejects the batches \[1, 1, 8\]: add_profile went wrong",
         ),
-        ("create_cache", "refuses it: create_cache went wrong"),
-        ("set_cache", "refuses it: set_cache went wrong"),
-        ("get_cache", "gives none back: get_cache went wrong"),
-        ("serialize", "gives none back: serialize went wrong"),
+        ("create_cache", "rejects it: create_cache went wrong"),
+        ("set_cache", "rejects it: set_cache went wrong"),
+        ("get_cache", "returned none: get_cache went wrong"),
+        ("serialize", "returned none: serialize went wrong"),
         ("build", "cannot build it: build went wrong"),
     ],
 )
@@ -245,7 +245,7 @@ def test_a_gpu_older_than_ampere_has_no_hardware_compatible_engine(
     machine: Callable[..., Fake], source: Path
 ) -> None:
     machine(gpu=driver.CudaDevice("Turing", "75", "13.0"))
-    with pytest.raises(UserError, match=r"got Turing, SM 75; allowed: SM 80"):
+    with pytest.raises(UserError, match=r"got Turing, SM 75; expected SM 80"):
         made(source, hardware_compatible=True)
 
 
@@ -254,7 +254,7 @@ def test_a_level_out_of_range_is_refused(
     level: int, machine: Callable[..., Fake], source: Path
 ) -> None:
     machine()
-    with pytest.raises(UserError, match=f"--optimization-level: got {level}; allowed: 0 to 5"):
+    with pytest.raises(UserError, match=f"--optimization-level: got {level}; expected 0 to 5"):
         made(source, optimization_level=level)
 
 
@@ -411,7 +411,7 @@ def test_without_the_cuda_runtime_an_engine_is_unavailable_with_the_reason(
     made(source)
     if broken == "library":
         monkeypatch.setattr(cudart, "_load", lambda: None)
-    said = {"library": "no CUDA runtime library", "driver": "cudaGetDeviceCount failed with 35"}
+    said = {"library": "no CUDA runtime library", "driver": "cudaGetDeviceCount: got 35"}
     with pytest.raises(Unavailable, match=rf"net\.plan: {said[broken]}"):
         TrtSession(source.with_suffix(".plan"))
 
@@ -422,7 +422,7 @@ def test_a_call_of_cuda_that_fails_is_told_with_the_plan(
     machine("cudaMalloc")
     made(source)
     session = TrtSession(source.with_suffix(".plan"))
-    with pytest.raises(UserError, match=r"net\.plan: cudaMalloc failed with 2, words") as told:
+    with pytest.raises(UserError, match=r"net\.plan: cudaMalloc: got 2, words") as told:
         session.run(images(1))
     assert not isinstance(told.value, Unavailable) and "--runtime" not in str(told.value)
 
@@ -467,7 +467,7 @@ def test_a_switch_that_is_neither_0_nor_1_is_refused(
     machine()
     made(source)
     monkeypatch.setenv("CAKD_CUDA_GRAPH", "off")
-    with pytest.raises(UserError, match="CAKD_CUDA_GRAPH: got 'off'; allowed: 0, 1"):
+    with pytest.raises(UserError, match="CAKD_CUDA_GRAPH: got 'off'; expected 0 or 1"):
         TrtSession(source.with_suffix(".plan"))
 
 
@@ -478,13 +478,13 @@ def test_a_switch_that_is_neither_0_nor_1_is_refused(
         ("context", "no execution context: context went wrong; free device memory"),
         (
             "input_shape",
-            r"batch 2: TensorRT refuses \(2, 3, 8, 8\), .* 1 to 8: input_shape went wrong",
+            r"batch: got 2; the engine takes 1 to 8; TensorRT rejects \(2, 3, 8, 8\): input_shape went wrong",
         ),
-        ("address", "image: TensorRT refuses its buffer: address went wrong"),
+        ("address", "image: TensorRT rejects its buffer: address went wrong"),
         ("execute", "batch 2: the engine failed to run: execute went wrong"),
         (
             "capture",
-            "no CUDA graph of it: cudaStreamEndCapture failed with 901, words.*CAKD_CUDA_GRAPH=0",
+            "no CUDA graph of it: cudaStreamEndCapture: got 901, words.*CAKD_CUDA_GRAPH=0",
         ),
     ],
 )
@@ -504,7 +504,7 @@ def test_an_output_whose_shape_depends_on_the_data_is_refused(
     made(source)
     shape = lambda self, name: self.shape if name == "image" else (-1, 4)  # noqa: E731
     monkeypatch.setattr(fake_tensorrt.Context, "get_tensor_shape", shape)
-    with pytest.raises(UserError, match=r"output logits is .*\(-1, 4\); allowed: a fixed shape"):
+    with pytest.raises(UserError, match=r"output logits: got .*\(-1, 4\); expected a fixed shape"):
         TrtSession(source.with_suffix(".plan")).run(images(1))
 
 
@@ -518,7 +518,7 @@ def test_a_sidecar_with_a_key_that_cannot_be_meant_is_refused(
     made(source)
     path = sidecar_path(source.with_suffix(".plan"))
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    with pytest.raises(UserError, match=rf"net\.plan\.json: {key} is {value!r}; build it with"):
+    with pytest.raises(UserError, match=rf"net\.plan\.json: {key}: got {value!r}; build it with"):
         read_sidecar(source.with_suffix(".plan"))
 
 

@@ -1,4 +1,4 @@
-"""How far two sets of logits agree: the figures, the gates, the verdict, and a row of parity.json."""
+"""Agreement of two sets of logits: metrics, gates, verdict, and a row of parity.json."""
 
 from __future__ import annotations
 
@@ -16,61 +16,73 @@ from exporters.artifact.session import Array, Session
 from exporters.device import parity
 from pipeline.core.errors import GateFailed, UserError
 
-Thresholds = parity.Thresholds  # the bounds
+Thresholds = parity.Thresholds
 BIT_EQUAL_DB = parity.BIT_EQUAL_DB
-ROUNDING = 1e-9  # of a difference of two accuracies
+ACCURACY_EPS = 1e-9  # float error of a difference of two accuracies
 IMAGES = 64
 
 
-def figures(reference: Array, other: Array) -> dict[str, float | None]:
-    """`exporters.device.parity.logit_metrics`. Raises UserError: shapes that differ, fewer than two images."""
+def compare_outputs(
+    reference: Array, other: Array, precision: str, thresholds: Thresholds
+) -> tuple[dict[str, float | None], str, str | None]:
+    """Both (N, K) -> (metrics, verdict, reason) of `exporters.device.parity`; a PASS has no reason.
+
+    Raises UserError: shapes that differ, fewer than two images.
+    """
     if reference.shape != other.shape:
         raise UserError(
-            f"outputs are {reference.shape} and {other.shape}: these are two different networks"
+            f"outputs: got shapes {reference.shape} and {other.shape}; expected one shape; "
+            "compare two files of the same network"
         )
     if len(reference) < 2:
-        raise UserError(f"parity: got {len(reference)} image; at least 2 are needed")
-    return parity.logit_metrics(reference, other)
-
-
-def judge(
-    row: dict[str, float | None], largest: float, precision: str, bounds: Thresholds
-) -> tuple[str, str | None]:
-    """`exporters.device.parity.parity_verdict`; a PASS needs no reason."""
-    verdict, reason = parity.parity_verdict(row, largest, precision, bounds)
-    return verdict, None if verdict == "PASS" else reason
+        raise UserError(f"parity: got {len(reference)} image; expected 2 or more; give more images")
+    metrics, verdict, reason = parity.compare_logits(reference, other, precision, thresholds)
+    return metrics, verdict, None if verdict == "PASS" else reason
 
 
 def coarsest_precision(*sessions: Session) -> str:
-    """The coarsest precision any of them stores or computes in: what decides the gate."""
-    found = {s.precision_effective for s in sessions}
-    found |= {s.metadata.get("precision", "fp32") for s in sessions}
-    return max(found, key=metadata.PRECISIONS.index)
+    """The coarsest precision any of the sessions stores or computes in, which decides the gate."""
+    computed = {s.precision_effective for s in sessions}
+    stored = {s.metadata.get("precision", "fp32") for s in sessions}
+    return max(computed | stored, key=metadata.PRECISIONS.index)
 
 
 def parity_row(
-    artefact: Path, session: Session, reference: Array, other: Array, bounds: Thresholds
+    artefact: Path, session: Session, reference: Array, other: Array, thresholds: Thresholds
 ) -> dict[str, Any]:
-    """One row of parity.json: the session's outputs against a float32 reference's."""
-    found = figures(reference, other)
-    verdict, reason = judge(
-        found, float(np.abs(reference).max()), coarsest_precision(session), bounds
-    )
-    told = session.metadata.get("int8")
+    """One row of parity.json: the session's outputs (N, K) against a float32 reference's.
+
+    Raises UserError as `compare_outputs`.
+    """
+    precision = coarsest_precision(session)
+    metrics, verdict, reason = compare_outputs(reference, other, precision, thresholds)
+    int8 = session.metadata.get("int8")
     return {
         "artifact": artefact.name,
         "runtime": session.runtime,
         "precision_effective": session.precision_effective,
-        **({"int8": told} if told else {}),
-        **found,
+        **({"int8": int8} if int8 else {}),
+        **metrics,
         "images": len(reference),
         "verdict": verdict,
         "reason": reason,
     }
 
 
+def skipped_row(artefact: str, precision: str, reason: str) -> dict[str, Any]:
+    """The row of parity.json of an artefact that could not run here."""
+    return {
+        "artifact": artefact,
+        "runtime": None,
+        "precision_effective": precision,
+        **dict.fromkeys((*parity.METRICS, "images")),
+        "verdict": "skipped",
+        "reason": reason,
+    }
+
+
 def top1_drop(reference: Array, other: Array, labels: NDArray[np.int64]) -> float | None:
-    """Top-1 that `other` (N, K) loses on the labelled images, as a fraction; None where there is none."""
+    """Top-1 that `other` (N, K) loses on the labelled images, as a fraction; None without labels (-1)."""
     known = labels >= 0
     if not known.any() or not np.isfinite(other).all():
         return None
@@ -78,26 +90,26 @@ def top1_drop(reference: Array, other: Array, labels: NDArray[np.int64]) -> floa
     return before - after
 
 
-def exceeds(drop: float | None, bound: float) -> bool:
-    """Whether a drop is over its bound."""
-    return drop is not None and drop > bound + ROUNDING
+def exceeds(drop: float | None, max_drop: float) -> bool:
+    """Whether a drop of top-1 is over its bound."""
+    return drop is not None and drop > max_drop + ACCURACY_EPS
 
 
 def add_accuracy(
-    found: dict[str, Any],
+    row: dict[str, Any],
     reference: Array,
     other: Array,
     labels: NDArray[np.int64],
-    bound: float,
+    max_drop: float,
 ) -> dict[str, Any]:
-    """A row of parity.json with what top-1 loses; over `bound` its PASS becomes FAIL."""
+    """The row with `top1_drop`, where labels allow it; a drop over `max_drop` turns its PASS into FAIL."""
     drop = top1_drop(reference, other, labels)
     if drop is None:
-        return found
-    found = {**found, "top1_drop": drop}
-    if found["verdict"] == "PASS" and exceeds(drop, bound):
-        found |= {"verdict": "FAIL", "reason": f"top-1 falls by {drop:.3f}, gate {bound:g}"}
-    return found
+        return row
+    row = {**row, "top1_drop": drop}
+    if row["verdict"] == "PASS" and exceeds(drop, max_drop):
+        row |= {"verdict": "FAIL", "reason": f"top-1 falls by {drop:.3f}, gate {max_drop:g}"}
+    return row
 
 
 def gated_row(
@@ -105,86 +117,80 @@ def gated_row(
     sessions: tuple[Session, Session],
     x: Array,
     labels: NDArray[np.int64] | None,
-    bound: float,
+    max_drop: float,
     force: bool = False,
 ) -> dict[str, Any]:
-    """The row of a conversion to `out`: (its source, what was made of it), shown x and judged by labels if any.
+    """The row of a conversion to `out`, from sessions of its source and of what was converted.
 
-    Of x and the labels as many as fill the batches of both. `force` lets through what parity cannot decide.
+    Both run as many of the images x (N, 3, S, S) as fill their batches; labels, if any, add the loss of top-1.
     Raises GateFailed: the verdict is FAIL, or UNDECIDED without `force`.
     """
-    step = math.lcm(*(session.input_shape[0] or 1 for session in sessions))
-    whole = slice(len(x) // step * step)
-    reference, made = (inputs.run_batches(session, x[whole]) for session in sessions)
-    found = parity_row(out, sessions[1], reference, made, Thresholds())
+    whole = slice(_whole_batches(len(x), *sessions))
+    reference, converted = (inputs.run_batches(session, x[whole]) for session in sessions)
+    row = parity_row(out, sessions[1], reference, converted, Thresholds())
     if labels is not None:
-        found = add_accuracy(found, reference, made, labels[whole], bound)
-    require_pass(out, found, force)
-    return found
-
-
-def require_pass(out: Path, row: dict[str, Any], force: bool) -> None:
-    """Raise GateFailed where a row's verdict is FAIL, or UNDECIDED without `force`."""
+        row = add_accuracy(row, reference, converted, labels[whole], max_drop)
     if row["verdict"] == "FAIL":
         raise GateFailed(f"{out}: {row['reason']}; not written")
     if row["verdict"] == "UNDECIDED" and not force:
         raise GateFailed(
             f"{out}: parity is UNDECIDED, {row['reason']}; not written; --force writes it all the same"
         )
+    return row
 
 
-def skipped_row(artefact: str, precision: str, reason: str) -> dict[str, Any]:
-    """The row of an artefact that could not run here."""
-    empty = dict.fromkeys(
-        ("max_abs", "rel_between_std", "sqnr_centered_db", "top1_agreement", "images")
-    )
-    return {
-        "artifact": artefact,
-        "runtime": None,
-        "precision_effective": precision,
-        **empty,
-        "verdict": "skipped",
-        "reason": reason,
-    }
+def _whole_batches(count: int, *sessions: Session) -> int:
+    """The largest number of images, `count` at most, that fills the batches of all sessions."""
+    step = _common_batch(*sessions)
+    return count // step * step
+
+
+def _common_batch(*sessions: Session) -> int:
+    """The fewest images that fill the batches of all sessions."""
+    return math.lcm(*(session.input_shape[0] or 1 for session in sessions))
 
 
 def comparison_images(a: Session, b: Session, folder: Path | None) -> Array:
-    """The images both are shown: a folder's, prepared by the notes of whichever carries some, or smooth ones.
+    """The images (N, 3, S, S) that both sessions run: a folder's, or seeded smooth ones.
 
+    A folder is prepared by the preprocessing metadata of whichever session carries some.
     Raises UserError: inputs of different shapes, no image in the folder, or fewer than fill a batch of both.
     """
     if a.input_shape[1:] != b.input_shape[1:]:
-        raise UserError(f"inputs are {a.input_shape[1:]} and {b.input_shape[1:]}: not comparable")
-    step = math.lcm(a.input_shape[0] or 1, b.input_shape[0] or 1)
+        raise UserError(
+            f"inputs: got {a.input_shape[1:]} and {b.input_shape[1:]}; expected one image shape; "
+            "compare two files of the same network"
+        )
+    step = _common_batch(a, b)
     if folder is None:
         return inputs.smooth(math.ceil(IMAGES / 4 / step) * step, *a.input_shape[2:])
-    noted = a if metadata.preprocessing(a.metadata) else b
-    x = inputs.images_from_folder(folder, noted, max(IMAGES, step))
+    described = a if metadata.preprocessing(a.metadata) else b
+    x = inputs.images_from_folder(folder, described, max(IMAGES, step))
     if len(x) < step:
         raise UserError(
             f"--images {folder}: got {len(x)} images; expected {step} or more, which fill the batches of both "
             "networks; give more, or leave --images out"
         )
-    return x[: len(x) // step * step]
+    return x[: _whole_batches(len(x), a, b)]
 
 
-def describe_row(found: dict[str, Any]) -> str:
-    """The figures of a row in one line."""
-    parts = [f"max abs {found['max_abs']:.2e}" if found["max_abs"] is not None else "not finite"]
-    if found["rel_between_std"] is not None:
-        parts += [
-            f"over std {found['rel_between_std']:.2e}",
-            f"SQNR {found['sqnr_centered_db']:.1f} dB",
-            f"top-1 agreement {found['top1_agreement']:.3f}",
+def describe_row(row: dict[str, Any]) -> str:
+    """The metrics and the verdict of a row in one line."""
+    metrics = [f"max abs {row['max_abs']:.2e}" if row["max_abs"] is not None else "not finite"]
+    if row["rel_between_std"] is not None:
+        metrics += [
+            f"over std {row['rel_between_std']:.2e}",
+            f"SQNR {row['sqnr_centered_db']:.1f} dB",
+            f"top-1 agreement {row['top1_agreement']:.3f}",
         ]
-    reason = f" ({found['reason']})" if found["reason"] else ""
-    return f"{', '.join(parts)}: {found['verdict']}{reason}"
+    reason = f" ({row['reason']})" if row["reason"] else ""
+    return f"{', '.join(metrics)}: {row['verdict']}{reason}"
 
 
 def print_result(out: Path, make: Callable[[], dict[str, Any]]) -> None:
-    """Make `out`, and print its size, the seconds it took and what its row says."""
+    """Call `make`, which writes `out` and returns its row, and print size, seconds and parity."""
     start = time.perf_counter()
-    found = make()
+    row = make()
     seconds, size = time.perf_counter() - start, (counts.size_bytes(out) or 0) / 1e6
-    told = [found["precision_effective"], *filter(None, [found.get("int8")]), describe_row(found)]
-    print(f"{out}: {size:.2f} MB in {seconds:.1f} s, computes in {', '.join(told)}")
+    traits = [row["precision_effective"], *filter(None, [row.get("int8")]), describe_row(row)]
+    print(f"{out}: {size:.2f} MB in {seconds:.1f} s, computes in {', '.join(traits)}")

@@ -1,7 +1,7 @@
-"""What an artefact holds, counted without running it: opset, operators, weights, multiply-accumulates.
+"""Static counts of an artefact: opset, operators, parameters, multiply-accumulates (MACs).
 
-An ONNX file by the onnx package, an OpenVINO IR by its XML alone. Counted are convolutions and matrix products
-of the main graph (Conv, Gemm, MatMul), for one image; the rest of a CNN is additions and comparisons.
+An ONNX file is read by the onnx package, an OpenVINO IR by its XML alone. MACs are those of convolutions and
+matrix products of the main graph (Conv, Gemm, MatMul), for one image; the rest of a CNN is additions.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from pipeline.core.errors import UserError
 if TYPE_CHECKING:
     import onnx
 
-BESIDE = {".xml": (".bin",), ".onnx": (".onnx.data", ".onnx_data")}  # where the weights may lie
+WEIGHT_SUFFIXES = {".xml": (".bin",), ".onnx": (".onnx.data", ".onnx_data")}
 QDQ = ("QuantizeLinear", "DequantizeLinear", "FakeQuantize")
-UNCOUNTED = ("Const", "Parameter", "Result")  # layers of an IR that are no nodes of an ONNX file
-INDICES = ("i64", "i32", "u64", "u32", "boolean", "string")  # of an IR: shapes and axes, no weights
+# Layers of an IR that are no nodes of an ONNX file, and element types that hold shapes and axes, no weights.
+UNCOUNTED = ("Const", "Parameter", "Result")
+INDICES = ("i64", "i32", "u64", "u32", "boolean", "string")
 
 Shape = Sequence[int | None]
 
 
 @dataclass(frozen=True)
 class ModelCounts:
-    """One artefact; None where its kind of file does not tell."""
+    """Counts of one artefact; None where its kind of file does not have them."""
 
     opset: int | None = None  # of an IR its version
     operators: dict[str, int] | None = None  # most frequent first
-    params: int | None = None  # values of the weights, folded batch norms gone
-    macs: int | None = None  # multiply-accumulates of one image
+    params: int | None = None  # values of the weights, batch norms folded
+    macs: int | None = None  # of one image
 
 
 def count_model(artefact: Path) -> ModelCounts:
-    """Of an .onnx or .xml file; nothing but None of another kind, a damaged file, or without onnx installed."""
-    readers = {".onnx": _of_onnx, ".xml": _of_ir}
+    """Counts of an .onnx or .xml file; all None for another kind, a damaged file, or without onnx installed."""
+    readers = {".onnx": _count_onnx, ".xml": _count_ir}
     if artefact.suffix not in readers or not artefact.is_file():
         return ModelCounts()
     try:
@@ -49,73 +50,70 @@ def count_model(artefact: Path) -> ModelCounts:
 
 
 def artefact_files(artefact: Path) -> list[Path]:
-    """The files there are of an artefact: itself, and the weights beside it."""
-    beside = [artefact.with_suffix(suffix) for suffix in BESIDE.get(artefact.suffix, ())]
-    return [path for path in (artefact, *beside) if path.is_file()]
+    """The existing files of an artefact: itself, and the weights beside it."""
+    weights = [artefact.with_suffix(suffix) for suffix in WEIGHT_SUFFIXES.get(artefact.suffix, ())]
+    return [path for path in (artefact, *weights) if path.is_file()]
 
 
 def size_bytes(artefact: Path) -> int | None:
-    """Of all its parts; None where there is no file."""
-    found = artefact_files(artefact)
-    return sum(path.stat().st_size for path in found) if found else None
+    """Bytes of all its files; None where there is none."""
+    files = artefact_files(artefact)
+    return sum(path.stat().st_size for path in files) if files else None
 
 
-def _of_onnx(path: Path) -> ModelCounts:
+def _count_onnx(path: Path) -> ModelCounts:
+    from onnx import TensorProto
+
     from exporters.artifact import onnx_file
 
     model = onnx_file.read_onnx(path)
+    # Scales, zero points, shapes and axes are initializers too, but no weights.
     scales = {n for node in model.graph.node if node.op_type in QDQ for n in node.input[1:]}
+    index_types = (TensorProto.INT64, TensorProto.BOOL, TensorProto.STRING)
     return ModelCounts(
         opset=onnx_file.opset(model),
         operators=onnx_file.histogram(model),
         params=sum(
             math.prod(w.dims)
             for w in model.graph.initializer
-            if w.name not in scales and w.data_type not in _index_types()
+            if w.name not in scales and w.data_type not in index_types
         ),
-        macs=_onnx_macs(model),
+        macs=_total_macs(model),
     )
 
 
-def _index_types() -> set[int]:
-    """Data types of shapes and axes, which are no weights."""
-    import onnx
-
-    return {onnx.TensorProto.INT64, onnx.TensorProto.BOOL, onnx.TensorProto.STRING}
-
-
-def _onnx_macs(model: onnx.ModelProto) -> int | None:
+def _total_macs(model: onnx.ModelProto) -> int | None:
     """Multiply-accumulates of one image; None where a shape is unknown or inference does not know an operator."""
     try:
-        return _total(_onnx_products(model))
+        return _sum_known(_onnx_macs(model))
     except Exception:  # shape inference of a foreign network raises whatever it meets
         return None
 
 
-def _onnx_products(model: onnx.ModelProto) -> Iterator[int | None]:
-    """MACs of each Conv, Gemm and MatMul for a batch of 1; a fixed batch counts as so many images."""
+def _onnx_macs(model: onnx.ModelProto) -> Iterator[int | None]:
+    """MACs of each Conv, Gemm and MatMul for one image."""
     shapes, batch = _onnx_shapes(model)
     for node in model.graph.node:
         if node.op_type not in ("Conv", "Gemm", "MatMul"):
             continue
-        taken, weight = (shapes.get(name, [None]) for name in node.input[:2])
-        made = shapes.get(node.output[0], [None])
+        data, weight = (shapes.get(name, [None]) for name in node.input[:2])
+        output = shapes.get(node.output[0], [None])
         flags = {a.name: a.i for a in node.attribute}
         if node.op_type == "Conv":
             depth: Shape = weight[1:]
         else:
-            depth = [(taken or [None])[0 if flags.get("transA") else -1]]
-        yield _product([*made, *depth], batch)
+            depth = [(data or [None])[0 if flags.get("transA") else -1]]
+        yield _macs([*output, *depth], batch)
 
 
 def _onnx_shapes(model: onnx.ModelProto) -> tuple[dict[str, Shape], int]:
-    """Shape of every tensor with the free batch set to 1, and the images of a call."""
+    """Shape of every tensor with a dynamic batch set to 1, and the images of a call."""
     import onnx
 
     graph = model.graph
     weights = {w.name: list(w.dims) for w in graph.initializer}
-    taken = next(i for i in graph.input if i.name not in weights)
-    first = taken.type.tensor_type.shape.dim[0]
+    image = next(i for i in graph.input if i.name not in weights)
+    first = image.type.tensor_type.shape.dim[0]
     batch = first.dim_value or 1
     first.dim_value = batch
     del graph.value_info[:]
@@ -127,20 +125,20 @@ def _onnx_shapes(model: onnx.ModelProto) -> tuple[dict[str, Shape], int]:
     return shapes, batch
 
 
-def _product(dims: Shape, batch: int) -> int | None:
-    """All dimensions multiplied, a call's images divided out; None where one is unknown."""
+def _macs(dims: Shape, batch: int) -> int | None:
+    """Product of the dimensions, per image of a call; None where one is unknown."""
     known = [d for d in dims if d is not None]
     return math.prod(known) // batch if len(known) == len(dims) else None
 
 
-def _total(products: Iterator[int | None]) -> int | None:
-    """Their sum, None where one of them is unknown."""
-    found = list(products)
-    known = [p for p in found if p is not None]
-    return sum(known) if len(known) == len(found) else None
+def _sum_known(values: Iterator[int | None]) -> int | None:
+    """The sum, None where one of the values is unknown."""
+    listed = list(values)
+    known = [value for value in listed if value is not None]
+    return sum(known) if len(known) == len(listed) else None
 
 
-def _of_ir(path: Path) -> ModelCounts:
+def _count_ir(path: Path) -> ModelCounts:
     root = ElementTree.parse(path).getroot()
     layers = {layer.get("id"): layer for layer in root.iter("layer")}
     kinds = Counter(layer.get("type", "") for layer in layers.values())
@@ -162,32 +160,30 @@ def _of_ir(path: Path) -> ModelCounts:
             for data in constants
             if data is not None and data.get("element_type") not in INDICES
         ),
-        macs=_total(_ir_products(layers.values())),
+        macs=_sum_known(_ir_macs(list(layers.values()))),
     )
 
 
-def _ir_products(layers: Iterable[ElementTree.Element]) -> Iterator[int | None]:
-    """MACs of each convolution and product; a free batch is 1."""
-    layers = list(layers)
-    pictures = next((_ports(x, "output")[0] for x in layers if x.get("type") == "Parameter"), [1])
-    batch = pictures[0] or 1
+def _ir_macs(layers: Iterable[ElementTree.Element]) -> Iterator[int | None]:
+    """MACs of each convolution and product for one image."""
+    images = next((_ports(x, "output")[0] for x in layers if x.get("type") == "Parameter"), [1])
+    batch = images[0] or 1
     for layer in layers:
         kind = layer.get("type")
         if kind not in ("Convolution", "GroupConvolution", "MatMul"):
             continue
-        (taken, weight), (made,) = _ports(layer, "input"), _ports(layer, "output")
+        (data, weight), (output,) = _ports(layer, "input"), _ports(layer, "output")
         if kind == "MatMul":
-            data = layer.find("data")
-            turned = data is not None and data.get("transpose_a") == "true"
-            depth = taken[-2:-1] if turned else taken[-1:]
+            attributes = layer.find("data")
+            transposed = attributes is not None and attributes.get("transpose_a") == "true"
+            depth = data[-2:-1] if transposed else data[-1:]
         else:
             depth = weight[1 if kind == "Convolution" else 2 :]
-        yield _product([made[0] or 1, *made[1:], *depth], batch)
+        yield _macs([output[0] or 1, *output[1:], *depth], batch)
 
 
 def _ports(layer: ElementTree.Element, side: str) -> list[list[int | None]]:
-    """Shape of each port of that side; None where a dimension is free."""
-    ports = layer.find(side)
-    found = [] if ports is None else ports.findall("port")
-    dims = [[int(d.text or -1) for d in port.findall("dim")] for port in found]
-    return [[d if d >= 0 else None for d in shape] for shape in dims]
+    """Shape of each port of that side; None where a dimension is dynamic (-1 in the XML)."""
+    ports = layer.findall(f"{side}/port")
+    shapes = [[int(dim.text or -1) for dim in port.findall("dim")] for port in ports]
+    return [[dim if dim >= 0 else None for dim in shape] for shape in shapes]

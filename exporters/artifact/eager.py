@@ -1,4 +1,4 @@
-"""PyTorch, eager or compiled: a yardstick of the other runtimes. Imports torch when a checkpoint is opened."""
+"""PyTorch, eager or compiled, as the baseline of the other runtimes. Imports torch when it opens a checkpoint."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class EagerSession:
 
 
 def make(_: str, model: str, exported: Exported, out: Path, __: Build) -> Path:
-    """A copy of MODEL.safetensors and MODEL.json in the folder `out`."""
+    """Copy MODEL.safetensors and MODEL.json into the folder `out`; returns the checkpoint."""
     for suffix in (".json", ".safetensors"):
         shutil.copy(exported.folder / f"{model}{suffix}", out)
     return out / f"{model}.safetensors"
@@ -61,7 +61,9 @@ def _runtime(name: str, compiled: bool) -> Runtime:
         try:
             from pipeline.models import checkpoint
         except ImportError as error:
-            raise Unavailable(f"torch targets need torch and timm: {error}") from None
+            raise Unavailable(
+                f"torch targets: torch or timm is not installed ({error}); `pip install torch timm`"
+            ) from None
         return EagerSession(*checkpoint.load(artefact), threads, compiled)
 
     packages = ("pipeline.models.checkpoint",)

@@ -1,9 +1,10 @@
-"""The pictures a check or a calibration runs on: a folder's, or seeded smooth ones. Never zeros, never noise."""
+"""Images for a check or a calibration: a folder's, or seeded smooth ones, never zeros or noise."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from PIL import Image
 from exporters.artifact import metadata
 from exporters.artifact.session import Array, Session
 from pipeline.core.errors import UserError
-from pipeline.data.decoding import square_rgb
-from pipeline.data.images import SUFFIXES, image_files, read_square
+from pipeline.data.decoding import decode, square_rgb
+from pipeline.data.images import SUFFIXES, image_files, square_pixels
 from pipeline.data.prepared import UNLABELLED, Prepared, normalised, spread
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -33,73 +34,52 @@ def smooth(count: int, height: int, width: int, seed: int = 0) -> Array:
     return images
 
 
-def _cosines(length: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def _cosines(length: int) -> NDArray[np.float64]:
     """(4, length): the four lowest cosines, each of mean square 1."""
     position = (np.arange(length) + 0.5) / length
-    waves = np.cos(np.pi * np.arange(4)[:, None] * position)
+    waves: NDArray[np.float64] = np.cos(np.pi * np.arange(4)[:, None] * position)
     waves[1:] *= np.sqrt(2)
     return waves
 
 
-def images_from_folder(folder: Path, session: Session, limit: int) -> Array:
-    """Images of a folder as `labelled` gives them, without the labels."""
-    return labelled_images(folder, session, limit)[0]
-
-
-def labelled_images(folder: Path, session: Session, limit: int) -> tuple[Array, NDArray[np.int64]]:
-    """Up to `limit` images of a folder, prepared as the artefact's own notes say, and their labels, -1 unknown.
-
-    An image's label is the index of its folder's name in the classes of the notes. An artefact without notes
-    gets ImageNet's mean and std, and stdout says so.
-    Raises UserError: no such folder, no image, an input that is not square.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: not a folder; give a folder of images or a prepared one")
-    notes = metadata.preprocessing(session.metadata)
-    height, width = session.input_shape[2:]
-    if notes is None:
-        if height != width:
-            raise UserError(
-                f"input is {height}x{width} and carries no preprocessing; need a square"
-            )
-        print("no preprocessing in the artefact's metadata: ImageNet's mean and std are assumed")
-        notes = {"image_size": height, **IMAGENET}
-    pictures, names = zip(*read_folder(folder, notes["image_size"], limit), strict=True)
-    places = {name: place for place, name in enumerate(metadata.classes(session.metadata))}
-    labels = np.array([places.get(name, -1) for name in names], dtype=np.int64)
-    return normalised(np.stack(pictures), notes), labels
-
-
 def probe_images(session: Session, count: int = 10) -> Array:
-    """Smooth images of the size the session takes: `count`, rounded up to its own batch."""
+    """Smooth images of the session's input size: `count`, rounded up to its own batch."""
     batch = session.input_shape[0] or 1
     return smooth(math.ceil(max(count, 2) / batch) * batch, *session.input_shape[2:])
 
 
-def run_batches(session: Session, x: Array) -> Array:
-    """Run all of x (N, 3, S, S), 16 at a time or as the artefact's own batch demands -> (N, K).
+def images_from_folder(folder: Path, session: Session, limit: int) -> Array:
+    """Images of a folder as `labelled_images` gives them, without the labels."""
+    return labelled_images(folder, session, limit)[0]
 
-    Raises UserError: N is not a multiple of the artefact's fixed batch, outputs that are no logits.
+
+def labelled_images(folder: Path, session: Session, limit: int) -> tuple[Array, NDArray[np.int64]]:
+    """Up to `limit` images (N, 3, S, S) of a folder, prepared for the artefact, and labels (N,), -1 unknown.
+
+    The artefact's metadata says how to prepare them; one without gets ImageNet's mean and std, and stdout
+    says so. A label is the index of the folder's name in the metadata's classes.
+    Raises UserError: no such folder, no image, an input that is not square.
     """
-    batch = session.input_shape[0] or 16
-    if not len(x) or (session.input_shape[0] and len(x) % batch):
+    if not folder.is_dir():
+        kind = "a file" if folder.exists() else "no such path"
         raise UserError(
-            f"images: got {len(x)} for a network of batches of {batch}; expected a multiple of {batch}; give more"
+            f"{folder}: not a folder; got {kind}; expected a folder of images or a prepared folder; "
+            "check the path"
         )
-    parts = (x[i : i + batch] for i in range(0, len(x), batch))
-    return np.concatenate([_logits(session.run(part), len(part)) for part in parts])
-
-
-def _logits(made: Any, images: int) -> Array:
-    """`made`, if it is a floating array with a row an image."""
-    told = (
-        f"{made.dtype} {list(made.shape)}" if isinstance(made, np.ndarray) else type(made).__name__
-    )
-    if not isinstance(made, np.ndarray) or made.dtype.kind != "f" or made.ndim < 2:
-        raise UserError(f"the first output is {told}; allowed: floating logits, (images, classes)")
-    if len(made) != images:
-        raise UserError(f"the first output is {told} for {images} images; allowed: a row an image")
-    return made
+    preprocess = metadata.preprocessing(session.metadata)
+    height, width = session.input_shape[2:]
+    if preprocess is None:
+        if height != width:
+            raise UserError(
+                f"input: got {height}x{width} and no preprocessing metadata; expected a square input; "
+                "export the model with equal height and width"
+            )
+        print("no preprocessing in the artefact's metadata: ImageNet's mean and std are assumed")
+        preprocess = {"image_size": height, **IMAGENET}
+    pixels, names = zip(*read_folder(folder, preprocess["image_size"], limit), strict=True)
+    index = {name: i for i, name in enumerate(metadata.classes(session.metadata))}
+    labels = np.array([index.get(name, -1) for name in names], dtype=np.int64)
+    return normalised(np.stack(pixels), preprocess), labels
 
 
 def read_folder(
@@ -117,10 +97,39 @@ def read_folder(
             name = None if label == UNLABELLED else prepared.classes[label]
             yield square_rgb(Image.fromarray(prepared.images[row]), size), name
         return
-    found = image_files(folder)
-    if not found:
-        raise UserError(f"{folder}: no images found; allowed: {', '.join(sorted(SUFFIXES))}")
-    for place in spread(np.arange(len(found)), limit):
-        path = found[place]
+    paths = image_files(folder)
+    if not paths:
+        suffixes = ", ".join(sorted(SUFFIXES))
+        raise UserError(f"{folder}: no images found; expected {suffixes}; give a folder of images")
+    for i in spread(np.arange(len(paths)), limit):
+        path = paths[i]
         name = path.parent.name if path.parent != folder else None
-        yield read_square(path, size), name
+        yield square_pixels(partial(decode, path), str(path), size), name
+
+
+def run_batches(session: Session, x: Array) -> Array:
+    """Run all of x (N, 3, S, S), 16 at a time or in the artefact's own batch -> logits (N, K).
+
+    Raises UserError: N is not a multiple of the artefact's fixed batch, outputs that are no logits.
+    """
+    batch = session.input_shape[0] or 16
+    if not len(x) or (session.input_shape[0] and len(x) % batch):
+        raise UserError(
+            f"images: got {len(x)}; expected a multiple of the model's fixed batch, {batch}; "
+            "export it with a dynamic batch"
+        )
+    batches = (x[i : i + batch] for i in range(0, len(x), batch))
+    return np.concatenate([_checked_logits(session.run(b), len(b)) for b in batches])
+
+
+def _checked_logits(output: Any, images: int) -> Array:
+    """The output, if it is a floating-point array with one row per image."""
+    is_array = isinstance(output, np.ndarray)
+    kind = f"{output.dtype} {list(output.shape)}" if is_array else type(output).__name__
+    if not is_array or output.dtype.kind != "f" or output.ndim < 2 or len(output) != images:
+        raise UserError(
+            f"first output: got {kind} for {images} images; expected floating-point logits "
+            "(images, classes); export the logits as the first output"
+        )
+    logits: Array = output
+    return logits

@@ -1,4 +1,4 @@
-"""One ONNX file: read and checked, its notes, its opset and operators, written whole."""
+"""One ONNX file: read and checked, written whole, with its metadata, opset and operators."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporters.artifact.session import validate_output, validated_shape
+from exporters.artifact.session import validate_inputs, validate_output, validated_shape
 from exporters.device.errors import one_line
 from pipeline.core.errors import UserError
 
 if TYPE_CHECKING:
     import onnx
 
-MAX_PROTO_BYTES = 2**31  # bytes of one protobuf message
+MAX_PROTO_BYTES = 2**31  # protobuf's limit of one message
 
 
 @contextmanager
@@ -55,17 +55,19 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected an .onnx file")
+        raise UserError(f"{path}: no such file; expected an .onnx file; check the path")
     try:
         model = onnx.load(path, format="protobuf")
         onnx.checker.check_model(model)
     except (DecodeError, onnx.checker.ValidationError, FileNotFoundError) as error:
-        raise UserError(f"{path}: not a valid ONNX file ({str(error)[:300]})") from None
+        raise UserError(
+            f"{path}: not a valid ONNX file ({str(error)[:300]}); export it again"
+        ) from None
     if not model.graph.node:
-        raise UserError(f"{path}: holds no node; expected a network")
-    for note in model.metadata_props:
-        if not isinstance(note.key, str) or not isinstance(note.value, str):
-            raise UserError(f"{path}: its metadata {note.key!r} is not text; export it again")
+        raise UserError(f"{path}: got a graph without nodes; expected a network; export it again")
+    for entry in model.metadata_props:
+        if not isinstance(entry.key, str) or not isinstance(entry.value, str):
+            raise UserError(f"{path}: metadata {entry.key!r} is not UTF-8 text; export it again")
     return model
 
 
@@ -76,12 +78,16 @@ def write_onnx(proto: onnx.ModelProto, path: Path) -> None:
     """
     import onnx
 
-    if proto.ByteSize() >= MAX_PROTO_BYTES:
-        raise UserError(f"{path}: the network is larger than the 2 GB one ONNX file may hold")
+    if (size := proto.ByteSize()) >= MAX_PROTO_BYTES:
+        raise UserError(
+            f"{path}: network of {size:,} bytes; one ONNX file holds 2 GB at most; use a smaller model"
+        )
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise UserError(f"{path.name}: not a valid network ({str(error)[:300]})") from None
+        raise UserError(
+            f"{path.name}: not a valid network ({str(error)[:300]}); export the source again"
+        ) from None
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
@@ -91,17 +97,15 @@ def classifier_input_shape(proto: onnx.ModelProto, path: Path) -> tuple[int | No
     Raises UserError: none or several, another type than float32, another shape, a first output that is no logits.
     """
     weights = {w.name for w in proto.graph.initializer}
-    taken = [i for i in proto.graph.input if i.name not in weights]
-    if [_kind(i) for i in taken] != ["tensor(float)"]:
-        listed = ", ".join(f"{i.name} {_kind(i)}" for i in taken)
-        raise UserError(f"{path}: inputs are {listed}; allowed: one float32 image input")
-    shape = validated_shape(_dims(taken[0]), read_metadata(proto), path)
-    made = proto.graph.output[0]
-    validate_output(_kind(made), _dims(made), shape, path)
+    entries = [i for i in proto.graph.input if i.name not in weights]
+    validate_inputs([(i.name, _type_name(i)) for i in entries], path)
+    shape = validated_shape(_dims(entries[0]), read_metadata(proto), path)
+    output = proto.graph.output[0]
+    validate_output(_type_name(output), _dims(output), shape, path)
     return shape
 
 
-def _kind(value: onnx.ValueInfoProto) -> str:
+def _type_name(value: onnx.ValueInfoProto) -> str:
     """`tensor(float)`: the type as ONNX Runtime writes it."""
     import onnx
 
@@ -114,8 +118,8 @@ def _dims(value: onnx.ValueInfoProto) -> list[int | None]:
     return [d.dim_value if d.HasField("dim_value") else None for d in shape.dim]
 
 
-def replace_metadata(proto: onnx.ModelProto, notes: Mapping[str, str]) -> onnx.ModelProto:
-    """Put the notes in; take out the exporter's own: source paths of the machine that exported."""
+def replace_metadata(proto: onnx.ModelProto, properties: Mapping[str, str]) -> onnx.ModelProto:
+    """Set the metadata and remove the exporter's own, which holds source paths of the exporting machine."""
     import onnx
 
     graph = proto.graph
@@ -124,20 +128,20 @@ def replace_metadata(proto: onnx.ModelProto, notes: Mapping[str, str]) -> onnx.M
         part.ClearField("doc_string")
     for weight in graph.initializer:
         weight.ClearField("metadata_props")
-    onnx.helper.set_model_props(proto, dict(notes))
+    onnx.helper.set_model_props(proto, dict(properties))
     return proto
 
 
-def add_metadata(proto: onnx.ModelProto, **more: str) -> onnx.ModelProto:
-    """`proto` with these notes beside its own."""
+def add_metadata(proto: onnx.ModelProto, **properties: str) -> onnx.ModelProto:
+    """`proto` with these entries beside its own metadata."""
     import onnx
 
-    onnx.helper.set_model_props(proto, {**read_metadata(proto), **more})
+    onnx.helper.set_model_props(proto, {**read_metadata(proto), **properties})
     return proto
 
 
 def read_metadata(proto: onnx.ModelProto) -> dict[str, str]:
-    """The flat notes of `exporters.artifact.metadata` it carries."""
+    """The flat metadata of `exporters.artifact.metadata` it carries."""
     return {entry.key: entry.value for entry in proto.metadata_props}
 
 

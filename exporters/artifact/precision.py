@@ -16,14 +16,14 @@ def precision_path(out: Path, precision: str) -> Path:
 
 
 def parse_precisions(text: str, allowed: tuple[str, ...] = PRECISIONS) -> list[str]:
-    """`fp32,int8` -> the list. Raises UserError on an unknown one."""
-    wanted = [p.strip() for p in text.split(",") if p.strip()]
-    for precision in wanted:
+    """`fp32,int8` -> [fp32, int8]. Raises UserError: an unknown precision, or none."""
+    precisions = [p.strip() for p in text.split(",") if p.strip()]
+    for precision in precisions:
         if precision not in allowed:
             raise UserError(f"--precision: got {precision!r}; {nearest(precision, allowed)}")
-    if not wanted:
-        raise UserError(f"--precision: got {text!r}; allowed: {', '.join(allowed)}")
-    return wanted
+    if not precisions:
+        raise UserError(f"--precision: got {text!r}; expected one or more of {', '.join(allowed)}")
+    return precisions
 
 
 def run_all(steps: Iterable[Callable[[], None]]) -> None:

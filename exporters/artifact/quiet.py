@@ -1,4 +1,4 @@
-"""Silence for libraries that print what no user asked for; their errors still come as exceptions."""
+"""Silence for libraries that print warnings and progress; their errors still come as exceptions."""
 
 from __future__ import annotations
 

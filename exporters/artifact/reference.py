@@ -1,4 +1,4 @@
-"""What stage export leaves for the others: both models as ONNX, the images and logits that prove them."""
+"""The output of stage export: both models as ONNX, and the images and logits that check them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from exporters.artifact.session import Array
 from pipeline.core.errors import UserError
 
-IMAGES = {"student": "x", "teacher": "teacher_x"}  # in reference.npz, each normalised for its model
+# Model -> name of its images in reference.npz. Each model has its own normalisation of the same images.
+IMAGES = {"student": "x", "teacher": "teacher_x"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Exported:
     """artifacts/export, opened: labels (N,); by model x (N, 3, S, S), logits (N, K); calibration (M, 3, S, S)."""
 
     folder: Path
-    x: dict[str, Array]  # each model's own normalisation of the same pictures
+    x: dict[str, Array]
     labels: NDArray[np.int64]
     logits: dict[str, Array]
     calibration: Array
@@ -28,11 +29,16 @@ class Exported:
     def open(cls, folder: Path) -> Exported:
         """Read reference.npz and calibration.npy. Raises UserError: missing or damaged."""
         try:
-            with np.load(folder / "reference.npz", allow_pickle=False) as held:
-                found = {key: held[key] for key in ("labels", *IMAGES, *IMAGES.values())}
+            with np.load(folder / "reference.npz", allow_pickle=False) as file:
+                arrays = {key: file[key] for key in ("labels", *IMAGES, *IMAGES.values())}
             calibration = np.load(folder / "calibration.npy", allow_pickle=False)
-        except Exception as error:  # a header is parsed as Python text, and raises what that raises
-            raise UserError(f"{folder}: not an export ({error}); run `dvc repro export`") from None
-        x = {model: found[key] for model, key in IMAGES.items()}
-        logits = {model: found[model] for model in IMAGES}
-        return cls(folder, x, found["labels"], logits, calibration)
+        except (
+            Exception
+        ) as error:  # NumPy parses a header as Python text, and raises what that raises
+            raise UserError(
+                f"{folder}: not an export ({error}); expected reference.npz and calibration.npy; "
+                "run `dvc repro export`"
+            ) from None
+        x = {model: arrays[key] for model, key in IMAGES.items()}
+        logits = {model: arrays[model] for model in IMAGES}
+        return cls(folder, x, arrays["labels"], logits, calibration)

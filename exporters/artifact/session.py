@@ -1,4 +1,4 @@
-"""One interface over every runtime: open an artefact, run float32 NCHW in, logits out, say what really ran."""
+"""The session interface over every runtime (float32 NCHW in, logits out), and the table of targets."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.artifact.metadata import check, image_size
+from exporters.artifact import metadata
 from pipeline.core.errors import UserError
 
 Array = NDArray[np.float32]
 CHANNELS = 3
-MAX_INPUT_VALUES = 1 << 27  # values of one batch: 0.5 GB
+# Values of one batch, 0.5 GB: a damaged or hostile shape must not make a runtime allocate the memory.
+MAX_INPUT_VALUES = 1 << 27
 
 
 class Session(Protocol):
@@ -30,17 +31,17 @@ class Session(Protocol):
 
     @property
     def precision_effective(self) -> str:
-        """What the runtime reports it computes in: fp32, fp16, bf16, int8. May cost a load and a run."""
+        """The precision the runtime reports it computes in: fp32, fp16, bf16, int8. May cost a load and a run."""
         ...
 
     @property
     def input_shape(self) -> tuple[int | None, int, int, int]:
-        """(B, 3, S, S) as the artefact declares it; B is None where the batch is free."""
+        """(B, 3, S, S) as the artefact declares it; B is None where the batch is dynamic."""
         ...
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """The flat notes of `exporters.artifact.metadata`; empty in a file that carries none."""
+        """The flat metadata of `exporters.artifact.metadata`; empty in a file that carries none."""
         ...
 
     def run(self, x: Array) -> Array:
@@ -63,25 +64,25 @@ class Target:
 
 
 class PipelineErrors:
-    """Mixin in front of a class of exporters.device: it raises the pipeline's own UserError."""
+    """Mixin in front of a class of exporters.device, so that it raises the pipeline's own UserError."""
 
     name: str
 
-    def error(self, what: str) -> Exception:
+    def error(self, message: str) -> Exception:
         """The exception to raise."""
-        return UserError(f"{self.name}: {what}")
+        return UserError(f"{self.name}: {message}")
 
 
 class Unavailable(UserError):
-    """This target cannot run here (package missing, no device); the text is the reason shown in its row."""
+    """A target that cannot run here (package missing, no device); the text is the reason shown in its row."""
 
 
 def import_package(package: str, name: str, remedy: str) -> Any:
-    """A runtime's package. Raises Unavailable: not installed."""
+    """Import a runtime's package. Raises Unavailable: not installed."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise Unavailable(f"{name} is missing ({error}); {remedy}") from None
+        raise Unavailable(f"{name}: not installed ({error}); {remedy}") from None
 
 
 TARGETS: dict[str, Target] = {
@@ -104,60 +105,75 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def validated_shape(
-    dims: Sequence[int | None], notes: Mapping[str, str], path: Path
-) -> tuple[int | None, int, int, int]:
-    """The declared input -> (B or None, 3, H, W); a free height or width is the notes' image_size.
-
-    Raises UserError: not four dimensions, channels that are not 3, a free size that nothing fixes or one that is
-    not the notes', more values than LARGEST, notes that cannot be meant (`metadata.check`).
-    """
-    if len(dims) != 4:
+def validate_inputs(entries: Sequence[tuple[str, str]], path: Path) -> None:
+    """Check the inputs of an ONNX file, given as (name, type). Raises UserError: not one float32 input."""
+    if [kind for _, kind in entries] != ["tensor(float)"]:
+        listed = ", ".join(f"{name} {kind}" for name, kind in entries)
         raise UserError(
-            f"{path}: input has shape {list(dims)}; allowed: one image input (B, 3, H, W)"
+            f"{path}: inputs: got {listed or 'none'}; expected one float32 image input; "
+            "export a classifier that takes one float32 image batch"
         )
+
+
+def validated_shape(
+    dims: Sequence[int | None], properties: Mapping[str, str], path: Path
+) -> tuple[int | None, int, int, int]:
+    """The declared input -> (B or None, 3, H, W); a dynamic height or width is the metadata's image_size.
+
+    Raises UserError: not four dimensions, channels that are not 3, a dynamic size without image_size or one that
+    contradicts it, more than MAX_INPUT_VALUES values, invalid metadata (`metadata.check`).
+    """
     try:
-        check(notes)
-        size = image_size(notes)
+        metadata.check(properties)
+        size = metadata.image_size(properties)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    what = f"{path}: input shape: got {list(dims)}"
+    if len(dims) != 4:
+        raise UserError(
+            f"{what}; expected (B, 3, H, W); export a classifier that takes one image batch"
+        )
     channels, height, width = dims[1], dims[2] or size, dims[3] or size
     if channels is None or height is None or width is None:
+        axis = next(i for i, dim in enumerate((channels, height, width), 1) if dim is None)
         raise UserError(
-            f"{path}: input shape {list(dims)} is free beyond the batch and its metadata holds no "
-            "image_size; export it with a fixed size"
+            f"{path}: input axis {axis}: got a dynamic size in {list(dims)} and no image_size in the metadata; "
+            "expected only the batch to be dynamic; export it with fixed channels, height and width"
         )
     if channels != CHANNELS:
         raise UserError(
-            f"{path}: input shape {list(dims)} has {channels} channels; allowed: {CHANNELS}, in front of "
-            "height and width"
+            f"{what}, {channels} channels; expected {CHANNELS}, in front of height and width; "
+            "export the model as NCHW, for RGB images"
         )
     if min(1 if dims[0] is None else dims[0], height, width) < 1:
-        raise UserError(f"{path}: input shape {list(dims)}; allowed: 1 or more of each")
+        raise UserError(f"{what}; expected 1 or more on every axis; export it again")
     if (values := (dims[0] or 1) * channels * height * width) > MAX_INPUT_VALUES:
         raise UserError(
-            f"{path}: input shape {list(dims)} holds {values:,} values; allowed: {MAX_INPUT_VALUES:,} at most"
+            f"{what}, {values:,} values; expected {MAX_INPUT_VALUES:,} at most; export it with a smaller "
+            "batch or image size"
         )
     if size and (height, width) != (size, size):
         raise UserError(
-            f"{path}: input is {height}x{width}, its metadata says image_size {size}; export it again"
+            f"{path}: input size: got {height}x{width} and metadata image_size {size}; expected the same; "
+            "export it again"
         )
     return (dims[0], channels, height, width)
 
 
 def validate_output(
-    kind: str, dims: Sequence[int | None], taken: tuple[int | None, int, int, int], path: Path
+    kind: str, dims: Sequence[int | None], input_shape: tuple[int | None, int, int, int], path: Path
 ) -> None:
-    """The declared first output: floating logits with a row an image, (B, K) or (B, K, 1, 1).
+    """Check the declared first output: floating-point logits, (B, K) or (B, K, 1, 1).
 
     `kind` as the runtime names it: `tensor(float)`, `f32`.
     Raises UserError: another type, a first dimension that is not the batch.
     """
-    batch = taken[0]
+    batch = input_shape[0]
+    what = f"{path}: first output: got {kind} {list(dims)}"
     if not re.fullmatch(r"tensor\((float|float16|double|bfloat16)\)|b?f(16|32|64)", kind):
-        raise UserError(f"{path}: the first output is {kind}; allowed: floating logits")
+        raise UserError(f"{what}; expected floating-point logits; export them as the first output")
     if len(dims) < 2 or (dims[0] is not None and dims[0] != batch):
         raise UserError(
-            f"{path}: the first output has shape {list(dims)} for a batch of {batch or 'any size'}; "
-            "allowed: a row an image, (B, K)"
+            f"{what} for a batch of {batch or 'any size'}; expected (B, classes), one row per image; "
+            "export the logits as the first output"
         )

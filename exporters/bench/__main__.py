@@ -1,4 +1,4 @@
-"""Latency of any artefact in any runtime, without torch here: a row each, or a paired verdict a target."""
+"""Latency of any artefact in any runtime: one row each, or a paired verdict per target. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ COLUMNS = (
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as aligned plain text; a skipped row ends with its reason, a noisy one with its flags."""
+    """The rows as aligned plain text; a skipped row ends with its reason, a noisy one with its flags."""
     cells = [[*COLUMNS, ""]]
     for r in rows:
         wall = r["wall_ms"]
-        figures = [*(wall[k] for k in ("p50", "p90", "p99", "min")), r["cpu_ms"]["p50"]]
-        figures += [r[k] for k in ("load_ms", "first_ms", "size_mb", "rss_mb")]
-        note = f"skipped: {r['reason']}" if r["reason"] else ", ".join(r["flags"])
+        numbers = [*(wall[k] for k in ("p50", "p90", "p99", "min")), r["cpu_ms"]["p50"]]
+        numbers += [r[k] for k in ("load_ms", "first_ms", "size_mb", "rss_mb")]
+        remark = f"skipped: {r['reason']}" if r["reason"] else ", ".join(r["flags"])
         precision = r["precision_effective"] or r["precision_requested"]
-        shown = ["n/a" if f is None else f"{f:.4g}" for f in figures]
+        texts = ["n/a" if n is None else f"{n:.4g}" for n in numbers]
         counts = [str(r["threads"]), str(r["batch"])]
-        cells.append([r["model"], r["target"], *counts, precision, *shown, note])
+        cells.append([r["model"], r["target"], *counts, precision, *texts, remark])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(
@@ -47,32 +47,32 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure or compare, print, write the files, then let a failed verdict end with exit 3."""
+    """Measure or compare, print, write the files, and raise what failed."""
     subjects = subjects_of(args.models, args.targets, args.threads, args.batch)
     if args.reference:
         read_reference(args.reference)
     verdicts: dict[str, Any] = {}
     if args.against or args.self_test:
-        verdicts, found = run_comparisons(args, subjects)
+        verdicts, results = run_comparisons(args, subjects)
     else:
         seconds = args.seconds / args.rounds
-        found = measure_rows(subjects, args.rounds, seconds, args.seed, args.reference)
-    rows = [one.row for one in found]
+        results = measure_rows(subjects, args.rounds, seconds, args.seed, args.reference)
+    rows = [result.row for result in results]
     print("\n".join([format_table(rows), *map(verdict_line, verdicts.get("comparisons", []))]))
-    write_files(args, subjects, found, {**verdicts, "rows": rows})
-    raise_failures(args, found, verdicts)
+    write_files(args, subjects, results, {**verdicts, "rows": rows})
+    raise_failures(args, results, verdicts)
 
 
 def write_files(
     args: argparse.Namespace,
     subjects: Sequence[Subject],
-    found: Sequence[Measurement],
+    results: Sequence[Measurement],
     content: dict[str, Any],
 ) -> None:
-    """The files asked for by `--json` and `--samples`; without the latter the calls stand beside the JSON."""
+    """Write the files of `--json` and `--samples`; without the latter the calls go beside the JSON."""
     samples = args.samples or (args.json and args.json.with_suffix(".npz"))
     if samples:
-        save_samples(samples, found)
+        save_samples(samples, results)
     if args.json:
         names = dict.fromkeys(s.target.name for s in subjects)
         inputs = {path.name: path for path in args.models}
@@ -83,21 +83,21 @@ def write_files(
 
 
 def raise_failures(
-    args: argparse.Namespace, found: Sequence[Measurement], verdicts: dict[str, Any]
+    args: argparse.Namespace, results: Sequence[Measurement], verdicts: dict[str, Any]
 ) -> None:
-    """The end of the command by what was found.
+    """Raise what failed; after a self-test that passed, print the noise floor.
 
     Raises UserError: nothing could be measured or compared; GateFailed: a verdict is FAIL.
     """
     comparisons = verdicts.get("comparisons", [])
-    failed = [verdict_line(told) for told in comparisons if told["verdict"] == "FAIL"]
+    failed = [verdict_line(c) for c in comparisons if c["verdict"] == "FAIL"]
     if failed:
-        what = "this machine tells a file from itself" if args.self_test else "not as good"
+        what = "self-test failed, the machine is too noisy" if args.self_test else "regression"
         raise GateFailed(f"{args.models[0]}: {what}: {'; '.join(failed)}")
-    if not any(one.measured for one in found):
-        raise UserError(f"nothing could be measured: {found[0].row['reason']}")
-    if comparisons and not any(told["ratio"] for told in comparisons):
-        raise UserError(f"not comparable: {comparisons[0]['reason']}")
+    if not any(result.measured for result in results):
+        raise UserError(f"no row could be measured: {results[0].row['reason']}")
+    if comparisons and not any(c["ratio"] for c in comparisons):
+        raise UserError(f"no comparison: {comparisons[0]['reason']}")
     if args.self_test:
         print(noise_floor(comparisons))
 
@@ -107,20 +107,22 @@ def _counts(text: str) -> list[int]:
 
 
 def _threads(text: str) -> list[int]:
-    """As `_counts`; `all` is every core this process may use, once if that is a count already given."""
+    """As `_counts`, without duplicates; `all` is every core this process may use."""
     counts = [usable_cores() if part == "all" else cli.count(part) for part in text.split(",")]
     return list(dict.fromkeys(counts))
 
 
 def _json(text: str) -> Path:
     if (path := Path(text)).suffix == ".npz":
-        raise argparse.ArgumentTypeError(f"got {text}; .npz is the name of the samples beside it")
+        raise argparse.ArgumentTypeError(
+            f"got {text}; .npz is the suffix of the samples; use .json"
+        )
     return path
 
 
 def _seconds(text: str) -> float:
     if not 0 < (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"got {text}; allowed: above 0")
+        raise argparse.ArgumentTypeError(f"got {text}; expected more than 0")
     return value
 
 
@@ -132,33 +134,52 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--targets",
         type=lambda s: s.split(","),
-        help=f"of {', '.join(TARGETS)}; default: by suffix",
+        help=f"comma-separated list of {', '.join(TARGETS)}; default: by suffix",
     )
-    add("--threads", type=_threads, default=[1], metavar="N[,all]", help="default 1")
-    add("--batch", type=_counts, default=[None], metavar="N[,N]", help="images a call, default 1")
-    add("--rounds", type=cli.count, default=Bench.rounds, help="blocks a row")
+    add(
+        "--threads",
+        type=_threads,
+        default=[1],
+        metavar="N[,all]",
+        help="threads, a row each; default 1",
+    )
+    add(
+        "--batch",
+        type=_counts,
+        default=[None],
+        metavar="N[,N]",
+        help="images per call, a row each; default 1",
+    )
+    add(
+        "--rounds",
+        type=cli.count,
+        default=Bench.rounds,
+        help=f"blocks per row, default {Bench.rounds}",
+    )
     add(
         "--seconds",
         type=_seconds,
         default=Bench.seconds_per_row,
-        help="timed, a row; a block, SECONDS/ROUNDS, should stay near 0.15",
+        help="timed per row, default 3; a block, SECONDS/ROUNDS, should stay near 0.15",
     )
-    add("--seed", type=int, default=0, help="of the order of the blocks")
-    add("--reference", type=Path, metavar="NPZ", help="run its pictures x instead of smooth ones")
-    add("--json", type=_json, metavar="F", help="write the rows, and the verdicts")
-    add("--samples", type=Path, metavar="NPZ", help="every call; default: F's name with .npz")
+    add("--seed", type=int, default=0, help="of the shuffled order of the blocks, default 0")
+    add("--reference", type=Path, metavar="NPZ", help="run its images x instead of smooth ones")
+    add("--json", type=_json, metavar="F", help="write the rows and verdicts to F")
+    add("--samples", type=Path, metavar="NPZ", help="write every call; default: F's name with .npz")
     mode = p.add_mutually_exclusive_group()
     mode.add_argument(
         "--against",
         type=Path,
         metavar="BASELINE",
-        help="a file, or a folder with one of each MODEL's name: paired verdicts; FAIL exits 3",
+        help="a file, or a folder with a file of each MODEL's name: paired verdicts; FAIL exits 3",
     )
     mode.add_argument(
-        "--self-test", action="store_true", help="MODEL against itself: the noise here"
+        "--self-test",
+        action="store_true",
+        help="compare MODEL with itself: the noise of this machine",
     )
-    add("--against-target", metavar="NAME", help="run BASELINE there; default: where MODEL runs")
-    add("--allow", nargs="+", default=(), choices=checks.CHECKS, help="hard gates that may change")
+    add("--against-target", metavar="NAME", help="target of BASELINE; default: that of MODEL")
+    add("--allow", nargs="+", default=(), choices=checks.CHECKS, help="hard gates that may fail")
     return p
 
 

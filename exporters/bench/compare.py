@@ -1,4 +1,4 @@
-"""Two artefacts of one target side by side: hard gates, then CPU time in interleaved rounds, one verdict.
+"""Comparison of two artefacts of one target: hard gates, then CPU time in interleaved rounds, one verdict.
 
 Protocol: `exporters.bench.latency`; why CPU time, and how to read a verdict: docs/latency.md.
 """
@@ -23,8 +23,9 @@ from exporters.bench.measure import (
 )
 from exporters.device import timing
 
-PROCESSES = 3  # a side
-ROUNDS = 8  # and as many again where they do not decide
+# Processes of one side: two processes of one artefact differ by several percent (memory layout, cores).
+PROCESSES = 3
+ROUNDS = 8  # doubled once where they do not decide
 
 Sides = list[list[list[float]]]  # candidate and baseline: CPU p50 in ms, (processes, rounds) each
 
@@ -36,26 +37,27 @@ def compare_artefacts(
     reference: Path | None,
     allowed: Collection[str] = (),
 ) -> tuple[dict[str, Any], list[Measurement]]:
-    """The comparison, and what was measured of candidate and baseline.
+    """(The comparison for the JSON, the measurements of candidate and baseline).
 
-    A side that cannot run, or dies, is told in `reason`: FAIL where only the candidate does, else INCONCLUSIVE.
+    A side that cannot run, or dies, is the `reason`: FAIL where only the candidate does, else INCONCLUSIVE.
     """
     before = conditions()
     with warmed_runners([candidate, baseline] * PROCESSES, reference) as runners:
         ratio, times, rounds = _timed(runners, seed)
         logits = [runner.ask("logits").get("logits") for runner in runners[:2]]
-        notes = [runner.ask("describe").get("notes", {}) for runner in runners[:2]]
+        described = [runner.ask("describe").get("metadata", {}) for runner in runners[:2]]
         after = conditions()
-        found = [finish_measurement(runners[side::2], before, after) for side in (0, 1)]
-    reason = _stopped(found)
+        results = [finish_measurement(runners[side::2], before, after) for side in (0, 1)]
+    reason = _stop_reasons(results)
     same = (candidate.target, candidate.threads) == (baseline.target, baseline.threads)
-    sides = [_side(*told) for told in zip(found, (candidate, baseline), notes, logits, strict=True)]
+    subjects = (candidate, baseline)
+    sides = [_side(*s) for s in zip(results, subjects, described, logits, strict=True)]
     rows = checks.compare_checks(sides[0], sides[1], allowed) if same else []
     comparison = {
         "model": candidate.model,
         "target": candidate.target.name,
         "threads": candidate.threads,
-        "verdict": _verdict(found, ratio, rows),
+        "verdict": _verdict(results, ratio, rows),
         "reason": reason,
         "ratio": None if ratio is None or reason else {**vars(ratio), "verdict": ratio.verdict},
         "gates": rows,
@@ -63,11 +65,11 @@ def compare_artefacts(
         "processes": PROCESSES,
         "process_spread": dict(zip(("candidate", "baseline"), map(_spread, times), strict=True)),
     }
-    return comparison, found
+    return comparison, results
 
 
 def _timed(runners: Sequence[Runner], seed: int) -> tuple[latency.Ratio | None, Sides, int]:
-    """The ratio after ROUNDS, or twice as many where those do not decide; no ratio once a side has stopped."""
+    """(Ratio, CPU p50 of both sides, rounds). ROUNDS are doubled where they do not decide."""
     ratio: latency.Ratio | None = None
     sides: Sides = [[], []]
     rounds = 0
@@ -83,58 +85,59 @@ def _timed(runners: Sequence[Runner], seed: int) -> tuple[latency.Ratio | None, 
     return ratio, sides, rounds
 
 
-def _stopped(found: Sequence[Measurement]) -> str | None:
-    """Which side could not run to the end, and why."""
-    told = [
+def _stop_reasons(results: Sequence[Measurement]) -> str | None:
+    """The sides that could not run to the end, with the reasons; None where both did."""
+    reasons = [
         f"{side} {one.row['artefact']}: {one.row['reason']}"
-        for side, one in zip(("candidate", "baseline"), found, strict=True)
+        for side, one in zip(("candidate", "baseline"), results, strict=True)
         if not one.measured
     ]
-    return "; ".join(told) or None
+    return "; ".join(reasons) or None
 
 
 def _verdict(
-    found: Sequence[Measurement], ratio: latency.Ratio | None, rows: Sequence[dict[str, Any]]
+    results: Sequence[Measurement], ratio: latency.Ratio | None, rows: Sequence[dict[str, Any]]
 ) -> latency.Verdict:
-    runs, ran = (one.measured for one in found)
-    time: latency.Verdict = "INCONCLUSIVE" if runs or not ran else "FAIL"
-    if runs and ran and ratio is not None:
+    candidate_ran, baseline_ran = (one.measured for one in results)
+    time: latency.Verdict = "FAIL" if baseline_ran and not candidate_ran else "INCONCLUSIVE"
+    if candidate_ran and baseline_ran and ratio is not None:
         time = ratio.verdict
     return "FAIL" if any(row["verdict"] == "FAIL" for row in rows) else time
 
 
 def _side(
-    one: Measurement, subject: Subject, notes: dict[str, str], logits: list[list[float]] | None
+    one: Measurement, subject: Subject, described: dict[str, str], logits: list[list[float]] | None
 ) -> checks.Side:
     return checks.Side(
         artefact=subject.artefact,
         precision=one.row["precision_effective"],
         params=one.row["params"],
         macs=one.row["macs"],
-        figures=one.figures,
-        notes=notes,
+        counts=one.counts,
+        metadata=described,
         logits=None if logits is None else np.array(logits, dtype=np.float32),
     )
 
 
 def _spread(side: Sequence[Sequence[float]]) -> float | None:
-    """How far the processes of one side lie apart in CPU p50: slowest over fastest, less 1."""
+    """CPU p50 of the slowest process of one side over the fastest, minus 1."""
     if not side:
         return None
     medians = np.median(np.array(side), axis=1)
     return round(float(medians.max() / medians.min() - 1), 4)
 
 
-def student_over_teacher(found: Sequence[Measurement], seed: int) -> list[dict[str, Any]]:
-    """Student over teacher where both ran at the fewest threads, batch by batch, paired round by round.
+def student_over_teacher(results: Sequence[Measurement], seed: int) -> list[dict[str, Any]]:
+    """Student over teacher for each batch where both ran, at the fewest threads, paired round by round.
 
-    By CPU time; on a GPU by the engine's own. One process a side: what two processes differ by is not in it.
+    By CPU time; on a GPU by the engine's own. One process a side, so the interval leaves out the difference
+    between processes.
     """
-    fewest = min(one.row["threads"] for one in found)
+    threads = min(one.row["threads"] for one in results)
     sides = {
         (one.row["model"], one.row["batch"]): one
-        for one in found
-        if one.measured and one.row["threads"] == fewest
+        for one in results
+        if one.measured and one.row["threads"] == threads
     }
     rows = []
     for (model, batch), student in sides.items():
@@ -147,7 +150,7 @@ def student_over_teacher(found: Sequence[Measurement], seed: int) -> list[dict[s
         rows.append(
             {
                 "target": student.row["target"],
-                "threads": fewest,
+                "threads": threads,
                 "batch": batch,
                 "candidate": "student",
                 "baseline": "teacher",
@@ -159,5 +162,5 @@ def student_over_teacher(found: Sequence[Measurement], seed: int) -> list[dict[s
 
 
 def _medians(processes: Sequence[Sequence[latency.Block]], clock: str) -> list[list[float]]:
-    """(processes, rounds): the median of each block by that clock, in ms."""
+    """(processes, rounds) of blocks -> the median of each by that clock (wall, cpu, engine), in ms."""
     return [[float(np.median(getattr(b, f"{clock}_ms"))) for b in p] for p in processes]

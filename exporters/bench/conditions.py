@@ -16,7 +16,7 @@ from pipeline.core.machine import ROOT, TOOL_SECONDS, cgroups, cpuinfo, nvidia_s
 
 
 def conditions(root: Path = ROOT) -> dict[str, Any]:
-    """The moment of a measurement: time, kernel, load, limits of the cgroup, governor, clocks, power, throttling.
+    """Time, kernel, load, limits of the cgroup, governor, clocks, power and throttling at this moment.
 
     On a Jetson the power mode is nvpmodel's, clock, power and temperature are the first line of tegrastats.
     """
@@ -52,7 +52,7 @@ def _memory_limit_gb(root: Path) -> float | None:
 
 
 def _throttled(root: Path) -> int | None:
-    """How many periods the CPU quota has stopped this cgroup so far, None where it is not counted."""
+    """Periods in which the CPU quota has stopped this cgroup so far; None where they are not counted."""
     for folder in cgroups(root):
         for line in (read_text(folder / "cpu.stat") or "").splitlines():
             if line.startswith("nr_throttled "):
@@ -66,28 +66,30 @@ def _power_mode() -> str | None:
     if tool is None:
         return None
     try:
-        done = subprocess.run([tool, "-q"], capture_output=True, text=True, timeout=20, check=True)
+        process = subprocess.run(
+            [tool, "-q"], capture_output=True, text=True, timeout=20, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    named = re.search(r"NV Power Mode:\s*(\S+)", done.stdout)
-    return named[1] if named else None
+    mode = re.search(r"NV Power Mode:\s*(\S+)", process.stdout)
+    return mode[1] if mode else None
 
 
 def _tegrastats() -> dict[str, Any]:
-    """`gpu_mhz`, `power_w` of the board, `celsius` of the GPU from one line of tegrastats; None where untold."""
+    """`gpu_mhz`, `power_w` of the board, `celsius` of the GPU from one line of tegrastats; None where absent."""
     line = _first_line("tegrastats", "--interval", "100")
     clock = re.search(r"GR3D_FREQ \d+%@\[?(\d+)", line)
     power = re.search(r"(?:VDD_IN|POM_5V_IN) (\d+)(?:mW)?/", line)
-    heat = re.search(r"gpu@(-?[\d.]+)C", line, re.IGNORECASE)
+    temperature = re.search(r"gpu@(-?[\d.]+)C", line, re.IGNORECASE)
     return {
         "gpu_mhz": int(clock[1]) if clock else None,
         "power_w": int(power[1]) / 1000 if power else None,
-        "celsius": float(heat[1]) if heat else None,
+        "celsius": float(temperature[1]) if temperature else None,
     }
 
 
 def _first_line(name: str, *options: str) -> str:
-    """What a tool that never ends says first; empty where it is absent or silent for TOOL_SECONDS."""
+    """The first line of a tool that never ends; empty where it is absent or silent for TOOL_SECONDS."""
     tool = shutil.which(name)
     if tool is None:
         return ""

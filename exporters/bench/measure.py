@@ -1,7 +1,6 @@
-"""Rows: workers warmed up, blocks of all of them in shuffled rounds, one JSON row each.
+"""Measurement of rows: warmed-up workers, their blocks in shuffled rounds, one JSON row each.
 
-Every row has its own process (`exporters.bench.worker`), idle but for its blocks. Protocol:
-`exporters.bench.latency`.
+Every row has its own process (`exporters.bench.worker`), which idles between its blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from exporters.open import RUNTIMES
 from pipeline.core.atomic import atomic
 from pipeline.core.machine import usable_cores
 
-NO_FIGURES: dict[str, Any] = {
+NO_TIMES: dict[str, Any] = {
     "wall_ms": {**dict.fromkeys(("p50", "p90", "p99", "min")), "n": 0, "p50_ci": None},
     "cpu_ms": {"p50": None},
     "engine_ms": None,
@@ -34,9 +33,9 @@ NO_FIGURES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What a row is about.
+    """One row to measure: a model in a target at a thread count and batch.
 
-    skip: why there is nothing to run, where that is known beforehand; batch: None for what the artefact takes.
+    skip: why there is nothing to run, where that is known beforehand; batch: None is the artefact's own, or 1.
     """
 
     model: str
@@ -49,7 +48,7 @@ class Subject:
 
 @dataclass
 class Runner:
-    """One worker of a subject and what it has told so far. `reason` is set when it can tell no more."""
+    """One worker of a subject with its answers so far. `reason` is set once it has failed."""
 
     subject: Subject
     worker: Worker | None
@@ -58,7 +57,7 @@ class Runner:
     blocks: list[latency.Block] = field(default_factory=list)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """The worker's answer; empty once it has failed, which is remembered, never raised."""
+        """The worker's answer; empty once it has failed: the failure is recorded in `reason`, not raised."""
         if self.worker is None or self.reason is not None:
             return {}
         try:
@@ -68,14 +67,14 @@ class Runner:
             return {}
 
     def block(self, seconds: float) -> None:
-        """Run and keep one block."""
+        """Run one block and record it."""
         if answer := self.ask("block", seconds=seconds):
             self.blocks.append(latency.Block(**answer))
 
 
 @contextmanager
 def warmed_runners(subjects: Sequence[Subject], reference: Path | None) -> Iterator[list[Runner]]:
-    """A runner per subject, loaded and warmed up while the others idle; the processes end with the block."""
+    """One runner per subject, loaded and warmed up one after the other; the processes end with the block."""
     with ExitStack() as stack:
         runners = []
         for subject in subjects:
@@ -94,7 +93,7 @@ def _too_many_threads(subject: Subject) -> str | None:
     cores = usable_cores()
     if subject.threads <= cores:
         return None
-    return f"{subject.threads} threads asked for, {cores} cores usable"
+    return f"threads: got {subject.threads}; expected {cores} at most, the usable cores"
 
 
 def run_rounds(runners: Sequence[Runner], rounds: int, seconds: float, seed: int) -> None:
@@ -106,24 +105,24 @@ def run_rounds(runners: Sequence[Runner], rounds: int, seconds: float, seed: int
 
 @dataclass(frozen=True)
 class Measurement:
-    """A subject's JSON row, and what it is drawn from: the blocks of each of its processes, counts of its file."""
+    """A subject's JSON row, the blocks of each of its processes, and the counts of its file."""
 
     row: dict[str, Any]
     processes: list[list[latency.Block]]
-    figures: counts.ModelCounts
+    counts: counts.ModelCounts
 
     @property
     def measured(self) -> bool:
-        """Whether there are figures."""
+        """Whether it ran to the end."""
         return bool(self.row["status"] == "measured")
 
 
 def measure_rows(
     subjects: Sequence[Subject], rounds: int, seconds: float, seed: int, reference: Path | None
 ) -> list[Measurement]:
-    """One each, in their order, from `rounds` blocks of `seconds`; one that cannot run has a row too.
+    """Measure `rounds` blocks of `seconds` of each subject; one that cannot run has a row too.
 
-    reference: an .npz whose `x` holds the pictures to run; None: seeded smooth ones.
+    reference: an .npz whose `x` holds the images to run; None: seeded smooth ones.
     """
     before = conditions()
     with warmed_runners(subjects, reference) as runners:
@@ -135,57 +134,59 @@ def measure_rows(
 def finish_measurement(
     runners: Sequence[Runner], before: dict[str, Any], after: dict[str, Any]
 ) -> Measurement:
-    """One subject, measured by one process or several (figures of a process: the median)."""
+    """The result of one subject from its processes; of what each process reports, the median."""
     subject = runners[0].subject
-    told = [runner.facts | runner.ask("describe") for runner in runners]
+    facts = [runner.facts | runner.ask("describe") for runner in runners]
     reason = next((r.reason for r in runners if r.reason), None)
-    figures = counts.count_model(subject.artefact)
+    model_counts = counts.count_model(subject.artefact)
     blocks = [b for r in runners for b in r.blocks] if reason is None else []
 
     def median(name: str) -> float | None:
-        return significant(np.median([t[name] for t in told])) if blocks else None
+        return significant(np.median([f[name] for f in facts])) if blocks else None
 
-    summary = latency.summarise_calls(blocks) if blocks else NO_FIGURES
+    summary = latency.summarise_calls(blocks) if blocks else NO_TIMES
     p50 = summary["wall_ms"]["p50"]
-    batch = told[0].get("batch", subject.batch or 1)
+    batch = facts[0].get("batch", subject.batch or 1)
     size = counts.size_bytes(subject.artefact)
     row = {
         "model": subject.model,
         "artefact": subject.artefact.name,
         "target": subject.target.name,
-        "runtime": told[0].get("runtime"),
+        "runtime": facts[0].get("runtime"),
         "threads": subject.threads,
         "batch": batch,
         "status": "measured" if blocks else "skipped",
         "reason": reason,
         "precision_requested": subject.target.precision,
-        "precision_effective": told[0].get("precision_effective"),
+        "precision_effective": facts[0].get("precision_effective"),
         **summary,
         "img_per_s": significant(1e3 * batch / p50) if blocks else None,
         "load_ms": median("load_ms"),
         "first_ms": median("first_ms"),
         "rss_mb": median("rss_mb"),
         "size_mb": size and significant(size / 1e6),
-        "params": told[0].get("params", figures.params),
-        "macs": told[0].get("macs", figures.macs),
+        "params": facts[0].get("params", model_counts.params),
+        "macs": facts[0].get("macs", model_counts.macs),
         "warm_up_seconds": median("seconds"),
-        "flags": _flags(subject, latency.Block.join(blocks), told, before, after) if blocks else [],
+        "flags": _flags(subject, latency.Block.join(blocks), facts, before, after)
+        if blocks
+        else [],
         "conditions": after,
     }
-    return Measurement(row, [r.blocks for r in runners], figures)
+    return Measurement(row, [r.blocks for r in runners], model_counts)
 
 
-def save_samples(path: Path, found: Sequence[Measurement]) -> None:
-    """Write every call of every row as one .npz; docs/latency.md names the arrays. Same calls, same bytes."""
+def save_samples(path: Path, results: Sequence[Measurement]) -> None:
+    """Write every call of every row into one .npz; docs/latency.md names the arrays."""
     arrays: dict[str, Any] = {}
-    for i, subject in enumerate(found):
-        blocks = [b for process in subject.processes for b in process]
+    for i, result in enumerate(results):
+        blocks = [b for process in result.processes for b in process]
         calls = latency.Block.join(blocks)
         for name, values in vars(calls).items():
             arrays[f"{i}.{name}"] = np.array(values, dtype=np.float32)
         lengths = [len(b.wall_ms) for b in blocks]
         arrays[f"{i}.block_start"] = np.cumsum([0, *lengths])[:-1].astype(np.int64)
-        process = [k for k, own in enumerate(subject.processes) for _ in own]
+        process = [k for k, own in enumerate(result.processes) for _ in own]
         arrays[f"{i}.block_process"] = np.array(process, dtype=np.int64)
     with atomic(path) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(stream, **arrays)
@@ -194,13 +195,13 @@ def save_samples(path: Path, found: Sequence[Measurement]) -> None:
 def _flags(
     subject: Subject,
     calls: latency.Block,
-    told: Sequence[dict[str, Any]],
+    facts: Sequence[dict[str, Any]],
     before: dict[str, Any],
     after: dict[str, Any],
 ) -> list[str]:
     return latency.row_flags(
         calls,
-        stable=all(t["stable"] for t in told),
+        stable=all(f["stable"] for f in facts),
         threads=None if RUNTIMES[subject.target.runtime].needs_gpu else subject.threads,
         load=max((c["load_1m"] for c in (before, after) if c["load_1m"] is not None), default=None),
         cores=os.cpu_count() or 1,

@@ -1,4 +1,4 @@
-"""What a latency run measures: each model in each target that reads its file, at each thread count and batch."""
+"""Subjects of a latency run: each model in each target that reads its file, at each thread count and batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Counts = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 @dataclass(frozen=True, config=STRICT)
 class Bench:
-    """`bench:` which targets are measured, and how long."""
+    """`bench:` the measured targets, and how long each is measured."""
 
     enabled: tuple[str, ...]  # of exporters.artifact.session.TARGETS, one report file each
     threads: Counts = (1,)  # a row each
@@ -51,42 +51,42 @@ def subjects_of(
 
     Raises UserError: no such file, unknown target, a model that none of the targets reads.
     """
-    found = []
+    subjects = []
     for model in models:
         if not model.is_file():
-            raise UserError(f"{model}: no such file; give .onnx, .xml, .safetensors or .plan")
+            raise UserError(f"{model}: no such file; expected .onnx, .xml, .safetensors or .plan")
         targets = [t for t in map(_target, names or [default_target(model)]) if t.reads(model)]
         if not targets:
-            raise UserError(
-                f"{model}: none of the targets {', '.join(names or [])} reads it; {_readers(model)}"
-            )
-        found += [
+            got = ", ".join(names or [])
+            raise UserError(f"{model}: got targets {got}; none reads it; {_readers(model)}")
+        subjects += [
             Subject(model.name, model, target, count, batch=batch)
             for target, count, batch in itertools.product(targets, threads, batches)
         ]
-    return found
+    return subjects
 
 
 def _target(name: str) -> Target:
     if name not in TARGETS:
-        raise UserError(f"targets: unknown target {name!r}; {nearest(name, TARGETS)}")
+        raise UserError(f"--targets: got {name!r}; {nearest(name, TARGETS)}")
     return TARGETS[name]
 
 
 def default_target(artefact: Path) -> str:
-    """The target of a file that came without one. Raises UserError: a kind of file that does not tell."""
+    """The target of a file given without one. Raises UserError: a suffix that no or several targets read."""
     precision = "int8" if artefact.stem.endswith("-int8") else "fp32"
-    found = [t for t in TARGETS.values() if t.reads(artefact) and not RUNTIMES[t.runtime].needs_gpu]
-    if not found:
-        raise UserError(f"{artefact}: its kind does not name one target; {_readers(artefact)}")
-    return min(found, key=lambda target: target.precision != precision).name
+    readers = [
+        t for t in TARGETS.values() if t.reads(artefact) and not RUNTIMES[t.runtime].needs_gpu
+    ]
+    if not readers:
+        suffix = artefact.suffix
+        raise UserError(f"{artefact}: got suffix {suffix!r} and no target; {_readers(artefact)}")
+    return min(readers, key=lambda target: target.precision != precision).name
 
 
 def _readers(artefact: Path) -> str:
     readers = [name for name, target in TARGETS.items() if target.reads(artefact)]
-    return (
-        f"give --targets from: {', '.join(readers)}" if readers else "no target reads such a file"
-    )
+    return f"pass --targets, of {', '.join(readers)}" if readers else "no target reads this suffix"
 
 
 def bench_document(

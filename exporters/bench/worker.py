@@ -1,7 +1,7 @@
-"""One artefact in one process, idle until it is asked for a block: both ends of the pipe of `exporters.bench`.
+"""Worker process of `exporters.bench`, which holds one artefact: both ends of its pipe.
 
-A request is a JSON line, `{"do": "block", "seconds": 0.15}`, an answer another; a mistake is answered
-`{"error": "..."}`. What dies here (a segmentation fault in a runtime, the memory killer) is a reason there.
+A request is a JSON line, `{"do": "block", "seconds": 0.15}`, an answer another; an error is answered with
+`{"error": "..."}`. A process that dies (a segmentation fault in a runtime, the OOM killer) fails its own row only.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from pipeline.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "exporters.bench.worker")
-PATIENCE = 600.0  # seconds for one answer: a first load may compile
-PICTURES = 16
+ANSWER_SECONDS = 600.0  # a first load may compile
+IMAGES = 16
+# Thread pools of libraries other than the runtime: they would compete with its own threads.
 POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -52,10 +53,10 @@ def start_worker(
     reference: Path | None = None,
     batch: int | None = None,
 ) -> Iterator[Worker]:
-    """A worker until the end of the block. It imports and loads nothing before `ask("open")`.
+    """A worker that ends with the block. It imports and loads nothing before `ask("open")`.
 
-    reference: an .npz whose `x` holds the pictures to run; without it, seeded smooth ones.
-    batch: images a call; without it, one, or as many as the artefact fixes.
+    reference: an .npz whose `x` holds the images to run; None: seeded smooth ones.
+    batch: images per call; None: the artefact's fixed batch, or 1.
     """
     command = [*COMMAND, str(artefact), "--target", target.name, "--threads", str(threads)]
     command += ["--reference", str(reference)] if reference else []
@@ -75,7 +76,7 @@ def start_worker(
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """The end of its input is the end of a worker; one that hangs is killed."""
+    """End a worker by closing its input; one that hangs is killed."""
     assert process.stdin
     with suppress(BrokenPipeError):
         process.stdin.close()
@@ -87,15 +88,15 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 @dataclass(frozen=True)
 class Worker:
-    """The parent's end."""
+    """The parent's end of the pipe."""
 
     process: subprocess.Popen[str]
     stderr: IO[bytes]
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Send one request and wait for its answer. Raises WorkerFailed: told so, died, or out of patience."""
+        """Send one request and wait for its answer. Raises WorkerFailed: an error, a death, no answer in time."""
         assert self.process.stdin and self.process.stdout
-        deadline = threading.Timer(PATIENCE, self.process.kill)
+        deadline = threading.Timer(ANSWER_SECONDS, self.process.kill)
         began = time.monotonic()
         deadline.start()
         line = ""
@@ -107,9 +108,9 @@ class Worker:
         finally:
             deadline.cancel()
         if not line:
-            late = time.monotonic() - began >= PATIENCE
+            late = time.monotonic() - began >= ANSWER_SECONDS
             raise WorkerFailed(
-                f"no answer to '{do}' in {PATIENCE:.0f} s" if late else self._death()
+                f"no answer to '{do}' in {ANSWER_SECONDS:.0f} s" if late else self._death()
             )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
@@ -117,86 +118,87 @@ class Worker:
         return answer
 
     def _death(self) -> str:
-        """How the process ended, with the last line it left on stderr."""
+        """How the process ended, with its last line on stderr."""
         code = self.process.wait()
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit {code}"
+        end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit {code}"
         self.stderr.seek(0)
         lines = self.stderr.read().decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return f"the worker was {how}" + (f": {last[:300]}" if last else "")
+        return f"the worker was {end}" + (f": {last[:300]}" if last else "")
 
 
 class RequestHandler:
-    """The child's end: the session and what can be asked of it, a method per request."""
+    """The child's end of the pipe: a session, and one method per request."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """Keep the command line's wishes; nothing is loaded before `open`."""
         self.args = args
         self.session: Session
 
     def open(self) -> dict[str, Any]:
-        """Load, then run once: ms of each (the runtime's import in neither), and the batch it takes."""
+        """Load, then run once: ms of both, without the import of the runtime, and the batch."""
         target = TARGETS[self.args.target]
         for name in RUNTIMES[target.runtime].packages:
-            with suppress(ImportError):  # a missing one is for the session to tell
+            with suppress(ImportError):  # the session reports a missing package
                 importlib.import_module(name)
         began = time.perf_counter()
         self.session = open_session(target, self.args.artefact, self.args.threads)
         loaded = time.perf_counter()
         self.engine_ms = getattr(self.session, "engine_ms", None)
-        self.pictures = input_batches(self.session, self.args.reference, self.args.batch)
-        self.turns = timing.cycle_inputs(self.pictures)
-        ready = time.perf_counter()
-        self.session.run(next(self.turns))
+        self.batches = input_batches(self.session, self.args.reference, self.args.batch)
+        self.inputs = timing.cycle_inputs(self.batches)
+        began_first = time.perf_counter()
+        self.session.run(next(self.inputs))
         return {
             "load_ms": 1e3 * (loaded - began),
-            "first_ms": 1e3 * (time.perf_counter() - ready),
-            "batch": len(self.pictures[0]),
+            "first_ms": 1e3 * (time.perf_counter() - began_first),
+            "batch": len(self.batches[0]),
         }
 
     def warm_up(self) -> dict[str, Any]:
-        """Warm up by the protocol; the memory of the process after it."""
-        warm = timing.warm_up(self.session.run, self.turns, engine=self.engine_ms)
+        """Warm up by the protocol, then read the memory of the process."""
+        warm = timing.warm_up(self.session.run, self.inputs, engine=self.engine_ms)
         return {**vars(warm), "rss_mb": resident_mb()}
 
     def block(self, seconds: float) -> dict[str, Any]:
         """One timed block."""
-        return vars(timing.run_block(self.session.run, self.turns, seconds, self.engine_ms))
+        return vars(timing.run_block(self.session.run, self.inputs, seconds, self.engine_ms))
 
     def logits(self) -> dict[str, Any]:
-        """What the first pictures are answered, for parity."""
-        count = -(-PICTURES // len(self.pictures[0]))
-        answers = [self.session.run(x) for x in self.pictures[:count]]
-        return {"logits": np.concatenate(answers)[:PICTURES].tolist()}
+        """Logits of the first images, for the parity check."""
+        count = -(-IMAGES // len(self.batches[0]))
+        logits = [self.session.run(x) for x in self.batches[:count]]
+        return {"logits": np.concatenate(logits)[:IMAGES].tolist()}
 
     def describe(self) -> dict[str, Any]:
-        """What ran, asked last: finding the effective precision may load the artefact once more."""
+        """Runtime, precision, metadata; asked last, as reading the precision may load the artefact again."""
         return {
             "runtime": self.session.runtime,
             "precision_effective": self.session.precision_effective,
-            "notes": dict(self.session.metadata),
+            "metadata": dict(self.session.metadata),
             **getattr(self.session, "counted", {}),
         }
 
 
 def input_batches(
-    session: Session, reference: Path | None, wanted: int | None = None
+    session: Session, reference: Path | None, requested: int | None = None
 ) -> list[Array]:
-    """Pictures in batches of `wanted`, or as the artefact takes them (1 where it is free), MIN_INPUTS at least.
+    """At least MIN_INPUTS batches of the requested size, else of the artefact's fixed batch, or 1.
 
     Raises UserError: the reference holds no `x`, or `x` of another size than the input; another batch is fixed.
     """
     batch, _, height, width = session.input_shape
-    size = wanted or batch or 1
+    size = requested or batch or 1
     if batch not in (None, size):
-        raise UserError(f"batch {size} asked for, the artefact is fixed at {batch}")
+        raise UserError(
+            f"--batch: got {size}; the artefact's batch is fixed at {batch}; leave it out"
+        )
     if reference is None:
-        x = inputs.smooth(size * max(timing.MIN_INPUTS, PICTURES // size), height, width)
+        x = inputs.smooth(size * max(timing.MIN_INPUTS, IMAGES // size), height, width)
     else:
-        x = read_reference(reference)[: size * PICTURES]
+        x = read_reference(reference)[: size * IMAGES]
         if x.shape[1:] != (3, height, width):
             raise UserError(
-                f"{reference}: x is {x.shape}, the artefact takes (N, 3, {height}, {width}); export again"
+                f"{reference}: x: got {x.shape}; expected (N, 3, {height}, {width}); run export again"
             )
     return timing.batched_inputs(x, size)
 
@@ -207,14 +209,18 @@ def read_reference(path: Path) -> Array:
         with np.load(path, allow_pickle=False) as file:
             x: Array = file["x"].astype(np.float32)
     except (OSError, EOFError, BadZipFile, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not an .npz with an array 'x' ({error}); export again") from None
+        raise UserError(
+            f"{path}: not an .npz with an array 'x' ({error}); run export again"
+        ) from None
     if x.ndim != 4 or not len(x):
-        raise UserError(f"{path}: x is {x.shape}, expected (N, 3, S, S) with N >= 1; export again")
+        raise UserError(
+            f"{path}: x: got {x.shape}; expected (N, 3, S, S), N >= 1; run export again"
+        )
     return x
 
 
 def resident_mb() -> float:
-    """Memory this process holds now, in 1e6 bytes; off Linux the most it ever held."""
+    """Resident memory of this process in 1e6 bytes; off Linux its peak."""
     with suppress(OSError):
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         return pages * resource.getpagesize() / 1e6
@@ -223,21 +229,21 @@ def resident_mb() -> float:
 
 
 def private_stdout() -> TextIO:
-    """A stream on the real stdout; file descriptor 1 goes to stderr, where a chatty library may print."""
+    """A stream on the real stdout; descriptor 1 goes to stderr, so that libraries cannot write answers."""
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return stream
 
 
-def serve(subject: RequestHandler, requests: TextIO, answers: TextIO) -> None:
-    """Answer request after request until their end or the first mistake."""
+def serve(handler: RequestHandler, requests: TextIO, answers: TextIO) -> None:
+    """Answer requests until their end or the first error."""
     for line in requests:
         request = json.loads(line)
         do = request.pop("do")
         failed = False
         try:
-            answer = getattr(subject, do)(**request)
-        except Exception as error:  # a runtime's error is this row's reason, not the bench's end
+            answer = getattr(handler, do)(**request)
+        except Exception as error:  # an error of a runtime fails this row, not the bench
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             answer, failed = {"error": " ".join(f"{kind}{error}".split())[:500]}, True
         answers.write(json.dumps(answer) + "\n")
@@ -247,7 +253,7 @@ def serve(subject: RequestHandler, requests: TextIO, answers: TextIO) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve stdin; started by `exporters.bench`, not by hand."""
+    """Serve stdin. Started by `exporters.bench`, not by hand."""
     parser = argparse.ArgumentParser(prog="python -m exporters.bench.worker", description=__doc__)
     parser.add_argument("artefact", type=Path)
     parser.add_argument("--target", choices=TARGETS, required=True)

@@ -1,4 +1,4 @@
-"""ONNX -> the edge bundle: models, labels, preprocessing, parity inputs, runner and manifest, a folder or a .tar.
+"""ONNX -> edge bundle, a folder or .tar: models, labels, preprocessing, parity inputs, runner, manifest.
 
 `python -m exporters.bundle student.onnx OUT|OUT.tar [--calib DIR] [--images DIR]`
 The runner is `exporters/device/`, copied file by file: on the device `python -m bundle.run --verify`
@@ -19,28 +19,28 @@ from pipeline.core.atomic import atomic, atomic_dir
 from pipeline.core.errors import UserError
 
 ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
-# the only folders a new bundle may take away with the old
-MADE_ON_DEVICE = ("cache", "__pycache__")
+# Folders that running a bundle leaves in it: a new bundle may remove them with the old one.
+RUN_FOLDERS = ("cache", "__pycache__")
 
 
 def check_out(out: Path) -> None:
-    """`out` may be written. Raises UserError: another kind of archive, or something there that is no bundle."""
+    """Check that `out` may be written. Raises UserError: another kind of archive, or files that are no bundle."""
     if out.suffix in ARCHIVES:
         raise UserError(
-            f"{out}: suffix is {out.suffix!r}; allowed: a folder, or a name ending in .tar"
+            f"{out}: got suffix {out.suffix!r}; expected a folder, or a name ending in .tar"
         )
     if out.suffix == ".tar":
         if out.is_dir():
-            raise UserError(f"{out}: is a folder; give another name for the .tar")
+            raise UserError(f"{out}: expected a .tar file, got a folder; give another name")
         return
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; give a folder, or a name ending in .tar")
+        raise UserError(f"{out}: got a file; expected a folder, or a name ending in .tar")
     if out.is_dir() and (foreign := _foreign(out)):
-        raise UserError(f"{out}: holds {foreign}, which no bundle put there; give a new folder")
+        raise UserError(f"{out}: holds {foreign}, which is not of a bundle; give a new folder")
 
 
 def _foreign(folder: Path) -> str | None:
-    """A file in `folder` that is neither of a bundle there nor made by running it."""
+    """A file in `folder` that is neither of a bundle nor left by running one, or None."""
     known: set[str] = set()
     manifest = folder / contents.MANIFEST
     if manifest.is_file():
@@ -50,13 +50,13 @@ def _foreign(folder: Path) -> str | None:
             return contents.MANIFEST
     for path in sorted(p for p in folder.rglob("*") if not p.is_dir()):
         name = path.relative_to(folder)
-        if name.as_posix() not in known and not set(name.parts) & set(MADE_ON_DEVICE):
+        if name.as_posix() not in known and not set(name.parts) & set(RUN_FOLDERS):
             return name.as_posix()
     return None
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the bundle whole or not at all; one line a model, one for what was left out, one for the bundle."""
+    """Write the bundle whole or not at all; print a line for each model, for each left out, and for the bundle."""
     check_out(args.out)
     if args.out.suffix == ".tar":
         with tempfile.TemporaryDirectory() as folder, atomic(args.out) as temporary:
@@ -69,26 +69,30 @@ def main(args: argparse.Namespace) -> None:
         size = sum(entry["bytes"] for entry in manifest["files"].values())
     for model in manifest["models"]:
         mb = manifest["files"][model["file"]]["bytes"] / 1e6
-        told = agreement.describe_row(model["parity"])
-        print(f"{model['file']}: {mb:.2f} MB, for {', '.join(model['runtimes'])}, {told}")
+        parity = agreement.describe_row(model["parity"])
+        print(f"{model['file']}: {mb:.2f} MB, for {', '.join(model['runtimes'])}, {parity}")
     for entry in manifest["left_out"]:
         print(
             f"left out: {entry['precision']} for {', '.join(entry['runtimes'])}: {entry['reason']}"
         )
     print(
         f"{args.out}: {size / 1e6:.2f} MB, {len(manifest['files'])} files, parity on "
-        f"{manifest['parity']['inputs']} {manifest['parity']['source']}; there: {COMMANDS['verify']}"
+        f"{manifest['parity']['inputs']} {manifest['parity']['source']}; on the device: {COMMANDS['verify']}"
     )
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line of `python -m exporters.bundle`."""
     p = argparse.ArgumentParser(prog="exporters.bundle", description=__doc__)
     add = p.add_argument
-    add("onnx", type=Path, help="an fp32 .onnx file, ours or anyone's")
+    add("onnx", type=Path, help="any fp32 .onnx classifier")
     add("out", type=Path, help="a folder, or a name ending in .tar")
-    add("--calib", type=Path, help="images to calibrate int8 on: a folder or a prepared one")
-    add("--images", type=Path, help="images for the parity inputs, none of --calib")
+    add(
+        "--calib",
+        type=Path,
+        help="images to calibrate int8 on: a folder of images or a prepared folder",
+    )
+    add("--images", type=Path, help="images for the parity inputs, other than those of --calib")
     return p
 
 

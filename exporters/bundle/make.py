@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     import onnx
 
 RUNNER = Path(__file__).parents[1] / "device"
-DECODER = Path(decoding.__file__)  # the pipeline's own, so that the device reads what it read
-PACKAGE = "bundle"  # the runner's name on the device
+# The pipeline's own decoder, so that the device sees the pixels the student was trained on.
+DECODER = Path(decoding.__file__)
+PACKAGE = "bundle"  # name of the runner's package on the device
 PARITY_INPUTS = 16
 
-NO_CALIB = "not made: no --calib was given, a folder of images like those to come"
+NO_CALIB = "not built: no --calib was given"
 COMMANDS = {
     "verify": f"python -m {PACKAGE}.run --verify",
     "bench": f"python -m {PACKAGE}.run --bench --seconds 10",
@@ -46,7 +47,7 @@ class Variant:
     file: str
     precision: str
     runtimes: tuple[str, ...]
-    symmetric: bool = False  # int8 as GPUs take it
+    symmetric: bool = False  # int8 for TensorRT
 
 
 VARIANTS = (
@@ -59,11 +60,11 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class ParityImages:
-    """x (N, 3, H, W): the parity inputs; ranges: what int8 is made by, none of x calibrated on, or None."""
+    """x (N, 3, H, W): the parity inputs; int8: calibration images, of which x holds none, or None."""
 
     x: Array
     source: str
-    ranges: int8.CalibrationImages | None
+    int8: int8.CalibrationImages | None
 
 
 def parity_images(
@@ -76,43 +77,33 @@ def parity_images(
     """
     batch = session.input_shape[0] or 1
     count = math.ceil(PARITY_INPUTS / batch) * batch
-    ranges = None
-    pool, told = inputs.smooth(count, *session.input_shape[2:]), "seeded smooth images"
+    calibration = None
+    pool, origin = inputs.smooth(count, *session.input_shape[2:]), "seeded smooth images"
     if calib is not None:
-        ranges = int8.calibration_images(source, calib)
-        pool = ranges.held
-        told = "images of --calib held out from calibration"
+        calibration = int8.calibration_images(source, calib)
+        pool = calibration.held_out
+        origin = "images of --calib held out from calibration"
     if images is not None:
-        pool, told = (
-            inputs.images_from_folder(images, session, int8.CALIBRATION),
-            "images of --images",
-        )
+        pool = inputs.images_from_folder(images, session, int8.MAX_IMAGES)
+        origin = "images of --images"
     usable = len(pool) // batch * batch
     if usable < 2:
         raise UserError(
-            f"{images or calib}: gives {len(pool)} images for parity; at least {max(2, batch)} are needed"
+            f"{images or calib}: got {len(pool)} images for parity; expected {max(2, batch)} or more; add images"
         )
     rows = spread(np.arange(usable), count)
-    return ParityImages(np.ascontiguousarray(pool[rows]), told, ranges)
+    return ParityImages(np.ascontiguousarray(pool[rows]), origin, calibration)
 
 
 def validate_network(source: Path, session: OrtSession) -> None:
-    """The network is one the runner can run. Raises UserError: not RGB, notes of another network."""
-    shape = session.input_shape
-    if shape[1] != 3:
-        raise UserError(f"{source}: the input has {shape[1]} channels; allowed: 3, an RGB picture")
-    notes = metadata.preprocessing(session.metadata)
-    if notes is None:
+    """Check that the runner can prepare images for the network. Raises UserError: another preprocessing."""
+    preprocess = metadata.preprocessing(session.metadata)
+    if preprocess is None:
         return
-    size = notes["image_size"]
-    if shape[2:] != (size, size):
+    if (preprocess["interpolation"], preprocess["crop"]) != ("bicubic", image.CROP):
         raise UserError(
-            f"{source}: input is {shape[2]}x{shape[3]}, its notes say {size}; export it again"
-        )
-    if (notes["interpolation"], notes["crop"]) != ("bicubic", image.CROP):
-        raise UserError(
-            f"{source}: preprocessing {notes['interpolation']!r}, {notes['crop']!r}; the runner does "
-            f"'bicubic', {image.CROP!r} only"
+            f"{source}: preprocessing: got {preprocess['interpolation']!r}, {preprocess['crop']!r}; "
+            f"expected 'bicubic', {image.CROP!r}; export it without preprocessing metadata"
         )
 
 
@@ -125,26 +116,27 @@ def build_bundle(
     """
     proto, session = onnx_file.read_onnx(source), OrtSession(source, 1)
     validate_network(source, session)
-    shown = parity_images(source, session, calib, images)
-    logits = inputs.run_batches(session, shown.x)
+    parity = parity_images(source, session, calib, images)
+    logits = inputs.run_batches(session, parity.x)
     names = metadata.classes(session.metadata)
     if logits.ndim != 2 or (names and len(names) != logits.shape[1]):
         raise UserError(
-            f"{source}: logits are {logits.shape} with {len(names)} class names; allowed: (N, classes)"
+            f"{source}: got logits {logits.shape} and {len(names)} class names; expected (N, classes); "
+            "export it again"
         )
     models, left_out = [], []
     for variant in VARIANTS:
-        row = add_variant(variant, source, proto, folder, shown, logits)
+        row = add_variant(variant, source, proto, folder, parity, logits)
         entry = {"precision": variant.precision, "runtimes": list(variant.runtimes)}
         if row["verdict"] == "FAIL":
             left_out.append({**entry, "reason": row["reason"]})
         else:
             models.append({"file": variant.file, **entry, "parity": row})
     if not any(m["precision"] == "fp32" for m in models):
-        raise GateFailed(f"{source}: fp32: {left_out[0]['reason']}; nothing was written")
-    np.save(folder / contents.INPUTS, shown.x)
+        raise GateFailed(f"{source}: fp32: {left_out[0]['reason']}; not written")
+    np.save(folder / contents.INPUTS, parity.x)
     np.save(folder / contents.LOGITS, logits)
-    _write_notes(folder, names, metadata.preprocessing(session.metadata))
+    _write_metadata(folder, names, metadata.preprocessing(session.metadata))
     _copy_runner(folder)
     manifest = {
         "schema": contents.SCHEMA,
@@ -153,10 +145,10 @@ def build_bundle(
         "classes": logits.shape[1],
         "models": models,
         "left_out": left_out,
-        "parity": {"inputs": len(shown.x), "source": shown.source},
+        "parity": {"inputs": len(parity.x), "source": parity.source},
         "commands": COMMANDS,
         "files": hash_files(folder),
-        "provenance": bundle_provenance(source, proto, shown),
+        "provenance": bundle_provenance(source, proto, parity),
     }
     artifacts.write_json(folder / contents.MANIFEST, manifest)
     return manifest
@@ -167,16 +159,16 @@ def add_variant(
     source: Path,
     proto: onnx.ModelProto,
     folder: Path,
-    shown: ParityImages,
+    parity: ParityImages,
     logits: Array,
 ) -> dict[str, Any]:
-    """Write one variant and judge it on the parity inputs; returns its row. What fails is not left in `folder`."""
+    """Write one variant and compare it on the parity inputs; returns its row. One that fails is removed again."""
     path = folder / variant.file
     try:
-        onnx_file.write_onnx(convert_variant(variant, source, proto, shown.ranges), path)
+        onnx_file.write_onnx(convert_variant(variant, source, proto, parity.int8), path)
         session = OrtSession(path, 1)
-        got = inputs.run_batches(session, shown.x)
-        row = agreement.parity_row(path, session, logits, got, agreement.Thresholds())
+        outputs = inputs.run_batches(session, parity.x)
+        row = agreement.parity_row(path, session, logits, outputs, agreement.Thresholds())
     except UserError as error:
         reason = str(error).replace(str(path), variant.file)
         row = agreement.skipped_row(variant.file, variant.precision, reason) | {"verdict": "FAIL"}
@@ -186,25 +178,25 @@ def add_variant(
 
 
 def convert_variant(
-    variant: Variant, source: Path, proto: onnx.ModelProto, ranges: int8.CalibrationImages | None
+    variant: Variant, source: Path, proto: onnx.ModelProto, images: int8.CalibrationImages | None
 ) -> onnx.ModelProto:
     """The fp32 network as that variant. Raises UserError: int8 without images to calibrate on."""
     if variant.precision != "int8":
         return quantize.at_precision(proto, variant.precision, None)
-    if ranges is None:
+    if images is None:
         raise UserError(NO_CALIB)
     if variant.symmetric:
-        return quantize.at_precision(proto, "int8", ranges.shown)
-    return int8.quantize_within_gates(source, ranges, int8.Settings(), agreement.Thresholds())
+        return quantize.at_precision(proto, "int8", images.calibration)
+    return int8.quantize_within_gates(source, images, int8.Settings(), agreement.Thresholds())
 
 
-def _write_notes(folder: Path, names: list[str], notes: dict[str, Any] | None) -> None:
-    """labels.txt and preprocessing.json, where the network carries them."""
+def _write_metadata(folder: Path, names: list[str], preprocess: dict[str, Any] | None) -> None:
+    """Write labels.txt and preprocessing.json, where the network has them."""
     if names:
         text = "".join(f"{name}\n" for name in names)
         (folder / contents.LABELS).write_text(text, encoding="utf-8")
-    if notes:
-        text = json.dumps(notes, indent=1) + "\n"
+    if preprocess:
+        text = json.dumps(preprocess, indent=1) + "\n"
         (folder / contents.PREPROCESSING).write_text(text, encoding="utf-8")
 
 
@@ -227,16 +219,16 @@ def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def bundle_provenance(source: Path, proto: onnx.ModelProto, shown: ParityImages) -> dict[str, Any]:
-    """Inputs by hash, versions, what the network says of itself; no clock time, no path."""
-    notes = onnx_file.read_metadata(proto)
-    kept = ("model", "role", "method", "weights_sha256", "torch", "timm")
-    calibration = shown.ranges.shown if shown.ranges else None
+def bundle_provenance(source: Path, proto: onnx.ModelProto, parity: ParityImages) -> dict[str, Any]:
+    """Hashes of the inputs, versions, and the network's own metadata, without times and paths."""
+    properties = onnx_file.read_metadata(proto)
+    keys = ("model", "role", "method", "weights_sha256", "torch", "timm")
+    calibration = parity.int8.calibration if parity.int8 else None
     return {
         **artifacts.provenance({"parity_inputs": PARITY_INPUTS}, onnx=source),
         "versions": artifacts.versions(("numpy", "onnx", "onnxruntime")),
         "network": {"opset": onnx_file.opset(proto), "ir": proto.ir_version}
-        | {key: notes[key] for key in kept if key in notes},
+        | {key: properties[key] for key in keys if key in properties},
         "calibration": None
         if calibration is None
         else {
@@ -247,7 +239,7 @@ def bundle_provenance(source: Path, proto: onnx.ModelProto, shown: ParityImages)
 
 
 def pack_tar(folder: Path, out: Path, root: str) -> None:
-    """Every file of `folder` below `root` into an uncompressed tar: sorted, time 0, owner 0, mode 644."""
+    """Write every file of `folder` below `root` into an uncompressed tar: sorted, time 0, owner 0, mode 644."""
     with tarfile.open(out, "w", format=tarfile.PAX_FORMAT) as archive:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             entry = tarfile.TarInfo(f"{root}/{path.relative_to(folder).as_posix()}")

@@ -9,12 +9,12 @@ from typing import Any
 
 from .errors import Named, UserError
 
-BATCHES = (1, 1, 8)  # smallest, usual and largest, where the model leaves the batch free
-WORKSPACE = 1 << 30  # bytes, cut by TensorRT to what the device has
+BATCHES = (1, 1, 8)  # smallest, usual and largest, where the model's batch is dynamic
+WORKSPACE = 1 << 30  # bytes; TensorRT lowers it to what the device has
 
 
 def logger(trt: Any) -> Any:
-    """A TensorRT logger that keeps the errors: TensorRT tells by them, and returns None."""
+    """A TensorRT logger that keeps errors: TensorRT logs the reason of a failure, and returns None."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         """Keeps errors for the message that is raised, drops the rest."""
@@ -27,18 +27,16 @@ def logger(trt: Any) -> Any:
             if int(severity) <= int(trt.ILogger.Severity.ERROR):
                 self.errors.append(" ".join(message.split()))
 
-        def told(self) -> str:
-            return "; ".join(self.errors[-3:]) or "TensorRT said nothing"
+        def text(self) -> str:
+            return "; ".join(self.errors[-3:]) or "TensorRT logged no reason"
 
     return Log()
 
 
 class Builder(Named):
-    """Builds one engine, strongly typed: the precision is in the graph.
+    """Builds one strongly typed engine: the precision is in the graph.
 
-    TensorRT logs its failures and returns None, False or -1: all are checked.
-
-    image: (C, H, W) of the profile where the network leaves its batch free; None takes the network's own.
+    image: (C, H, W) of the profile where the network's batch is dynamic; None takes the network's own.
     """
 
     def __init__(
@@ -52,65 +50,67 @@ class Builder(Named):
         self._trt, self._model, self._batches, self._image = module, model, batches, image
         self._log = logger(module)
 
-    def error(self, what: str) -> Exception:
+    def error(self, message: str) -> Exception:
         """The exception to raise."""
-        return UserError(f"{self.name}: {what}; try another --precision, or --runtime ort")
+        return UserError(f"{self.name}: {message}; try another --precision, or --runtime ort")
 
-    def not_started(self, what: str) -> Exception:
+    def start_error(self, message: str) -> Exception:
         """The exception to raise where TensorRT itself does not start."""
-        return self.error(what)
+        return self.error(message)
 
-    def refused(self, what: str) -> Exception:
-        """The exception of a call that gave nothing, in TensorRT's own words."""
-        return self.error(f"{what}: {self._log.told()}")
+    def call_failed(self, what: str) -> Exception:
+        """The exception of a call that returned nothing, with TensorRT's own reason."""
+        return self.error(f"{what}: {self._log.text()}")
 
-    def unparsed(self, parser: Any) -> str:
-        """What of the network the parser refuses, and why."""
-        words = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
-        return f"it: {' '.join(words.split())[:500] or self._log.told()}"
+    def parse_errors(self, parser: Any) -> str:
+        """What the parser rejects, and why."""
+        errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        return f"it: {' '.join(errors.split())[:500] or self._log.text()}"
 
     @contextlib.contextmanager
     def configured(self, config: Any) -> Iterator[None]:
-        """The settings of the build that runs inside the block."""
+        """Apply the options to the build that runs inside the block."""
         config.set_memory_pool_limit(self._trt.MemoryPoolType.WORKSPACE, WORKSPACE)
-        config.clear_flag(self._trt.BuilderFlag.TF32)  # fp32 means fp32
+        # TF32 is on by default and has a 10-bit mantissa: fp32 would fail its parity gate.
+        config.clear_flag(self._trt.BuilderFlag.TF32)
         yield
 
     def build(self) -> bytes:
-        """The engine. Raises `error`: TensorRT cannot start, parse or build it; the reason is its own."""
+        """The engine. Raises `error`, with TensorRT's own reason: it cannot start, parse or build."""
         trt, log = self._trt, self._log
         try:
             builder = trt.Builder(log)
         except TypeError as error:  # the factory returned nothing: no driver, or one too old
-            words = log.told() if log.errors else error
-            raise self.not_started(f"TensorRT cannot start: {words}") from None
+            reason = log.text() if log.errors else error
+            raise self.start_error(f"TensorRT cannot start: {reason}") from None
+        # TensorRT returns None, False or -1 for a failure: every call is checked.
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         if network is None:
-            raise self.refused("TensorRT makes no network")
+            raise self.call_failed("TensorRT created no network")
         parser = trt.OnnxParser(network, log)
         if not parser.parse_from_file(str(self._model)):
-            raise self.error(f"TensorRT cannot parse {self.unparsed(parser)}")
+            raise self.error(f"TensorRT cannot parse {self.parse_errors(parser)}")
         config = builder.create_builder_config()
         if config is None:
-            raise self.refused("TensorRT makes no configuration")
+            raise self.call_failed("TensorRT created no configuration")
         self._add_profile(builder, network, config)
         with self.configured(config):
             plan = builder.build_serialized_network(network, config)
             if plan is None:
-                raise self.refused("TensorRT cannot build it")
+                raise self.call_failed("TensorRT cannot build it")
         return bytes(plan)
 
     def _add_profile(self, builder: Any, network: Any, config: Any) -> None:
-        """The batches, where the network leaves its batch free."""
+        """Set the batches, where the network's batch is dynamic."""
         entry = network.get_input(0)
         if entry is None:
-            raise self.refused("the network has no input")
+            raise self.call_failed("the network has no input")
         if entry.shape[0] != -1:
             return
         image = self._image or tuple(entry.shape)[1:]
         profile = builder.create_optimization_profile()
         if profile is None:
-            raise self.refused("TensorRT makes no optimization profile")
+            raise self.call_failed("TensorRT created no optimization profile")
         profile.set_shape(entry.name, *[(batch, *image) for batch in self._batches])
         if config.add_optimization_profile(profile) < 0:
-            raise self.refused(f"TensorRT refuses the batches {list(self._batches)}")
+            raise self.call_failed(f"TensorRT rejects the batches {list(self._batches)}")

@@ -1,4 +1,4 @@
-"""What a runtime made of a model on this device, kept in a folder beside a JSON that says who made it."""
+"""Cache of what a runtime compiled on this device: a file beside a JSON that says what it was compiled by."""
 
 from __future__ import annotations
 
@@ -16,31 +16,26 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def read_cached(path: Path, maker: dict[str, Any]) -> bytes | None:
-    """The file's bytes where this maker made them and they are whole, else None."""
+def read_cached(path: Path, key: dict[str, Any]) -> bytes | None:
+    """The file's bytes where they are whole and were written under the same key, else None."""
     try:
-        noted = json.loads(sidecar_path(path).read_text(encoding="utf-8"))
+        written = json.loads(sidecar_path(path).read_text(encoding="utf-8"))
         data = path.read_bytes()
     except (OSError, ValueError):
         return None
-    return data if noted == {**maker, "sha256": hashlib.sha256(data).hexdigest()} else None
+    return data if written == {**key, "sha256": hashlib.sha256(data).hexdigest()} else None
 
 
-def write_cached(path: Path, data: bytes, maker: dict[str, Any]) -> None:
-    """Write the file and its JSON, each whole or not at all; where that fails, say so and go on without."""
-    noted = {**maker, "sha256": hashlib.sha256(data).hexdigest()}
+def write_cached(path: Path, data: bytes, key: dict[str, Any]) -> None:
+    """Write the file and its JSON, each atomically; a failure is one line on stderr, and the run goes on."""
+    sidecar = json.dumps({**key, "sha256": hashlib.sha256(data).hexdigest()}, indent=1) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for target, content in (
-            (path, data),
-            (sidecar_path(path), json.dumps(noted, indent=1).encode() + b"\n"),
-        ):
-            _replace(target, content)
+        _replace(path, data)
+        _replace(sidecar_path(path), sidecar.encode())
     except OSError as error:
-        print(
-            f"{path.name} is not kept, {path.parent}: {error.strerror}; give a writable --cache",
-            file=sys.stderr,
-        )
+        message = f"{path.name} is not cached, {path.parent}: {error.strerror}"
+        print(f"{message}; give a writable --cache", file=sys.stderr)
 
 
 def _replace(target: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""An unpacked bundle: its manifest read strictly, every file it lists compared with its SHA-256."""
+"""An unpacked bundle: its manifest, read strictly, and the files it lists, checked by SHA-256."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REMEDY = "copy the bundle again"
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One ONNX file: its precision, and the runtimes it is made for."""
+    """One ONNX file: its precision, and the runtimes it is for."""
 
     file: str
     precision: str
@@ -33,7 +33,7 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A precision that is not in the bundle, for these runtimes, and why."""
+    """A precision that the bundle lacks for these runtimes, and why."""
 
     precision: str
     runtimes: tuple[str, ...]
@@ -42,7 +42,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Bundle:
-    """The folder, opened. `input_shape` is (B, 3, H, W); B is None where the batch is free."""
+    """The opened folder. `input_shape` is (B, 3, H, W); B is None where the batch is dynamic."""
 
     root: Path
     name: str
@@ -54,7 +54,7 @@ class Bundle:
 
     @classmethod
     def open(cls, root: Path) -> Bundle:
-        """Read the manifest and compare every file with it.
+        """Read the manifest and check every file by it.
 
         Raises UserError: no manifest, damaged, of another schema; a file missing, truncated, altered.
         """
@@ -67,17 +67,17 @@ class Bundle:
                 f"{path}: {error.strerror}; run in the folder that holds {MANIFEST}"
             ) from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: damaged, not JSON ({one_line(error)}); {REMEDY}") from None
+            raise UserError(f"{path}: damaged: not JSON ({one_line(error)}); {REMEDY}") from None
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         if schema != SCHEMA:
             raise UserError(
-                f"{path}: schema is {schema!r}, this runner reads {SCHEMA!r}; {REMEDY}, runner and all"
+                f"{path}: schema: got {schema!r}; expected {SCHEMA!r}; {REMEDY}, with its runner"
             )
         try:
             bundle = _parse(root, manifest, hashlib.sha256(data).hexdigest())
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {one_line(error)}"
-            raise UserError(f"{path}: damaged, not a manifest ({reason}); {REMEDY}") from None
+            raise UserError(f"{path}: damaged: not a manifest ({reason}); {REMEDY}") from None
         for name in bundle.files:
             bundle.check(name)
         return bundle
@@ -92,17 +92,17 @@ class Bundle:
                     digest.update(block)
                     got += len(block)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}, the manifest lists it; {REMEDY}") from None
-        if got != size:
-            raise UserError(f"{path}: damaged, {got} bytes where the manifest has {size}; {REMEDY}")
-        if digest.hexdigest() != expected:
             raise UserError(
-                f"{path}: damaged, its SHA-256 begins {digest.hexdigest()[:12]}, "
-                f"the manifest has {expected[:12]}; {REMEDY}"
-            )
+                f"{path}: {error.strerror}, but the manifest lists it; {REMEDY}"
+            ) from None
+        if got != size:
+            raise UserError(f"{path}: damaged: got {got} bytes; expected {size}; {REMEDY}")
+        if digest.hexdigest() != expected:
+            sha256 = f"got SHA-256 {digest.hexdigest()[:12]}...; expected {expected[:12]}..."
+            raise UserError(f"{path}: damaged: {sha256}; {REMEDY}")
 
     def precisions(self, runtime: str) -> list[str]:
-        """What the bundle holds for a runtime, from fine to coarse."""
+        """The precisions the bundle holds for a runtime, from fine to coarse."""
         return [m.precision for m in self.models if runtime in m.runtimes]
 
     def model(self, runtime: str, precision: str) -> ModelFile:
@@ -115,21 +115,22 @@ class Bundle:
             for entry in self.left_out
             if entry.precision == precision and runtime in entry.runtimes
         ]
-        why = reasons[0] if reasons else "never made"
-        held = ", ".join(self.precisions(runtime)) or "nothing"
+        reason = reasons[0] if reasons else "not built"
+        available = ", ".join(self.precisions(runtime)) or "none"
         raise UserError(
-            f"--precision {precision}: not in this bundle for {runtime}: {why}; it holds {held}"
+            f"--precision: got {precision}, which this bundle lacks for {runtime} ({reason}); "
+            f"expected {available}"
         )
 
     def parity(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The parity inputs (N, 3, H, W) and the fp32 model's logits of them (N, K).
+        """The parity inputs (N, 3, H, W) and the fp32 model's logits (N, K).
 
-        Raises UserError: arrays that are not these.
+        Raises UserError: not readable, shapes that do not belong together.
         """
         x, logits = (self._array(name) for name in (INPUTS, LOGITS))
         if x.ndim != 4 or x.shape[1:] != self.input_shape[1:] or logits.shape[:1] != x.shape[:1]:
             raise UserError(
-                f"{self.root / INPUTS}: {x.shape} beside logits {logits.shape} for an input of "
+                f"{self.root / INPUTS}: got {x.shape} with logits {logits.shape}; expected "
                 f"{self.input_shape}; {REMEDY}"
             )
         return x, logits
@@ -139,7 +140,9 @@ class Bundle:
         try:
             array: NDArray[np.float32] = np.load(path, allow_pickle=False).astype(np.float32)
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: not an array ({one_line(error)}); {REMEDY}") from None
+            raise UserError(
+                f"{path}: damaged: not an array ({one_line(error)}); {REMEDY}"
+            ) from None
         return array
 
     def labels(self) -> list[str]:
@@ -149,42 +152,43 @@ class Bundle:
         return (self.root / LABELS).read_text(encoding="utf-8").split("\n")[:-1]
 
     def preprocessing(self) -> dict[str, Any]:
-        """image_size, mean, std, interpolation, crop. Raises UserError: the model carries no such notes."""
+        """image_size, mean, std, interpolation, crop. Raises UserError: the model has no such metadata."""
         if PREPROCESSING not in self.files:
             raise UserError(
-                f"{self.root}: the model {self.name} carries no preprocessing, so a picture cannot be "
-                "prepared; --bench and --verify work, or export it with its notes"
+                f"--image: the model {self.name} has no preprocessing metadata; "
+                "use --bench or --verify, or export it with mean, std and image_size"
             )
-        notes: dict[str, Any] = json.loads((self.root / PREPROCESSING).read_text(encoding="utf-8"))
-        return notes
+        text = (self.root / PREPROCESSING).read_text(encoding="utf-8")
+        preprocess: dict[str, Any] = json.loads(text)
+        return preprocess
 
 
 def _parse(root: Path, manifest: dict[str, Any], sha256: str) -> Bundle:
-    """Raises AttributeError, KeyError, TypeError or ValueError where the manifest is not one."""
+    """The manifest as a Bundle. Raises AttributeError, KeyError, TypeError or ValueError: not a manifest."""
     files = {
-        _below(path): (_whole(entry["bytes"]), _text(entry["sha256"]))
+        _inside(path): (_count(entry["bytes"]), _text(entry["sha256"]))
         for path, entry in manifest["files"].items()
     }
     batch, channels, height, width = manifest["input"]["shape"]
     models = tuple(
-        ModelFile(_known(m["file"], files), _known(m["precision"], PRECISIONS), _runtimes(m))
+        ModelFile(_one_of(m["file"], files), _one_of(m["precision"], PRECISIONS), _runtimes(m))
         for m in manifest["models"]
     )
     for name in (INPUTS, LOGITS):
-        _known(name, files)
+        _one_of(name, files)
     return Bundle(
         root=root,
         name=_text(manifest["name"]),
         sha256=sha256,
         input_shape=(
-            None if batch is None else _whole(batch),
-            _whole(channels),
-            _whole(height),
-            _whole(width),
+            None if batch is None else _count(batch),
+            _count(channels),
+            _count(height),
+            _count(width),
         ),
         models=models,
         left_out=tuple(
-            LeftOut(_known(e["precision"], PRECISIONS), _runtimes(e), _text(e["reason"]))
+            LeftOut(_one_of(e["precision"], PRECISIONS), _runtimes(e), _text(e["reason"]))
             for e in manifest["left_out"]
         ),
         files=files,
@@ -192,30 +196,30 @@ def _parse(root: Path, manifest: dict[str, Any], sha256: str) -> Bundle:
 
 
 def _runtimes(entry: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(_known(name, RUNTIMES) for name in entry["runtimes"])
+    return tuple(_one_of(name, RUNTIMES) for name in entry["runtimes"])
 
 
-def _below(path: str) -> str:
-    """A path that stays in the folder. Raises ValueError: it leads elsewhere."""
+def _inside(path: str) -> str:
+    """A path below the bundle's folder. Raises ValueError: it leads out of it."""
     parts = PurePosixPath(path).parts
     if not parts or path[0] == "/" or ".." in parts or "\\" in path or ":" in path:
         raise ValueError(f"path {path!r} leads out of the bundle")
     return path
 
 
-def _whole(value: Any) -> int:
+def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} where a whole number belongs")
+        raise ValueError(f"got {value!r}; expected a whole number")
     return value
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} where text belongs")
+        raise TypeError(f"got {value!r}; expected text")
     return value
 
 
-def _known(value: Any, known: Any) -> str:
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{value!r} is none of {', '.join(known)}")
+def _one_of(value: Any, allowed: Any) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"got {value!r}; expected one of {', '.join(allowed)}")
     return value

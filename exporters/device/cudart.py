@@ -20,7 +20,8 @@ NAMES = (
 )
 TO_DEVICE, TO_HOST = 1, 2  # cudaMemcpyKind
 MULTIPROCESSORS, MAJOR, MINOR = 16, 75, 76  # cudaDeviceAttr
-THREAD_LOCAL = 1  # cudaStreamCaptureMode: other threads may go on
+# cudaStreamCaptureMode: CUDA calls of other threads do not end a capture.
+THREAD_LOCAL = 1
 INT, POINTER = ctypes.c_int, ctypes.c_void_p  # streams, events and graphs are pointers too
 TO_INT, TO_POINTER = ctypes.POINTER(INT), ctypes.POINTER(POINTER)
 SIGNATURES = {
@@ -33,7 +34,7 @@ SIGNATURES = {
     "cudaStreamSynchronize": (POINTER,),
     "cudaStreamBeginCapture": (POINTER, INT),
     "cudaStreamEndCapture": (POINTER, TO_POINTER),
-    # the arguments of cudaGraphInstantiate changed with CUDA 12, those of this one never did
+    # The arguments of cudaGraphInstantiate changed with CUDA 12, those of this one did not.
     "cudaGraphInstantiateWithFlags": (TO_POINTER, POINTER, ctypes.c_ulonglong),
     "cudaGraphDestroy": (POINTER,),
     "cudaGraphLaunch": (POINTER, POINTER),
@@ -44,7 +45,7 @@ SIGNATURES = {
 
 
 class Cuda(Named):
-    """The runtime library, loaded, with at least one device behind it; device 0 is used."""
+    """The CUDA runtime library, loaded, with at least one device; device 0 is used."""
 
     name = "--runtime trt"
 
@@ -52,9 +53,11 @@ class Cuda(Named):
         """Raises UserError: no library, no driver, no device."""
         self._library = _load()
         if self._library is None:
+            names = ", ".join(NAMES)
             raise self.error(
-                f"no CUDA runtime library ({', '.join(NAMES)}); set LD_LIBRARY_PATH to its folder"
+                f"no CUDA runtime library ({names}); set LD_LIBRARY_PATH to its folder"
             )
+        # Without argument types ctypes passes addresses as 32-bit integers.
         for name, arguments in SIGNATURES.items():
             function = getattr(self._library, name)
             function.argtypes, function.restype = arguments, ctypes.c_int
@@ -63,29 +66,26 @@ class Cuda(Named):
         count = ctypes.c_int()
         self._call("cudaGetDeviceCount", ctypes.byref(count))
         if not count.value:
-            raise self.error(f"CUDA counts {count.value} devices; check the driver")
+            raise self.error(f"got {count.value} CUDA devices; expected one; check the driver")
 
-    def error(self, what: str) -> Exception:
+    def error(self, message: str) -> Exception:
         """The exception to raise."""
-        return UserError(f"{self.name}: {what}, or use --runtime ort")
+        return UserError(f"{self.name}: {message}, or use --runtime ort")
 
     def _call(self, name: str, *arguments: Any) -> None:
         status = getattr(self._library, name)(*arguments)
         if status:
-            words = self._library.cudaGetErrorString(status) or b"unknown"
-            raise self.error(
-                f"{name} failed with {status}, {words.decode(errors='replace')}; "
-                "check the driver and free memory"
-            )
+            text = (self._library.cudaGetErrorString(status) or b"unknown").decode(errors="replace")
+            raise self.error(f"{name}: got {status}, {text}; check the driver and free memory")
 
     def _handle(self, name: str, *arguments: Any) -> int:
-        """What a call writes through its first argument."""
+        """The handle that a call writes through its first argument."""
         handle = ctypes.c_void_p()
         self._call(name, ctypes.byref(handle), *arguments)
         return handle.value or 0
 
     def device(self) -> dict[str, int]:
-        """What an engine is bound to: `sm` (87 for 8.7) and the number of `multiprocessors`."""
+        """The properties an engine is bound to: `sm` (87 for 8.7) and the number of `multiprocessors`."""
         major, minor, count = map(self._attribute, (MAJOR, MINOR, MULTIPROCESSORS))
         return {"sm": 10 * major + minor, "multiprocessors": count}
 
@@ -103,11 +103,11 @@ class Cuda(Named):
         return self._handle("cudaMalloc", size)
 
     def free(self, address: int) -> None:
-        """Give memory back."""
+        """Free device memory."""
         self._call("cudaFree", address)
 
     def upload(self, address: int, array: NDArray[Any], stream: int) -> None:
-        """Queue the copy of a contiguous array to the device; it must live until `wait`."""
+        """Queue the copy of a contiguous array to the device; the array must live until `wait`."""
         self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, TO_DEVICE, stream)
 
     def download(self, array: NDArray[Any], address: int, stream: int) -> None:
@@ -115,22 +115,23 @@ class Cuda(Named):
         self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, TO_HOST, stream)
 
     def wait(self, stream: int) -> None:
-        """Until everything queued on the stream is done."""
+        """Block until everything queued on the stream is done."""
         self._call("cudaStreamSynchronize", stream)
 
     def capture(self, stream: int, work: Callable[[], None]) -> int:
-        """A graph of what `work` queues on the stream, which does not run now; the handle for `launch`."""
+        """Record what `work` queues on the stream, without running it; returns the graph's handle for `launch`."""
         self._call("cudaStreamBeginCapture", stream, THREAD_LOCAL)
         graph = ctypes.c_void_p()
         try:
             work()
-        except BaseException:  # what was captured until then is of no use
+        except BaseException:
+            # A stream left in capture mode would fail every later call; the part captured so far is useless.
             self._library.cudaStreamEndCapture(stream, ctypes.byref(graph))
             raise
         self._call("cudaStreamEndCapture", stream, ctypes.byref(graph))
-        made = self._handle("cudaGraphInstantiateWithFlags", graph, 0)
+        executable = self._handle("cudaGraphInstantiateWithFlags", graph, 0)
         self._call("cudaGraphDestroy", graph)
-        return made
+        return executable
 
     def launch(self, graph: int, stream: int) -> None:
         """Queue the work of a captured graph."""
@@ -141,18 +142,18 @@ class Cuda(Named):
         return self._handle("cudaEventCreate")
 
     def record(self, event: int, stream: int) -> None:
-        """Queue the event: it happens once the work queued before it is done."""
+        """Queue the event, which is reached once the work queued before it is done."""
         self._call("cudaEventRecord", event, stream)
 
     def elapsed_ms(self, began: int, ended: int) -> float:
-        """ms on the device between two events that have happened."""
+        """Device time in ms between two events that have been reached."""
         milliseconds = ctypes.c_float()
         self._call("cudaEventElapsedTime", ctypes.byref(milliseconds), began, ended)
         return milliseconds.value
 
 
 def _load() -> Any:
-    """libcudart from where the loader finds it, or from the wheels that carry it; None where it is nowhere."""
+    """libcudart from the loader's path, or from the wheels that carry it; None where it is not found."""
     wheels = [
         str(p) for folder in sys.path for p in Path(folder).glob("nvidia/*/lib/libcudart.so.*")
     ]

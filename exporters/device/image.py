@@ -1,4 +1,4 @@
-"""An image file -> what the network takes. The one part of the runner that needs Pillow."""
+"""An image file as the network's input. The one part of the runner that needs Pillow."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ HOME = __package__ if Path(__file__).with_name("decoding.py").exists() else "pip
 CROP = "resize the shorter side, centre crop"
 
 
-def read_image(path: Path, notes: dict[str, Any]) -> NDArray[np.float32]:
+def read_image(path: Path, preprocess: dict[str, Any]) -> NDArray[np.float32]:
     """(1, 3, S, S) float32: EXIF rotation applied, alpha on white, shorter side resized, centre crop, normalised.
 
-    Raises UserError: no Pillow, no such file, not readable, a preprocessing this runner does not know.
+    Raises UserError: no Pillow, no such file, not readable, a preprocessing this runner does not have.
     """
-    if (notes["interpolation"], notes["crop"]) != ("bicubic", CROP):
+    if (preprocess["interpolation"], preprocess["crop"]) != ("bicubic", CROP):
         raise UserError(
-            f"preprocessing is {notes['interpolation']!r} and {notes['crop']!r}; this runner does "
-            f"'bicubic' and {CROP!r} only"
+            f"preprocessing: got {preprocess['interpolation']!r}, {preprocess['crop']!r}; expected "
+            f"'bicubic', {CROP!r}; prepare the images yourself"
         )
     try:
         decoding = importlib.import_module(f"{HOME}.decoding")
@@ -33,11 +33,11 @@ def read_image(path: Path, notes: dict[str, Any]) -> NDArray[np.float32]:
             f"--image needs Pillow ({error}); `pip install pillow`; --bench and --verify do without"
         ) from None
     try:
-        pixels = decoding.square_rgb(decoding.decode(path), int(notes["image_size"]))
+        pixels = decoding.square_rgb(decoding.decode(path), int(preprocess["image_size"]))
     except Exception as error:  # a decoder raises whatever the bytes lead it to
         raise UserError(
             f"--image {path}: cannot be read ({one_line(error)}); give an image file"
         ) from None
     x = pixels.astype(np.float32) / np.float32(255)
-    x = (x - np.array(notes["mean"], np.float32)) / np.array(notes["std"], np.float32)
+    x = (x - np.array(preprocess["mean"], np.float32)) / np.array(preprocess["std"], np.float32)
     return np.ascontiguousarray(x.transpose(2, 0, 1)[None])

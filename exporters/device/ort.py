@@ -14,14 +14,20 @@ from numpy.typing import NDArray
 
 from .errors import Named, one_line
 
-KINDS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "int8", "int8": "int8"}
+PRECISION_OF_TYPE = {
+    "float": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "uint8": "int8",
+    "int8": "int8",
+}
 PRODUCTS = ("Conv", "Gemm", "MatMul", "Attention")
-# they fuse Pad into an AveragePool that leaves padding out: other answers
-PAD_FUSION_WRONG = ("1.19", "1.20")
+# These versions fuse Pad into an AveragePool that does not count the padding, which changes the outputs.
+WRONG_PAD_FUSION = ("1.19", "1.20")
 
 
 class OrtModel(Named):
-    """One model, on as many threads as asked for, the CPU provider only."""
+    """One model in ONNX Runtime on the CPU, on `threads` intra-op threads."""
 
     build_seconds: float | None = None
 
@@ -36,11 +42,11 @@ class OrtModel(Named):
         options = self._module.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # an error is raised too
+        options.log_severity_level = 4  # errors are raised anyway
         if profile:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
-        wrong = ".".join(self._module.__version__.split(".")[:2]) in PAD_FUSION_WRONG
+        wrong = ".".join(self._module.__version__.split(".")[:2]) in WRONG_PAD_FUSION
         try:
             return self._module.InferenceSession(
                 str(self._model),
@@ -49,9 +55,9 @@ class OrtModel(Named):
                 disabled_optimizers=["Pad_Fusion"] if wrong else None,
             )
         except Exception as error:  # one exception class per status code
+            version = self._module.__version__
             raise self.error(
-                f"ONNX Runtime {self._module.__version__} refuses it: {one_line(error)}; "
-                "a newer onnxruntime may take it"
+                f"ONNX Runtime {version} rejects it: {one_line(error)}; try a newer onnxruntime"
             ) from None
 
     def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -60,20 +66,20 @@ class OrtModel(Named):
         return logits
 
     def computes_in(self, shape: Sequence[int] | None = None) -> str:
-        """What most convolutions and matrix products take in, from a profile of one run in a second session.
+        """Precision of most convolutions and matrix products, from a profile of one run in a second session.
 
-        shape: of its input; None takes 1 for what the model leaves free.
+        shape: of the input; None takes 1 for each dynamic dimension.
         """
         shape = shape or [d if isinstance(d, int) else 1 for d in self._input.shape]
         with tempfile.TemporaryDirectory() as folder:
             session = self._open(1, Path(folder) / "profile")
             session.run([self._output], {self._input.name: np.zeros(shape, np.float32)})
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        taken = [
+        input_types = [
             e["args"]["input_type_shape"][0]
             for e in events
             if any(word in e.get("args", {}).get("op_name", "") for word in PRODUCTS)
             and e["args"].get("input_type_shape")
         ]
-        kinds = Counter(KINDS.get(next(iter(first)), "fp32") for first in taken)
-        return kinds.most_common(1)[0][0] if kinds else "fp32"
+        counts = Counter(PRECISION_OF_TYPE.get(next(iter(t)), "fp32") for t in input_types)
+        return counts.most_common(1)[0][0] if counts else "fp32"

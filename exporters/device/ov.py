@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU, told to compute in f32: without that hint it takes bfloat16 or f16 where the CPU has it."""
+"""OpenVINO on the CPU, with the hint to compute in f32: else it takes bfloat16 or f16 where the CPU has it."""
 
 from __future__ import annotations
 
@@ -16,65 +16,58 @@ from numpy.typing import NDArray
 from . import compiled_cache
 from .errors import Named, one_line
 
-KINDS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "u8": "int8", "i8": "int8"}
+PRECISION_OF_TYPE = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "u8": "int8", "i8": "int8"}
 PRODUCTS = ("Convolution", "FullyConnected", "MatMul", "GroupConvolution", "MHA")
-
-
 SCHEMA = "cakd.compiled/1"
-WEIGHTS = ".bin"  # beside an IR
 
 
 @functools.cache
 def shared_core(module: Any) -> Any:
-    """The one Core of this process, never let go.
-
-    On a CPU with AMX each Core gives the thread a signal stack and, on its end, brings back the one before. Of two
-    that go in the order they came, the second brings back memory that the first has freed: the next signal that
-    Python handles, an interrupt or a child's end, is a segmentation fault (openvino 2026.4.1).
-    """
+    """The one Core of this process, never released."""
+    # On a CPU with AMX each Core installs a signal stack for the thread and restores the previous one when it is
+    # destroyed. Of two destroyed in the order of their creation, the second restores memory that the first has
+    # freed: the next signal that Python handles is a segmentation fault (openvino 2026.4.1).
     return module.Core()
 
 
 def compile_model(core: Any, version: str, model: Path, options: Any, cache: Path | None) -> Any:
-    """The model on the CPU; with a `cache`, as an earlier process compiled it there, else kept there.
-
-    OpenVINO's own CACHE_DIR takes a blob of altered bytes: here a SHA-256 is held against it first.
-    """
+    """The model compiled for the CPU; with a `cache` folder, read from there or written to it."""
     if cache is None:
         return core.compile_model(core.read_model(str(model)), "CPU", options)
-    parts = [p for p in (model, model.with_suffix(WEIGHTS)) if p.is_file()]
-    maker = {
+    # Not OpenVINO's own CACHE_DIR: it loads a blob whose bytes have changed; here its SHA-256 is checked first.
+    files = [p for p in (model, model.with_suffix(".bin")) if p.is_file()]
+    key = {
         "schema": SCHEMA,
         "openvino": version,
         "cpu": core.get_property("CPU", "FULL_DEVICE_NAME"),
         "options": {key: str(value) for key, value in options.items()},
-        "model_sha256": [hashlib.sha256(p.read_bytes()).hexdigest() for p in parts],
+        "model_sha256": [hashlib.sha256(p.read_bytes()).hexdigest() for p in files],
     }
     path = cache / f"{model.stem}.ov{version.split('-')[0]}.blob"
-    known = compiled_cache.read_cached(path, maker)
-    if known is not None:
-        return core.import_model(known, "CPU", options)
-    made = core.compile_model(core.read_model(str(model)), "CPU", options)
-    compiled_cache.write_cached(path, made.export_model().getvalue(), maker)
-    return made
+    cached = compiled_cache.read_cached(path, key)
+    if cached is not None:
+        return core.import_model(cached, "CPU", options)
+    result = core.compile_model(core.read_model(str(model)), "CPU", options)
+    compiled_cache.write_cached(path, result.export_model().getvalue(), key)
+    return result
 
 
 def computes_in(compiled: Any) -> str:
-    """What most convolutions and matrix products of a compiled model run in; without any, what it was told."""
-    kinds: Counter[str] = Counter()
+    """Precision of most convolutions and matrix products of a compiled model; without any, its hint."""
+    types: Counter[str] = Counter()
     for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()
         if "layerType" in info and info["layerType"].astype(str) in PRODUCTS:
-            # `brgconv_avx512_1x1_bf16`: the kernel; `runtimePrecision` would name the stored weights
-            kinds[info["primitiveType"].astype(str).split("_")[-1].lower()] += 1
-    if not kinds:
-        kinds[compiled.get_property("INFERENCE_PRECISION_HINT").to_string()] = 1
-    most = kinds.most_common(1)[0][0]
-    return KINDS.get(most, most)
+            # The kernel, `brgconv_avx512_1x1_bf16`: `runtimePrecision` would name the stored weights.
+            types[info["primitiveType"].astype(str).split("_")[-1].lower()] += 1
+    if not types:
+        types[compiled.get_property("INFERENCE_PRECISION_HINT").to_string()] = 1
+    name = types.most_common(1)[0][0]
+    return PRECISION_OF_TYPE.get(name, name)
 
 
 class OvModel(Named):
-    """One model read from its ONNX or IR, one stream; `hint` None leaves the precision to OpenVINO."""
+    """One ONNX or IR model in OpenVINO, on one stream; a `hint` of None leaves the precision to OpenVINO."""
 
     build_seconds: float | None = None
 
@@ -91,27 +84,27 @@ class OvModel(Named):
         options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
         if hint is not None:
             options["INFERENCE_PRECISION_HINT"] = hint
-        with self.refusals():
+        with self.translated_errors():
             core = shared_core(module)
             self._compiled = compile_model(core, self._version, model, options, cache)
             self._request = self._compiled.create_infer_request()
 
     @contextlib.contextmanager
-    def refusals(self) -> Iterator[None]:
-        """What OpenVINO raises inside the block, in one line. Raises `error`."""
+    def translated_errors(self) -> Iterator[None]:
+        """Raise `error`, in one line, for what OpenVINO raises inside the block."""
         try:
             yield
         except Exception as error:  # openvino raises bare RuntimeErrors
             raise self.error(
-                f"OpenVINO {self._version} refuses it: {one_line(error)}; a newer openvino may take it"
+                f"OpenVINO {self._version} rejects it: {one_line(error)}; try a newer openvino"
             ) from None
 
     def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """x (B, 3, H, W) -> the first output, (B, K), copied out of the runtime."""
-        made = self._request.infer([x], share_inputs=False, share_outputs=False)
-        logits: NDArray[np.float32] = made[0]
+        outputs = self._request.infer([x], share_inputs=False, share_outputs=False)
+        logits: NDArray[np.float32] = outputs[0]
         return logits
 
     def computes_in(self) -> str:
-        """What most convolutions and matrix products of the compiled graph run in."""
+        """Precision of most convolutions and matrix products of the compiled graph."""
         return computes_in(self._compiled)

@@ -1,4 +1,4 @@
-"""How far two sets of logits agree: the figures, and the bounds by which a bundle is made and verified."""
+"""Parity metrics of two sets of logits, and the thresholds by which a bundle is made and verified."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-BIT_EQUAL_DB = 200.0  # the SQNR of no difference at all: beyond float32, and still a number in JSON
-MIN_RESPONSE = 1e-6  # between-image std over the largest output below this: rounding, not an answer to the image
-FIGURES = ("max_abs", "rel_between_std", "sqnr_centered_db", "top1_agreement")
+# SQNR reported for identical outputs: beyond what float32 resolves, and finite, so that JSON can hold it.
+BIT_EQUAL_DB = 200.0
+# A between-image std below this share of the largest output is rounding, not a response to the image.
+MIN_RESPONSE = 1e-6
+METRICS = ("max_abs", "rel_between_std", "sqnr_centered_db", "top1_agreement")
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The bounds: fp32 by largest difference over the between-image std, the others by centred SQNR in dB."""
+    """Parity gates: fp32 by largest difference over between-image std, the others by centred SQNR in dB."""
 
     fp32_rel: float = 1e-3
     fp16_db: float = 35.0
@@ -23,10 +25,10 @@ class Thresholds:
     int8_db: float = 15.0
 
 
-def responds_to_input(reference: NDArray[np.float32]) -> bool:
-    """Whether different images get different answers, beyond rounding."""
-    a = reference.astype(np.float64)
-    return float(a.std(axis=0).max()) > MIN_RESPONSE * float(np.abs(a).max())
+def responds_to_input(logits: NDArray[np.float32]) -> bool:
+    """Whether logits (N, K) differ between images by more than rounding."""
+    values = logits.astype(np.float64)
+    return float(values.std(axis=0).max()) > MIN_RESPONSE * float(np.abs(values).max())
 
 
 def logit_metrics(
@@ -34,57 +36,64 @@ def logit_metrics(
 ) -> dict[str, float | None]:
     """Both (N, K), N >= 2 -> max_abs, rel_between_std, sqnr_centered_db, top1_agreement.
 
-    The reference's mean over the images is subtracted class by class first, so that a constant offset earns
-    nothing. None where the figure does not exist: outputs that are not finite, or a reference that gives
-    every image the same answer.
+    None where a metric does not exist: outputs that are not finite, or a reference that gives every image
+    the same answer.
     """
     a, b = reference.astype(np.float64), other.astype(np.float64)
-    row: dict[str, float | None] = dict.fromkeys(FIGURES)
+    metrics: dict[str, float | None] = dict.fromkeys(METRICS)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return row
-    largest = row["max_abs"] = float(np.abs(a - b).max())
+        return metrics
+    largest = metrics["max_abs"] = float(np.abs(a - b).max())
     if not responds_to_input(reference):
-        return row
-    centred = a - a.mean(axis=0)
+        return metrics
+    # The mean over the images goes first, class by class: a constant offset shared by all images would
+    # count as signal and hide noise that changes the ranking.
+    signal = float(((a - a.mean(axis=0)) ** 2).sum())
     noise = float(((a - b) ** 2).sum())
-    signal = float((centred**2).sum())
-    row["rel_between_std"] = largest / math.sqrt(signal / a.size)
-    row["sqnr_centered_db"] = 10 * math.log10(signal / noise) if noise else BIT_EQUAL_DB
-    row["top1_agreement"] = float((a.argmax(axis=1) == b.argmax(axis=1)).mean())
-    return row
+    metrics["rel_between_std"] = largest / math.sqrt(signal / a.size)
+    metrics["sqnr_centered_db"] = 10 * math.log10(signal / noise) if noise else BIT_EQUAL_DB
+    metrics["top1_agreement"] = float((a.argmax(axis=1) == b.argmax(axis=1)).mean())
+    return metrics
 
 
 def parity_verdict(
-    row: dict[str, float | None], largest: float, precision: str, gates: Thresholds
+    metrics: dict[str, float | None], largest: float, precision: str, thresholds: Thresholds
 ) -> tuple[str, str]:
-    """(PASS | FAIL | UNDECIDED, the figure beside its bound). `largest`: the reference's largest absolute output.
+    """(PASS | FAIL | UNDECIDED, the metric beside its gate). `largest`: the reference's largest absolute output.
 
-    A reference that does not react can refute parity, never prove it.
+    A reference that does not respond to its input can refute parity, never prove it.
     """
-    if row["max_abs"] is None:
+    if metrics["max_abs"] is None:
         return "FAIL", "outputs hold NaN or infinity"
-    rel, sqnr = row["rel_between_std"], row["sqnr_centered_db"]
+    rel, sqnr = metrics["rel_between_std"], metrics["sqnr_centered_db"]
     if rel is None or sqnr is None:
-        if precision == "fp32" and row["max_abs"] > gates.fp32_rel * largest:
-            words = f"max abs {row['max_abs']:.3g} on outputs of {largest:.3g} that do not vary"
-            return "FAIL", words
-        return (
-            "UNDECIDED",
-            "the reference does not react to its input: it answers every image alike",
-        )
+        if precision == "fp32" and metrics["max_abs"] > thresholds.fp32_rel * largest:
+            reason = (
+                f"max abs {metrics['max_abs']:.3g} on outputs of {largest:.3g} that do not vary"
+            )
+            return "FAIL", reason
+        return "UNDECIDED", "the reference does not react to its input: all images get one answer"
     if precision == "fp32":
-        passed, text = rel <= gates.fp32_rel, f"max abs / std {rel:.2e}, gate {gates.fp32_rel:g}"
-    else:
-        floor = {"fp16": gates.fp16_db, "bf16": gates.bf16_db, "int8": gates.int8_db}[precision]
-        passed, text = sqnr >= floor, f"{sqnr:.1f} dB, {precision} gate {floor:g} dB"
-    return "PASS" if passed else "FAIL", text
+        gate = thresholds.fp32_rel
+        return _verdict(rel <= gate), f"max abs / std {rel:.2e}, gate {gate:g}"
+    gate = float(getattr(thresholds, f"{precision}_db"))
+    return _verdict(sqnr >= gate), f"{sqnr:.1f} dB, {precision} gate {gate:g} dB"
 
 
-def verify_logits(
-    reference: NDArray[np.float32], got: NDArray[np.float32], precision: str
-) -> tuple[str, str]:
-    """Both (N, K) -> (PASS | FAIL | UNDECIDED, the figure beside its bound)."""
-    if reference.shape != got.shape:
-        return "FAIL", f"outputs are {got.shape}, expected {reference.shape}"
+def _verdict(passed: bool) -> str:
+    return "PASS" if passed else "FAIL"
+
+
+def compare_logits(
+    reference: NDArray[np.float32],
+    other: NDArray[np.float32],
+    precision: str,
+    thresholds: Thresholds | None = None,
+) -> tuple[dict[str, float | None], str, str]:
+    """Both (N, K) -> (metrics, PASS | FAIL | UNDECIDED, the metric beside its gate)."""
+    if reference.shape != other.shape:
+        reason = f"outputs: got shape {other.shape}; expected {reference.shape}"
+        return dict.fromkeys(METRICS), "FAIL", reason
+    metrics = logit_metrics(reference, other)
     largest = float(np.abs(reference).max())
-    return parity_verdict(logit_metrics(reference, got), largest, precision, Thresholds())
+    return metrics, *parity_verdict(metrics, largest, precision, thresholds or Thresholds())

@@ -1,4 +1,4 @@
-"""Run this bundle on this device, from the folder that holds manifest.json.
+"""Run this bundle on this device; start it in the folder that holds manifest.json.
 
 `python -m bundle.run --verify`, `--bench` or `--image x.jpg`. Needs NumPy and one of onnxruntime, openvino,
 TensorRT 10.3 or later; `--image` needs Pillow too. Exit codes: 0 done; 1 a bug; 2 a mistake or something missing,
@@ -22,22 +22,22 @@ MISTAKE, GATE, INTERRUPTED = 2, 3, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line, as every other message."""
+    """A parser whose error is one line, as every other message."""
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError with argparse's own words."""
-        raise UserError(f"{message}; --help lists what there is")
+        raise UserError(f"{message}; see --help")
 
 
 def _seconds(text: str) -> float:
     value = float(text)
     if not 0 < value <= 3600:
-        raise argparse.ArgumentTypeError(f"got {text}; allowed: above 0, up to 3600")
+        raise argparse.ArgumentTypeError(f"got {text}; expected more than 0, 3600 at most")
     return value
 
 
 def parser() -> Parser:
-    """The command line."""
+    """The command line of the runner."""
     p = Parser(
         prog="bundle.run",
         description=__doc__,
@@ -45,46 +45,52 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     action = p.add_mutually_exclusive_group(required=True)
-    action.add_argument("--verify", action="store_true", help="every hash, then the parity inputs")
-    action.add_argument("--bench", action="store_true", help="latency of one precision")
-    action.add_argument("--image", type=Path, nargs="+", help="the most probable classes of these")
+    action.add_argument(
+        "--verify",
+        action="store_true",
+        help="check every hash, then the outputs for the parity inputs",
+    )
+    action.add_argument("--bench", action="store_true", help="measure the latency of one precision")
+    action.add_argument("--image", type=Path, nargs="+", help="classify these images")
     p.add_argument(
         "--runtime",
         choices=("auto", "ort", "ov", "trt"),
         default="auto",
-        help="auto: TensorRT where it and a GPU are, else ONNX Runtime, else OpenVINO",
+        help="auto (default): TensorRT where it and a GPU are present, else ONNX Runtime, else OpenVINO",
     )
     p.add_argument(
         "--precision",
         choices=("fp32", "fp16", "int8"),
-        help="fp32 if not given; by --verify all there are",
+        help="default: fp32; with --verify all that the bundle holds",
     )
-    p.add_argument("--threads", type=int, help="of a CPU runtime, 1 if not given")
-    p.add_argument("--seconds", type=_seconds, default=3.0, help="of --bench, after the warm-up")
+    p.add_argument("--threads", type=int, help="of a CPU runtime, default 1")
+    p.add_argument(
+        "--seconds", type=_seconds, default=3.0, help="of --bench, after the warm-up, default 3"
+    )
     p.add_argument(
         "--cache",
         type=Path,
-        help="where compiled models are kept: TensorRT's, else in ./cache; OpenVINO's, else nowhere",
+        help="folder for compiled models; default: ./cache for TensorRT, none for OpenVINO",
     )
-    p.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    p.add_argument("--json", action="store_true", help="print the result as JSON")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do it and return the exit code."""
+    """Run the action and return the exit code."""
     try:
         args = parser().parse_args(argv)
         try:
             from . import actions, contents
         except ImportError as error:
             raise UserError(
-                f"the runner needs NumPy 1.21 or later ({error}); `pip install numpy`"
+                f"NumPy: not importable ({error}); expected 1.21 or later; `pip install numpy`"
             ) from None
-        found = actions.run_action(contents.Bundle.open(ROOT), args)
-        text = json.dumps(found.document, indent=1) if args.json else "\n".join(found.lines)
+        result = actions.run_action(contents.Bundle.open(ROOT), args)
+        text = json.dumps(result.document, indent=1) if args.json else "\n".join(result.lines)
         print(text, flush=True)
-        if found.failure:
-            raise GateFailed(found.failure)
+        if result.failure:
+            raise GateFailed(result.failure)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, GateFailed) as error:

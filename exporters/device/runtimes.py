@@ -1,4 +1,4 @@
-"""What every runtime looks like here, and which of them this device has."""
+"""The runtimes of the runner: which of them this device has, and one interface for a loaded model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ INSTALL_HINTS = {
     "ov": "`pip install openvino`",
     "trt": "JetPack brings it; a virtual environment sees it with --system-site-packages",
 }
-TENSORRT_FROM = (10, 3)  # JetPack 6.1
+MIN_TENSORRT = (10, 3)  # JetPack 6.1
 
 
 class LoadedModel(Protocol):
-    """A model loaded in a runtime. `build_seconds` is what an engine took to build, None where none was."""
+    """A model loaded in a runtime. `build_seconds` is the time its engine took to build, None without a build."""
 
     runtime: str
     build_seconds: float | None
@@ -38,21 +38,21 @@ class LoadedModel(Protocol):
         ...
 
 
-def select_runtime(asked: str) -> tuple[str, Any]:
+def select_runtime(requested: str) -> tuple[str, Any]:
     """`ort`, `ov`, `trt` or `auto` -> (the name, its library imported).
 
     `auto`: TensorRT where it and a CUDA device are present, else ONNX Runtime, else OpenVINO.
-    Raises UserError: the one asked for is missing, or none is there.
+    Raises UserError: the requested one is missing, or there is none.
     """
-    if asked != "auto":
-        return asked, import_runtime(asked)
-    missing = []
+    if requested != "auto":
+        return requested, import_runtime(requested)
+    reasons = []
     for name in ("trt", "ort", "ov"):
         try:
             return name, import_runtime(name)
         except UserError as error:
-            missing.append(str(error))
-    raise UserError(f"--runtime auto found none: {'; '.join(missing)}")
+            reasons.append(str(error))
+    raise UserError(f"--runtime auto: found no runtime: {'; '.join(reasons)}")
 
 
 def import_runtime(name: str) -> Any:
@@ -62,32 +62,26 @@ def import_runtime(name: str) -> Any:
     try:
         module = importlib.import_module(MODULES[name])
     except (ImportError, OSError) as error:
-        raise UserError(
-            f"--runtime {name}: {MODULES[name]} is missing ({one_line(error, 120)}); {INSTALL_HINTS[name]}"
-        ) from None
+        reason = f"{MODULES[name]} is not installed ({one_line(error, 120)})"
+        raise UserError(f"--runtime {name}: {reason}; {INSTALL_HINTS[name]}") from None
     if name == "trt":
         version = tuple(int(part) for part in module.__version__.split(".")[:2])
-        if version < TENSORRT_FROM:
-            raise UserError(
-                f"--runtime trt: TensorRT {module.__version__} is older than 10.3; install JetPack 6.1 or later"
-            )
+        if version < MIN_TENSORRT:
+            got = f"--runtime trt: got TensorRT {module.__version__}"
+            raise UserError(f"{got}; expected 10.3 or later; install JetPack 6.1 or later")
         Cuda()
     return module
 
 
 def load_model(
-    name: str,
-    module: Any,
-    model: Path,
-    precision: str,
-    threads: int,
-    cache: Path | None,
+    name: str, module: Any, model: Path, precision: str, threads: int, cache: Path | None
 ) -> LoadedModel:
-    """Load one ONNX file in a runtime; `cache` is where its compiled form is kept.
+    """Load one ONNX file in a runtime; `cache` is the folder of its compiled form.
 
-    Without it TensorRT's plan goes into `cache/` beside the model, OpenVINO's is not kept.
-    Raises UserError: the runtime refuses the file.
+    Without it TensorRT's plan goes into `cache/` beside the model, OpenVINO's is not cached.
+    Raises UserError: the runtime rejects the file.
     """
+    # Imported here, because two of the three runtimes are usually not installed.
     if name == "ort":
         from .ort import OrtModel
 

@@ -1,4 +1,4 @@
-"""Latency by the protocol of the project: warm-up until it is stable, real inputs in turn, honest percentiles."""
+"""The timing protocol: warm-up until stable, several inputs in turn, percentiles only of enough calls."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 BLOCK_SECONDS = 0.15
 WARM_UP_SECONDS = 2.0
 WARM_UP_AGREEMENT = 0.03  # three block medians within this share of each other
-P90_FROM, P99_FROM = 100, 1000  # calls below which the tail is not known
+# Fewer calls leave less than ten beyond the percentile, too few to estimate it.
+MIN_CALLS_P90, MIN_CALLS_P99 = 100, 1000
 MIN_INPUTS = 4
-MIN_CPU_SHARE = 0.9  # CPU over wall time below which one thread was disturbed
+MIN_CPU_SHARE = 0.9  # CPU over wall time below which other work disturbed a single thread
 
 
 @dataclass(frozen=True)
 class Block:
-    """Calls timed one by one: wall and process-CPU time of each, and the engine's own on a GPU, in ms."""
+    """Calls timed one by one, in ms: wall and process-CPU time of each, and on a GPU the engine's own."""
 
     wall_ms: list[float]
     cpu_ms: list[float]
@@ -39,24 +40,24 @@ class Block:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """How long the warm-up took, and whether it ended because the medians agreed."""
+    """Duration of the warm-up, and whether it ended because the medians agreed."""
 
     seconds: float
     stable: bool
 
 
 def cycle_inputs(inputs: Sequence[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
-    """The inputs round and round, so that no cache serves the same picture twice running.
+    """The inputs in an endless cycle, so that no cache serves the same image twice in a row.
 
     Raises ValueError: fewer than MIN_INPUTS.
     """
     if len(inputs) < MIN_INPUTS:
-        raise ValueError(f"{len(inputs)} input buffers; at least {MIN_INPUTS} are needed")
+        raise ValueError(f"got {len(inputs)} input buffers; expected {MIN_INPUTS} or more")
     return itertools.cycle(inputs)
 
 
 def batched_inputs(x: NDArray[np.float32], size: int) -> list[NDArray[np.float32]]:
-    """The images round and round in batches of `size`, MIN_INPUTS of them at least."""
+    """x (N, 3, H, W) -> at least MIN_INPUTS batches of `size` images, which repeat where N is too small."""
     rows = np.arange(size * max(MIN_INPUTS, len(x) // size)) % len(x)
     return [np.ascontiguousarray(x[r]) for r in rows.reshape(-1, size)]
 
@@ -67,13 +68,13 @@ def run_block(
     seconds: float = BLOCK_SECONDS,
     engine: Callable[[], float] | None = None,
 ) -> Block:
-    """Time `run(x)` over and over for `seconds`, once at least. What `run` copies in and out is included.
+    """Time calls of `run(x)`, with its copies in and out, for `seconds`, at least one.
 
-    engine: gives the ms that the device took since it was last asked, by its own clock.
+    engine: returns the device time in ms since its last call, by the device's own clock.
     """
     block = Block([], [])
     if engine is not None:
-        engine()  # what ran before is not of this block
+        engine()  # discards the time of the runs before this block
     end = time.perf_counter() + seconds
     while not block.wall_ms or time.perf_counter() < end:
         x = next(inputs)
@@ -93,7 +94,7 @@ def warm_up(
     limit: float | None = None,
     engine: Callable[[], float] | None = None,
 ) -> WarmUp:
-    """Run blocks until three wall medians in a row agree within 3 %, or `limit` seconds (2 s) have passed."""
+    """Run blocks until three wall medians in a row agree within 3 %, or for `limit` seconds (default 2)."""
     limit = WARM_UP_SECONDS if limit is None else limit
     began = time.perf_counter()
     medians: list[float] = []
@@ -128,31 +129,31 @@ def time_calls(
 
 
 def percentiles(milliseconds: Sequence[float]) -> dict[str, Any]:
-    """ms of each call -> p50, p90 from 100 calls on, p99 from 1,000, else None; min, n."""
+    """Milliseconds per call -> p50, p90 from 100 calls on, p99 from 1,000, else None; min, n."""
     values = np.array(milliseconds)
 
-    def percentile(q: int, least: int) -> float | None:
-        return significant(float(np.percentile(values, q))) if len(values) >= least else None
+    def percentile(q: int, min_calls: int) -> float | None:
+        return significant(float(np.percentile(values, q))) if len(values) >= min_calls else None
 
     return {
         "p50": percentile(50, 1),
-        "p90": percentile(90, P90_FROM),
-        "p99": percentile(99, P99_FROM),
+        "p90": percentile(90, MIN_CALLS_P90),
+        "p99": percentile(99, MIN_CALLS_P99),
         "min": significant(float(values.min())),
         "n": len(values),
     }
 
 
-def noise_flags(found: dict[str, Any], threads: int | None) -> list[str]:
-    """Why a row is noisy; `threads` is None where the work is not on the CPU."""
+def noise_flags(cpu_share: float, stable: bool, threads: int | None) -> list[str]:
+    """Reasons why a row is noisy; `threads` is None where the work is not on the CPU."""
     reasons = []
-    if threads == 1 and found["cpu_share"] < MIN_CPU_SHARE:
-        reasons.append(f"cpu/wall {found['cpu_share']:.2f} below {MIN_CPU_SHARE}")
-    if not found["warm_up"]["stable"]:
+    if threads == 1 and cpu_share < MIN_CPU_SHARE:
+        reasons.append(f"cpu/wall {cpu_share:.2f} below {MIN_CPU_SHARE}")
+    if not stable:
         reasons.append("warm-up not stable")
     return reasons
 
 
 def significant(value: float) -> float:
-    """Rounded to 4 significant digits, more than any of these figures carries."""
+    """Round to 4 significant digits, more than any of these measurements is precise to."""
     return float(f"{value:.4g}")

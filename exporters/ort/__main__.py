@@ -1,8 +1,8 @@
 """Checkpoint -> ONNX, checked in ONNX Runtime; its fp16 and int8 versions.
 
 `python -m exporters.ort CHECKPOINT student.onnx [--opset N] [--precision fp32,fp16,int8] [--calib DIR]`
-CHECKPOINT may be an .onnx file, anyone's: it is checked, copied and converted without torch. A precision that
-fails its gate is refused and not written.
+CHECKPOINT may be any .onnx file: it is checked, copied and converted without torch. A precision that fails its
+gate is not written.
 """
 
 from __future__ import annotations
@@ -21,35 +21,40 @@ from pipeline.core.errors import UserError
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write each precision beside `out`, one line a file; a failed gate is told once all are written."""
-    wanted = parse_precisions(args.precision)
-    foreign = args.checkpoint.suffix == ".onnx"
+    """Write each precision beside `out` and print one line a file; a failed gate is raised after the last."""
+    precisions = parse_precisions(args.precision)
+    is_onnx = args.checkpoint.suffix == ".onnx"
     if args.out.suffix != ".onnx":
-        raise UserError(f"{args.out}: suffix is {args.out.suffix!r}; the output is an .onnx file")
-    if foreign and args.opset:
-        raise UserError(f"--opset {args.opset}: {args.checkpoint} keeps its own; leave it out")
-    if "int8" in wanted and args.calib is None:
+        raise UserError(
+            f"{args.out}: got suffix {args.out.suffix!r}; expected .onnx; rename the output"
+        )
+    if is_onnx and args.opset:
+        raise UserError(
+            f"--opset: got {args.opset}, but {args.checkpoint} is ONNX and keeps its own opset; "
+            "leave --opset out"
+        )
+    if "int8" in precisions and args.calib is None:
         raise UserError(int8.NO_CALIBRATION)
-    how = int8.Settings(args.calibration, args.search_seconds, force=args.force)
+    settings = int8.Settings(args.calibration, args.search_seconds, force=args.force)
     with tempfile.TemporaryDirectory() as folder:
         source = args.checkpoint
-        if not foreign:
-            source = args.out if "fp32" in wanted else Path(folder) / args.out.name
+        if not is_onnx:
+            source = args.out if "fp32" in precisions else Path(folder) / args.out.name
             make = partial(export, args.checkpoint, source, args.opset or OPSET)
-            if "fp32" in wanted:
+            if "fp32" in precisions:
                 agreement.print_result(source, make)
-                wanted.remove("fp32")
+                precisions.remove("fp32")
             else:
                 make()
-        pictures = int8.calibration_images(source, args.calib) if "int8" in wanted else None
+        images = int8.calibration_images(source, args.calib) if "int8" in precisions else None
 
         def write(precision: str) -> None:
             out = precision_path(args.out, precision)
             agreement.print_result(
-                out, partial(convert_onnx, source, out, precision, pictures, how)
+                out, partial(convert_onnx, source, out, precision, images, settings)
             )
 
-        steps = [partial(write, precision) for precision in wanted]
+        steps = [partial(write, precision) for precision in precisions]
         if args.embed_preprocessing:
             out = args.out.with_stem(f"{args.out.stem}-uint8")
             steps.append(partial(agreement.print_result, out, partial(write_embedded, source, out)))
@@ -57,18 +62,24 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line of `python -m exporters.ort`."""
     p = argparse.ArgumentParser(prog="exporters.ort", description=__doc__)
     add = p.add_argument
-    add("checkpoint", type=Path, help="a .safetensors checkpoint, or an .onnx file")
-    add("out", type=Path, help="the .onnx to write; others get -fp16, -int8 in front of it")
-    add("--opset", type=int, help=f"of a checkpoint's ONNX, {OPSET} if not given")
-    add("--precision", default="fp32", help="of fp32,fp16,int8")
+    add("checkpoint", type=Path, help="a .safetensors checkpoint or an .onnx file")
+    add(
+        "out",
+        type=Path,
+        help="the .onnx file to write; fp16 and int8 get -fp16, -int8 before the suffix",
+    )
+    add("--opset", type=int, help=f"ONNX opset to export a checkpoint with, default {OPSET}")
+    add(
+        "--precision", default="fp32", help="comma-separated list of fp32, fp16, int8; default fp32"
+    )
     int8.add_options(p)
     add(
         "--embed-preprocessing",
         action="store_true",
-        help="also write OUT-uint8.onnx: takes (B, S, S, 3) uint8 pixels and normalises them inside",
+        help="also write OUT-uint8.onnx, which takes (B, S, S, 3) uint8 pixels and normalises them",
     )
     return p
 

@@ -1,4 +1,4 @@
-"""Normalisation inside the network: an ONNX that takes decoded pixels as they are. Resizing stays outside."""
+"""Normalisation inside the network: an ONNX that takes decoded uint8 pixels. Resizing stays outside."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ PIXELS = "pixels"
 def embed_normalisation(
     proto: onnx.ModelProto, mean: list[float], std: list[float]
 ) -> onnx.ModelProto:
-    """The network behind /255, minus mean, over std, as `pipeline.data.prepared.normalised` computes."""
+    """Prepend /255, minus mean, over std to the network, as `pipeline.data.prepared.normalised` computes."""
     from onnx import TensorProto, helper, numpy_helper
 
-    made = type(proto)()
-    made.CopyFrom(proto)
-    graph = made.graph
+    copy = type(proto)()
+    copy.CopyFrom(proto)
+    graph = copy.graph
     entry = graph.input[0]
     dims = [d.dim_param or d.dim_value for d in entry.type.tensor_type.shape.dim]
     shape = [dims[0], *dims[2:], dims[1]]
-    held = {"pixels/255": [255.0], "pixels/mean": mean, "pixels/std": std}
-    constants = [numpy_helper.from_array(np.array(v, np.float32), name) for name, v in held.items()]
+    values = {"pixels/255": [255.0], "pixels/mean": mean, "pixels/std": std}
+    constants = [
+        numpy_helper.from_array(np.array(v, np.float32), name) for name, v in values.items()
+    ]
     steps = [
         helper.make_node("Cast", [PIXELS], ["pixels/float"], to=TensorProto.FLOAT),
         helper.make_node("Div", ["pixels/float", "pixels/255"], ["pixels/unit"]),
@@ -42,4 +44,4 @@ def embed_normalisation(
     graph.node.extend(nodes)
     graph.input.append(helper.make_tensor_value_info(PIXELS, TensorProto.UINT8, shape))
     graph.initializer.extend(constants)
-    return onnx_file.add_metadata(made, input="uint8 RGB (B, S, S, 3), normalised inside")
+    return onnx_file.add_metadata(copy, input="uint8 RGB (B, S, S, 3), normalised inside")

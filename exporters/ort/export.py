@@ -24,14 +24,15 @@ if TYPE_CHECKING:
     import onnx
     from torch import nn
 
-OPSET = 18  # the one PyTorch's exporter writes natively; others are converted from it
-BATCHES = (1, 2, 7)  # what a free batch axis must take
+# PyTorch's exporter writes opset 18 natively; others are converted from it.
+OPSET = 18
+BATCHES = (1, 2, 7)  # checked after the export: a dynamic batch axis must take them all
 BEST = "best"  # of `method`: whichever has the best top-1 on val (stages/select.py)
 
 
 @dataclass(frozen=True, config=STRICT)
 class Export:
-    """`export:` which student ships, as which ONNX, and how many images travel with it for the checks."""
+    """`export:` the exported student, its ONNX opset, and how many images go with it for the checks."""
 
     method: str = BEST
     opset: PositiveInt = OPSET
@@ -49,7 +50,7 @@ def export(checkpoint: Path, out: Path, opset: int = OPSET) -> dict[str, Any]:
         from pipeline.models.checkpoint import load
     except ImportError as error:
         raise Unavailable(
-            f"{checkpoint}: reading a checkpoint needs torch and timm: {error}"
+            f"{checkpoint}: torch or timm is not installed ({error}); `pip install torch timm`"
         ) from None
     return export_model(*load(checkpoint), out, opset)
 
@@ -57,7 +58,7 @@ def export(checkpoint: Path, out: Path, opset: int = OPSET) -> dict[str, Any]:
 def export_model(
     model: nn.Module, description: dict[str, Any], out: Path, opset: int
 ) -> dict[str, Any]:
-    """A loaded checkpoint -> ONNX; as `export`. The model stays as it is."""
+    """Export a loaded checkpoint, as `export`. The model is not changed."""
     size = description["preprocess"]["image_size"]
     proto = onnx_file.replace_metadata(_trace(model, size, opset), metadata.flatten(description))
     with atomic(out) as temporary:
@@ -88,38 +89,41 @@ def _trace(model: nn.Module, size: int, opset: int) -> onnx.ModelProto:
     except Exception as error:  # torch wraps whatever its many passes raise
         reason = str(error.__cause__ or error).strip().split("\n")[0]
         raise UserError(
-            f"torch cannot export this network at opset {opset}: {reason}; try {OPSET}"
+            f"opset: got {opset}, at which torch cannot export this network ({reason}); use opset {OPSET}"
         ) from error
     if (got := onnx_file.opset(proto)) != opset:
         raise UserError(
-            f"opset: asked for {opset}, torch wrote {got}; ask for {got} or for another one"
+            f"opset: got {opset}, but torch wrote {got}; use opset {got} or another one"
         )
     return proto
 
 
 def _check(model: nn.Module, written: Path, out: Path, size: int) -> dict[str, Any]:
-    """Run batches of 1, 2 and 7 in ONNX Runtime against torch."""
+    """Compare batches of 1, 2 and 7 in ONNX Runtime with torch; returns the parity row."""
     import torch
 
     session = OrtSession(written, threads=1)
     x = np.split(inputs.smooth(sum(BATCHES), size, size), np.cumsum(BATCHES)[:-1])
     with torch.inference_mode():
         reference = model(torch.from_numpy(np.concatenate(x))).numpy()
-    got = np.concatenate([session.run(part) for part in x])
-    found = agreement.parity_row(out, session, reference, got, agreement.Thresholds())
-    if found["verdict"] == "FAIL":
-        raise GateFailed(f"{out}: not the checkpoint: {found['reason']}; nothing was written")
-    return found
+    logits = np.concatenate([session.run(batch) for batch in x])
+    row = agreement.parity_row(out, session, reference, logits, agreement.Thresholds())
+    if row["verdict"] == "FAIL":
+        raise GateFailed(
+            f"{out}: ONNX Runtime does not compute the checkpoint: {row['reason']}; not written; "
+            "try another export.opset"
+        )
+    return row
 
 
 def convert_onnx(
     source: Path,
     out: Path,
     precision: str,
-    pictures: int8.CalibrationImages | None,
-    how: int8.Settings,
+    images: int8.CalibrationImages | None,
+    settings: int8.Settings,
 ) -> dict[str, Any]:
-    """fp32 ONNX `source` -> `out` at fp32 (a checked copy), fp16 or, by `pictures`, int8; returns its parity row.
+    """fp32 ONNX `source` -> `out` at fp32 (a checked copy), fp16 or int8 (from `images`); returns its parity row.
 
     Raises GateFailed, and leaves `out` as it was, where the row's verdict is FAIL.
     """
@@ -129,38 +133,41 @@ def convert_onnx(
     if precision == "fp16":
         proto = quantize.to_fp16(proto)
     elif precision == "int8":
-        assert pictures is not None
-        proto = int8.quantize_within_gates(source, pictures, how, agreement.Thresholds())
-        x, labels = pictures.held, pictures.labels
+        assert images is not None
+        proto = int8.quantize_within_gates(source, images, settings, agreement.Thresholds())
+        x, labels = images.held_out, images.labels
     with atomic(out) as temporary:
         onnx_file.write_onnx(proto, temporary)
-        made = OrtSession(temporary, 1)
-        return agreement.gated_row(out, (reference, made), x, labels, how.drop, how.force)
+        converted = OrtSession(temporary, 1)
+        return agreement.gated_row(
+            out, (reference, converted), x, labels, settings.max_drop, settings.force
+        )
 
 
 def write_embedded(source: Path, out: Path) -> dict[str, Any]:
-    """fp32 ONNX `source` -> `out`, which takes (B, S, S, 3) uint8 RGB; returns its parity row.
+    """fp32 ONNX `source` -> `out`, which takes (B, S, S, 3) uint8 RGB; returns the parity row of `out`.
 
     Raises UserError: no preprocessing in the metadata. GateFailed: not the same logits; nothing is written.
     """
     proto = onnx_file.read_onnx(source)
-    notes = metadata.preprocessing(onnx_file.read_metadata(proto))
-    if notes is None:
+    preprocess = metadata.preprocessing(onnx_file.read_metadata(proto))
+    if preprocess is None:
         raise UserError(
-            f"--embed-preprocessing: {source} carries no mean and std in its metadata; export it from a checkpoint"
+            f"--embed-preprocessing: got {source} without mean and std in its metadata; expected both; "
+            "export it from a checkpoint"
         )
     reference = OrtSession(source, 1)
     smooth = inputs.probe_images(reference).transpose(0, 2, 3, 1)
     pixels: Any = np.clip(smooth * 48 + 128, 0, 255).astype(np.uint8)
     with atomic(out) as temporary:
         onnx_file.write_onnx(
-            embed.embed_normalisation(proto, notes["mean"], notes["std"]), temporary
+            embed.embed_normalisation(proto, preprocess["mean"], preprocess["std"]), temporary
         )
-        got = ort.OrtModel(onnxruntime_library(), temporary, 1).run(pixels)
-        expected = inputs.run_batches(reference, normalised(pixels, notes))
-        row = agreement.parity_row(out, reference, expected, got, agreement.Thresholds())
+        logits = ort.OrtModel(onnxruntime_library(), temporary, 1).run(pixels)
+        expected = inputs.run_batches(reference, normalised(pixels, preprocess))
+        row = agreement.parity_row(out, reference, expected, logits, agreement.Thresholds())
         if row["verdict"] == "FAIL":
             raise GateFailed(
-                f"{out}: not the network it was made from: {row['reason']}; not written"
+                f"{out}: does not compute what {source} computes: {row['reason']}; not written"
             )
     return row

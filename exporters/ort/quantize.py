@@ -1,7 +1,7 @@
 """ONNX -> ONNX at a lower precision: fp16, and int8 as explicit QDQ for CPUs or for TensorRT. Torch-free.
 
 int8 is two artefacts. CPUs: u8 asymmetric activations, s8 weights per channel. TensorRT: s8 symmetric for
-both and a float bias; it refuses ONNX Runtime's default, and x86 runs s8 activations two to three times slower.
+both and a float bias; it rejects ONNX Runtime's default, and x86 runs s8 activations two to three times slower.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 PER_CHANNEL_OPSET = 13  # the first whose QuantizeLinear takes an axis
-FOLDED_OPSET = 17
+FOLDED_OPSET = 17  # what older models are converted to
 
 
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -35,7 +35,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     with onnx_file.library_errors(model, "fp16"), quiet():
         half = convert_float_to_float16(fold(model), keep_io_types=True)
         OnnxModel.graph_topological_sort(half.graph)  # the converter appends the input's Cast last
-    return _noted(half, model, "fp16")
+    return _with_metadata(half, model, "fp16")
 
 
 def to_int8(
@@ -54,14 +54,14 @@ def at_precision(model: onnx.ModelProto, precision: str, x: Array | None) -> onn
 
 
 class Calibrated:
-    """A network with the ranges its activations took, quantized as often as asked without running it again."""
+    """A network with its activation ranges, which are measured once and reused by each `quantized` call."""
 
     def __init__(
         self, model: onnx.ModelProto, x: Array, symmetric: bool = False, method: str = "minmax"
     ) -> None:
         self.source, self.symmetric = model, symmetric
         with onnx_file.library_errors(model, "int8"):
-            self.folded = _named(fold(model))
+            self.folded = _with_unique_names(fold(model))
         self.groups = groups(self.folded)
         self._x, self._method = x, METHODS[method]
         self._folder = tempfile.TemporaryDirectory()
@@ -73,7 +73,7 @@ class Calibrated:
         self._folder.cleanup()
 
     def quantized(self, floating: Sequence[str] = ()) -> onnx.ModelProto:
-        """The network in int8 but for the groups named `floating`."""
+        """The network in int8, except the groups named in `floating`."""
         from onnxruntime import quantization as q
 
         kind = q.QuantType.QInt8 if self.symmetric else q.QuantType.QUInt8
@@ -82,61 +82,63 @@ class Calibrated:
             "WeightSymmetric": True,
             "QuantizeBias": not self.symmetric,
         }
-        left = [node for group in floating for node in self.groups[group]]
-        left += _by_constants(self.folded) if self.symmetric else []
+        excluded = [node for group in floating for node in self.groups[group]]
+        excluded += _constant_operands(self.folded) if self.symmetric else []
         path = Path(self._folder.name) / "int8.onnx"
-        given = type(self.folded)()
-        # the quantizer moves its weights into files that are gone afterwards
-        given.CopyFrom(self.folded)
+        # A copy, because the quantizer moves its weights into files that are gone afterwards.
+        copy = type(self.folded)()
+        copy.CopyFrom(self.folded)
         with onnx_file.library_errors(self.folded, "int8"), quiet():
             q.quantize_static(
-                given,
+                copy,
                 path,
-                _feed(self.folded, self._x),
+                _calibration_reader(self.folded, self._x),
                 per_channel=True,
                 activation_type=kind,
                 weight_type=q.QuantType.QInt8,
                 op_types_to_quantize=_quantizable(),
-                nodes_to_exclude=left,
+                nodes_to_exclude=excluded,
                 calibrate_method=q.CalibrationMethod[self._method],
                 calibration_cache_path=Path(self._folder.name) / "ranges.json",
                 extra_options=options,
             )
-        return _noted(onnx_file.read_onnx(path), self.source, "int8")
+        return _with_metadata(onnx_file.read_onnx(path), self.source, "int8")
 
 
 def groups(model: onnx.ModelProto) -> dict[str, list[str]]:
-    """Each convolution or product with the nodes that follow it until the next: group's name -> nodes' names.
+    """Each convolution or product with the nodes that follow it until the next: group name -> node names.
 
-    A node with several ancestors belongs to the last of them in graph order; what comes before all to the first.
+    A node with several ancestors belongs to the last of them in graph order, one without any to the first.
     """
-    found: dict[str, list[str]] = {}
+    members: dict[str, list[str]] = {}
     order: list[str] = []
-    owner: dict[str, int] = {}  # tensor -> place of its group in `order`
+    owner: dict[str, int] = {}  # tensor -> index of its group in `order`
     for node in model.graph.node:
         if node.op_type in PRODUCTS:
             order.append(node.name)
         if not order:
             continue
-        own = node.op_type in PRODUCTS
-        place = len(order) - 1 if own else max((owner.get(t, 0) for t in node.input), default=0)
-        found.setdefault(order[place], []).append(node.name)
-        owner |= dict.fromkeys(node.output, place)
-    return found
+        if node.op_type in PRODUCTS:
+            group = len(order) - 1
+        else:
+            group = max((owner.get(t, 0) for t in node.input), default=0)
+        members.setdefault(order[group], []).append(node.name)
+        owner |= dict.fromkeys(node.output, group)
+    return members
 
 
-def _named(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Every node with a name of its own: what leaves a node out goes by names."""
-    seen: set[str] = set()
-    for place, node in enumerate(model.graph.node):
-        if not node.name or node.name in seen:
-            node.name = f"{node.name or node.op_type}, number {place}"
-        seen.add(node.name)
+def _with_unique_names(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Every node with a unique name: the quantizer excludes nodes by name."""
+    names: set[str] = set()
+    for i, node in enumerate(model.graph.node):
+        if not node.name or node.name in names:
+            node.name = f"{node.name or node.op_type}, number {i}"
+        names.add(node.name)
     return model
 
 
 def fold(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Constants folded, batch norms merged into convolutions, opset 17 or later: what the converters expect."""
+    """Fold constants and batch norms, at opset 13 or later, as the fp16 and int8 converters expect."""
     import onnx
     import onnxruntime as ort
 
@@ -153,9 +155,10 @@ def fold(model: onnx.ModelProto) -> onnx.ModelProto:
         options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
         ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         folded = onnx.load(options.optimized_model_filepath)
-    kept = [entry for entry in folded.opset_import if entry.domain in domains]
+    # ONNX Runtime lists all its own domains, which other runtimes reject as unknown.
+    opsets = [entry for entry in folded.opset_import if entry.domain in domains]
     del folded.opset_import[:]
-    folded.opset_import.extend(kept)
+    folded.opset_import.extend(opsets)
     return folded
 
 
@@ -182,7 +185,7 @@ def _prove_conversion(source: onnx.ModelProto, converted: onnx.ModelProto) -> No
 
 
 def _without_weights_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
-    """IR 3 lists every weight as an input too; converters then take it for data."""
+    """A copy whose graph inputs are data only: IR 3 lists every weight as an input too."""
     copy = type(model)()
     copy.CopyFrom(model)
     weights = {w.name for w in copy.graph.initializer}
@@ -193,46 +196,46 @@ def _without_weights_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _by_constants(model: onnx.ModelProto) -> list[str]:
-    """Names of element-wise nodes that read a constant (GELU's `x * 0.5`): TensorRT refuses it in int8."""
-    held = {weight.name for weight in model.graph.initializer}
+def _constant_operands(model: onnx.ModelProto) -> list[str]:
+    """Names of element-wise nodes that read a constant (GELU's `x * 0.5`), which TensorRT rejects in int8."""
+    constants = {weight.name for weight in model.graph.initializer}
     kinds = ("Add", "Mul", "Sub", "Div")
-    return [n.name for n in model.graph.node if n.op_type in kinds and held & set(n.input)]
+    return [n.name for n in model.graph.node if n.op_type in kinds and constants & set(n.input)]
 
 
 def _quantizable() -> list[str]:
-    """What ONNX Runtime quantizes, but Softmax (8 bits cannot hold probabilities over many classes)
-
-    and Pad (ONNX Runtime runs it in float all the same, TensorRT refuses its quantized filling).
-    """
+    """Operators to quantize: all that ONNX Runtime can, except Softmax and Pad."""
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
+    # 8 bits cannot hold Softmax's probabilities over many classes. ONNX Runtime runs Pad in float all the
+    # same, and TensorRT rejects a quantized padding value.
     return sorted({*QDQRegistry, *QLinearOpsRegistry} - {"Softmax", "Pad"})
 
 
-def _feed(model: onnx.ModelProto, x: Array) -> Any:
-    """ONNX Runtime's calibration reader over x, in the model's own batch or 8 at a time."""
+def _calibration_reader(model: onnx.ModelProto, x: Array) -> Any:
+    """ONNX Runtime's calibration reader over x (N, 3, S, S), in the model's own batch or 8 at a time."""
     from onnxruntime.quantization import CalibrationDataReader
 
     entry = model.graph.input[0]
     fixed = entry.type.tensor_type.shape.dim[0].dim_value
     batch = fixed or 8
     whole = len(x) // fixed * fixed if fixed else len(x)
-    parts = np.split(x[:whole], range(batch, whole, batch))
+    chunks = np.split(x[:whole], range(batch, whole, batch))
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.batches: Iterator[Array] = iter(parts)
+            self.batches: Iterator[Array] = iter(chunks)
 
         def get_next(self) -> dict[str, Array] | None:
-            part = next(self.batches, None)
-            return None if part is None else {entry.name: part}
+            chunk = next(self.batches, None)
+            return None if chunk is None else {entry.name: chunk}
 
     return Reader()
 
 
-def _noted(made: onnx.ModelProto, source: onnx.ModelProto, precision: str) -> onnx.ModelProto:
-    """`made` with the notes of its source and its own precision."""
-    return onnx_file.add_metadata(
-        made, **{**onnx_file.read_metadata(source), "precision": precision}
-    )
+def _with_metadata(
+    converted: onnx.ModelProto, source: onnx.ModelProto, precision: str
+) -> onnx.ModelProto:
+    """`converted` with the metadata of its source and its own precision."""
+    properties = {**onnx_file.read_metadata(source), "precision": precision}
+    return onnx_file.add_metadata(converted, **properties)

@@ -1,4 +1,4 @@
-"""ONNX Runtime as a row of the runtimes."""
+"""The Runtime object of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from exporters.ort.session import OrtSession
 
 
 def make(precision: str, model: str, exported: Exported, out: Path, settings: Build) -> Path:
-    """MODEL.onnx as it was exported, or at int8 MODEL-int8.onnx for CPUs, in the folder `out`."""
+    """Write MODEL.onnx as exported, or at int8 MODEL-int8.onnx for CPUs, into the folder `out`."""
     source = exported.folder / f"{model}.onnx"
     if precision == "int8":
-        pictures = int8.CalibrationImages(exported.calibration, exported.x[model], exported.labels)
-        how = int8.Settings(settings.int8_calibration, settings.int8_search_s, settings.int8_drop)
-        proto = int8.quantize_within_gates(source, pictures, how, settings)
+        images = int8.CalibrationImages(exported.calibration, exported.x[model], exported.labels)
+        options = int8.Settings(
+            settings.int8_calibration, settings.int8_search_s, settings.int8_drop
+        )
+        proto = int8.quantize_within_gates(source, images, options, settings)
         path = out / f"{model}-int8.onnx"
     else:
         proto, path = onnx_file.read_onnx(source), out / source.name

@@ -1,4 +1,4 @@
-"""What of a network int8 cannot hold: left in float group by group, the most harmful first, until gates are met.
+"""Search of the node groups that int8 must leave in float, the most harmful first, until the gates pass.
 
 A group is a convolution or product with the nodes that follow it until the next (`quantize.groups`).
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from exporters.ort.quantize import Calibrated
@@ -15,71 +15,75 @@ from exporters.ort.quantize import Calibrated
 if TYPE_CHECKING:
     import onnx
 
-MAX_FLOATING = 0.5  # of the groups: beyond, int8 has lost its point
+MAX_FLOATING = (
+    0.5  # share of the groups: with more in float, int8 is hardly smaller or faster than fp32
+)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What the held-out images say of a quantized network: whether all gates are met, and its SQNR in dB."""
+    """Result of a quantized network on the held-out images: whether all gates pass, and its SQNR in dB."""
 
-    kept: bool
+    passed: bool
     decibel: float
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best network found, the groups it leaves in float, how many were tried, and why the search ended."""
+    """The best network, the groups it leaves in float, the number of trials, and why the search ended."""
 
     network: onnx.ModelProto
-    judged: Trial
+    trial: Trial
     floating: tuple[str, ...]
-    tried: int
+    trials: int
     ended: Literal["met", "time", "groups"]
 
-    def told(self) -> str:
-        """In words: what is left in float."""
+    def summary(self) -> str:
+        """One line: the groups left in float."""
         if not self.floating:
             return "every node in int8"
         plural = "s" if len(self.floating) > 1 else ""
-        many = (
-            f"{len(self.floating)} group{plural} of nodes left in float after {self.tried} trials"
+        line = (
+            f"{len(self.floating)} group{plural} of nodes left in float after {self.trials} trials"
         )
-        return many if self.ended == "met" else f"{many}, out of {self.ended}"
+        return line if self.ended == "met" else f"{line}, out of {self.ended}"
 
 
 def search(
-    calibrated: Calibrated, judge: Callable[[onnx.ModelProto], Trial], seconds: float
+    calibrated: Calibrated, evaluate: Callable[[onnx.ModelProto], Trial], seconds: float
 ) -> SearchResult:
-    """Quantize everything; where that fails its gates, free the groups that harm most, in at most `seconds`.
+    """Quantize everything; where that fails its gates, leave the most harmful groups in float, within `seconds`.
 
-    First every group is freed alone, to rank them by the SQNR it gives back; then they are freed together, the
-    best first, a judgement after each. The best network seen is returned, met or not.
+    First each group is left in float alone, which ranks the groups by the SQNR gained; then the ranked groups are
+    added one by one, with a trial after each. Returns the best network, whether it passes or not.
     """
     began = time.monotonic()
     network = calibrated.quantized()
-    best = SearchResult(network, judge(network), (), 1, "met")
-    if best.judged.kept:
+    best = SearchResult(network, evaluate(network), (), 1, "met")
+    if best.trial.passed:
         return best
     gains: dict[str, float] = {}
-    tried = 1
+    trials = 1
     for group in calibrated.groups:
+        # Half of the time is for the second pass: a ranking of some groups that is applied beats a full one
+        # that is not.
         if time.monotonic() - began > seconds / 2:
             break
-        gains[group] = judge(calibrated.quantized([group])).decibel
-        tried += 1
+        gains[group] = evaluate(calibrated.quantized([group])).decibel
+        trials += 1
     ranked = sorted(gains, key=lambda name: gains[name], reverse=True)
-    most = int(MAX_FLOATING * len(calibrated.groups))
+    limit = int(MAX_FLOATING * len(calibrated.groups))
     ended: Literal["met", "time", "groups"] = "groups"
-    for count in range(1, min(len(ranked), most) + 1):
+    for count in range(1, min(len(ranked), limit) + 1):
         if time.monotonic() - began > seconds:
             ended = "time"
             break
         floating = tuple(ranked[:count])
         network = calibrated.quantized(floating)
-        judged, tried = judge(network), tried + 1
-        if judged.kept or judged.decibel > best.judged.decibel:
-            best = SearchResult(network, judged, floating, tried, ended)
-        if judged.kept:
+        trial, trials = evaluate(network), trials + 1
+        if trial.passed or trial.decibel > best.trial.decibel:
+            best = SearchResult(network, trial, floating, trials, ended)
+        if trial.passed:
             ended = "met"
             break
-    return SearchResult(best.network, best.judged, best.floating, tried, ended)
+    return replace(best, trials=trials, ended=ended)

@@ -1,1 +1,1 @@
-"""OpenVINO: conversion of an ONNX file to IR, the session."""
+"""OpenVINO: conversion of an ONNX file to IR, and the session."""

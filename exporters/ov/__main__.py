@@ -1,9 +1,9 @@
-"""ONNX -> OpenVINO IR, and OpenVINO as a session whose precision is asked for and read back.
+"""ONNX -> OpenVINO IR in fp32, fp16 or int8.
 
 `python -m exporters.ov student.onnx [-o DIR] [--precision fp32,fp16,int8] [--calib DIR] [--cache DIR]`
-A precision that fails its gate is refused and not written. fp16 is how the weights are stored; what the CPU
-computes in is chosen when the IR is opened. Without a hint OpenVINO takes bfloat16 on CPUs that have it: twice as
-fast, and a different network by 2-6e-3.
+A precision that fails its gate is not written. fp16 is how the weights are stored; the precision the CPU computes
+in is chosen when the IR is opened. Without a hint OpenVINO takes bfloat16 on CPUs that have it: twice as fast,
+and a different network by 2-6e-3.
 """
 
 from __future__ import annotations
@@ -23,30 +23,32 @@ from exporters.ov.session import OvSession
 from pipeline.core import cli
 from pipeline.core.errors import UserError
 
-OPENINGS = 5  # pairs, to tell what a cache of compiled models gains
+OPENINGS = 5  # pairs of loads, with the cache and without, whose median ratio is printed
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write each precision, one line a file; a failed gate is told once all are written."""
-    wanted = parse_precisions(args.precision)
+    """Write each precision and print one line a file; a failed gate is raised after the last."""
+    precisions = parse_precisions(args.precision)
     if args.onnx.suffix != ".onnx":
-        raise UserError(f"{args.onnx}: suffix is {args.onnx.suffix!r}; the input is an .onnx file")
+        raise UserError(
+            f"{args.onnx}: got suffix {args.onnx.suffix!r}; expected .onnx; export the model first"
+        )
     out = (args.out or args.onnx.parent) / f"{args.onnx.stem}.xml"
-    how = int8.Settings(args.calibration, args.search_seconds, force=args.force)
-    pictures = int8.calibration_images(args.onnx, args.calib) if "int8" in wanted else None
+    settings = int8.Settings(args.calibration, args.search_seconds, force=args.force)
+    images = int8.calibration_images(args.onnx, args.calib) if "int8" in precisions else None
 
     def write(precision: str) -> None:
         target = precision_path(out, precision)
-        make = partial(convert.convert_to_ir, args.onnx, target, precision, pictures, how)
+        make = partial(convert.convert_to_ir, args.onnx, target, precision, images, settings)
         agreement.print_result(target, partial(make, args.int8_by, args.batch))
         if args.cache:
-            print(_kept(target, args.cache))
+            print(_fill_cache(target, args.cache))
 
-    run_all(partial(write, precision) for precision in wanted)
+    run_all(partial(write, precision) for precision in precisions)
 
 
-def _kept(ir: Path, cache: Path) -> str:
-    """Fill the cache with the IR, and tell what opening it costs with it and without."""
+def _fill_cache(ir: Path, cache: Path) -> str:
+    """Compile the IR into the cache; returns a line with the load time with the cache over that without."""
 
     def cpu_seconds(folder: Path | None) -> float:
         start = time.process_time()
@@ -59,21 +61,30 @@ def _kept(ir: Path, cache: Path) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line of `python -m exporters.ov`."""
     p = argparse.ArgumentParser(prog="exporters.ov", description=__doc__)
     add = p.add_argument
-    add("onnx", type=Path, help="an fp32 .onnx file, ours or anyone's")
-    add("-o", "--out", type=Path, help="folder of the IR; beside the ONNX if not given")
-    add("--precision", default="fp32", help="of fp32,fp16,int8")
+    add("onnx", type=Path, help="any fp32 .onnx classifier")
+    add("-o", "--out", type=Path, help="folder of the IR; default: the ONNX file's")
+    add(
+        "--precision", default="fp32", help="comma-separated list of fp32, fp16, int8; default fp32"
+    )
     int8.add_options(p)
-    add("--int8-by", choices=("qdq", "nncf"), default="qdq", help="our QDQ graph, or NNCF")
+    add(
+        "--int8-by", choices=("qdq", "nncf"), default="qdq", help="our QDQ graph (default), or NNCF"
+    )
     add(
         "--batch",
         type=cli.count,
         metavar="N",
-        help="fix a free batch: faster where a call is short",
+        help="fix a dynamic batch at N, which is faster for small models",
     )
-    add("--cache", type=Path, help="also compile each IR for one thread of this CPU, kept in here")
+    add(
+        "--cache",
+        type=Path,
+        help="also compile each IR for one thread of this CPU into DIR",
+        metavar="DIR",
+    )
     return p
 
 

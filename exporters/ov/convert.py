@@ -14,18 +14,20 @@ from exporters.device.errors import one_line
 from exporters.device.ov import shared_core
 from exporters.ort import int8
 from exporters.ort.session import OrtSession
-from exporters.ov.session import NOTES, OvSession, openvino_library
+from exporters.ov.session import METADATA_BRANCH, OvSession, openvino_library
 from pipeline.core.atomic import make_parent
 from pipeline.core.errors import UserError
 
 
 def write_ir(source: Path, out: Path, half: bool = False, batch: int | None = None) -> None:
-    """ONNX file -> `out` (.xml and .bin beside it), the notes in rt_info; `half` stores weights as fp16.
+    """ONNX file -> `out` (.xml and .bin beside it), metadata in rt_info; `half` stores weights as fp16.
 
-    `batch` fixes a free one. Raises UserError: OpenVINO cannot read the file, another batch is fixed in it.
+    `batch` fixes a dynamic one. Raises UserError: OpenVINO cannot read the file, another batch is fixed in it.
     """
-    notes = onnx_file.read_metadata(onnx_file.read_onnx(source))
-    _save(_read(source, batch), {**notes, **({"precision": "fp16"} if half else {})}, out, half)
+    properties = onnx_file.read_metadata(onnx_file.read_onnx(source))
+    _save(
+        _read(source, batch), {**properties, **({"precision": "fp16"} if half else {})}, out, half
+    )
 
 
 def _read(source: Path, batch: int | None) -> Any:
@@ -35,44 +37,47 @@ def _read(source: Path, batch: int | None) -> Any:
         model = core.read_model(source)
         shape = model.inputs[0].partial_shape
     except Exception as error:  # openvino raises bare RuntimeErrors
-        raise UserError(f"{source}: OpenVINO refuses it: {one_line(error)}") from None
+        raise UserError(
+            f"{source}: OpenVINO rejects it: {one_line(error)}; use python -m exporters.ort"
+        ) from None
     if batch:
         if shape[0].is_static and shape[0].get_length() != batch:
-            raise UserError(f"--batch {batch}: {source} fixes it at {shape[0]}; leave it out")
+            raise UserError(
+                f"--batch: got {batch}, but {source} has a fixed batch of {shape[0]}; leave --batch out"
+            )
         shape[0] = batch
         model.reshape(shape)
     return model
 
 
-def _save(model: Any, notes: Mapping[str, str], out: Path, half: bool = False) -> None:
-    for key, value in notes.items():
-        model.set_rt_info(value, [NOTES, key])
+def _save(model: Any, properties: Mapping[str, str], out: Path, half: bool = False) -> None:
+    for key, value in properties.items():
+        model.set_rt_info(value, [METADATA_BRANCH, key])
     make_parent(out)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
-        made = Path(folder) / out.name
-        openvino_library().save_model(model, made, compress_to_fp16=half)
-        replace_ir(made, out)
+        draft = Path(folder) / out.name
+        openvino_library().save_model(model, draft, compress_to_fp16=half)
+        replace_ir(draft, out)
 
 
-def replace_ir(made: Path, out: Path) -> None:
-    """Put a finished IR, two files, in its place: the weights first."""
-    made.with_suffix(".bin").replace(out.with_suffix(".bin"))
-    made.replace(out)
+def replace_ir(draft: Path, out: Path) -> None:
+    """Move a finished IR, two files, to `out`: the weights first, so that an .xml never lacks its .bin."""
+    draft.with_suffix(".bin").replace(out.with_suffix(".bin"))
+    draft.replace(out)
 
 
 def convert_to_ir(
     source: Path,
     out: Path,
     precision: str,
-    pictures: int8.CalibrationImages | None,
-    how: int8.Settings,
+    images: int8.CalibrationImages | None,
+    settings: int8.Settings,
     by: str = "qdq",
     batch: int | None = None,
 ) -> dict[str, Any]:
-    """fp32 ONNX -> IR at fp32, fp16 (weights) or, by `pictures`, int8; returns its parity row.
+    """fp32 ONNX -> IR at fp32, fp16 (weights) or int8 (from `images`); returns its parity row.
 
-    int8 comes from our QDQ ONNX, or of NNCF where `by` is `nncf`; `batch` fixes a free one. Opened with the f32
-    hint, so that the row judges the conversion and not the CPU's choice of precision.
+    int8 is our QDQ ONNX converted, or NNCF's where `by` is `nncf`; `batch` fixes a dynamic one.
     Raises GateFailed, and leaves `out` as it was, where the verdict is FAIL.
     """
     openvino_library()
@@ -82,56 +87,64 @@ def convert_to_ir(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
         draft = Path(folder) / out.name
         if precision == "int8":
-            assert pictures is not None
-            x, labels = pictures.held, pictures.labels
+            assert images is not None
+            x, labels = images.held_out, images.labels
             quantize = _by_nncf if by == "nncf" else _by_qdq
-            quantize(source, pictures, how, draft, batch)
+            quantize(source, images, settings, draft, batch)
         else:
             write_ir(source, draft, precision == "fp16", batch)
+        # The f32 hint: the row is about the conversion, not about the CPU's choice of precision.
         session = OvSession(draft, 1, "fp32")
-        row = agreement.gated_row(out, (reference, session), x, labels, how.drop, how.force)
+        row = agreement.gated_row(
+            out, (reference, session), x, labels, settings.max_drop, settings.force
+        )
         replace_ir(draft, out)
     return row
 
 
 def _by_qdq(
-    source: Path, pictures: int8.CalibrationImages, how: int8.Settings, out: Path, batch: int | None
+    source: Path,
+    images: int8.CalibrationImages,
+    settings: int8.Settings,
+    out: Path,
+    batch: int | None,
 ) -> None:
     quantized = out.with_suffix(".onnx")
     onnx_file.write_onnx(
-        int8.quantize_within_gates(source, pictures, how, agreement.Thresholds()), quantized
+        int8.quantize_within_gates(source, images, settings, agreement.Thresholds()), quantized
     )
     write_ir(quantized, out, batch=batch)
 
 
 def _by_nncf(
-    source: Path, pictures: int8.CalibrationImages, _: int8.Settings, out: Path, batch: int | None
+    source: Path, images: int8.CalibrationImages, _: int8.Settings, out: Path, batch: int | None
 ) -> None:
     """NNCF's post-training quantization, MIXED: symmetric weights, asymmetric activations.
 
-    Raises Unavailable: NNCF is missing; UserError: it refuses the network.
+    Raises Unavailable: NNCF is missing; UserError: it rejects the network.
     """
     network = _read(source, batch)
     entry = network.inputs[0].partial_shape[0]
     size = entry.get_length() if entry.is_static else 1
-    shown = pictures.shown[: len(pictures.shown) // size * size]
+    count = len(images.calibration) // size
+    batches = images.calibration[: count * size].reshape(-1, size, *images.calibration.shape[1:])
     try:
         with quiet():
             import nncf
 
-            made = nncf.quantize(
+            quantized = nncf.quantize(
                 network,
-                nncf.Dataset(list(shown.reshape(-1, size, *shown.shape[1:]))),
+                nncf.Dataset(list(batches)),
                 preset=nncf.QuantizationPreset.MIXED,
-                subset_size=len(shown) // size,
+                subset_size=count,
             )
     except ImportError as error:
         raise Unavailable(
-            f"--int8-by nncf: NNCF is missing ({error}); `pip install '.[nncf]'`, or leave the option out"
+            f"--int8-by nncf: NNCF is not installed ({error}); `pip install '.[nncf]'`, or leave the option out"
         ) from None
     except Exception as error:  # whatever its passes raise
         raise UserError(
-            f"{source}: NNCF refuses it: {one_line(error)}; leave --int8-by out"
+            f"{source}: NNCF rejects it: {one_line(error)}; leave --int8-by out"
         ) from None
-    notes = onnx_file.read_metadata(onnx_file.read_onnx(source))
-    _save(made, {**notes, "precision": "int8", "int8": "by NNCF"}, out)
+    properties = onnx_file.read_metadata(onnx_file.read_onnx(source))
+    _save(quantized, {**properties, "precision": "int8", "int8": "by NNCF"}, out)

@@ -1,4 +1,4 @@
-"""OpenVINO as a row of the runtimes."""
+"""The Runtime object of OpenVINO."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from exporters.ov.session import OvSession
 
 
 def make(precision: str, model: str, exported: Exported, out: Path, settings: Build) -> Path:
-    """MODEL.xml or MODEL-int8.xml in the folder `out`, the weights beside it."""
+    """Write MODEL.xml or MODEL-int8.xml into the folder `out`, the weights beside it."""
     with tempfile.TemporaryDirectory() as folder:
         source = ort.make(precision, model, exported, Path(folder), settings)
-        made = out / f"{source.stem}.xml"
-        write_ir(source, made)
-    return made
+        ir = out / f"{source.stem}.xml"
+        write_ir(source, ir)
+    return ir
 
 
 OV = Runtime("ov", ".xml", make, OvSession, packages=("openvino",))

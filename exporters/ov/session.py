@@ -17,57 +17,70 @@ from exporters.artifact.session import (
 from exporters.device import ov
 from pipeline.core.errors import UserError
 
-HINTS = {"bf16": "bf16", "default": None}  # of a precision; f32 of every other
-# no telemetry, whoever imports openvino: it falls back to its own stub when the sender is absent
+# Precision -> OpenVINO's hint; the others get f32, without which the CPU may compute in bfloat16.
+HINTS = {"bf16": "bf16", "default": None}
+# No telemetry, whoever imports openvino: without the sender it falls back to its own stub.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-NOTES = "cakd"  # the branch of rt_info that holds the notes
+METADATA_BRANCH = "cakd"  # of rt_info
 
 
 def openvino_library() -> Any:
-    """openvino. Raises Unavailable: not installed."""
-    remedy = "`pip install '.[openvino]'`, without it ov-* targets are skipped"
+    """Import openvino. Raises Unavailable: not installed."""
+    remedy = "`pip install '.[openvino]'`; without it ov-* targets are skipped"
     return import_package("openvino", "OpenVINO", remedy)
 
 
 class OvSession(PipelineErrors, ov.OvModel):
-    """OpenVINO on the CPU, one stream. `precision`: "fp32" and "int8" hint f32, "bf16" that, "default" nothing.
+    """An IR in OpenVINO on the CPU. `precision`: "fp32" and "int8" hint f32, "bf16" bf16, "default" nothing.
 
-    With a folder `cache` it opens what was compiled there for this IR, CPU, OpenVINO and these options.
+    With a folder `cache` it opens the model compiled there for this IR, CPU, OpenVINO and these options.
+    Raises Unavailable: not installed; UserError: a file missing, not an IR, no image classifier.
     """
 
     def __init__(self, path: Path, threads: int, precision: str, cache: Path | None = None) -> None:
         openvino = openvino_library()
         if not path.is_file() or not path.with_suffix(".bin").is_file():
-            raise UserError(f"{path}: an IR is two files, .xml and .bin; one of them is missing")
+            raise UserError(
+                f"{path}: an IR is two files, .xml and .bin; one of them is missing; convert it again"
+            )
         with path.open("rb") as f:
-            if b"<net" not in f.read(4096):  # OpenVINO would try every other format it knows on it
-                raise UserError(f"{path}: no <net>; expected the .xml of an OpenVINO IR")
+            # OpenVINO would try every other format it knows on the file.
+            if b"<net" not in f.read(4096):
+                raise UserError(
+                    f"{path}: no <net>; expected the .xml of an OpenVINO IR; convert it again"
+                )
         super().__init__(openvino, path, threads, cache, HINTS.get(precision, "f32"))
-        with self.refusals():
+        with self.translated_errors():
             model = ov.shared_core(openvino).read_model(path)
         if len(model.inputs) != 1:
-            raise UserError(f"{path}: has {len(model.inputs)} inputs; allowed: one image input")
-        self.metadata: Mapping[str, str] = _notes(model)
+            raise UserError(
+                f"{path}: inputs: got {len(model.inputs)}; expected one image input; "
+                "export a classifier that takes one image batch"
+            )
+        self.metadata: Mapping[str, str] = _metadata(model)
         self.input_shape = validated_shape(_dims(model.inputs[0], path), self.metadata, path)
-        made = model.outputs[0]
-        kind = made.element_type.to_string()
-        validate_output(kind, _dims(made, path), self.input_shape, path)
+        output = model.outputs[0]
+        kind = output.element_type.to_string()
+        validate_output(kind, _dims(output, path), self.input_shape, path)
 
     @cached_property
     def precision_effective(self) -> str:
-        """What most convolutions and matrix products of the compiled graph run in."""
+        """Precision of most convolutions and matrix products of the compiled graph."""
         return self.computes_in()
 
 
 def _dims(port: Any, path: Path) -> list[int | None]:
-    """The declared shape, None where it is free. Raises UserError: not even its rank is declared."""
+    """The declared shape, None where dynamic. Raises UserError: not even its rank is declared."""
     shape = port.partial_shape
     if shape.rank.is_dynamic:
-        raise UserError(f"{path}: {port.node.friendly_name} has no declared shape; export it again")
+        raise UserError(
+            f"{path}: {port.node.friendly_name}: got a dynamic rank; expected a declared shape; export it again"
+        )
     return [d.get_length() if d.is_static else None for d in shape]
 
 
-def _notes(model: Any) -> dict[str, str]:
-    """The notes of `exporters.artifact.metadata` in rt_info; empty in an IR made by another tool."""
-    held = model.get_rt_info([NOTES]).value if model.has_rt_info([NOTES]) else {}
-    return {key: str(value) for key, value in held.items()} if isinstance(held, dict) else {}
+def _metadata(model: Any) -> dict[str, str]:
+    """The metadata in rt_info; empty in an IR of another tool."""
+    branch = [METADATA_BRANCH]
+    values = model.get_rt_info(branch).value if model.has_rt_info(branch) else {}
+    return {key: str(value) for key, value in values.items()} if isinstance(values, dict) else {}

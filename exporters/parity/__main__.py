@@ -1,4 +1,4 @@
-"""Do two artefacts compute the same? The same images through both, figures, and a verdict by the coarser one.
+"""Comparison of two artefacts on the same images: metrics, and a verdict by the coarser precision.
 
 `python -m exporters.parity A B [--images DIR] [--layers]`: A is the reference; either may be a checkpoint
 (.safetensors), .onnx, .xml or .plan.
@@ -9,17 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
-
-from exporters.artifact import inputs
-from exporters.artifact.agreement import (
-    Thresholds,
-    coarsest_precision,
-    comparison_images,
-    describe_row,
-    figures,
-    judge,
-)
+from exporters.artifact import agreement, inputs
 from exporters.open import open_artefact
 from exporters.parity import layers
 from pipeline.core import cli
@@ -27,34 +17,38 @@ from pipeline.core.errors import GateFailed
 
 
 def main(args: argparse.Namespace) -> None:
-    """Compare two artefacts, print the figures, fail on FAIL."""
+    """Compare two artefacts and print the metrics. Raises GateFailed: the verdict is FAIL."""
     if args.layers:
         layers.compare_layers(args.a, args.b, args.images)
         return
     a, b = open_artefact(args.a, 1), open_artefact(args.b, 1)
-    x = comparison_images(a, b, args.images)
-    reference, other = inputs.run_batches(a, x), inputs.run_batches(b, x)
-    found = figures(reference, other)
-    precision = coarsest_precision(a, b)
-    verdict, reason = judge(found, float(np.abs(reference).max()), precision, Thresholds())
+    x = agreement.comparison_images(a, b, args.images)
+    precision = agreement.coarsest_precision(a, b)
+    metrics, verdict, reason = agreement.compare_outputs(
+        inputs.run_batches(a, x), inputs.run_batches(b, x), precision, agreement.Thresholds()
+    )
     for path, session in ((args.a, a), (args.b, b)):
         print(f"{path}: {session.runtime}, computes in {session.precision_effective}")
     source = args.images or "seeded smooth images"
-    line = describe_row({**found, "verdict": verdict, "reason": reason})
+    line = agreement.describe_row({**metrics, "verdict": verdict, "reason": reason})
     print(f"{len(x)} of {source}, gate of {precision}: {line}")
     if verdict == "FAIL":
-        raise GateFailed(f"{args.b} is not {args.a}: {reason}")
+        raise GateFailed(f"{args.b} does not compute what {args.a} computes: {reason}")
     if verdict == "UNDECIDED":
         raise GateFailed(f"{args.b} and {args.a}: parity is UNDECIDED: {reason}; give --images")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line of `python -m exporters.parity`."""
     p = argparse.ArgumentParser(prog="exporters.parity", description=__doc__)
     p.add_argument("a", type=Path, help="the reference: .safetensors, .onnx, .xml or .plan")
-    p.add_argument("b", type=Path, help="the artefact to judge")
-    p.add_argument("--images", type=Path, help="a folder of images, or a prepared folder")
-    p.add_argument("--layers", action="store_true", help="two ONNX files: where they part, by node")
+    p.add_argument("b", type=Path, help="the artefact to compare with it")
+    p.add_argument(
+        "--images", type=Path, help="images to run: a folder of images or a prepared folder"
+    )
+    p.add_argument(
+        "--layers", action="store_true", help="of two ONNX files: the node where they diverge"
+    )
     return p
 
 

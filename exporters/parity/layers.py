@@ -1,4 +1,4 @@
-"""Where two ONNX files part: every node output that both name, compared on the same images."""
+"""Comparison of two ONNX files node by node: the outputs that both name, on the same images."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     import onnx
 
 IMAGES = 4
-SHOWN = 8
-DEQUANTIZED = "_DequantizeLinear_Output"  # ONNX Runtime's suffix of the tensor as int8 leaves it
-PARTED_DB = {"fp32": 80.0, "fp16": 35.0, "bf16": 25.0, "int8": 15.0}  # below: more than rounding
+MAX_LINES = 8
+DEQUANTIZED = "_DequantizeLinear_Output"  # ONNX Runtime's suffix of a tensor after its quantization
+# SQNR below these differs by more than the rounding of that precision.
+DIVERGED_DB = {"fp32": 80.0, "fp16": 35.0, "bf16": 25.0, "int8": 15.0}
 
 
 def compare_layers(a: Path, b: Path, images: Path | None) -> None:
@@ -31,47 +32,52 @@ def compare_layers(a: Path, b: Path, images: Path | None) -> None:
     """
     for path in (a, b):
         if path.suffix != ".onnx":
-            raise UserError(f"--layers: {path} is not an .onnx file; it compares two ONNX files")
+            raise UserError(f"--layers: got {path}; expected two .onnx files; leave --layers out")
     first, second = onnx_file.read_onnx(a), onnx_file.read_onnx(b)
     pairs = shared_outputs(first, second)
     if not pairs:
-        raise UserError(f"--layers: {a} and {b} name no node output alike; compare them whole")
+        raise UserError(
+            f"--layers: got {a} and {b} without a node output of the same name; expected one or more; "
+            "leave --layers out"
+        )
     sessions = OrtSession(a, 1), OrtSession(b, 1)
     x = agreement.comparison_images(*sessions, images)
-    floor = PARTED_DB[agreement.coarsest_precision(*sessions)]
+    floor = DIVERGED_DB[agreement.coarsest_precision(*sessions)]
     batches = {session.input_shape[0] for session in sessions} - {None}
     if len(batches) > 1:
-        raise UserError(f"--layers: the batches {batches} are fixed and differ; compare them whole")
+        raise UserError(
+            f"--layers: got fixed batches {sorted(filter(None, batches))}; expected one batch size; "
+            "leave --layers out"
+        )
     batch = batches.pop() or 1 if batches else 1
-    left = tapped(first, [pair[0] for pair in pairs.values()])
-    right = tapped(second, [pair[1] for pair in pairs.values()])
+    run_a = tapped(first, [pair[0] for pair in pairs.values()])
+    run_b = tapped(second, [pair[1] for pair in pairs.values()])
     sums = {name: np.zeros(2) for name in pairs}
-    for part in np.split(x, range(batch, min(len(x), IMAGES), batch)):
-        for name, a_value, b_value in zip(
-            pairs, left(part[:batch]), right(part[:batch]), strict=True
-        ):
+    for chunk in np.split(x, range(batch, min(len(x), IMAGES), batch)):
+        outputs = run_a(chunk[:batch]), run_b(chunk[:batch])
+        for name, a_value, b_value in zip(pairs, *outputs, strict=True):
             sums[name] += energies(a_value, b_value)
-    found = {name: decibel(*both) for name, both in sums.items() if not np.isnan(both).any()}
-    parted = [(name, db) for name, db in found.items() if db < floor]
-    print(f"{len(found)} node outputs named alike, {len(parted)} below {floor:g} dB")
-    if parted:
-        print(f"they part at {parted[0][0]}")
-    worst = parted[:SHOWN] or sorted(found.items(), key=lambda item: item[1])[:SHOWN]
+    sqnr = {name: decibel(*both) for name, both in sums.items() if not np.isnan(both).any()}
+    diverged = [(name, db) for name, db in sqnr.items() if db < floor]
+    print(f"{len(sqnr)} node outputs of the same name, {len(diverged)} below {floor:g} dB")
+    if diverged:
+        print(f"first divergence: {diverged[0][0]}")
+    worst = diverged[:MAX_LINES] or sorted(sqnr.items(), key=lambda item: item[1])[:MAX_LINES]
     for name, db in worst:
         print(f"  {db:7.1f} dB  {name}")
 
 
 def shared_outputs(a: onnx.ModelProto, b: onnx.ModelProto) -> dict[str, tuple[str, str]]:
-    """Node outputs of both graphs by name, in A's order -> the tensor to read in each.
+    """Node outputs named in both graphs, in A's order -> the tensor to read in A and in B.
 
-    Around a quantized tensor that is the dequantized one: the quantizer may have dropped the ReLU before it.
+    Of a quantized tensor that is the dequantized one: the quantizer may have dropped the ReLU before it.
     """
     names_a, names_b = node_outputs(a), node_outputs(b)
-    pairs = {}
-    for name in names_a:
-        if name in names_b:
-            pairs[name] = (_dequantized(name, names_a), _dequantized(name, names_b))
-    return pairs
+    return {
+        name: (_dequantized(name, names_a), _dequantized(name, names_b))
+        for name in names_a
+        if name in names_b
+    }
 
 
 def node_outputs(model: onnx.ModelProto) -> dict[str, None]:
@@ -84,7 +90,7 @@ def _dequantized(name: str, names: dict[str, None]) -> str:
 
 
 def tapped(model: onnx.ModelProto, names: list[str]) -> Callable[[Array], list[NDArray[Any]]]:
-    """A function of x that returns the named intermediate results, run without graph optimization."""
+    """A function of x that returns the named node outputs, run without graph optimization."""
     import onnx
     import onnxruntime as ort
 
@@ -93,7 +99,7 @@ def tapped(model: onnx.ModelProto, names: list[str]) -> Callable[[Array], list[N
     del copy.graph.output[:]
     copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(n) for n in set(names))
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # an error is raised too
+    options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(
         copy.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -103,9 +109,10 @@ def tapped(model: onnx.ModelProto, names: list[str]) -> Callable[[Array], list[N
 
 
 def energies(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float]:
-    """Energy of A and of the difference: infinite for another shape or a value that is not finite,
+    """Energy of A and of the difference A - B, as sums of squares.
 
-    NaN where there is nothing to compare (shapes and indices, int8 codes).
+    The difference is infinite for another shape or a value that is not finite; both are NaN where there is
+    nothing to compare (shapes and indices, int8 codes).
     """
     if a.dtype.kind != "f" or b.dtype.kind != "f":
         return math.nan, math.nan
@@ -116,7 +123,7 @@ def energies(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float]:
 
 
 def decibel(signal: float, noise: float) -> float:
-    """SQNR in dB; equal tensors give the largest number, lost ones -inf."""
+    """SQNR in dB: BIT_EQUAL_DB for equal tensors, -inf for a difference that is not finite."""
     if noise == 0:
         return agreement.BIT_EQUAL_DB
     return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf

@@ -1,4 +1,4 @@
-"""ONNX -> TensorRT engine with its sidecar, by full TensorRT or TensorRT-RTX; and what a plan is.
+"""ONNX -> TensorRT engine (plan) with its sidecar, by full TensorRT or TensorRT-RTX; `info` describes a plan.
 
 `python -m exporters.trt student.onnx [-o PLAN] [--precision fp32,fp16,int8] [--calib DIR] [--shapes 1,1,8]
 [--backend auto,tensorrt,rtx] [--timing-cache FILE] [--version-compatible] [--hardware-compatible]
@@ -29,8 +29,8 @@ from pipeline.core.errors import GateFailed, UserError
 
 
 def main(args: argparse.Namespace) -> None:
-    """Build each precision, one line a plan; on a GPU each is run against the ONNX."""
-    wanted = parse_precisions(args.precision)
+    """Build each precision and print one line a plan; on a GPU each plan is compared with the ONNX."""
+    precisions = parse_precisions(args.precision)
     options = Options(
         build.parse_shapes(args.shapes),
         args.version_compatible,
@@ -41,29 +41,32 @@ def main(args: argparse.Namespace) -> None:
     name, _ = backend(args.backend)
     build.validate_options(name, options)
     if args.onnx.suffix != ".onnx":
-        raise UserError(f"{args.onnx}: suffix is {args.onnx.suffix!r}; the input is an .onnx file")
-    if args.out and len(wanted) > 1:
-        raise UserError(f"-o {args.out}: one name for {len(wanted)} precisions; leave it out")
-    int8_wanted = "int8" in wanted
-    calibration = int8.calibration_images(args.onnx, args.calib).shown if int8_wanted else None
+        raise UserError(
+            f"{args.onnx}: got suffix {args.onnx.suffix!r}; expected .onnx; export the model first"
+        )
+    if args.out and len(precisions) > 1:
+        raise UserError(f"-o {args.out}: one name for {len(precisions)} precisions; leave -o out")
+    calibration = None
+    if "int8" in precisions:
+        calibration = int8.calibration_images(args.onnx, args.calib).calibration
 
     def write(precision: str) -> None:
         plan, sidecar = build_plan(args.onnx, args.out, precision, name, options, calibration)
-        told, verdict = plan_parity(args.onnx, plan, False if args.no_cuda_graph else None)
+        parity, verdict = plan_parity(args.onnx, plan, False if args.no_cuda_graph else None)
         print(
             f"{plan}: {sidecar['size_mb']:.2f} MB in {sidecar['seconds']:.1f} s, {sidecar['backend']} "
-            f"{sidecar['version']}, {', '.join(_traits(sidecar))}, {told}"
+            f"{sidecar['version']}, {', '.join(_traits(sidecar))}, {parity}"
         )
         if verdict == "FAIL":
-            raise GateFailed(f"{plan}: {told}")
+            raise GateFailed(f"{plan}: {parity}")
 
-    run_all(partial(write, precision) for precision in wanted)
+    run_all(partial(write, precision) for precision in precisions)
 
 
 def _traits(sidecar: dict[str, Any]) -> list[str]:
-    """What the plan was asked to be, each in a few words."""
+    """The build options of the plan, each in a few words."""
     level, cache = sidecar["optimization_level"], sidecar["timing_cache"]
-    told = [
+    traits = [
         f"{sidecar['precision']} (TF32 {'on' if sidecar['tf32'] else 'off'})",
         f"batches {sidecar['shapes']}",
         "version compatible" if sidecar["version_compatible"] else "",
@@ -71,24 +74,24 @@ def _traits(sidecar: dict[str, Any]) -> list[str]:
         "" if level is None else f"optimization level {level}",
         f"timing cache {cache}" if cache else "",
     ]
-    return [part for part in told if part]
+    return [trait for trait in traits if trait]
 
 
 def plan_parity(source: Path, plan: Path, cuda_graph: bool | None = None) -> tuple[str, str]:
-    """The parity of a plan with its ONNX, told in a line, and the verdict."""
+    """(Parity of a plan with its ONNX in one line, the verdict); `skipped` where it cannot run here."""
     try:
         session = TrtSession(plan, cuda_graph)
     except Unavailable as error:
         return f"not run here: {error}", "skipped"
     reference = OrtSession(source, 1)
     x = inputs.probe_images(reference)
-    a, b = inputs.run_batches(reference, x), inputs.run_batches(session, x)
-    row = agreement.parity_row(plan, session, a, b, agreement.Thresholds())
+    logits = inputs.run_batches(reference, x), inputs.run_batches(session, x)
+    row = agreement.parity_row(plan, session, *logits, agreement.Thresholds())
     return agreement.describe_row(row), row["verdict"]
 
 
 def print_info(args: argparse.Namespace) -> None:
-    """`info PLAN`: what it is, where it was built, whether it can run here."""
+    """Print what a plan is, where it was built, and whether it can run here."""
     sidecar = read_sidecar(args.plan)
     gpu = sidecar["gpu"]
     print(f"{args.plan}: {sidecar['backend']} {sidecar['version']}, {sidecar['size_mb']:.2f} MB")
@@ -105,16 +108,27 @@ def print_info(args: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line that builds."""
+    """The command line of `python -m exporters.trt`."""
     p = argparse.ArgumentParser(prog="exporters.trt", description=__doc__)
     add = p.add_argument
-    add("onnx", type=Path, help="an fp32 .onnx file, ours or anyone's; or `info PLAN`")
-    add("-o", "--out", type=Path, help="the plan; a name that tells it if not given")
-    add("--precision", default="fp32", help="of fp32,fp16,int8")
-    add("--calib", type=Path, help="images to calibrate int8 on: a folder or a prepared one")
-    add("--shapes", default="1,1,8", help="smallest, usual and largest batch")
-    add("--backend", default="auto", help="auto, tensorrt or rtx")
-    add("--timing-cache", type=Path, metavar="FILE", help="read if it is there, written back")
+    add("onnx", type=Path, help="any fp32 .onnx classifier; or `info PLAN`")
+    add("-o", "--out", type=Path, help="the plan; default: ONNX.BACKEND-GPU-PRECISION.plan")
+    add(
+        "--precision", default="fp32", help="comma-separated list of fp32, fp16, int8; default fp32"
+    )
+    add(
+        "--calib",
+        type=Path,
+        help="images to calibrate int8 on: a folder of images or a prepared folder",
+    )
+    add("--shapes", default="1,1,8", help="smallest, usual and largest batch; default 1,1,8")
+    add("--backend", default="auto", help="auto, tensorrt or rtx; default auto")
+    add(
+        "--timing-cache",
+        type=Path,
+        metavar="FILE",
+        help="kernel timings, read if the file exists and written back",
+    )
     add("--version-compatible", action="store_true", help="runs under later TensorRT versions too")
     add("--hardware-compatible", action="store_true", help="runs on Ampere and every newer GPU")
     add("--optimization-level", type=int, metavar="N", help="0 to 5; TensorRT's own is 3")
@@ -123,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def info_parser() -> argparse.ArgumentParser:
-    """The command line of `info`."""
+    """The command line of `python -m exporters.trt info`."""
     p = argparse.ArgumentParser(prog="exporters.trt info", description=print_info.__doc__)
     p.add_argument("plan", type=Path)
     return p

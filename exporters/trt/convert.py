@@ -29,10 +29,11 @@ def build_plan(
     options: Options | None = None,
     calibration: Array | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """fp32 ONNX -> plan and the sidecar `PLAN.json` beside it; returns both. `plan` None: a name that tells.
+    """fp32 ONNX -> plan and the sidecar `PLAN.json` beside it; returns both.
 
+    `plan` None: a name of backend, version, GPU and precision beside the ONNX.
     Raises UserError: not parsed, not built, int8 without images, an option the backend lacks; Unavailable as
-    `engine.backend`.
+    `exporters.trt.plan.backend`.
     """
     options = options or Options()
     name, trt = backend(name)

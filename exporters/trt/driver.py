@@ -1,4 +1,4 @@
-"""The first CUDA device, asked of the driver itself: no torch, no TensorRT, which both may crash without one."""
+"""The first CUDA device, by libcuda itself: without a GPU torch and TensorRT may crash when asked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 @dataclass(frozen=True)
 class CudaDevice:
-    """name; sm as in file names (`90`); driver as the CUDA version it supports (`13.0`)."""
+    """A GPU: name; sm as in file names (`90`); driver as the CUDA version it supports (`13.0`)."""
 
     name: str
     sm: str

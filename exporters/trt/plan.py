@@ -1,7 +1,7 @@
-"""An engine file: which TensorRT made it, the sidecar beside it, and whether it can run here.
+"""A plan (engine file): the TensorRT that builds it, the sidecar beside it, and whether it can run here.
 
-Engines are not portable; the sidecar says what one was built by, on and from, so that a wrong host is told
-what to rebuild instead of failing in the runtime.
+Engines are not portable; the sidecar says what one was built by, on and from, so that the wrong host gets the
+command that rebuilds it instead of an error inside the runtime.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pipeline.core import artifacts
 from pipeline.core.errors import UserError, nearest
 
 SCHEMA = "cakd.plan/2"
-# of full TensorRT: the first with everything used here in its strongly typed form
-OLDEST = (10, 12)
+# The first full TensorRT with everything used here in its strongly typed form.
+MIN_VERSION = (10, 12)
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 EXTRAS = {"tensorrt": "trt", "rtx": "trt-rtx"}
-AMPERE = 80  # SM
-KEYS: dict[str, type | tuple[type, ...]] = {  # of a sidecar, what is read of it
+AMPERE = 80  # the SM version
+KEYS: dict[str, type | tuple[type, ...]] = {  # the keys of a sidecar that are read, and their types
     **dict.fromkeys(("backend", "version", "platform", "precision", "plan_sha256"), str),
     **dict.fromkeys(("tf32", "version_compatible", "hardware_compatible"), bool),
     **dict.fromkeys(("shapes", "input_shape"), list),
@@ -49,24 +49,24 @@ def backend(name: str) -> tuple[str, Any]:
         try:
             return backend("tensorrt")
         except Unavailable as full:
-            return _rtx_or_why(str(full))
+            return _rtx_or_reasons(str(full))
     try:
         trt = importlib.import_module(MODULES[name])
     except (ImportError, OSError) as error:
         other = "" if name == "rtx" else "; --backend rtx builds without a GPU"
-        why = f"{MODULES[name]} is missing ({error}); `pip install '.[{EXTRAS[name]}]'`{other}"
-        raise Unavailable(why) from None
-    if name == "tensorrt" and release(trt.__version__) < OLDEST:
+        extra = f"`pip install '.[{EXTRAS[name]}]'`{other}"
+        raise Unavailable(f"{MODULES[name]}: not installed ({error}); {extra}") from None
+    if name == "tensorrt" and release(trt.__version__) < MIN_VERSION:
         raise Unavailable(
-            f"TensorRT {trt.__version__} is older than 10.12; `pip install 'tensorrt>=10.12'`"
+            f"tensorrt: got {trt.__version__}; expected 10.12 or later; `pip install 'tensorrt>=10.12'`"
         )
     if name == "tensorrt" and driver.device() is None:
         raise Unavailable("full TensorRT builds on its GPU: no CUDA device; use --backend rtx")
     return name, trt
 
 
-def _rtx_or_why(full: str) -> tuple[str, Any]:
-    """RTX; where it is missing too, both reasons in one line: each names its way to get one."""
+def _rtx_or_reasons(full: str) -> tuple[str, Any]:
+    """TensorRT-RTX; where it is missing too, both reasons in one line, each with its remedy."""
     try:
         return backend("rtx")
     except Unavailable as error:
@@ -74,7 +74,7 @@ def _rtx_or_why(full: str) -> tuple[str, Any]:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """`10.14.1.48.post1` -> (10, 14, 1, 48): what versions are compared by."""
+    """`10.14.1.48.post1` -> (10, 14, 1, 48), for comparisons of versions."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:4])
 
 
@@ -92,24 +92,24 @@ def read_sidecar(plan: Path) -> dict[str, Any]:
 
     Raises UserError: plan or sidecar missing, incomplete, or not made together.
     """
-    again = "build it with `python -m exporters.trt`"
+    remedy = "build it with `python -m exporters.trt`"
     if not plan.is_file():
-        raise UserError(f"{plan}: no such plan; {again}")
+        raise UserError(f"{plan}: no such plan; {remedy}")
     if not sidecar_path(plan).is_file():
         raise UserError(
-            f"{plan}: {sidecar_path(plan).name} is missing: its maker is unknown; {again}"
+            f"{plan}: no {sidecar_path(plan).name} beside it; expected the sidecar of its build; {remedy}"
         )
     sidecar = artifacts.read_json(sidecar_path(plan), SCHEMA)
     for key, kind in KEYS.items():
         if not isinstance(sidecar.get(key), kind):
-            raise UserError(f"{sidecar_path(plan)}: {key} is {sidecar.get(key)!r}; {again}")
+            raise UserError(f"{sidecar_path(plan)}: {key}: got {sidecar.get(key)!r}; {remedy}")
     if artifacts.sha256(plan) != sidecar["plan_sha256"]:
-        raise UserError(f"{plan}: not the plan of {sidecar_path(plan).name}; {again}")
+        raise UserError(f"{plan}: SHA-256 is not that of {sidecar_path(plan).name}; {remedy}")
     return sidecar
 
 
 def system() -> str:
-    """`linux-x86_64`: an engine is not portable to another one."""
+    """`linux-x86_64`: the platform that an engine is bound to."""
     return f"{sys.platform}-{platform.machine()}"
 
 
@@ -128,7 +128,7 @@ def command(sidecar: Mapping[str, Any], plan: Path) -> str:
 
 
 def obstacle(sidecar: Mapping[str, Any], plan: Path) -> str | None:
-    """Why this plan cannot run here, and the command line that builds one which can; None where it can."""
+    """The reason why this plan cannot run here, with the command that rebuilds it; None where it can."""
     gpu = driver.device()
     if gpu is None:
         return "no CUDA device"
@@ -148,11 +148,11 @@ def obstacle(sidecar: Mapping[str, Any], plan: Path) -> str | None:
 
 
 def _version_fits(sidecar: Mapping[str, Any], here: str) -> bool:
-    """The same version; or a version-compatible plan under a later one of its major, or 10 under 11.
+    """Whether this version runs the plan: the same one, or a later one for a compatible plan.
 
-    docs.nvidia.com/deeplearning/tensorrt/11.4.1/getting-started/support-matrix.html (Engine Portability) and
-    11.1.0/inference-library/engine-compatibility.html; of RTX none: tensorrt-rtx/latest/inference-library/
-    engine-compatibility.html.
+    Source: docs.nvidia.com/deeplearning/tensorrt/11.4.1/getting-started/support-matrix.html (Engine Portability),
+    11.1.0/inference-library/engine-compatibility.html. RTX plans are never version compatible:
+    tensorrt-rtx/latest/inference-library/engine-compatibility.html.
     """
     built = sidecar["version"]
     if built == here:
@@ -163,10 +163,10 @@ def _version_fits(sidecar: Mapping[str, Any], here: str) -> bool:
 
 
 def _gpu_fits(sidecar: Mapping[str, Any], sm: int) -> bool:
-    """The generation it was built on; a hardware-compatible plan, Ampere and newer.
+    """Whether a GPU of this SM runs the plan: the one built on, or Ampere and newer if hardware compatible.
 
-    HardwareCompatibilityLevel in TensorRT's Python reference. RTX builds for Ampere and newer and leaves Turing
-    out: tensorrt-rtx/latest/getting-started/support-matrix.html.
+    Source: HardwareCompatibilityLevel in TensorRT's Python reference. RTX builds for Ampere and newer, not for
+    Turing: tensorrt-rtx/latest/getting-started/support-matrix.html.
     """
     if sidecar["backend"] == "rtx" or sidecar["hardware_compatible"]:
         return sm >= AMPERE

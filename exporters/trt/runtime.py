@@ -1,4 +1,4 @@
-"""TensorRT-RTX and full TensorRT as rows of the runtimes."""
+"""The Runtime objects of TensorRT-RTX and full TensorRT."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from exporters.trt.session import TrtSession
 
 
 def _runtime(name: str, backend: str) -> Runtime:
-    """Plans of one back end of `exporters.trt`; their sidecars say how to open them."""
+    """The Runtime of one backend of `exporters.trt`; a plan's sidecar says how to open it."""
 
     def make(precision: str, model: str, exported: Exported, out: Path, settings: Build) -> Path:
-        """MODEL.plan and MODEL.plan.json in the folder `out`."""
-        source, made = exported.folder / f"{model}.onnx", out / f"{model}.plan"
+        """Write MODEL.plan and MODEL.plan.json into the folder `out`."""
+        source, target = exported.folder / f"{model}.onnx", out / f"{model}.plan"
         options = Options(settings.trt_shapes)
-        return convert.build_plan(source, made, precision, backend, options, exported.calibration)[
-            0
-        ]
+        return convert.build_plan(
+            source, target, precision, backend, options, exported.calibration
+        )[0]
 
     return Runtime(
         name,

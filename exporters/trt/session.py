@@ -1,4 +1,4 @@
-"""A TensorRT engine of a plan with its sidecar behind the session interface, run over libcudart.
+"""A TensorRT plan behind the session interface, run over libcudart.
 
 CAKD_CUDA_GRAPH=0, or `cuda_graph=False`, runs the engine without graphs.
 """
@@ -17,18 +17,18 @@ from exporters.device.engine import BoundContext, Engine
 from exporters.trt.plan import MODULES, backend, command, obstacle, read_sidecar
 from pipeline.core.errors import UserError
 
-SWITCH = "CAKD_CUDA_GRAPH"
+GRAPH_VARIABLE = "CAKD_CUDA_GRAPH"
 
 
 def cuda_graphs_enabled() -> bool:
-    """What CAKD_CUDA_GRAPH says: 1, the default, or 0. Raises UserError on anything else."""
-    if (text := os.environ.get(SWITCH, "1")) not in ("0", "1"):
-        raise UserError(f"{SWITCH}: got {text!r}; allowed: 0, 1")
+    """The value of CAKD_CUDA_GRAPH: 1 (default) or 0. Raises UserError on anything else."""
+    if (text := os.environ.get(GRAPH_VARIABLE, "1")) not in ("0", "1"):
+        raise UserError(f"{GRAPH_VARIABLE}: got {text!r}; expected 0 or 1")
     return text == "1"
 
 
 class PlanCuda(PipelineErrors, cudart.Cuda):
-    """The CUDA runtime; a call that fails is told with the plan it failed for."""
+    """The CUDA runtime whose errors name the plan. Raises Unavailable: no library, no driver, no device."""
 
     def __init__(self, plan: Path) -> None:
         self.name = str(plan)
@@ -39,7 +39,7 @@ class PlanCuda(PipelineErrors, cudart.Cuda):
 
 
 class TrtSession(PipelineErrors, Engine):
-    """An engine with a context and fixed buffers a batch size; the copies in and out are part of `run`.
+    """An engine with a context and fixed buffers per batch size; `run` includes the copies in and out.
 
     Full TensorRT is captured here, after one run a batch size (TensorRT documentation, performance: CUDA graphs);
     TensorRT-RTX captures by itself, because only it knows when the kernels of a shape are compiled.
@@ -54,30 +54,31 @@ class TrtSession(PipelineErrors, Engine):
         graphs = cuda_graphs_enabled() if cuda_graph is None else cuda_graph
         super().__init__(trt, logger(trt), PlanCuda(plan), str(plan))
         self.per_shape, self.captured = graphs, graphs and name == "tensorrt"
-        least, _, most = sidecar["shapes"]
+        smallest, _, largest = sidecar["shapes"]
         remedy = f"build it again: {command(sidecar, plan)}"
-        self.load(plan.read_bytes(), (least, most), remedy, sidecar["version_compatible"])
+        self.load(plan.read_bytes(), (smallest, largest), remedy, sidecar["version_compatible"])
         self._began, self._ended = self._cuda.event(), self._cuda.event()
         self._engine_ms = 0.0
         self.runtime = f"{MODULES[name]} {trt.__version__}{', CUDA graph' if graphs else ''}"
-        self.precision_effective = str(sidecar["precision"])  # strongly typed: as the graph says
+        # Strongly typed: TensorRT computes in the types of the graph.
+        self.precision_effective = str(sidecar["precision"])
         self.metadata: Mapping[str, str] = sidecar["notes"]
         b, c, h, w = sidecar["input_shape"]
         self.input_shape: tuple[int | None, int, int, int] = (b, c, h, w)
 
     def engine_ms(self) -> float:
-        """ms that the GPU took for the runs since the last question, by CUDA events: the copies left out."""
-        taken, self._engine_ms = self._engine_ms, 0.0
-        return taken
+        """GPU time in ms of the runs since the last call, by CUDA events, without the copies."""
+        elapsed, self._engine_ms = self._engine_ms, 0.0
+        return elapsed
 
     def _run(self, x: Array) -> Array:
         logits = super()._run(x)
         self._engine_ms += self._cuda.elapsed_ms(self._began, self._ended)
         return logits
 
-    def _play(self, bound: BoundContext) -> None:
+    def _launch(self, bound: BoundContext) -> None:
         self._cuda.record(self._began, self._stream)
-        super()._play(bound)
+        super()._launch(bound)
         self._cuda.record(self._ended, self._stream)
 
     def _capture(self, bound: BoundContext) -> None:
@@ -85,13 +86,15 @@ class TrtSession(PipelineErrors, Engine):
             super()._capture(bound)
         except UserError as error:
             reason = str(error).removeprefix(f"{self.name}: ")
-            raise self.error(f"no CUDA graph of it: {reason}; run it with {SWITCH}=0") from None
+            raise self.error(
+                f"no CUDA graph of it: {reason}; run it with {GRAPH_VARIABLE}=0"
+            ) from None
 
     def _new_context(self, *config: Any) -> Any:
         if self.per_shape and not self.captured:
-            own = self._engine.create_runtime_config()
-            if own is None:
-                raise self.refused("no runtime configuration")
-            own.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            config = (own,)
+            runtime_config = self._engine.create_runtime_config()
+            if runtime_config is None:
+                raise self.call_failed("no runtime configuration")
+            runtime_config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            config = (runtime_config,)
         return super()._new_context(*config)
