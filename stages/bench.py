@@ -15,8 +15,8 @@ from exporters.bench.subjects import Bench, bench_document
 from exporters.bench.worker import read_reference
 from exporters.open import RUNTIMES
 from pipeline.core import artifacts, cli, config
+from pipeline.core.formats import BuildFile
 
-BUILD_SCHEMA = "cakd.build/1"
 MODELS = ("student", "teacher")
 SEED = 0  # of the order within the rounds, and of the intervals
 
@@ -26,9 +26,9 @@ def subject(
 ) -> Subject:
     """Build the subject of one model from build.json: its artefact, or the reason why there is none."""
     target: Target = TARGETS[args.target]
-    entry = build["models"].get(model, {"status": "skipped", "reason": "not in build.json"})
-    artefact = args.build_dir / (entry.get("artefact") or target.artefact.format(model=model))
-    skip = entry.get("reason") or "not built" if entry["status"] == "skipped" else None
+    entry = build["models"][model]
+    artefact = args.build_dir / (entry["artefact"] or target.artefact.format(model=model))
+    skip = entry["reason"] if entry["status"] == "skipped" else None
     return Subject(
         model, artefact, target, threads, skip or RUNTIMES[target.runtime].obstacle(artefact), batch
     )
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     began = time.monotonic()
     params = config.load(Bench, args.params)
     built = args.build_dir / "build.json"
-    build = artifacts.read_json(built, BUILD_SCHEMA)
+    build = artifacts.read(built, BuildFile)
     reference = args.export_dir / "reference.npz"
     read_reference(reference)
     subjects = [

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pipeline.core import artifacts, cli, config
 from pipeline.core import machine as core_machine
+from pipeline.core.formats import Train
 from pipeline.data.prepared import Prepared
-from pipeline.distill.settings import PERF_SCHEMA, Distill
+from pipeline.distill.settings import Distill
 from pipeline.evaluate import accuracy, evidence
 from pipeline.evaluate.evaluate import evaluate
 
@@ -34,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     artifacts.write_json(
         args.evidence, {"schema": evidence.SCHEMA, **evidence_result, "machine": machine}
     )
-    perf = {m: artifacts.read_json(args.train / f"{m}.json", PERF_SCHEMA) for m in methods}
+    perf = {m: artifacts.read(args.train / f"{m}.json", Train) for m in methods}
     artifacts.write_json(
         args.perf,
         {

@@ -18,6 +18,7 @@ from exporters.ort.export import BEST, Export
 from pipeline.core import artifacts, cli, config
 from pipeline.core.atomic import atomic_dir
 from pipeline.core.errors import UserError
+from pipeline.core.formats import Selection
 from pipeline.core.machine import machine, usable_cores
 from pipeline.data.prepared import Prepared, normalised, spread
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 SCHEMA = "cakd.export/1"
-SELECTION = "cakd.selection/1"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -77,9 +77,7 @@ def main(args: argparse.Namespace) -> None:
 
 def selected(path: Path, requested: str) -> str:
     """Read the method of selection.json. Raises UserError: it was written for another export.method."""
-    selection = artifacts.read_json(path, SELECTION)
-    artifacts.expect(selection, path, "run select again", selected=str)
-    method: str = selection["selected"]
+    method: str = artifacts.read(path, Selection, "run select again")["selected"]
     if requested not in (BEST, method):
         raise UserError(
             f"{path}: got {method!r}; expected {requested!r}, export.method; run select again"

@@ -18,6 +18,7 @@ from pipeline.core.atomic import atomic
 from pipeline.core.errors import GateFailed
 from pipeline.data.prepared import Prepared
 from pipeline.report import adapters, gallery, history, machines, page, pareto, raw, wording
+from pipeline.report.formats.accuracy import Evidence
 from pipeline.report.summary import Report, Sources, summarise
 
 
@@ -34,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     if args.pareto:
         publish(args.pareto, pareto.table(pareto.points(summary)))
     publish(args.edge_md, page.markdown([summary], earlier))
-    evidence = artifacts.read_json(args.evidence, gallery.EVIDENCE)
+    evidence = artifacts.read(args.evidence, Evidence)
     images = gallery.gallery(evidence, Prepared.open(args.prepared), summary["shipped"])
     publish(args.index_html, page.page([summary], images, earlier))
     print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import pytest
 
 from pipeline.data.prepared import Prepared
 from pipeline.prepare.prepare import Prepare, prepare
-from tests import command_line
+from tests import artefacts, command_line
 from tests.shared import Shared
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +121,7 @@ def export(digits: Path, folder: Path) -> None:
     params = folder / "params.yaml"
     params.write_text("export:\n  method: cakd\n  reference_images: 64\n  calibration_images: 96\n")
     selection = folder / "selection.json"
-    selection.write_text('{"schema": "cakd.selection/1", "selected": "cakd"}')
+    selection.write_text(json.dumps(artefacts.selection("cakd")))
     models = [folder / "students", selection, folder / "teacher.safetensors"]
     paths = [*models, digits, folder / "out"]
     done = command_line.process("stages.export", *paths, "--params", params)

@@ -23,7 +23,7 @@ from exporters.device import timing
 from pipeline.core.config import parse
 from pipeline.core.errors import GateFailed, UserError
 from pipeline.report import raw
-from tests import command_line
+from tests import artefacts, command_line
 
 ROOT = Path(__file__).parents[1]
 PLAYER = '''
@@ -536,10 +536,11 @@ def exported(net: Path, tmp_path: Path) -> Path:
     np.savez(tmp_path / "export/reference.npz", x=x)
     (tmp_path / "build/student.onnx").write_bytes(net.read_bytes())
     models = {
-        "student": {"status": "built", "reason": None, "artefact": "student.onnx"},
-        "teacher": {"status": "skipped", "reason": "too large for this box", "artefact": None},
+        "student": artefacts.built("student.onnx", None),
+        "teacher": artefacts.built(None, "too large for this box"),
     }
-    build = {"schema": "cakd.build/1", "target": "ort-fp32", "models": models}
+    head = {"schema": "cakd.build/1", "target": "ort-fp32", **artefacts.head()}
+    build = {**head, "models": models}
     (tmp_path / "build/build.json").write_text(json.dumps(build))
     (tmp_path / "params.yaml").write_text(
         "bench:\n  enabled: [ort-fp32]\n  threads: [1]\n  rounds: 3\n  seconds_per_row: 0.1\n"

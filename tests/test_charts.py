@@ -65,7 +65,7 @@ def test_methods_differ_by_line_as_well_as_by_colour() -> None:
 
 def test_labels_of_the_tradeoff_stay_apart_and_inside(run: Run) -> None:  # noqa: F811
     for target in TARGETS:  # the worst case: all targets equally fast
-        wall = {"p50": 1.0, "p90": None, "p99": None, "min": 1.0, "n": 90}
+        wall = {"p50": 1.0, "p90": None, "p99": None, "min": 1.0, "n": 90, "p50_ci": None}
         change_row(run, target, wall_ms=wall)
     picture = tradeoff.draw(summary(run))
     assert picture

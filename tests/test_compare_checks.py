@@ -13,6 +13,7 @@ import pytest
 from exporters.artifact import counts
 from exporters.bench import checks
 from exporters.bench.checks import Side
+from tests import artefacts
 
 FIGURES = counts.ModelCounts(
     opset=18, operators={"Conv": 10, "Relu": 9, "QuantizeLinear": 4, "DequantizeLinear": 8}
@@ -124,8 +125,7 @@ def test_other_weights_are_judged_by_the_parity_of_their_build(
 ) -> None:
     other = replace(side, metadata={"weights_sha256": "b"}, logits=LOGITS[::-1])
     if built:
-        rows = [{"artifact": side.artefact.name, "verdict": built}]
-        content = {"schema": "cakd.parity/1", "rows": rows}
+        content = artefacts.parity(side.artefact.name, built)
         (side.artefact.parent / "parity.json").write_text(json.dumps(content))
     baseline = replace(side, artefact=beside(side, 10**6))
     assert verdicts(other, baseline)["parity"] == verdict

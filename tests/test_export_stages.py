@@ -21,6 +21,7 @@ from exporters.build import Build
 from exporters.open import open_session
 from exporters.trt import driver
 from pipeline.data.prepared import Prepared, normalised
+from tests import artefacts
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 ROW = {
@@ -101,7 +102,7 @@ def test_a_selection_or_student_of_another_method_is_exit_2(
 ) -> None:
     params, selection, students = (tmp_path / n for n in ("params.yaml", "selection.json", "s"))
     shutil.copytree(exported.parent / "students" / "cakd", students / "logits")
-    selection.write_text('{"schema": "cakd.selection/1", "selected": "logits"}')
+    selection.write_text(json.dumps(artefacts.selection("logits")))
     paths = [students, selection, exported / "teacher.safetensors", digits, tmp_path / "out"]
     for method, message in (
         ("cakd", f"{selection}: got 'logits'; expected 'cakd', export.method; run select again"),

@@ -17,6 +17,7 @@ from pipeline.prepare.prepare import Prepare, prepare
 from pipeline.report import gallery
 from pipeline.report.charts import classes as charts_classes
 from pipeline.report.charts.classes import BARS
+from tests import artefacts
 
 
 def evidence(prepared: Prepared, shipped: str = "cakd") -> dict:
@@ -34,7 +35,7 @@ def evidence(prepared: Prepared, shipped: str = "cakd") -> dict:
     found = {"confusion": entries, "mistakes": mistakes}
     ramp = np.linspace(0, 2, 64).tolist()
     return {
-        "schema": gallery.EVIDENCE,
+        "schema": "cakd.evidence/1",
         "split": "test",
         "classes": list(prepared.classes),
         "models": {"teacher": found, shipped: found},
@@ -43,6 +44,7 @@ def evidence(prepared: Prepared, shipped: str = "cakd") -> dict:
             "rows": firsts,
             "received": {name: [ramp] * 3 for name in ("teacher", shipped)},
         },
+        **artefacts.head(),
     }
 
 

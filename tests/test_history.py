@@ -64,7 +64,7 @@ def test_a_folder_gives_its_summaries_and_a_file_must_be_one(run: Run) -> None: 
         run.write(f"past/{name}", value)
     assert [name for name, _ in history.read([folder])] == ["2026", "abc"]
     assert history.read([folder / "2026.json"])[0][0] == "2026"
-    with pytest.raises(UserError, match=r"parity\.json: schema"):
+    with pytest.raises(UserError, match=r"parity\.json: schema: got 'cakd.parity/1'"):
         history.read([folder / "abc" / "parity.json"])
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         history.read([Path("nowhere")])

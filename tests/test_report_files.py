@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import UserError
-from pipeline.report import adapters, history, machines, page, schema
-from pipeline.report.summary import BENCH
+from pipeline.report import adapters, history, machines, page
 from tests import compared
 from tests.test_report import Run, bench, run, summary  # noqa: F401 - the fixture
 
@@ -140,15 +139,3 @@ def test_any_report_file_is_shown_or_refused(
             if name == "edge":
                 shown(whole, path)
     assert min(ends[True], ends[False]) > edits / 4
-
-
-def test_a_checkout_without_schemas_is_told(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(schema, "FOLDER", tmp_path)
-    schema._validators.cache_clear()
-    try:
-        with pytest.raises(UserError, match="holds no schema of cakd.bench/2; this checkout"):
-            schema.check(tmp_path / "a.json", {"schema": BENCH}, (BENCH,))
-    finally:
-        schema._validators.cache_clear()

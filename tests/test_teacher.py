@@ -57,9 +57,11 @@ def saved(path, name, kwargs):
     for parameter in vit.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     description = {
+        "role": "teacher",
         "model": name,
         "kwargs": kwargs,
         "num_classes": 10,
+        "classes": [str(n) for n in range(10)],
         "preprocess": checkpoint.preprocessing(vit, 32),
     }
     checkpoint.save(path, vit, description)

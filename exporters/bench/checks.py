@@ -14,6 +14,7 @@ from exporters.artifact import agreement, counts, metadata
 from exporters.artifact.session import Array
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError
+from pipeline.core.formats import ParityFile
 
 Value = int | str | None
 Verdict = Literal["PASS", "FAIL", "ALLOWED", "UNKNOWN"]
@@ -134,7 +135,7 @@ def _logit_parity(candidate: Side, baseline: Side) -> tuple[str | None, str, Ver
 def _build_verdict(artefact: Path) -> str | None:
     """The verdict in the parity.json of the build beside this file; None where there is none."""
     try:
-        rows = artifacts.read_json(artefact.parent / "parity.json", "cakd.parity/1")["rows"]
+        rows = artifacts.read(artefact.parent / "parity.json", ParityFile)["rows"]
     except UserError:
         return None
     verdicts = [row["verdict"] for row in rows if row["artifact"] == artefact.name]

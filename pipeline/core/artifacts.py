@@ -11,8 +11,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, BinaryIO
 
+from pydantic import ValidationError
+
+from pipeline.core import config
 from pipeline.core.atomic import atomic
 from pipeline.core.errors import UserError
+from pipeline.core.validation import Format, schema_name
 
 PACKAGES = ("torch", "timm", "numpy", "pillow", "safetensors")
 WIDTH = 115  # characters of a line of JSON
@@ -88,6 +92,27 @@ def read_json(path: Path | str, schema: str | None = None) -> dict[str, Any]:
     return value
 
 
+def read(
+    path: Path | str, kind: type[Format], remedy: str = "run its stage again"
+) -> dict[str, Any]:
+    """Read a JSON artefact as `kind` describes it; keys that `kind` does not know stay in it.
+
+    Raises UserError: missing, not JSON, or the first value that `kind` refuses, with `remedy`.
+    """
+    return check(read_json(path, schema_name(kind)), kind, path, remedy)
+
+
+def check(
+    value: dict[str, Any], kind: type[Format], path: Path | str, remedy: str = "run its stage again"
+) -> dict[str, Any]:
+    """Check a JSON object read from `path`. Raises UserError: it is not as `kind` describes it."""
+    try:
+        kind.model_validate(value)
+    except ValidationError as error:
+        raise UserError(f"{path}: {config.explain(error, kind, value, remedy=remedy)}") from None
+    return value
+
+
 def _no_number(name: str) -> None:
     """Raise ValueError: Python's reader takes NaN and Infinity, which JSON does not have."""
     raise ValueError(f"{name} is not a JSON number")
@@ -148,10 +173,7 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
 
 
 def provenance(params: Any = None, **inputs: Path | str) -> dict[str, Any]:
-    """Describe what made an artefact: parameters, the SHA-256 of each input file, package versions.
-
-    Holds no time of day: the same inputs give the same bytes.
-    """
+    """Describe what made an artefact: parameters, the SHA-256 of each input file, package versions."""
     return {
         "params": params,
         "inputs": {name: sha256(path) for name, path in inputs.items()},

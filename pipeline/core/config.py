@@ -128,26 +128,33 @@ def _check_plain(value: Any, where: str) -> None:
         raise UserError(f"{where}: got {value}; expected a finite number")
 
 
-def explain(error: ValidationError, kind: type, values: Any, where: str) -> str:
-    """The one line of a pydantic error: dotted name, what was got, what is expected, the nearest name of a key."""
+def explain(
+    error: ValidationError, kind: type, values: Any, where: str = "", remedy: str = ""
+) -> str:
+    """The one line of a pydantic error: dotted name, what was got, what is expected, the nearest name of a key.
+
+    `remedy` closes the line of a JSON file, which is made again rather than corrected.
+    """
     errors = error.errors(include_url=False)
     first = min(
         errors, key=lambda e: e["type"] not in _UNKNOWN
     )  # where one is misspelt, one is missing
     steps, got = _reach(values, first["loc"])
-    name, key = _dotted(where, steps), first["loc"][-1] if first["loc"] else None
+    name, key = _dotted(where, steps, ": "), first["loc"][-1] if first["loc"] else None
+    end = f"; {remedy}" if remedy else ""
     if first["type"] in _UNKNOWN:
-        parent = _dotted(where, steps[:-1])
-        return f"{parent}: unknown key {key!r}; {nearest(key, _keys(kind, steps[:-1]))}"
+        parent = _dotted(where, steps[:-1], ": ")
+        return f"{parent}unknown key {key!r}; {nearest(key, _keys(kind, steps[:-1]))}{end}"
     if first["type"] == "missing" and isinstance(key, str):
-        return f"{name}: got {', '.join(map(str, got)) or 'nothing'}; expected the key {key!r} too; add it"
+        keys = shorten(", ".join(map(str, got))) or "nothing"
+        return f"{name}got {keys}; expected the key {key!r} too{end or '; add it'}"
     if first["type"] == "value_error":
-        return f"{name}: {first['ctx']['error']}"
+        return f"{name}{shorten(str(first['ctx']['error']), 400)}{end}"
     if first["type"] == "literal_error" and len(errors) == 1:
         allowed = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        return f"{name}: got {_short(got)}; {nearest(got, allowed)}"
+        return f"{name}got {_short(got)}; {nearest(got, allowed)}{end}"
     expected = [_expected(e) for e in errors if _reach(values, e["loc"])[0] == steps]
-    return f"{name}: got {_short(got)}; expected {' or '.join(dict.fromkeys(expected))}"
+    return f"{name}got {_short(got)}; expected {' or '.join(dict.fromkeys(expected))}{end}"
 
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
@@ -176,6 +183,10 @@ _EXPECTED = {
     "dict_type": "keys and values",
     "dataclass_type": "keys and values",
     "model_type": "keys and values",
+    "model_attributes_type": "keys and values",
+    "none_required": "null",
+    "string_too_short": "text",
+    "string_pattern_mismatch": "text like {pattern}",
     "too_long": "a list of {max_length}",
     "too_short": "a list of {min_length} or more",
     "greater_than": "above {gt}",
@@ -189,18 +200,18 @@ def _reach(values: Any, loc: Sequence[int | str]) -> tuple[list[int | str], Any]
     """The steps of a pydantic location that `values` has, without names of union members, and what is there."""
     steps: list[int | str] = []
     for step in loc:
-        there = isinstance(values, dict) and step in values
-        if not there and not (
+        inside = isinstance(values, dict) and step in values
+        if inside or (
             isinstance(values, list | tuple) and isinstance(step, int) and step < len(values)
         ):
-            break
-        values = values[step]
-        steps.append(step)
+            values = values[step]
+            steps.append(step)
     return steps, values
 
 
-def _dotted(where: str, steps: Iterable[Any]) -> str:
-    return where + "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps)
+def _dotted(where: str, steps: Iterable[Any], end: str = "") -> str:
+    name = where + "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps)
+    return shorten(name.removeprefix(".")) + end if name else ""
 
 
 def _keys(kind: Any, steps: Iterable[int | str]) -> list[str]:
@@ -211,6 +222,11 @@ def _keys(kind: Any, steps: Iterable[int | str]) -> list[str]:
         inner = [a for a in typing.get_args(kind) if hasattr(a, "__pydantic_fields__")]
         kind = inner[-1] if inner else kind  # of a list, a mapping or an optional one
     return list(getattr(kind, "__pydantic_fields__", ()))
+
+
+def shorten(text: str, most: int = 200) -> str:
+    """The text without its middle where it is long."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def _short(value: Any) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,10 @@ from torch import nn
 from pipeline.core import artifacts
 from pipeline.core.atomic import atomic
 from pipeline.core.errors import UserError, nearest
-from pipeline.data.prepared import MAX_SIDE
+from pipeline.core.validation import schema_name
+from pipeline.models.description import Description
 
-MAX_CLASSES = 1_000_000
+REMEDY = "write it again with `dvc repro`"
 REMOTE_SOURCES = (
     "hf-hub",
     "hf_hub",
@@ -29,38 +28,7 @@ REMOTE_SOURCES = (
 )  # prefixes of names that timm loads elsewhere
 
 
-def validate_description(description: dict[str, Any], path: Path) -> None:
-    """Check the JSON beside a checkpoint. Raises UserError: it cannot rebuild the model."""
-    remedy = "write it again with `dvc repro`"
-    artifacts.expect(description, path, remedy, model=str, kwargs=dict, weights_sha256=str)
-    artifacts.expect(description, path, remedy, num_classes=int, preprocess=dict)
-    preprocess, classes = description["preprocess"], description["num_classes"]
-    artifacts.expect(preprocess, path, remedy, image_size=int, mean=list, std=list)
-    values = [*preprocess["mean"], *preprocess["std"]]
-    numbers = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-    if (
-        not (numbers and len(preprocess["mean"]) == 3 == len(preprocess["std"]))
-        or min(values[3:]) <= 0
-    ):
-        raise UserError(
-            f"{path}: damaged: mean and std: got {reprlib.repr(values)}; expected 3 numbers each, std above 0; "
-            f"{remedy}"
-        )
-    if not (1 <= classes <= MAX_CLASSES and 1 <= preprocess["image_size"] <= MAX_SIDE):
-        raise UserError(
-            f"{path}: damaged: got {classes} classes at {preprocess['image_size']} px; expected at most "
-            f"{MAX_CLASSES} and {MAX_SIDE}; {remedy}"
-        )
-    names = description.get("classes")
-    if names is not None and not (
-        isinstance(names, list) and len(names) == classes and all(isinstance(n, str) for n in names)
-    ):
-        raise UserError(
-            f"{path}: damaged: classes: got {reprlib.repr(names)}; expected {classes} names; {remedy}"
-        )
-
-
-SCHEMA = "cakd.model/1"
+SCHEMA = schema_name(Description)
 KEYS = {  # section -> where params.yaml names its model, and where the model's arguments
     "teach": ("teach.model", "teach.kwargs"),
     "distill": ("distill.student", "distill.student_kwargs"),
@@ -163,8 +131,7 @@ def describe(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: no such checkpoint; expected a .safetensors file; correct the path or run `dvc repro`"
         )
-    description = artifacts.read_json(path.with_suffix(".json"), SCHEMA)
-    validate_description(description, path.with_suffix(".json"))
+    description = artifacts.read(path.with_suffix(".json"), Description, REMEDY)
     expected = description["weights_sha256"]
     if (got := artifacts.sha256(path)) != expected:
         raise UserError(

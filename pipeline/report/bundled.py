@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SCHEMA = "cakd.bundle-bench/1"
-
 
 def bench(found: Mapping[str, Any]) -> dict[str, Any]:
     """The one row a bundle measured, its machine and provenance, with the keys of `exporters.bench --json`.

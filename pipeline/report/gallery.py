@@ -17,7 +17,6 @@ from PIL import Image
 from pipeline.core import artifacts
 from pipeline.data.prepared import UNLABELLED, Prepared, spread
 
-EVIDENCE = "cakd.evidence/1"
 Pixels = NDArray[np.uint8]  # (S, S, 3)
 MAX_SIDE_PIXELS = 160  # pixels of a side in the report
 CLASSES = 20  # of the sample grid and of the confusion matrix

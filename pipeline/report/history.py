@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError
-from pipeline.report import schema
+from pipeline.report.formats.edge import Edge
 from pipeline.report.pareto import wilson
 from pipeline.report.raw import without_raw
 from pipeline.report.summary import SCHEMA
@@ -36,8 +36,7 @@ def read(paths: Iterable[Path]) -> list[tuple[str, dict[str, Any]]]:
         else:
             raise UserError(f"--history: {path}: no such file or folder; give earlier edge.json")
         for file, summary in read.items():
-            schema.check(file, summary, (SCHEMA,))
-            found.append((_name(file), summary))
+            found.append((_name(file), artifacts.check(summary, Edge, file, "write it again")))
     return found
 
 

@@ -6,31 +6,38 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import artifacts
-from pipeline.core.errors import UserError, nearest
-from pipeline.report import bundled, raw, schema
-from pipeline.report.summary import BENCH, SCHEMA, model_of, target
+from pipeline.core import artifacts, config
+from pipeline.core.errors import UserError
+from pipeline.core.validation import Format, schema_name
+from pipeline.report import bundled, raw
+from pipeline.report.formats.bench import Bench, BundleBench
+from pipeline.report.formats.edge import Edge
+from pipeline.report.summary import SCHEMA, model_of, target
 from pipeline.report.verdict import MODELS, judge
+
+KINDS: dict[str, type[Format]] = {schema_name(kind): kind for kind in (Edge, Bench, BundleBench)}
+REMEDY = "write it again"
 
 
 def read_machine(path: Path) -> dict[str, Any]:
     """One machine's figures: a summary of this stage, a bench JSON of `exporters.bench --json`, or of a bundle.
 
-    Raises UserError: another schema, not as it says, a row about neither student nor teacher, a method that ships
-    and is none of the models.
+    Raises UserError: another schema, a value that its schema refuses, a row about neither student nor teacher.
     """
-    found = artifacts.read_json(path)
-    schema.check(path, found, (SCHEMA, BENCH, bundled.SCHEMA))
-    if found["schema"] == SCHEMA:
-        check_shipped(path, found)
-        return {"pairs": [], "comparisons": [], **found}
-    found = (
-        bundled.bench(found) if found["schema"] == bundled.SCHEMA else raw.with_samples(found, path)
-    )
-    compared = found.get("comparisons", [])
+    document = artifacts.read_json(path)
+    kind = KINDS.get(str(document.get("schema")))
+    if kind is None:
+        got = config.shorten(repr(document.get("schema")))
+        raise UserError(f"{path}: schema: got {got}; expected one of {', '.join(KINDS)}")
+    artifacts.check(document, kind, path, REMEDY)
+    if kind is Edge:
+        return {"pairs": [], "comparisons": [], **document}
+    of_bundle = kind is BundleBench
+    measured = bundled.bench(document) if of_bundle else raw.with_samples(document, path)
+    compared = measured.get("comparisons", [])
     if not compared:
-        check_models(path, found["rows"])
-    rows = [] if compared else found["rows"]
+        check_models(path, measured["rows"])
+    rows = [] if compared else measured["rows"]
     summary: dict[str, Any] = {
         "schema": SCHEMA,
         "title": path.stem,
@@ -43,21 +50,12 @@ def read_machine(path: Path) -> dict[str, Any]:
         ],
         "training": {},
         "parity": [],
-        "pairs": found.get("pairs", []),
+        "pairs": measured.get("pairs", []),
         "comparisons": compared,
         "budgets": [],
     }
-    machine = {key: found[key] for key in ("machine", "provenance")}
+    machine = {key: measured[key] for key in ("machine", "provenance")}
     return {**summary, "verdict": judge(summary), **machine}
-
-
-def check_shipped(path: Path, summary: Mapping[str, Any]) -> None:
-    """Raise UserError where the method that ships is none of the models, which no schema can say."""
-    if summary["shipped"] not in summary["models"]:
-        raise UserError(
-            f"{path}: shipped is {summary['shipped']!r}, which models does not hold; "
-            f"{nearest(summary['shipped'], summary['models'])}; write it again"
-        )
 
 
 def check_models(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -17,12 +17,16 @@ from pydantic import Field, field_validator
 from pipeline.core import artifacts
 from pipeline.core.config import STRICT
 from pipeline.core.errors import UserError, nearest
+from pipeline.core.formats import BuildFile, ParityFile, Selection
+from pipeline.core.validation import schema_name
 from pipeline.report.budgets import BUDGETS, MAX_BUDGET, OF_TARGET, check_targets, judge_budget
+from pipeline.report.formats.accuracy import Accuracy, Device, TrainPerf
+from pipeline.report.formats.bench import Bench
+from pipeline.report.formats.edge import Edge
 from pipeline.report.raw import thin, with_curves, with_samples
 from pipeline.report.verdict import MODELS, judge
 
-SCHEMA = "cakd.edge/1"
-BENCH = "cakd.bench/2"
+SCHEMA = schema_name(Edge)
 BASELINES = ("plain", "logits")  # every method is compared with these two, in points
 
 
@@ -78,8 +82,8 @@ def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[
     Raises UserError: a file missing or of another schema, a method or a budget's target that is not there.
     """
     check_targets(config.budgets, targets)
-    accuracy = artifacts.read_json(sources.accuracy, "cakd.accuracy/1")
-    selection = artifacts.read_json(sources.selection, "cakd.selection/1")
+    accuracy = artifacts.read(sources.accuracy, Accuracy)
+    selection = artifacts.read(sources.selection, Selection)
     shipped = selection["selected"]
     if shipped not in accuracy["models"]:
         raise UserError(
@@ -88,8 +92,8 @@ def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[
         )
     parity = read_parity(sources.build, targets)
     paths = {name: sources.bench / f"{name}.json" for name in targets}
-    benches = {n: with_samples(artifacts.read_json(path, BENCH), path) for n, path in paths.items()}
-    training = artifacts.read_json(sources.train_perf, "cakd.train_perf/1")["methods"]
+    benches = {n: with_samples(artifacts.read(path, Bench), path) for n, path in paths.items()}
+    training = artifacts.read(sources.train_perf, TrainPerf)["methods"]
     if sources.curves is not None:
         training = with_curves(training, sources.curves)
     files = ("accuracy", "selection", "train_perf", "device")
@@ -107,7 +111,7 @@ def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[
             target(
                 name,
                 benches[name]["rows"],
-                artifacts.read_json(sources.build / name / "build.json", "cakd.build/1")["models"],
+                artifacts.read(sources.build / name / "build.json", BuildFile)["models"],
                 [row for row in parity if row["target"] == name],
             )
             for name in targets
@@ -121,7 +125,7 @@ def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[
     return {
         **summary,
         "verdict": judge(summary),
-        "machine": artifacts.read_json(sources.device, "cakd.device/1")["machine"],
+        "machine": artifacts.read(sources.device, Device)["machine"],
         "provenance": artifacts.provenance(config.__dict__, **inputs),
     }
 
@@ -130,7 +134,7 @@ def read_parity(build: Path, targets: Iterable[str]) -> list[dict[str, Any]]:
     """The rows of build/<target>/parity.json of these targets, each with its `target`."""
     rows: list[dict[str, Any]] = []
     for name in targets:
-        found = artifacts.read_json(build / name / "parity.json", "cakd.parity/1")["rows"]
+        found = artifacts.read(build / name / "parity.json", ParityFile)["rows"]
         rows += [{**row, "target": name} for row in found]
     return rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 import resource
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,17 +16,18 @@ from torch import Tensor
 
 from pipeline.core import artifacts, config
 from pipeline.core.errors import UserError
+from pipeline.core.validation import schema_name
 from pipeline.data import views
 from pipeline.data.prepared import Prepared
 from pipeline.models import checkpoint
 from pipeline.models.teacher import TeacherOutputs, TeacherTail
 from pipeline.store import policy
-from pipeline.store.encoding import DTYPES, decode
+from pipeline.store.encoding import decode
+from pipeline.store.manifest import Manifest
 from pipeline.store.shards import SAFETENSORS, Field, Fields, Shard, word_sums
 
-SCHEMA = "cakd.store/2"
+SCHEMA = schema_name(Manifest)
 REMEDY = "run cache again"
-FEATURES = {"block_input": ("x",), "qkvh": ("qkv", "h")}  # layout -> fields of a record
 SEAL = "sha256"  # key of the manifest: its hash, over all other keys
 OTHER_FILES = 256  # open files of a training beside the shards
 THREADS = 2  # of the reader: more gain nothing from a page cache, fewer leave a disk idle
@@ -77,53 +77,12 @@ def open_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: damaged: {SEAL}: got {manifest.get(SEAL)!r}; expected the hash of its content; {REMEDY}"
         )
-    artifacts.expect(manifest, path, REMEDY, mode=str, layout=str, dtype=str, fingerprint=dict)
-    artifacts.expect(
-        manifest, path, REMEDY, images=int, views=int, records=int, fields=dict, shards=list
-    )
-    artifacts.expect(manifest, path, REMEDY, bytes_per_view=int | float, error=dict)
-    if manifest["layout"] not in FEATURES or manifest["dtype"] not in DTYPES:
-        raise UserError(
-            f"{path}: damaged: layout and dtype: got {manifest['layout']!r}, {manifest['dtype']!r}; expected one "
-            f"of {', '.join(FEATURES)} and of {', '.join(DTYPES)}; {REMEDY}"
-        )
-    for entry in manifest["shards"]:
-        artifacts.expect(entry, path, REMEDY, file=str, records=int, bytes=int, sha256=str)
-        inside = Path(entry["file"]).name == entry["file"] and entry["file"] not in ("", "..")
-        if not inside or entry["records"] < 1:
-            raise UserError(
-                f"{path}: damaged: a shard: got {reprlib.repr(entry)}; expected a file name and 1 record or more; "
-                f"{REMEDY}"
-            )
-    total = sum(entry["records"] for entry in manifest["shards"])
-    if total != manifest["records"]:
-        raise UserError(
-            f"{path}: damaged: records: got {manifest['records']}; expected {total}, those of its shards; {REMEDY}"
-        )
-    return manifest
-
-
-def _shape(sides: list[int]) -> tuple[int, ...]:
-    """Parse a field's shape. Raises ValueError: not a list of sides above 0."""
-    if not isinstance(sides, list) or not all(type(s) is int and s > 0 for s in sides):
-        raise ValueError(f"shape {sides!r}")
-    return tuple(sides)
+    return artifacts.check(manifest, Manifest, path, REMEDY)
 
 
 def open_shards(folder: Path, manifest: dict[str, Any]) -> list[Shard]:
     """Open every shard and check its size and header. Raises UserError: naming the damaged one."""
-    try:
-        fields = {n: Field(SAFETENSORS[d], _shape(s)) for n, (d, s) in manifest["fields"].items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{folder}: damaged: a field: got {error}; expected a dtype and a shape; {REMEDY}"
-        ) from None
-    needed = {*FEATURES[manifest["layout"]], "logits", "view_hash", "checksum"}
-    if manifest["shards"] and not needed <= set(fields):
-        raise UserError(
-            f"{folder}: damaged: fields: got {reprlib.repr(list(fields))}; expected {', '.join(sorted(needed))}; "
-            f"{REMEDY}"
-        )
+    fields = {n: Field(SAFETENSORS[d], tuple(s)) for n, (d, s) in manifest["fields"].items()}
     _allow_files(len(manifest["shards"]))
     shards, first = [], 0
     for entry in manifest["shards"]:
