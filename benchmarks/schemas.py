@@ -1,12 +1,15 @@
-"""Writes docs/schemas from the pydantic models of the JSON files: `python -m benchmarks.schemas`."""
+"""Writes docs/schemas and params.schema.json from our pydantic classes: `python -m benchmarks.schemas`."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 
@@ -17,8 +20,10 @@ from pipeline.core.validation import Format, schema_name
 from pipeline.models.description import Description
 from pipeline.report.formats import accuracy, bench, edge
 from pipeline.store.manifest import Manifest
+from stages.check import SECTIONS
 
 FOLDER = Path("docs/schemas")
+PARAMS = "params.schema.json"
 BASE = "https://cakd-edge.invalid/schemas/"  # a name, never fetched: `.invalid` cannot resolve
 TITLES: dict[type[Format], str] = {
     accuracy.Accuracy: "reports/accuracy.json",
@@ -64,6 +69,56 @@ class Generator(GenerateJsonSchema):
         return found
 
 
+class Settings(Generator):
+    """The same of settings classes: with simple defaults, and the comments of fields as their descriptions."""
+
+    def default_schema(self, schema: Any) -> dict[str, Any]:
+        """A value with its default, unless that is a whole section."""
+        found = GenerateJsonSchema.default_schema(self, schema)
+        if isinstance(found.get("default"), dict):
+            del found["default"]
+        return found
+
+    def dataclass_schema(self, schema: Any) -> dict[str, Any]:
+        """A settings class with what its comments say of each field."""
+        found = super().dataclass_schema(schema)
+        found.pop("title", None)
+        for kind in reversed(schema["cls"].__mro__[:-1]):
+            for name, comment in comments(kind):
+                found["properties"][name]["description"] = comment
+        return found
+
+
+def comments(kind: type) -> Iterator[tuple[str, str]]:
+    """Fields of a class, each with the comment behind it or on the lines above it."""
+    above: list[str] = []
+    for line in inspect.getsource(kind).splitlines():
+        if comment := re.match(r"    # (.*)", line):
+            above.append(comment[1])
+            continue
+        field = re.match(r"    (\w+): [^#]*(?:# (.*))?$", line)
+        if field and (text := field[2] or " ".join(above)):
+            yield field[1], text
+        above = []
+
+
+def schema_of_params() -> str:
+    """The text of the schema of params.yaml."""
+    kinds: Any = [(name, "validation", TypeAdapter(kind)) for name, kind in SECTIONS.items()]
+    properties, found = TypeAdapter.json_schemas(kinds, schema_generator=Settings)
+    head = {
+        "$schema": GenerateJsonSchema.schema_dialect,
+        "$id": BASE + PARAMS,
+        "title": "params.yaml",
+        "description": "Every setting of the chain, a section a stage.",
+        "type": "object",
+        "properties": {name: properties[name, "validation"] for name in SECTIONS},
+        "required": list(SECTIONS),
+        "additionalProperties": False,
+    }
+    return artifacts.json_text(head | found) + "\n"
+
+
 def schema_of(kind: type[Format]) -> tuple[str, str]:
     """The name of a file's schema in docs/schemas, and its text."""
     name = f"{schema_name(kind).removeprefix('cakd.').partition('/')[0]}.schema.json"
@@ -75,13 +130,14 @@ def schema_of(kind: type[Format]) -> tuple[str, str]:
 
 def main(args: argparse.Namespace) -> None:
     """Write every schema."""
-    for name, text in map(schema_of, TITLES):
-        with atomic(args.out / name) as temporary:
+    texts = {FOLDER / name: text for name, text in map(schema_of, TITLES)}
+    for path, text in {**texts, Path(PARAMS): schema_of_params()}.items():
+        with atomic(args.out / path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    print(f"{args.out}: {len(TITLES)} schemas")
+    print(f"{args.out}: {len(texts)} schemas in {FOLDER}, and {PARAMS}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.schemas", description=__doc__)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder to write to")
+    parser.add_argument("--out", type=Path, default=Path(), help="the repository's root")
     cli.run(main, parser)

@@ -26,7 +26,8 @@ Counts = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 class Bench:
     """`bench:` the measured targets, and how long each is measured."""
 
-    enabled: tuple[str, ...]  # of exporters.artifact.session.TARGETS, one report file each
+    # of exporters.artifact.session.TARGETS, one report file each
+    enabled: tuple[Annotated[str, Field(json_schema_extra={"enum": list(TARGETS)})], ...]
     threads: Counts = (1,)  # a row each
     batches: Counts = (1,)  # images a call, a row each
     rounds: PositiveInt = 20  # blocks a row, interleaved with those of the other rows

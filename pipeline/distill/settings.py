@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -22,10 +22,11 @@ from pipeline.core.config import STRICT, BelowOne, Seed, parse
 from pipeline.core.errors import UserError
 from pipeline.distill.methods.cakd import CakdConfig
 from pipeline.distill.methods.logits import LogitsConfig
-from pipeline.distill.methods.table import Terms, terms_of
+from pipeline.distill.methods.table import METHODS, Terms, terms_of
 from pipeline.training.compute import Compute
 
 PERF_SCHEMA = "cakd.train/1"
+METHOD = "^({0})(\\+({0}))*$".format("|".join(METHODS))  # for params.schema.json
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -40,7 +41,8 @@ class CrossEntropyConfig:
 class Distill:
     """`distill:` which student, by which methods, with one recipe for all of them."""
 
-    methods: tuple[str, ...]
+    # names of pipeline/distill/methods/table.py, or sums of them: cakd+logits
+    methods: tuple[Annotated[str, Field(json_schema_extra={"pattern": METHOD})], ...]
     student: str
     student_kwargs: dict[str, Any] = Field(default_factory=dict)  # timm's: output_stride, ...
     steps: PositiveInt | None = None  # of every method; the budget

@@ -49,7 +49,8 @@ SplitSize = Annotated[float, Field(gt=0, lt=1)] | Annotated[float, Field(ge=1, m
 class Prepare:
     """`prepare:` which images, at what size, and how many labels the student may see."""
 
-    source: str  # digits | imagefolder | parquet | cifar | torchvision:<Name>
+    # digits | imagefolder | parquet | cifar | torchvision:<Name>
+    source: str = Field(json_schema_extra={"pattern": f"^({'|'.join(SOURCES)}|{zoo.PREFIX}.+)$"})
     path: str | None = None  # a folder, file or pattern, as the source says
     label_column: str | None = None  # of a table, parquet or cifar, where there are several
     image_column: str | None = None  # of a table or parquet, where there are several

@@ -19,6 +19,7 @@ DEFAULT = "digits"  # the only complete recipe; the others are merged over it
 WITHOUT_PATH = ("digits",)  # sources that need no path
 
 Params = dict[str, Any]
+SCHEMA = "# yaml-language-server: $schema=params.schema.json\n"  # for editors
 Sections = Mapping[str, type]  # name of a section of params.yaml -> its dataclass
 
 
@@ -117,7 +118,7 @@ def apply(
                 f"{params}: got edits by hand ({_summary(present, was)}); expected none, which recipe {name} "
                 "would overwrite; commit or copy the file, then pass FORCE=1 (--force)"
             )
-    text = _title(folder / f"{name}.yaml") + _yaml(requested)
+    text = SCHEMA + _title(folder / f"{name}.yaml") + _yaml(requested)
     for path in (last, params):
         with atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")

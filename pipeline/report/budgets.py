@@ -19,6 +19,7 @@ BUDGETS = {  # name in `report.budgets` -> how it is read in a sentence
     "params_max": "parameters",
 }
 OF_TARGET = {"wall_ms_max", "size_mb_max"}
+BUDGET_NAME = r"^(([a-z0-9-]+\.)?(wall_ms_max|size_mb_max)|top1_min|gain_min|params_max)$"
 
 
 def check_targets(budgets: Iterable[str], targets: Sequence[str]) -> None:

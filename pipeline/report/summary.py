@@ -19,7 +19,14 @@ from pipeline.core.config import STRICT
 from pipeline.core.errors import UserError, nearest
 from pipeline.core.formats import BuildFile, ParityFile, Selection
 from pipeline.core.validation import schema_name
-from pipeline.report.budgets import BUDGETS, MAX_BUDGET, OF_TARGET, check_targets, judge_budget
+from pipeline.report.budgets import (
+    BUDGET_NAME,
+    BUDGETS,
+    MAX_BUDGET,
+    OF_TARGET,
+    check_targets,
+    judge_budget,
+)
 from pipeline.report.formats.accuracy import Accuracy, Device, TrainPerf
 from pipeline.report.formats.bench import Bench
 from pipeline.report.formats.edge import Edge
@@ -40,7 +47,9 @@ class Report:
     """
 
     title: str = "Student at the edge"
-    budgets: dict[str, float] = Field(default_factory=dict)
+    budgets: dict[str, float] = Field(
+        default_factory=dict, json_schema_extra={"propertyNames": {"pattern": BUDGET_NAME}}
+    )
 
     @field_validator("budgets")
     @classmethod

@@ -28,6 +28,7 @@ from pipeline.core.validation import (
     optional,
     schema_key,
 )
+from pipeline.report.budgets import BUDGET_NAME
 from pipeline.report.formats.accuracy import Model, Points
 from pipeline.report.formats.bench import Interval, Verdict
 from pipeline.report.formats.latency import LatencyRow, Measured, Skipped
@@ -167,10 +168,7 @@ class Budget(Format):
             ],
         }
     )
-    name: Annotated[
-        str,
-        Field(pattern=r"^(([a-z0-9-]+\.)?(wall_ms_max|size_mb_max)|top1_min|gain_min|params_max)$"),
-    ] = key(
+    name: Annotated[str, Field(pattern=BUDGET_NAME)] = key(
         "top1_min, gain_min, params_max, wall_ms_max or size_mb_max; the last two may name a target first."
     )
     what: Text = key("The quantity and its unit, in words.")
