@@ -81,7 +81,7 @@ def student(name: str, onnx: str, calib: str, test: str) -> dict[str, Any]:
         for maker, (target, suffix, make) in MAKERS.items():
             out = Path(folder) / f"{name}-int8{suffix}"
             try:
-                made = make(source, out, pictures=pictures, how=int8.Settings())
+                made = make(source, out, images=pictures, settings=int8.Settings())
             except (GateFailed, UserError) as error:
                 result["int8"][maker] = {"reason": str(error).split(": ", 1)[-1]}
                 continue

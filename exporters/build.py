@@ -31,7 +31,7 @@ def build_model(
     except Unavailable as error:
         return _skipped(target, model, str(error))
     rows, reason = [row], row["reason"]
-    if row["verdict"] == "FAIL" and row["precision_effective"] != "fp32":
+    if agreement.rejection(row) and row["precision_effective"] != "fp32":
         row["verdict"] = "REJECTED"
         _remove(artefact)
         if target.precision == "default":
@@ -91,4 +91,5 @@ def _remove(artefact: Path) -> None:
 
 def failures(rows: list[dict[str, Any]]) -> str:
     """The failed rows with their reasons, in one line; empty where none failed."""
-    return "; ".join(f"{r['artifact']}: {r['reason']}" for r in rows if r["verdict"] == "FAIL")
+    reasons = [(row["artifact"], agreement.rejection(row)) for row in rows]
+    return "; ".join(f"{artefact}: {reason}" for artefact, reason in reasons if reason)

@@ -277,10 +277,14 @@ def test_a_network_without_notes_and_of_fixed_batch_is_bundled_and_says_what_it_
     light: Path, tmp_path: Path, command: Command, runner: Runner
 ) -> None:
     done = command("exporters.bundle", light, tmp_path / "out", torch=False)
+    assert done.returncode == 3, done.stderr
+    assert "parity is UNDECIDED" in done.stderr and not list(tmp_path.iterdir())
+    done = command("exporters.bundle", light, tmp_path / "out", "--force", torch=False)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "out" / "labels.txt").exists()
     done = runner(tmp_path / "out", "--verify", "--precision", "fp32")
-    assert done.returncode == 0 and "UNDECIDED" in done.stdout, done.stderr
+    assert done.returncode == 3 and "UNDECIDED" in done.stdout, done.stderr
+    assert "is not verified by the bundled logits: model-fp32.onnx: UNDECIDED" in done.stderr
     refused(
         runner(tmp_path / "out", "--image", "x.png", pillow=True), "has no preprocessing metadata"
     )
@@ -498,7 +502,7 @@ def test_other_answers_than_the_makers_are_exit_3(copied: Path, runner: Runner) 
     np.save(copied / contents.LOGITS, logits + np.float32(0.005) * logits.std(axis=0).mean())
     rewritten(copied, lambda _: None)
     done = runner(copied, "--verify", "--json")
-    refused(done, "does not compute the bundled logits: model-fp32.onnx: max abs", code=3)
+    refused(done, "is not verified by the bundled logits: model-fp32.onnx: FAIL, max abs", code=3)
     verdicts = [row["verdict"] for row in json.loads(done.stdout)["rows"]]
     assert verdicts == ["FAIL", "PASS", "PASS"]
 

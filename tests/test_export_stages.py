@@ -179,6 +179,14 @@ def test_int8_that_fails_its_gate_gives_way_to_fp32(
     assert not (tmp_path / "ort-int8/student-int8.onnx").exists()
 
 
+def test_a_build_that_parity_cannot_decide_fails_as_one_that_fails() -> None:
+    rows = [
+        {"artifact": f"{verdict}.onnx", "verdict": verdict, "reason": "why"}
+        for verdict in ("PASS", "FAIL", "UNDECIDED", "REJECTED", "skipped")
+    ]
+    assert build.failures(rows) == "FAIL.onnx: why; UNDECIDED.onnx: parity is UNDECIDED, why"
+
+
 def test_a_broken_fp32_is_exit_3_after_writing(
     exported: Path, damaged: Path, tmp_path: Path, command: Command
 ) -> None:

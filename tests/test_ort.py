@@ -68,6 +68,37 @@ def test_an_onnx_that_is_not_the_checkpoint_is_never_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_that_answers_all_images_alike_is_exported_only_by_force(
+    exported: Path, tmp_path: Path
+) -> None:
+    model, description = load(exported / "student.safetensors")
+    for weights in model.parameters():
+        weights.data.zero_()
+    out = tmp_path / "s.onnx"
+    with pytest.raises(GateFailed, match="parity is UNDECIDED.*; not written; --force"):
+        export.export_model(model, description, out, export.OPSET)
+    assert not list(tmp_path.iterdir())
+    row = export.export_model(model, description, out, export.OPSET, force=True)
+    assert row["verdict"] == "UNDECIDED" and out.is_file()
+
+
+def test_preprocessing_is_embedded_in_a_network_that_answers_alike_only_by_force(
+    exported: Path, tmp_path: Path
+) -> None:
+    proto = onnx_file.read_onnx(exported / "student.onnx")
+    for weight in proto.graph.initializer:
+        if len(weight.dims) == 2:
+            values = np.zeros(weight.dims, np.float32)
+            weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(proto, tmp_path / "alike.onnx")
+    out = tmp_path / "out" / "u.onnx"
+    with pytest.raises(GateFailed, match="parity is UNDECIDED"):
+        export.write_embedded(tmp_path / "alike.onnx", out)
+    assert not out.exists()
+    assert export.write_embedded(tmp_path / "alike.onnx", out, True)["verdict"] == "UNDECIDED"
+    assert out.is_file()
+
+
 def test_lower_precisions_are_made_checked_and_named_without_torch(
     exported: Path, digits: Path, tmp_path: Path, command: Command
 ) -> None:

@@ -21,7 +21,7 @@ from exporters.trt import convert, driver
 from exporters.trt.build import Options
 from exporters.trt.plan import read_sidecar
 from exporters.trt.session import TrtSession
-from pipeline.core.errors import UserError
+from pipeline.core.errors import GateFailed, UserError
 from tests import fake_tensorrt
 from tests.fake_tensorrt import GPU, Fake, Flags, Level
 
@@ -101,6 +101,37 @@ def test_every_option_reaches_tensorrt_and_the_sidecar(
     for words in ("TF32 off", "version compatible", "hardware compatible", "optimization level 0"):
         assert words in told
     assert "runs here: yes" in told
+
+
+@pytest.mark.parametrize(
+    ("verdict", "argv", "written"),
+    [
+        ("PASS", [], True),
+        ("skipped", [], True),
+        ("FAIL", ["--force"], False),
+        ("UNDECIDED", [], False),
+        ("UNDECIDED", ["--force"], True),
+    ],
+)
+def test_a_plan_is_written_only_where_its_parity_allows(
+    verdict: str,
+    argv: list[str],
+    written: bool,
+    machine: Callable[..., Fake],
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine()
+    monkeypatch.setattr(trt_command, "plan_parity", lambda *_: (f"as {verdict}", verdict))
+    folder, plan = source.parent, source.with_suffix(".plan")
+    args = trt_command.parser().parse_args([str(source), "-o", str(plan), *argv])
+    if written:
+        trt_command.main(args)
+        assert read_sidecar(plan)["precision"] == "fp32"
+        return
+    with pytest.raises(GateFailed, match=f"as {verdict}; not written"):
+        trt_command.main(args)
+    assert list(folder.iterdir()) == [source]
 
 
 def test_the_name_of_a_plan_tells_version_and_gpu(

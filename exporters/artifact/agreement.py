@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +130,26 @@ def gated_row(
     row = parity_row(out, sessions[1], reference, converted, Thresholds())
     if labels is not None:
         row = add_accuracy(row, reference, converted, labels[whole], max_drop)
-    if row["verdict"] == "FAIL":
-        raise GateFailed(f"{out}: {row['reason']}; not written")
-    if row["verdict"] == "UNDECIDED" and not force:
-        raise GateFailed(
-            f"{out}: parity is UNDECIDED, {row['reason']}; not written; --force writes it all the same"
-        )
+    require_pass(out, row, force)
     return row
+
+
+def rejection(row: Mapping[str, Any], force: bool = False) -> str | None:
+    """The reason why a network with this row may not be used: FAIL, or UNDECIDED without `force`; else None."""
+    if row["verdict"] == "UNDECIDED" and not force:
+        return f"parity is UNDECIDED, {row['reason']}"
+    return row["reason"] if row["verdict"] == "FAIL" else None
+
+
+def require_pass(
+    out: Path, row: Mapping[str, Any], force: bool = False, fail: str = "", remedy: str = ""
+) -> None:
+    """Raise GateFailed where the row is rejected; `fail` stands before the reason of a FAIL, `remedy` after it."""
+    reason = rejection(row, force)
+    if reason and row["verdict"] == "UNDECIDED":
+        raise GateFailed(f"{out}: {reason}; not written; --force writes it all the same")
+    if reason:
+        raise GateFailed(f"{out}: {fail}{reason}; not written{remedy and f'; {remedy}'}")
 
 
 def _whole_batches(count: int, *sessions: Session) -> int:

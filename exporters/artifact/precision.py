@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -24,6 +25,21 @@ def parse_precisions(text: str, allowed: tuple[str, ...] = PRECISIONS) -> list[s
     if not precisions:
         raise UserError(f"--precision: got {text!r}; expected one or more of {', '.join(allowed)}")
     return precisions
+
+
+def add_conversion_options(p: argparse.ArgumentParser) -> None:
+    """Add the options that all conversions share: the precisions, and --force."""
+    p.add_argument(
+        "--precision", default="fp32", help="comma-separated list of fp32, fp16, int8; default fp32"
+    )
+    add_force(p)
+
+
+def add_force(p: argparse.ArgumentParser) -> None:
+    """Add --force, which writes what parity cannot decide; a FAIL stays one."""
+    p.add_argument(
+        "--force", action="store_true", help="also write a network whose parity is UNDECIDED"
+    )
 
 
 def run_all(steps: Iterable[Callable[[], None]]) -> None:

@@ -1,6 +1,6 @@
 """ONNX -> edge bundle, a folder or .tar: models, labels, preprocessing, parity inputs, runner, manifest.
 
-`python -m exporters.bundle student.onnx OUT|OUT.tar [--calib DIR] [--images DIR]`
+`python -m exporters.bundle student.onnx OUT|OUT.tar [--calib DIR] [--images DIR] [--force]`
 The runner is `exporters/device/`, copied file by file: on the device `python -m bundle.run --verify`
 needs NumPy and one runtime, neither this repository nor torch (docs/bundle.md).
 """
@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from exporters.artifact import agreement
+from exporters.artifact.precision import add_force
 from exporters.bundle.make import COMMANDS, build_bundle, pack_tar
 from exporters.device import contents
 from pipeline.core import artifacts, cli
@@ -60,12 +61,12 @@ def main(args: argparse.Namespace) -> None:
     check_out(args.out)
     if args.out.suffix == ".tar":
         with tempfile.TemporaryDirectory() as folder, atomic(args.out) as temporary:
-            manifest = build_bundle(args.onnx, Path(folder), args.calib, args.images)
+            manifest = build_bundle(args.onnx, Path(folder), args.calib, args.images, args.force)
             pack_tar(Path(folder), temporary, args.out.stem)
         size = args.out.stat().st_size
     else:
         with atomic_dir(args.out) as temporary:
-            manifest = build_bundle(args.onnx, temporary, args.calib, args.images)
+            manifest = build_bundle(args.onnx, temporary, args.calib, args.images, args.force)
         size = sum(entry["bytes"] for entry in manifest["files"].values())
     for model in manifest["models"]:
         mb = manifest["files"][model["file"]]["bytes"] / 1e6
@@ -93,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
         help="images to calibrate int8 on: a folder of images or a prepared folder",
     )
     add("--images", type=Path, help="images for the parity inputs, other than those of --calib")
+    add_force(p)
     return p
 
 

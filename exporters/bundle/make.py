@@ -19,7 +19,7 @@ from exporters.device import contents, image
 from exporters.ort import int8, quantize
 from exporters.ort.session import OrtSession
 from pipeline.core import artifacts
-from pipeline.core.errors import GateFailed, UserError
+from pipeline.core.errors import UserError
 from pipeline.data import decoding
 from pipeline.data.prepared import spread
 
@@ -108,11 +108,16 @@ def validate_network(source: Path, session: OrtSession) -> None:
 
 
 def build_bundle(
-    source: Path, folder: Path, calib: Path | None, images: Path | None
+    source: Path,
+    folder: Path,
+    calib: Path | None,
+    images: Path | None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """fp32 ONNX -> the bundle's files in the empty `folder`; returns its manifest.
 
-    Raises UserError: not an image classifier this runner can run; GateFailed: its outputs are not finite.
+    Raises UserError: not an image classifier this runner can run; GateFailed: its outputs are not finite,
+    or parity is UNDECIDED without `force`.
     """
     proto, session = onnx_file.read_onnx(source), OrtSession(source, 1)
     validate_network(source, session)
@@ -124,16 +129,15 @@ def build_bundle(
             f"{source}: got logits {logits.shape} and {len(names)} class names; expected (N, classes); "
             "export it again"
         )
+    rows = [add_variant(v, source, proto, folder, parity, logits, force) for v in VARIANTS]
+    agreement.require_pass(source, rows[0], force, "fp32: ")
     models, left_out = [], []
-    for variant in VARIANTS:
-        row = add_variant(variant, source, proto, folder, parity, logits)
+    for variant, row in zip(VARIANTS, rows, strict=True):
         entry = {"precision": variant.precision, "runtimes": list(variant.runtimes)}
-        if row["verdict"] == "FAIL":
-            left_out.append({**entry, "reason": row["reason"]})
+        if reason := agreement.rejection(row, force):
+            left_out.append({**entry, "reason": reason})
         else:
             models.append({"file": variant.file, **entry, "parity": row})
-    if not any(m["precision"] == "fp32" for m in models):
-        raise GateFailed(f"{source}: fp32: {left_out[0]['reason']}; not written")
     np.save(folder / contents.INPUTS, parity.x)
     np.save(folder / contents.LOGITS, logits)
     _write_metadata(folder, names, metadata.preprocessing(session.metadata))
@@ -161,8 +165,9 @@ def add_variant(
     folder: Path,
     parity: ParityImages,
     logits: Array,
+    force: bool,
 ) -> dict[str, Any]:
-    """Write one variant and compare it on the parity inputs; returns its row. One that fails is removed again."""
+    """Write one variant, removed again if it is rejected; returns its row on the parity inputs."""
     path = folder / variant.file
     try:
         onnx_file.write_onnx(convert_variant(variant, source, proto, parity.int8), path)
@@ -172,7 +177,7 @@ def add_variant(
     except UserError as error:
         reason = str(error).replace(str(path), variant.file)
         row = agreement.skipped_row(variant.file, variant.precision, reason) | {"verdict": "FAIL"}
-    if row["verdict"] == "FAIL":
+    if agreement.rejection(row, force):
         path.unlink(missing_ok=True)
     return row
 

@@ -114,10 +114,14 @@ def _verify(bundle: Bundle, name: str, library: Any, args: argparse.Namespace) -
             f"{opened.model.runtime}, {precision} (computes in {computed}): {len(x)} inputs, "
             f"{reason}: {verdict}"
         )
-    failed = [f"{row['model']}: {row['reason']}" for row in rows if row["verdict"] == "FAIL"]
+    failed = [
+        f"{row['model']}: {row['verdict']}, {row['reason']}"
+        for row in rows
+        if row["verdict"] != "PASS"
+    ]
     document = _document(bundle, "verify", inputs=len(x), rows=rows)
     failure = (
-        f"{rows[0]['runtime']} does not compute the bundled logits: {'; '.join(failed)}; "
+        f"{rows[0]['runtime']} is not verified by the bundled logits: {'; '.join(failed)}; "
         "try its newest version, or another --runtime"
     )
     return Result(lines, document, failure if failed else "")

@@ -1,8 +1,9 @@
 """Checkpoint -> ONNX, checked in ONNX Runtime; its fp16 and int8 versions.
 
-`python -m exporters.ort CHECKPOINT student.onnx [--opset N] [--precision fp32,fp16,int8] [--calib DIR]`
+`python -m exporters.ort CHECKPOINT student.onnx [--opset N] [--precision fp32,fp16,int8] [--calib DIR]
+[--force]`
 CHECKPOINT may be any .onnx file: it is checked, copied and converted without torch. A precision that fails its
-gate is not written.
+gate is not written; one that parity cannot decide only with --force.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ from functools import partial
 from pathlib import Path
 
 from exporters.artifact import agreement
-from exporters.artifact.precision import parse_precisions, precision_path, run_all
+from exporters.artifact.precision import (
+    add_conversion_options,
+    parse_precisions,
+    precision_path,
+    run_all,
+)
 from exporters.ort import int8
 from exporters.ort.export import OPSET, convert_onnx, export, write_embedded
 from pipeline.core import cli
@@ -35,12 +41,12 @@ def main(args: argparse.Namespace) -> None:
         )
     if "int8" in precisions and args.calib is None:
         raise UserError(int8.NO_CALIBRATION)
-    settings = int8.Settings(args.calibration, args.search_seconds, force=args.force)
+    settings = int8.Settings(args.calibration, args.search_seconds)
     with tempfile.TemporaryDirectory() as folder:
         source = args.checkpoint
         if not is_onnx:
             source = args.out if "fp32" in precisions else Path(folder) / args.out.name
-            make = partial(export, args.checkpoint, source, args.opset or OPSET)
+            make = partial(export, args.checkpoint, source, args.opset or OPSET, args.force)
             if "fp32" in precisions:
                 agreement.print_result(source, make)
                 precisions.remove("fp32")
@@ -51,13 +57,17 @@ def main(args: argparse.Namespace) -> None:
         def write(precision: str) -> None:
             out = precision_path(args.out, precision)
             agreement.print_result(
-                out, partial(convert_onnx, source, out, precision, images, settings)
+                out, partial(convert_onnx, source, out, precision, images, settings, args.force)
             )
 
         steps = [partial(write, precision) for precision in precisions]
         if args.embed_preprocessing:
             out = args.out.with_stem(f"{args.out.stem}-uint8")
-            steps.append(partial(agreement.print_result, out, partial(write_embedded, source, out)))
+            steps.append(
+                partial(
+                    agreement.print_result, out, partial(write_embedded, source, out, args.force)
+                )
+            )
         run_all(steps)
 
 
@@ -72,9 +82,7 @@ def parser() -> argparse.ArgumentParser:
         help="the .onnx file to write; fp16 and int8 get -fp16, -int8 before the suffix",
     )
     add("--opset", type=int, help=f"ONNX opset to export a checkpoint with, default {OPSET}")
-    add(
-        "--precision", default="fp32", help="comma-separated list of fp32, fp16, int8; default fp32"
-    )
+    add_conversion_options(p)
     int8.add_options(p)
     add(
         "--embed-preprocessing",

@@ -17,7 +17,7 @@ from exporters.ort import embed, int8, quantize
 from exporters.ort.session import OrtSession, onnxruntime_library
 from pipeline.core.atomic import atomic
 from pipeline.core.config import STRICT
-from pipeline.core.errors import GateFailed, UserError
+from pipeline.core.errors import UserError
 from pipeline.data.prepared import normalised
 
 if TYPE_CHECKING:
@@ -40,11 +40,12 @@ class Export:
     calibration_images: PositiveInt = 256
 
 
-def export(checkpoint: Path, out: Path, opset: int = OPSET) -> dict[str, Any]:
+def export(checkpoint: Path, out: Path, opset: int = OPSET, force: bool = False) -> dict[str, Any]:
     """Checkpoint -> ONNX at `out`, weights inside, batch free; returns the parity row of the check.
 
     Training-time branches (RepVGG) are merged first; the check is against the checkpoint as it was loaded.
-    Raises UserError: torch cannot write that opset; GateFailed: ONNX Runtime computes something else.
+    Raises UserError: torch cannot write that opset; GateFailed: ONNX Runtime computes something
+    else, or parity is UNDECIDED without `force`.
     """
     try:
         from pipeline.models.checkpoint import load
@@ -52,18 +53,18 @@ def export(checkpoint: Path, out: Path, opset: int = OPSET) -> dict[str, Any]:
         raise Unavailable(
             f"{checkpoint}: torch or timm is not installed ({error}); `pip install torch timm`"
         ) from None
-    return export_model(*load(checkpoint), out, opset)
+    return export_model(*load(checkpoint), out, opset, force)
 
 
 def export_model(
-    model: nn.Module, description: dict[str, Any], out: Path, opset: int
+    model: nn.Module, description: dict[str, Any], out: Path, opset: int, force: bool = False
 ) -> dict[str, Any]:
     """Export a loaded checkpoint, as `export`. The model is not changed."""
     size = description["preprocess"]["image_size"]
     proto = onnx_file.replace_metadata(_trace(model, size, opset), metadata.flatten(description))
     with atomic(out) as temporary:
         onnx_file.write_onnx(proto, temporary)
-        return _check(model, temporary, out, size)
+        return _check(model, temporary, out, size, force)
 
 
 def _trace(model: nn.Module, size: int, opset: int) -> onnx.ModelProto:
@@ -98,7 +99,7 @@ def _trace(model: nn.Module, size: int, opset: int) -> onnx.ModelProto:
     return proto
 
 
-def _check(model: nn.Module, written: Path, out: Path, size: int) -> dict[str, Any]:
+def _check(model: nn.Module, written: Path, out: Path, size: int, force: bool) -> dict[str, Any]:
     """Compare batches of 1, 2 and 7 in ONNX Runtime with torch; returns the parity row."""
     import torch
 
@@ -108,11 +109,8 @@ def _check(model: nn.Module, written: Path, out: Path, size: int) -> dict[str, A
         reference = model(torch.from_numpy(np.concatenate(x))).numpy()
     logits = np.concatenate([session.run(batch) for batch in x])
     row = agreement.parity_row(out, session, reference, logits, agreement.Thresholds())
-    if row["verdict"] == "FAIL":
-        raise GateFailed(
-            f"{out}: ONNX Runtime does not compute the checkpoint: {row['reason']}; not written; "
-            "try another export.opset"
-        )
+    fail = "ONNX Runtime does not compute the checkpoint: "
+    agreement.require_pass(out, row, force, fail, "try another export.opset")
     return row
 
 
@@ -122,10 +120,11 @@ def convert_onnx(
     precision: str,
     images: int8.CalibrationImages | None,
     settings: int8.Settings,
+    force: bool = False,
 ) -> dict[str, Any]:
     """fp32 ONNX `source` -> `out` at fp32 (a checked copy), fp16 or int8 (from `images`); returns its parity row.
 
-    Raises GateFailed, and leaves `out` as it was, where the row's verdict is FAIL.
+    Raises GateFailed, and leaves `out` as it was, where the verdict is FAIL, or UNDECIDED without `force`.
     """
     proto = onnx_file.read_onnx(source)
     reference = OrtSession(source, 1)
@@ -139,15 +138,14 @@ def convert_onnx(
     with atomic(out) as temporary:
         onnx_file.write_onnx(proto, temporary)
         converted = OrtSession(temporary, 1)
-        return agreement.gated_row(
-            out, (reference, converted), x, labels, settings.max_drop, settings.force
-        )
+        return agreement.gated_row(out, (reference, converted), x, labels, settings.max_drop, force)
 
 
-def write_embedded(source: Path, out: Path) -> dict[str, Any]:
+def write_embedded(source: Path, out: Path, force: bool = False) -> dict[str, Any]:
     """fp32 ONNX `source` -> `out`, which takes (B, S, S, 3) uint8 RGB; returns the parity row of `out`.
 
-    Raises UserError: no preprocessing in the metadata. GateFailed: not the same logits; nothing is written.
+    Raises UserError: no preprocessing in the metadata. GateFailed: not the same logits, or UNDECIDED
+    without `force`; nothing is written.
     """
     proto = onnx_file.read_onnx(source)
     preprocess = metadata.preprocessing(onnx_file.read_metadata(proto))
@@ -166,8 +164,5 @@ def write_embedded(source: Path, out: Path) -> dict[str, Any]:
         logits = ort.OrtModel(onnxruntime_library(), temporary, 1).run(pixels)
         expected = inputs.run_batches(reference, normalised(pixels, preprocess))
         row = agreement.parity_row(out, reference, expected, logits, agreement.Thresholds())
-        if row["verdict"] == "FAIL":
-            raise GateFailed(
-                f"{out}: does not compute what {source} computes: {row['reason']}; not written"
-            )
+        agreement.require_pass(out, row, force, f"does not compute what {source} computes: ")
     return row

@@ -46,7 +46,6 @@ class Settings:
     calibration: Calibration = "minmax"
     search_s: float = 60.0
     max_drop: float = 0.01  # of top-1 on the held-out images, as a fraction
-    force: bool = False  # write a conversion that parity cannot decide
 
 
 def calibration_images(source: Path, folder: Path | None) -> CalibrationImages:
@@ -122,7 +121,6 @@ def quantize_within_gates(
 def add_options(p: argparse.ArgumentParser) -> None:
     """Add the command-line options of int8."""
     add = p.add_argument
-    add("--force", action="store_true", help="write a conversion whose parity is UNDECIDED too")
     add(
         "--calib",
         type=Path,

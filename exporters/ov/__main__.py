@@ -1,9 +1,10 @@
 """ONNX -> OpenVINO IR in fp32, fp16 or int8.
 
-`python -m exporters.ov student.onnx [-o DIR] [--precision fp32,fp16,int8] [--calib DIR] [--cache DIR]`
-A precision that fails its gate is not written. fp16 is how the weights are stored; the precision the CPU computes
-in is chosen when the IR is opened. Without a hint OpenVINO takes bfloat16 on CPUs that have it: twice as fast,
-and a different network by 2-6e-3.
+`python -m exporters.ov student.onnx [-o DIR] [--precision fp32,fp16,int8] [--calib DIR] [--cache DIR]
+[--force]`
+A precision that fails its gate is not written; one that parity cannot decide only with --force. fp16 is how the
+weights are stored; the precision the CPU computes in is chosen when the IR is opened. Without a hint OpenVINO is
+bfloat16 on CPUs that have it: twice as fast, and a different network by 2-6e-3.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from exporters.artifact import agreement
-from exporters.artifact.precision import parse_precisions, precision_path, run_all
+from exporters.artifact.precision import (
+    add_conversion_options,
+    parse_precisions,
+    precision_path,
+    run_all,
+)
 from exporters.ort import int8
 from exporters.ov import convert
 from exporters.ov.session import OvSession
@@ -34,13 +40,13 @@ def main(args: argparse.Namespace) -> None:
             f"{args.onnx}: got suffix {args.onnx.suffix!r}; expected .onnx; export the model first"
         )
     out = (args.out or args.onnx.parent) / f"{args.onnx.stem}.xml"
-    settings = int8.Settings(args.calibration, args.search_seconds, force=args.force)
+    settings = int8.Settings(args.calibration, args.search_seconds)
     images = int8.calibration_images(args.onnx, args.calib) if "int8" in precisions else None
 
     def write(precision: str) -> None:
         target = precision_path(out, precision)
         make = partial(convert.convert_to_ir, args.onnx, target, precision, images, settings)
-        agreement.print_result(target, partial(make, args.int8_by, args.batch))
+        agreement.print_result(target, partial(make, args.int8_by, args.batch, args.force))
         if args.cache:
             print(_fill_cache(target, args.cache))
 
@@ -66,9 +72,7 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("onnx", type=Path, help="any fp32 .onnx classifier")
     add("-o", "--out", type=Path, help="folder of the IR; default: the ONNX file's")
-    add(
-        "--precision", default="fp32", help="comma-separated list of fp32, fp16, int8; default fp32"
-    )
+    add_conversion_options(p)
     int8.add_options(p)
     add(
         "--int8-by", choices=("qdq", "nncf"), default="qdq", help="our QDQ graph (default), or NNCF"

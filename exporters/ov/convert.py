@@ -74,11 +74,12 @@ def convert_to_ir(
     settings: int8.Settings,
     by: str = "qdq",
     batch: int | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """fp32 ONNX -> IR at fp32, fp16 (weights) or int8 (from `images`); returns its parity row.
 
     int8 is our QDQ ONNX converted, or NNCF's where `by` is `nncf`; `batch` fixes a dynamic one.
-    Raises GateFailed, and leaves `out` as it was, where the verdict is FAIL.
+    Raises GateFailed, and leaves `out` as it was, where the verdict is FAIL, or UNDECIDED without `force`.
     """
     openvino_library()
     reference = OrtSession(source, 1)
@@ -95,9 +96,7 @@ def convert_to_ir(
             write_ir(source, draft, precision == "fp16", batch)
         # The f32 hint: the row is about the conversion, not about the CPU's choice of precision.
         session = OvSession(draft, 1, "fp32")
-        row = agreement.gated_row(
-            out, (reference, session), x, labels, settings.max_drop, settings.force
-        )
+        row = agreement.gated_row(out, (reference, session), x, labels, settings.max_drop, force)
         replace_ir(draft, out)
     return row
 

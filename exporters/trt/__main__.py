@@ -2,7 +2,7 @@
 
 `python -m exporters.trt student.onnx [-o PLAN] [--precision fp32,fp16,int8] [--calib DIR] [--shapes 1,1,8]
 [--backend auto,tensorrt,rtx] [--timing-cache FILE] [--version-compatible] [--hardware-compatible]
-[--optimization-level N]` and `python -m exporters.trt info PLAN`.
+[--optimization-level N] [--force]` and `python -m exporters.trt info PLAN`.
 Full TensorRT builds on its GPU only; RTX builds on any machine and compiles for the GPU when it loads.
 """
 
@@ -10,26 +10,29 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from exporters.artifact import agreement, inputs
-from exporters.artifact.precision import parse_precisions, run_all
+from exporters.artifact.precision import add_conversion_options, parse_precisions, run_all
 from exporters.artifact.session import Unavailable
+from exporters.device.compiled_cache import sidecar_path
 from exporters.ort import int8
 from exporters.ort.session import OrtSession
 from exporters.trt import build
 from exporters.trt.build import Options
-from exporters.trt.convert import build_plan
+from exporters.trt.convert import build_plan, plan_path
 from exporters.trt.plan import backend, obstacle, read_sidecar
 from exporters.trt.session import TrtSession
 from pipeline.core import cli
-from pipeline.core.errors import GateFailed, UserError
+from pipeline.core.atomic import make_parent
+from pipeline.core.errors import UserError
 
 
 def main(args: argparse.Namespace) -> None:
-    """Build each precision and print one line a plan; on a GPU each plan is compared with the ONNX."""
+    """Build each precision and print one line a plan; on a GPU each plan is compared first."""
     precisions = parse_precisions(args.precision)
     options = Options(
         build.parse_shapes(args.shapes),
@@ -51,14 +54,19 @@ def main(args: argparse.Namespace) -> None:
         calibration = int8.calibration_images(args.onnx, args.calib).calibration
 
     def write(precision: str) -> None:
-        plan, sidecar = build_plan(args.onnx, args.out, precision, name, options, calibration)
-        parity, verdict = plan_parity(args.onnx, plan, False if args.no_cuda_graph else None)
-        print(
-            f"{plan}: {sidecar['size_mb']:.2f} MB in {sidecar['seconds']:.1f} s, {sidecar['backend']} "
-            f"{sidecar['version']}, {', '.join(_traits(sidecar))}, {parity}"
-        )
-        if verdict == "FAIL":
-            raise GateFailed(f"{plan}: {parity}")
+        plan = args.out or plan_path(args.onnx, precision, name, options)
+        make_parent(plan)
+        with tempfile.TemporaryDirectory(dir=plan.parent, prefix=f".{plan.name}.") as folder:
+            draft = Path(folder) / plan.name
+            _, sidecar = build_plan(args.onnx, draft, precision, name, options, calibration)
+            parity, verdict = plan_parity(args.onnx, draft, False if args.no_cuda_graph else None)
+            print(
+                f"{plan}: {sidecar['size_mb']:.2f} MB in {sidecar['seconds']:.1f} s, {sidecar['backend']} "
+                f"{sidecar['version']}, {', '.join(_traits(sidecar))}, {parity}"
+            )
+            agreement.require_pass(plan, {"verdict": verdict, "reason": parity}, args.force)
+            sidecar_path(draft).replace(sidecar_path(plan))
+            draft.replace(plan)
 
     run_all(partial(write, precision) for precision in precisions)
 
@@ -113,9 +121,7 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("onnx", type=Path, help="any fp32 .onnx classifier; or `info PLAN`")
     add("-o", "--out", type=Path, help="the plan; default: ONNX.BACKEND-GPU-PRECISION.plan")
-    add(
-        "--precision", default="fp32", help="comma-separated list of fp32, fp16, int8; default fp32"
-    )
+    add_conversion_options(p)
     add(
         "--calib",
         type=Path,

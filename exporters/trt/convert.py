@@ -21,6 +21,12 @@ from pipeline.core.atomic import atomic, make_parent
 from pipeline.core.errors import UserError
 
 
+def plan_path(source: Path, precision: str, name: str, options: Options) -> Path:
+    """The default name of a plan: backend, version, GPU and precision, beside the ONNX."""
+    label = trt_plan.label(name, backend(name)[1], options.hardware_compatible)
+    return source.with_name(f"{source.stem}.{label}-{precision}.plan")
+
+
 def build_plan(
     source: Path,
     plan: Path | None,
@@ -31,7 +37,7 @@ def build_plan(
 ) -> tuple[Path, dict[str, Any]]:
     """fp32 ONNX -> plan and the sidecar `PLAN.json` beside it; returns both.
 
-    `plan` None: a name of backend, version, GPU and precision beside the ONNX.
+    `plan` None: `plan_path`.
     Raises UserError: not parsed, not built, int8 without images, an option the backend lacks; Unavailable as
     `exporters.trt.plan.backend`.
     """
@@ -43,8 +49,7 @@ def build_plan(
     start = time.perf_counter()
     proto = onnx_file.read_onnx(source)
     shape = onnx_file.classifier_input_shape(proto, source)
-    label = trt_plan.label(name, trt, options.hardware_compatible)
-    plan = plan or source.with_name(f"{source.stem}.{label}-{precision}.plan")
+    plan = plan or plan_path(source, precision, name, options)
     make_parent(plan)
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / source.name
