@@ -99,7 +99,7 @@ class ReferenceSession:
         self._evaluator = ReferenceEvaluator(model)
         self.runtime = f"onnx reference {onnx.__version__}"
         self.precision_effective = "fp32"
-        self.metadata: Mapping[str, str] = onnx_file.notes(model)
+        self.metadata: Mapping[str, str] = onnx_file.read_metadata(model)
         dims = [d.dim_value or None for d in model.graph.input[0].type.tensor_type.shape.dim]
         self.input_shape = validated_shape(dims, self.metadata, path)
 
