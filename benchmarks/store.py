@@ -102,8 +102,8 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
         losses: dict[str, dict[str, float]] = {}
         for turn in range(WARM_UP + args.turns):
             for mode, trainer in made.items():
-                seen = train_step(trainer, turn, timers[mode])
-                losses.setdefault(mode, seen)
+                figures = train_step(trainer, turn, timers[mode])
+                losses.setdefault(mode, {name: float(value) for name, value in figures.items()})
         features = made["cached"].feed.features
         assert features is not None
         manifest = features.store.manifest

@@ -111,7 +111,8 @@ def take_turns(
     for turn in turns:
         for method, trainer in trainers.items():
             start = time.perf_counter()
-            train_step(trainer, turn, timers[method])  # ends when the device has done it
+            train_step(trainer, turn, timers[method])
+            timers[method].wait()
             walls[method].append(1e3 * (time.perf_counter() - start))
     for trainer in trainers.values():
         trainer.feed.close()

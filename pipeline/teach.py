@@ -164,7 +164,7 @@ def _train(
         loop.decay_groups(vit.parameters(), config.weight_decay), lr=config.lr
     )
 
-    def step(number: int) -> resume.StepFigures:
+    def step(number: int) -> loop.StepFigures:
         epoch, position = divmod(number, per_epoch)
         order = seeds.permutation(len(rows), config.seed, "teach", epoch)
         selected = rows[order[position * config.batch : (position + 1) * config.batch]]
@@ -187,7 +187,7 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = loop.learning_rate(number, steps, config.lr)
         optimizer.step()
-        return {"loss": loss.item()}
+        return {"loss": loss.detach()}
 
     checkpoint = folder / "checkpoint.safetensors"
     every = config.checkpoint_every

@@ -19,10 +19,10 @@ from pipeline.core import cli, config
 from pipeline.core.errors import UserError
 from pipeline.distill.trainer import build, train_step
 from pipeline.models.checkpoint import load
-from pipeline.training import compute, stopwatch
+from pipeline.training import compute, loop, stopwatch
 from pipeline.training import ranks as training_ranks
 from pipeline.training.compute import Compute
-from pipeline.training.ranks import SINGLE_PROCESS, Ranks, average_gradients
+from pipeline.training.ranks import SINGLE_PROCESS, Ranks, average_figures, average_gradients
 from tests import command_line
 from tests.conftest import ROOT
 from tests.test_training import QUICK, run
@@ -33,7 +33,8 @@ UNNORMED = replace(QUICK, student="test_convnext", student_kwargs={"output_strid
 
 def steps(trainer, count):
     timer = stopwatch.Stopwatch()
-    return [train_step(trainer, step, timer) for step in range(count)]
+    figures = [train_step(trainer, step, timer) for step in range(count)]
+    return [average_figures({k: float(v) for k, v in f.items()}, trainer.ranks) for f in figures]
 
 
 def weights(trainer):
@@ -42,7 +43,7 @@ def weights(trainer):
 
 @pytest.mark.parametrize(("parts", "count"), [(2, 4), pytest.param(4, 10, marks=pytest.mark.ci)])
 def test_a_batch_in_parts_is_the_batch(parts, count, prepared, teacher_path, features, monkeypatch):
-    monkeypatch.setattr(torch.optim, "AdamW", lambda g, lr: torch.optim.SGD(g, lr))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda g, lr, **_: torch.optim.SGD(g, lr))
     trained = []
     for accumulate in (1, parts):
         config = replace(UNNORMED, compute=Compute(accumulate=accumulate))
@@ -64,7 +65,7 @@ from pipeline.distill.trainer import build
 from pipeline.training.ranks import ranks
 from tests.test_compute import UNNORMED, steps, weights
 
-torch.optim.AdamW = lambda groups, lr: torch.optim.SGD(groups, lr)
+torch.optim.AdamW = lambda groups, lr, **_: torch.optim.SGD(groups, lr)
 prepared, teacher, features, out = map(Path, sys.argv[1:])
 with ranks() as joined:
     trainer = build(
@@ -81,7 +82,7 @@ def test_two_forked_ranks_are_one_process_with_the_whole_batch(
     prepared, teacher_path, features, tmp_path, monkeypatch
 ):
     """A few steps; with torchrun, and fifty of them, below."""
-    monkeypatch.setattr(torch.optim, "AdamW", lambda g, lr: torch.optim.SGD(g, lr))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda g, lr, **_: torch.optim.SGD(g, lr))
 
     def trained(among):
         trainer = build(UNNORMED, "cakd+logits", prepared, teacher_path, features, ranks=among)
@@ -328,7 +329,7 @@ def test_a_signal_to_one_rank_makes_all_of_them_save_and_leave_after_the_same_st
     assert done.returncode != 0
     assert done.stderr.count("run again to resume") == 1 and "another rank" not in done.stderr
     with safe_open(checkpoint, framework="pt") as file:
-        assert file.metadata()["step"] == "6"
+        assert file.metadata()["step"] == str(loop.LOG_STEPS)
 
 
 def test_gradients_of_one_rank_stay_as_they_are():

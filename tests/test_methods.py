@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import teach
 from pipeline.core.errors import UserError
@@ -40,6 +41,7 @@ from pipeline.models.student import StudentSpec, Tap
 from pipeline.models.teacher import TeacherOutputs, load
 from pipeline.store import policy, writing
 from pipeline.training import stopwatch
+from pipeline.training.compute import Compute
 from tests.conftest import VIT
 from tests.test_training import QUICK, loss_terms
 
@@ -348,6 +350,43 @@ def test_every_method_reaches_the_students_backbone_and_its_losses_fall(
             if not n.startswith("fc.")
         ]
         assert sum(reached) >= 0.8 * len(reached), name
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: scalars and sizes that are read from tensors."""
+
+    WAITING = (
+        "_local_scalar_dense",
+        "nonzero",
+        "equal",
+        "is_nonzero",
+        "masked_select",
+        "_unique2",
+        "unique_dim",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        if name in self.WAITING:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", SUMS)
+def test_a_step_reads_no_scalar(method, prepared, teacher_path, features):
+    config = replace(QUICK, steps=1000, clip_norm=1.0, compute=Compute(ema=0.9))
+    trainer = build(config, method, prepared, teacher_path, features)
+    timer = stopwatch.Stopwatch()
+    train_step(trainer, 0, timer)
+    reads = Reads()
+    with reads:
+        for step in range(1, 7):  # one of them is the discriminator's
+            train_step(trainer, step, timer)
+    assert reads.seen == []
 
 
 @pytest.fixture(scope="module")

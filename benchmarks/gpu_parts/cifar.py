@@ -202,7 +202,8 @@ def student_rate(make: Callable[[], Trainer]) -> float:
     timer = stopwatch.Stopwatch(trainer.device)
     ends = []
     for step in range(WARM_UP + STEPS):
-        train_step(trainer, step, timer)  # ends when the device has done it
+        train_step(trainer, step, timer)
+        timer.wait()
         ends.append(time.perf_counter())
     trainer.feed.close()
     return (ends[-1] - ends[WARM_UP - 1]) / STEPS

@@ -47,13 +47,14 @@ class Balance(nn.Module):
     def __init__(self, losses: Sequence[str], ratio: float) -> None:
         super().__init__()
         self.losses, self.ratio = tuple(losses), ratio
+        self._final: dict[str, float] | None = None
         self.register_buffer("sums", torch.zeros(len(self.losses) + 1, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @property
     def measuring(self) -> bool:
         """Whether the weights still change."""
-        return bool(self.count < STEPS)
+        return self._final is None and bool(self.count < STEPS)
 
     def add(self, norms: Mapping[str, float]) -> None:
         """Take in the norms of a step."""
@@ -63,6 +64,11 @@ class Balance(nn.Module):
 
     def weights(self) -> dict[str, float]:
         """The weight of each loss; 0 for one that has no gradient on the backbone."""
+        if self._final is not None:
+            return self._final
         reference, *own = self.sums.tolist()
         pairs = zip(self.losses, own, strict=True)
-        return {name: self.ratio * reference / norm if norm else 0.0 for name, norm in pairs}
+        weights = {name: self.ratio * reference / norm if norm else 0.0 for name, norm in pairs}
+        if not self.measuring:
+            self._final = weights  # read once: later steps must not wait for the device
+        return weights

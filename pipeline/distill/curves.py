@@ -18,7 +18,7 @@ STAGES = (
 
 
 def summarise(
-    trainer: Trainer, timer: stopwatch.Stopwatch, curves: list[resume.StepFigures]
+    trainer: Trainer, timer: stopwatch.Stopwatch, curves: list[resume.Figures]
 ) -> dict[str, Any]:
     """Speed of one training, as train/<method>.json holds it, and `curves`: term -> [[step, mean loss], ...]."""
     timed = [s for s in timer.steps if s][2:] or [s for s in timer.steps if s]

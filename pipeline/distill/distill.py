@@ -24,6 +24,7 @@ from pipeline.training import loop, resume
 from pipeline.training.ranks import SINGLE_PROCESS, Ranks
 from pipeline.training.stopwatch import Stopwatch
 
+TIMED = 10  # on a GPU one step in so many is timed
 # Rooms of pipeline/ whose code makes a student: an edit there starts an unfinished training anew.
 ROOMS = ("core", "data", "distill", "models", "store", "training")
 
@@ -55,7 +56,7 @@ def distill(
         work, artifacts.digest([made_by, artifacts.code(ROOMS)]), ranks
     ) as folder:
         trainer = build(config, method, prepared, teacher_path, features, policy, ranks)
-        timer = Stopwatch(trainer.device)
+        timer = Stopwatch(trainer.device, every=TIMED)
         steps = trainer.feed.steps
         bar = progress.Progress(
             f"distill {method}",

@@ -91,7 +91,7 @@ class Trans:
         generator = torch.Generator()
         for i, seed in enumerate(seeds):
             drawn[i] = torch.rand(9, generator=generator.manual_seed(seed))
-            if self.noise and drawn[i, 0] < self.probability:
+            if self.noise and drawn[i].numpy()[0] < self.probability:
                 noise[i] = torch.randn(3, size, size, generator=generator)
         return drawn, noise
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from pipeline.core.errors import UserError
 from pipeline.data import views
@@ -91,7 +90,7 @@ class Trainer:
     config: Distill
     method: str
     student: nn.Module
-    averaged: AveragedModel | None
+    averaged: compute.Averaged | None
     reader: StudentReader
     objective: Objective
     feed: Feed
@@ -226,33 +225,36 @@ def _optimizers(
     optimizer: torch.optim.Optimizer
     if config.optimizer == "sgd":
         nesterov = config.momentum > 0
-        optimizer = torch.optim.SGD(groups, config.lr, config.momentum, nesterov=nesterov)
+        optimizer = torch.optim.SGD(
+            groups, config.lr, config.momentum, nesterov=nesterov, fused=True
+        )
     else:
-        optimizer = torch.optim.AdamW(groups, config.lr)
+        optimizer = torch.optim.AdamW(groups, config.lr, fused=True)
     optimizers: dict[str, torch.optim.Optimizer] = {"student": optimizer}
     if objective.discriminator is not None:
         optimizers["discriminator"] = torch.optim.Adam(
             objective.discriminator.parameters(),
             lr=config.cakd.discriminator_lr,
             betas=(0.5, 0.999),
+            fused=True,
         )
     return optimizers
 
 
-def train_step(trainer: Trainer, step: int, timer: Stopwatch) -> dict[str, float]:
-    """One iteration of Algorithm 1; the unweighted losses, their mean over the ranks."""
+def train_step(trainer: Trainer, step: int, timer: Stopwatch) -> dict[str, Tensor | float]:
+    """One iteration of Algorithm 1; this rank's unweighted losses, not read from the device."""
     losses, real, fake = student_step(trainer, step, timer)
     due = step % trainer.config.cakd.discriminator_every == 0
     if due and fake is not None and real is not None:
         with timer.stage("adversarial"):
             losses |= discriminator_step(trainer, real, fake)
     timer.next_step()
-    return average_figures(losses, trainer.device, trainer.ranks)
+    return losses
 
 
 def student_step(
     trainer: Trainer, step: int, timer: Stopwatch
-) -> tuple[dict[str, float], Tensor | None, Tensor | None]:
+) -> tuple[dict[str, Tensor | float], Tensor | None, Tensor | None]:
     """Update student and projectors. Mean losses of this rank; h_T and h'_S (B, N, D) for the discriminator."""
     config, optimizer, objective = trainer.config, trainer.optimizers["student"], trainer.objective
     # Modules with random numbers of their own (dropout in the student) draw from this step's seed.
@@ -261,7 +263,7 @@ def student_step(
     progress = step / trainer.feed.steps
     weights = objective.weights(progress)
     optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, float] = {}
+    sums: dict[str, Tensor | float] = {}
     ratios: dict[str, float] = {}
     real: list[Tensor] = []
     fake: list[Tensor] = []
@@ -270,13 +272,13 @@ def student_step(
         if number == 0 and trainer.measures(step):
             with timer.stage("ratios"):
                 norms = balance.gradient_norms(losses.terms, trainer.backbone)
-            norms = average_figures(norms, trainer.device, trainer.ranks)
+            norms = average_figures(norms, trainer.ranks)
             if objective.balance is not None and objective.balance.measuring:
                 objective.balance.add(norms)
                 weights = objective.weights(progress)
             ratios = balance.ratios(norms, weights)
         for name, loss in losses.terms.items():
-            sums[name] = sums.get(name, 0.0) + loss.item() / config.compute.accumulate
+            sums[name] = sums.get(name, 0.0) + loss.detach() / config.compute.accumulate
         total = torch.stack([weights[name] * loss for name, loss in losses.terms.items()]).sum()
         with timer.stage("backward"):
             (total / config.compute.accumulate).backward()
@@ -294,7 +296,7 @@ def student_step(
             group["lr"] = loop.learning_rate(step, trainer.feed.steps, config.lr)
         optimizer.step()
         if trainer.averaged is not None:
-            trainer.averaged.update_parameters(trainer.student)
+            trainer.averaged.update(trainer.student, step)
     return sums | ratios, torch.cat(real) if real else None, torch.cat(fake) if fake else None
 
 
@@ -329,7 +331,7 @@ def _losses(trainer: Trainer, step: int, batch: Batch, timer: Stopwatch) -> Loss
     return losses
 
 
-def discriminator_step(trainer: Trainer, real: Tensor, fake: Tensor) -> dict[str, float]:
+def discriminator_step(trainer: Trainer, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
     """Eq. 8 on detached fakes, after the student's backward (decision 11); loss and accuracy."""
     assert trainer.objective.discriminator is not None
     loss, accuracy = robust.discriminator(trainer.objective.discriminator, real, fake)
@@ -338,4 +340,4 @@ def discriminator_step(trainer: Trainer, real: Tensor, fake: Tensor) -> dict[str
     loss.backward()
     average_gradients(trainer.objective.discriminator.parameters(), trainer.ranks)
     optimizer.step()
-    return {"discriminator": loss.item(), "discriminator_accuracy": accuracy.item()}
+    return {"discriminator": loss.detach(), "discriminator_accuracy": accuracy}

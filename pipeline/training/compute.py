@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
+from itertools import compress
 from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.core.config import STRICT, BelowOne
 from pipeline.core.errors import UserError
@@ -53,11 +54,33 @@ class Compute:
             )
         return micro_batches
 
-    def average(self, student: nn.Module) -> AveragedModel | None:
+    def average(self, student: nn.Module) -> Averaged | None:
         """Create the exponential moving average of weights and buffers; None where it is off."""
-        if not self.ema:
-            return None
-        return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(self.ema), use_buffers=True)
+        return Averaged(student, self.ema) if self.ema else None
+
+
+class Averaged(nn.Module):
+    """The exponential moving average of a student's weights and buffers, `module`.
+
+    torch's AveragedModel keeps its count on the device and waits for it at every step.
+    """
+
+    def __init__(self, student: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.module, self.decay = copy.deepcopy(student).requires_grad_(False), decay
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, step: int) -> None:
+        """Take in the weights after a step; those after step 0 are the first average."""
+        own, other = (list(n.state_dict().values()) for n in (self.module, student))
+        moving = [tensor.is_floating_point() and step > 0 for tensor in own]
+        if any(moving):
+            torch._foreach_lerp_(
+                list(compress(own, moving)), list(compress(other, moving)), 1 - self.decay
+            )
+        for average, now, moves in zip(own, other, moving, strict=True):
+            if not moves:
+                average.copy_(now)
 
 
 def pick_device(device: Device, parameter: str, ranks: Ranks) -> torch.device:

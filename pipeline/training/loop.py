@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.core import progress
 from pipeline.core.errors import UserError
-from pipeline.training.ranks import SINGLE_PROCESS, Ranks
+from pipeline.training.ranks import SINGLE_PROCESS, Ranks, average_figures
 from pipeline.training.resume import (
+    Figures,
     Interrupts,
-    StepFigures,
     from_columns,
     load_checkpoint,
     save_checkpoint,
     to_columns,
 )
+
+# Between two readings of the losses: on a GPU each one waits for the device.
+LOG_SECONDS = 1.0
+LOG_STEPS = 10  # of several ranks, which must read at the same step
+
+StepFigures = Mapping[str, Tensor | float]  # of one step; tensors () are read later, many at once
 
 
 def run_steps(
@@ -31,12 +38,13 @@ def run_steps(
     optimizers: Mapping[str, torch.optim.Optimizer],
     step: Callable[[int], StepFigures],
     ranks: Ranks = SINGLE_PROCESS,
-) -> list[StepFigures]:
+) -> list[Figures]:
     """Call `step(i)` for i up to `bar.total`, from the last checkpoint on; returns the figures of every step.
 
     Saves every `every` steps, and before it exits on SIGINT or SIGTERM. A step must draw its random numbers from
     its own number alone: then a killed run ends in the same bits. `bar.what` begins with the params section.
-    Of several ranks the first one saves and logs; all of them load.
+    The figures are read, averaged over the ranks, checked and logged every LOG_SECONDS (LOG_STEPS of several
+    ranks), before each checkpoint and at the end. Of several ranks the first one saves and logs; all of them load.
     Raises UserError: a figure that is not finite, a damaged checkpoint, disk full.
     """
     start, logged = load_checkpoint(checkpoint, modules, optimizers)
@@ -44,12 +52,21 @@ def run_steps(
     curves = from_columns(logged)
     for module in modules.values():
         module.train()
+    unread: dict[int, StepFigures] = {}
+    last = time.monotonic()
     with Interrupts() as interrupts, bar:
         for i in range(start, bar.total):
-            figures = step(i)
-            _check_divergence(bar.what, i, figures)
-            curves.append({"step": i, **figures})
-            bar(i + 1, **figures)
+            unread[i] = step(i)
+            if ranks.size > 1:
+                due = (i + 1) % LOG_STEPS == 0
+            else:
+                due = interrupts.signal is not None or time.monotonic() - last >= LOG_SECONDS
+            if not due and (i + 1) % every and i + 1 < bar.total:
+                continue
+            curves += _read(unread, bar.what, ranks)
+            unread.clear()
+            last = time.monotonic()
+            bar(i + 1, **{name: value for name, value in curves[-1].items() if name != "step"})
             leaving = ranks.any(interrupts.signal is not None)
             if i + 1 < bar.total and (leaving or (i + 1) % every == 0):
                 if ranks.rank == 0:
@@ -62,7 +79,24 @@ def run_steps(
     return curves
 
 
-def _check_divergence(name: str, step: int, figures: StepFigures) -> None:
+def _read(unread: Mapping[int, StepFigures], name: str, ranks: Ranks) -> list[Figures]:
+    """Read the figures of several steps by one copy from the device, and check them."""
+    flat = {(step, term): value for step, row in unread.items() for term, value in row.items()}
+    tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
+    if tensors:
+        read = torch.stack([*tensors.values()]).tolist()
+        flat |= zip(tensors, read, strict=True)
+    averaged = average_figures(
+        {f"{step} {term}": float(v) for (step, term), v in flat.items()}, ranks
+    )
+    rows: list[Figures] = []
+    for step, row in unread.items():
+        rows.append({"step": step} | {term: averaged[f"{step} {term}"] for term in row})
+        _check_divergence(name, step, rows[-1])
+    return rows
+
+
+def _check_divergence(name: str, step: int, figures: Figures) -> None:
     for term, value in figures.items():
         if not math.isfinite(value):
             section = name.split()[0]

@@ -30,13 +30,11 @@ def average_gradients(parameters: Iterable[Tensor], ranks: Ranks) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def average_figures(
-    figures: dict[str, float], device: torch.device, ranks: Ranks
-) -> dict[str, float]:
+def average_figures(figures: dict[str, float], ranks: Ranks) -> dict[str, float]:
     """Average figures over the ranks, which all have the same names."""
     if ranks.size == 1:
         return figures
-    row = torch.tensor([figures[name] for name in sorted(figures)], device=device)
+    row = torch.tensor([figures[name] for name in sorted(figures)], device=ranks.device)
     distributed.all_reduce(row)
     return dict(zip(sorted(figures), (row / ranks.size).tolist(), strict=True))
 
@@ -81,7 +79,7 @@ class Ranks:
         """Whether it holds for any rank."""
         if self.size == 1:
             return flag
-        flags = torch.tensor([int(flag)], device=self._device)
+        flags = torch.tensor([int(flag)], device=self.device)
         with self._ended():
             distributed.all_reduce(flags, distributed.ReduceOp.MAX)
         return bool(flags.item())
@@ -97,13 +95,14 @@ class Ranks:
     def _of_first(self, value: int) -> int:
         if self.size == 1:
             return value
-        number = torch.tensor([value], device=self._device)
+        number = torch.tensor([value], device=self.device)
         with self._ended():
             distributed.broadcast(number, 0)
         return int(number.item())
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the ranks' messages are: a GPU over NCCL, else the CPU."""
         nccl = distributed.get_backend() == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 

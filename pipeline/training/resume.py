@@ -106,7 +106,7 @@ def as_worker(_: int) -> None:
     cli.die_with_parent(signal.SIGKILL)
 
 
-StepFigures = dict[str, float]
+Figures = dict[str, float]  # of one step: its number and the losses by name
 
 
 def save_checkpoint(
@@ -165,14 +165,14 @@ def load_checkpoint(
     return step, _below(tensors, "logged/")
 
 
-def to_columns(curves: list[StepFigures]) -> dict[str, Tensor]:
+def to_columns(curves: list[Figures]) -> dict[str, Tensor]:
     """Convert the figures of each step to a float64 tensor per term, NaN where a step has no such figure."""
     terms = sorted({t for row in curves for t in row})
     nan = math.nan
     return {t: torch.tensor([r.get(t, nan) for r in curves], dtype=torch.float64) for t in terms}
 
 
-def from_columns(columns: Mapping[str, Tensor]) -> list[StepFigures]:
+def from_columns(columns: Mapping[str, Tensor]) -> list[Figures]:
     """Invert `to_columns`."""
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     figures = [

@@ -95,15 +95,18 @@ def _through_mix(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     gradient = output[1]
+    ctx.set_materialize_grads(
+        False
+    )  # else zeros as large as the gradient, for an output nobody derives
     ctx.mark_non_differentiable(gradient)
     ctx.save_for_backward(gradient)
     ctx.inputs = len(inputs)
     ctx.count = gradient.numel() // (3 if len(inputs) > 2 else 1)
 
 
-def _times_upstream(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _times_upstream(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     (gradient,) = ctx.saved_tensors
-    mine = (gradient * (upstream / ctx.count)).to(gradient.dtype)
+    mine = None if upstream is None else (gradient * (upstream / ctx.count)).to(gradient.dtype)
     return (mine, *(None,) * (ctx.inputs - 1))
 
 

@@ -67,6 +67,7 @@ class Crd(Term):
         # log Z of either direction, by the first batch
         self.register_buffer("log_normaliser", torch.zeros(2))
         self.register_buffer("measured", torch.zeros(2, dtype=torch.bool))
+        self._known: set[int] = set()  # sides that are measured: the device is asked once
 
     def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """Both directions of the noise contrastive loss, eq. 17 and 18, mean over images."""
@@ -84,11 +85,10 @@ class Crd(Term):
 
     def _remember(self, memory: Tensor, fresh: Tensor, at: Tensor) -> None:
         """Move each image's vector towards the mean of its fresh ones: an image may be in a batch by two views."""
-        images, which = at.unique(return_inverse=True)
-        total = torch.zeros(len(images), memory.shape[1], device=memory.device, dtype=memory.dtype)
-        mean = F.normalize(total.index_add(0, which, fresh.to(memory.dtype)), dim=1)
-        moved = self.config.momentum * memory[images] + (1 - self.config.momentum) * mean
-        memory[images] = F.normalize(moved, dim=1)
+        same = (at[:, None] == at[None, :]).to(memory.dtype)
+        mean = F.normalize(same @ fresh.to(memory.dtype), dim=1)
+        moved = self.config.momentum * memory[at] + (1 - self.config.momentum) * mean
+        memory[at] = F.normalize(moved, dim=1)  # views of one image write the same vector
 
     def _register_excluded(self, labels: Tensor) -> None:
         """Images ordered by label, and for each the range of that order that is no negative of it."""
@@ -121,10 +121,11 @@ class Crd(Term):
     ) -> Tensor:
         scores = anchor @ memory.T.clone() / self.config.temperature  # cloned: changed below
         positive, negative = scores.gather(1, at[:, None]), scores.gather(1, others)
-        if not self.measured[side]:
+        if side not in self._known and not self.measured[side]:
             mean = ranks.of_all_ranks(negative.detach().flatten().double()).exp().mean()
             self.log_normaliser[side] = (mean * self.images).log()
             self.measured[side] = True
+        self._known.add(side)
         constant = self.log_normaliser[side].clone()
         log_noise = math.log(others.shape[1] / self.images)
         joint = F.logsigmoid(critic(positive, constant, log_noise)).sum()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.core.config import STRICT, Share
-from pipeline.distill.methods.term import Sizes, StudentOutputs, Term
+from pipeline.distill.methods.term import Sizes, StudentOutputs, Term, one_hot
 from pipeline.models.teacher import TeacherOutputs
 
 
@@ -31,14 +31,16 @@ def decoupled(
 
     KL(teacher || student) = TCKD + (1 - p_t) NCKD, p_t the teacher's probability of the target class.
     """
-    hot = F.one_hot(target, student.shape[1]).bool()
+    hot = one_hot(target, student.shape[1])
 
     def split(logits: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of target and not target (B, 2); of the non-target classes, 0 at the target."""
         p = F.log_softmax(logits / temperature, dim=1)
         others = p.masked_fill(hot, -torch.inf)
         rest = others.logsumexp(1, keepdim=True)
-        return torch.cat((p[hot][:, None], rest), dim=1), (others - rest).masked_fill(hot, 0)
+        return torch.cat((p.gather(1, target[:, None]), rest), dim=1), (others - rest).masked_fill(
+            hot, 0
+        )
 
     (kind_t, others_t), (kind_s, others_s) = split(teacher), split(student)
     target_part = (kind_t.exp() * (kind_t - kind_s)).sum(1)

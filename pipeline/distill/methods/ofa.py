@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core.config import STRICT
-from pipeline.distill.methods.term import Sizes, StudentOutputs, Term
+from pipeline.distill.methods.term import Sizes, StudentOutputs, Term, one_hot
 from pipeline.models.teacher import TeacherOutputs
 
 
@@ -31,7 +31,7 @@ def enhanced(
     """
     log_p = F.log_softmax(student / temperature, dim=1)
     theirs = F.softmax(teacher / temperature, dim=1)
-    hot = F.one_hot(target, student.shape[1])
+    hot = one_hot(target, student.shape[1]).to(theirs.dtype)
     return -(((theirs + hot) ** gamma - hot) * log_p).sum(1).mean()
 
 

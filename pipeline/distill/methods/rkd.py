@@ -29,8 +29,9 @@ COINCIDE = (
 def distances(x: Tensor) -> Tensor:
     """Distances (B, B) between embeddings (B, e), in units of their mean."""
     pairs = pairwise_distances(x)
-    apart = pairs > 0
-    return pairs / pairs[apart].mean() if apart.any() else pairs
+    count = (pairs > 0).sum()
+    mean = pairs.sum() / count.clamp(min=1)
+    return pairs / torch.where(count > 0, mean, 1)
 
 
 def angles(x: Tensor) -> Tensor:

@@ -116,6 +116,11 @@ def pooled(teacher: TeacherOutputs) -> Tensor:
     return teacher.pooled
 
 
+def one_hot(target: Tensor, classes: int) -> Tensor:
+    """(B,) -> (B, K) bool; F.one_hot reads the largest label, for which a device would be waited for."""
+    return target[:, None] == torch.arange(classes, device=target.device)
+
+
 def pairwise_distances(x: Tensor) -> Tensor:
     """Euclidean distances (B, B) between embeddings (B, e); 0, with a gradient of 0, between equal ones."""
     squared = (x[None, :, :] - x[:, None, :]).square().sum(2)
