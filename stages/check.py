@@ -18,7 +18,7 @@ from pipeline.core import cli, config
 from pipeline.core.atomic import atomic
 from pipeline.core.errors import UserError, nearest
 from pipeline.distill import settings
-from pipeline.distill.methods.table import check_attention, reads
+from pipeline.distill.methods.table import check_stored, reads
 from pipeline.evaluate.accuracy import Evaluate
 from pipeline.models import checkpoint
 from pipeline.models.student import check_feature_maps, find_tap, probe_student
@@ -93,7 +93,8 @@ def check_models(prepare: Prepare, teach: Teach, cache: Cache, distill: settings
     vit = checkpoint.create(teach.model, teach.kwargs, CLASSES, "teach")
     spec = check_fits(vit, teach, prepare.image_size)
     for method in distill.methods:
-        check_attention(method, spec.no_attention)
+        stored = {"mode": cache.mode, "layout": cache.layout, "no_attention": spec.no_attention}
+        check_stored(method, stored, distill.cakd.layer)
     check_layout(cache, spec)
     _warn_token_pooled(teach, vit, distill)
     student = checkpoint.create(distill.student, distill.student_kwargs, CLASSES, "distill")

@@ -9,6 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from pipeline.core import artifacts
 from pipeline.core.errors import GateFailed, UserError
@@ -18,7 +20,7 @@ from pipeline.models import checkpoint, probe, teacher
 from pipeline.store import encoding, planning, policy, reading, shards, verifying, writing
 from pipeline.store.policy import Cache
 from pipeline.store.reading import Store
-from pipeline.training import resume
+from pipeline.training import resume, stopwatch
 from tests.test_teacher import SMALL, saved
 
 
@@ -73,8 +75,8 @@ def test_a_coarser_store_states_an_error_below_its_gate(
     manifest = write(prepared, teacher_path, tmp_path, dtype=dtype)
     assert set(manifest["error"]) == {"q", "k", "v", "h", "logits"}
     assert 0 < max(manifest["error"].values()) <= gate
-    header = 600 * len(manifest["shards"]) / manifest["records"]
-    assert bytes_of_x + 56 <= manifest["bytes_per_view"] <= bytes_of_x + 56 + header
+    header = 700 * len(manifest["shards"]) / manifest["records"]
+    assert bytes_of_x + 64 <= manifest["bytes_per_view"] <= bytes_of_x + 64 + header
     found = verifying.verify(tmp_path / "store", prepared, teacher_path, 200)
     assert all(0 < f["mean"] <= f["max"] <= gate for n, f in found.items() if n != "logits")
 
@@ -109,7 +111,11 @@ def test_a_teacher_that_cannot_be_replayed_is_refused_block_input_and_served_by_
 
 @pytest.mark.parametrize(
     ("dtype", "layout", "most"),
-    [("float16", "block_input", 310_000), ("int8", "block_input", 160_000)],
+    [
+        ("float16", "block_input", 310_000),
+        ("int8", "block_input", 160_000),
+        ("float16", "logits", 4_016),
+    ],
 )
 def test_a_view_of_vit_base_takes_no_more_than_promised(dtype, layout, most):
     """197 tokens of 768 and the logits of ImageNet."""
@@ -363,6 +369,65 @@ def test_any_flipped_bit_is_named_by_verify_and_refused_by_reading(
     read_all(broken, prepared, teacher_path)
 
 
+def test_logits_are_read_and_checked_without_the_features(
+    features, broken, prepared, teacher_path, monkeypatch
+):
+    numbers = np.arange(600, 664)
+    whole = Store(features, prepared, teacher_path)
+    answers = Store(features, prepared, teacher_path, features=False)
+    assert whole.replayed and not answers.replayed
+    read, exact = set(), shards.Shard.read
+
+    def spy(shard, name, *args):
+        read.add(name)
+        exact(shard, name, *args)
+
+    monkeypatch.setattr(shards.Shard, "read", spy)
+    outputs = answers.read(numbers).tokens(None)
+    assert read == {"logits", "view_hash", "checksum"} and outputs.h is None
+    assert torch.equal(outputs.logits, whole.read(numbers).logits)
+    monkeypatch.undo()
+    records = whole.manifest["shards"][0]["records"]
+    with safe_open(broken / "shard-00000.safetensors", framework="pt") as file:
+        assert set(file.keys()) == {"x", *read, "features_checksum"}
+    tensors = load_file(broken / "shard-00000.safetensors")
+    for name in ("x", "logits"):
+        tensor = tensors[name].clone()
+        tensor[records - 1].view(-1)[0] += 1
+        save_file(tensors | {name: tensor}, broken / "shard-00000.safetensors")
+        for features_too in (True, False):
+            opened = Store(broken, prepared, teacher_path, features=features_too)
+            if name == "x" and not features_too:
+                opened.read(np.arange(records))
+                continue
+            label = "features_checksum" if name == "x" else "checksum"
+            with pytest.raises(UserError, match=f"record {records - 1}: {label}: got"):
+                opened.read(np.arange(records))
+
+
+def test_a_store_of_logits_alone_gives_the_same_student_and_refuses_other_methods(
+    prepared, teacher_path, tmp_path
+):
+    from pipeline.distill.trainer import build, train_step
+    from tests.test_training import QUICK
+
+    weights = []
+    for layout in ("block_input", "logits"):
+        write(prepared, teacher_path, tmp_path / layout, layout=layout, views=1, dtype="float32")
+        store = tmp_path / layout / "store"
+        trainer = build(QUICK, "logits", prepared, teacher_path, store)
+        for step in range(3):
+            train_step(trainer, step, stopwatch.Stopwatch())
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.student.parameters()]))
+    assert torch.equal(*weights)
+    manifest = json.loads((store / "manifest.json").read_text())
+    assert manifest["bytes_per_view"] < 100 and set(manifest["error"]) == {"logits"}
+    errors = verifying.verify(store, prepared, teacher_path, 64)
+    assert set(errors) == {"logits"}
+    with pytest.raises(UserError, match="'gl' reads the teacher's tokens, which cache.layout log"):
+        build(QUICK, "gl", prepared, teacher_path, store)
+
+
 def test_two_shards_in_each_others_place_are_refused(broken, prepared, teacher_path):
     first, second = (broken / f"shard-0000{n}.safetensors" for n in (0, 1))
     other = first.read_bytes()
@@ -392,7 +457,7 @@ def test_plan_refuses_a_disk_that_is_short(prepared, teacher_path, tmp_path, mon
     live = teacher.load(teacher_path)
     args = (Cache(views=3), prepared, live, tmp_path / "store", 0.05)
     found = planning.plan(*args)
-    assert found["bytes_per_view"] == 65 * 32 * 2 + 40 + 16 and found["images"] == 1297
+    assert found["bytes_per_view"] == 65 * 32 * 2 + 40 + 24 and found["images"] == 1297
     for name in ("disk_write_mb_per_s", "disk_read_mb_per_s", "teacher_img_per_s"):
         assert found[name] > 0, name
     assert found["replay_img_per_s"] > found["teacher_img_per_s"]
@@ -491,7 +556,6 @@ def test_more_shards_than_open_files_are_made_room_for_or_refused(monkeypatch):
 
 def test_every_step_takes_what_the_step_before_it_began_to_read(features, prepared, teacher_path):
     from pipeline.distill.trainer import build, train_step
-    from pipeline.training import stopwatch
     from tests.test_training import QUICK
 
     trainer = build(QUICK, "logits", prepared, teacher_path, features)

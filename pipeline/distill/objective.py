@@ -130,7 +130,7 @@ class Objective(nn.Module):
             terms["adversarial"] = robust.adversarial(
                 self.discriminator, gl.fake.float(), self.cakd.adversarial
             )
-        return Losses(terms, gl.target(teacher.h), gl.fake.detach().float())
+        return Losses(terms, gl.target(teacher.tokens), gl.fake.detach().float())
 
     def trained(self) -> list[nn.Parameter]:
         """What is trained together with the student: everything but the discriminator."""

@@ -147,7 +147,8 @@ def build(
         config.student, config.student_kwargs, len(prepared.classes), "distill"
     )
     preprocess = checkpoint.preprocessing(network, prepared.image_size)
-    store = Store(features, prepared, teacher_path, policy)
+    answers_only = reads(method, "teacher") <= {"logits"}
+    store = Store(features, prepared, teacher_path, policy, features=not answers_only)
     check_stored(method, store.manifest, config.cakd.layer)
     space = TeacherSpace.of(store.manifest)
     distilled = bool(reads(method, "teacher"))

@@ -121,7 +121,7 @@ def similarity(
         outputs = live(batch)
         for name, student_values, teacher_values in (
             ("attention", attended, attention(*heads(outputs.attention_inputs))),
-            ("tokens", tokens, projected.projectors.target(outputs.h)),
+            ("tokens", tokens, projected.projectors.target(outputs.tokens)),
         ):
             cosine = F.cosine_similarity(student_values, teacher_values, dim=-1).flatten(1).mean(1)
             sums[name] += cosine.sum().item()

@@ -41,7 +41,7 @@ class TeacherOutputs:
 
     # (B, N, 3, H, d), as they enter the dot product: after any qk-norm and rotary embedding
     qkv: Tensor | None
-    h: Tensor  # (B, N, D), after the final LayerNorm
+    h: Tensor | None  # (B, N, D), after the final LayerNorm; None where only the logits were read
     logits: Tensor  # (B, K)
     # (B, D), the input of the head; None where the rest comes from a store without x_L
     pooled: Tensor | None = None
@@ -53,6 +53,12 @@ class TeacherOutputs:
             self.qkv is not None
         )  # `methods.table.check_attention` refuses a method that reads them otherwise
         return self.qkv
+
+    @property
+    def tokens(self) -> Tensor:
+        """h (B, N, D) of a teacher of which not only the logits were read."""
+        assert self.h is not None
+        return self.h
 
 
 class TeacherTail(nn.Module):

@@ -62,8 +62,10 @@ def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def relative_errors(got: TeacherOutputs, exact: TeacherOutputs) -> dict[str, float]:
-    """Compute ||got - exact|| / ||exact|| of q, k, v (where the teacher has them), h and logits over a batch."""
-    pairs = {"h": (got.h, exact.h), "logits": (got.logits, exact.logits)}
+    """Compute ||got - exact|| / ||exact|| of logits and, where both have them, h, q, k and v over a batch."""
+    pairs = {"logits": (got.logits, exact.logits)}
+    if got.h is not None and exact.h is not None:
+        pairs["h"] = (got.h, exact.h)
     if got.qkv is not None and exact.qkv is not None:
         pairs |= {n: (got.qkv[:, :, i], exact.qkv[:, :, i]) for i, n in enumerate("qkv")}
     return {n: ((a - b).norm() / b.norm().clamp(min=1e-12)).item() for n, (a, b) in pairs.items()}

@@ -23,8 +23,11 @@ from pipeline.core.validation import (
 Shape = list[Annotated[int, Field(ge=1)]]
 StoredType = Literal["F32", "F16", "BF16", "I8", "I64"]
 StoredField = Annotated[tuple[StoredType, Shape], Strict(False)]  # JSON has no tuples
-FEATURES = {"block_input": ("x",), "qkvh": ("qkv", "h")}  # layout -> fields of a record
-TENSORS = ("q", "k", "v", "h", "logits")
+# layout -> fields of a record
+FEATURES: dict[str, tuple[str, ...]] = {"block_input": ("x",), "qkvh": ("qkv", "h"), "logits": ()}
+# Conditions of the schema: something is stored; not only logits.
+ON: dict[str, Any] = {"properties": {"mode": {"const": "on"}}}
+FEATURES_KEPT: dict[str, Any] = {"layout": {"enum": ["block_input", "qkvh"]}}
 
 
 class Errors(Format):
@@ -102,25 +105,43 @@ class Manifest(Format):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "if": {"properties": {"mode": {"const": "on"}}},
-            "then": {
-                "properties": {
-                    "records": {"minimum": 1},
-                    "error": {"required": list(TENSORS)},
-                    "shards": {"minItems": 1},
-                }
-            },
-            "else": {"properties": {"records": {"const": 0}, "shards": {"maxItems": 0}}},
+            "allOf": [
+                {
+                    "if": ON,
+                    "then": {
+                        "properties": {
+                            "records": {"minimum": 1},
+                            "error": {"required": ["logits"]},
+                            "shards": {"minItems": 1},
+                        }
+                    },
+                    "else": {"properties": {"records": {"const": 0}, "shards": {"maxItems": 0}}},
+                },
+                {
+                    "if": {"properties": {**ON["properties"], **FEATURES_KEPT}},
+                    "then": {"properties": {"error": {"required": ["h"]}}},
+                },
+                {
+                    "if": {
+                        "properties": {
+                            **ON["properties"],
+                            **FEATURES_KEPT,
+                            "no_attention": {"type": "null"},
+                        }
+                    },
+                    "then": {"properties": {"error": {"required": ["q", "k", "v"]}}},
+                },
+            ]
         }
     )
-    schema_: Literal["cakd.store/2"] = schema_key()
+    schema_: Literal["cakd.store/3"] = schema_key()
     mode: Literal["on", "off"] = key("off: nothing is stored, the teacher runs while distilling.")
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = key(
         "Storage type of the features; int8: with a scale a record and channel."
     )
-    layout: Literal["block_input", "qkvh"] = key(
+    layout: Literal["block_input", "qkvh", "logits"] = key(
         "block_input: the input of the teacher's last block, or its final features where no_attention is a text; "
-        "qkvh: what the method takes from that block."
+        "qkvh: what the method takes from that block; logits: nothing beside them."
     )
     views: Positive = key("Views an image.")
     write_batch: Positive = optional("Views in one forward pass of the teacher.")
@@ -142,6 +163,12 @@ class Manifest(Format):
     provenance: Provenance = key("The policy; what it was made from is in the fingerprint.")
     sha256: Sha256 = key("SHA-256 of all the other keys, as JSON with sorted keys.")
 
+    def _compared(self) -> set[str]:
+        """The tensors whose error is measured while writing."""
+        if self.layout == "logits":
+            return {"logits"}
+        return {"h", "logits"} | ({*"qkv"} if self.no_attention is None else set())
+
     @model_validator(mode="after")
     def _check_records(self) -> Manifest:
         records = sum(shard.records for shard in self.shards)
@@ -154,6 +181,6 @@ class Manifest(Format):
             raise ValueError(
                 f"fields: got {', '.join(sorted(fields))}; expected {', '.join(FEATURES[self.layout])} too"
             )
-        if self.mode == "on" and (missing := set(TENSORS) - self.error.model_fields_set):
+        if self.mode == "on" and (missing := self._compared() - self.error.model_fields_set):
             raise ValueError(f"error: got no {', '.join(sorted(missing))}; expected all in mode on")
         return self

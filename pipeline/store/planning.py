@@ -139,7 +139,7 @@ def teacher_speed(
     )
     x, _ = live.look(batch)
     teacher_rate = _rate(lambda: live.look(batch), len(batch), seconds)
-    if cache.layout == "qkvh":
+    if cache.layout != "block_input":
         return teacher_rate, 0.0
     stored, scale = encoding.encode(x, cache.dtype)
     return teacher_rate, _rate(

@@ -27,7 +27,8 @@ class Cache:
     """`cache:` which views of each training image the teacher sees, and whether its features are stored."""
 
     mode: Literal["on", "off"] = "on"  # off: the same views, the teacher runs while distilling
-    layout: Literal["block_input", "qkvh"] = "block_input"  # qkvh: 4 times the bytes, no replay
+    # qkvh: 4 times the bytes, no replay; logits: 4 bytes a class, for methods that read no features
+    layout: Literal["block_input", "qkvh", "logits"] = "block_input"
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
     views: PositiveInt = 4  # V views an image
     geometry: Geometry = Geometry()

@@ -24,7 +24,15 @@ from pipeline.models.teacher import TeacherOutputs, TeacherTail
 from pipeline.store import policy
 from pipeline.store.encoding import decode
 from pipeline.store.manifest import Manifest
-from pipeline.store.shards import SAFETENSORS, Field, Fields, Shard, word_sums
+from pipeline.store.shards import (
+    CHECKSUM,
+    SAFETENSORS,
+    Field,
+    Fields,
+    Shard,
+    covered,
+    word_sums,
+)
 
 SCHEMA = schema_name(Manifest)
 REMEDY = "run cache again"
@@ -49,9 +57,9 @@ class Records:
         return replace(self, features=features, logits=self.logits.to(device))
 
     def tokens(self, tail: TeacherTail | None) -> TeacherOutputs:
-        """Return the teacher's outputs: replayed from x (B, P+N, D) by the tail, or as they were stored."""
+        """Return the teacher's outputs: replayed from x (B, P+N, D) by the tail, or those that were read."""
         if tail is None:
-            return TeacherOutputs(self.features["qkv"], self.features["h"], self.logits)
+            return TeacherOutputs(self.features.get("qkv"), self.features.get("h"), self.logits)
         replayed: TeacherOutputs = tail(self.features["x"])
         return replace(replayed, logits=self.logits)
 
@@ -107,7 +115,7 @@ def _allow_files(count: int) -> None:
 class Store:
     """An opened store that fits this teacher, these images and this policy.
 
-    `requested` is the policy of params.yaml; None takes the store's own.
+    `requested` is the policy of params.yaml; None takes the store's own. `features` False reads logits only.
     Raises UserError: missing, damaged, or stale, with the line of the fingerprint that differs.
     """
 
@@ -117,6 +125,7 @@ class Store:
         prepared: Prepared,
         teacher_path: Path,
         requested: policy.Cache | None = None,
+        features: bool = True,
     ) -> None:
         self.manifest = open_manifest(folder)
         fingerprint = self.manifest["fingerprint"]
@@ -131,7 +140,8 @@ class Store:
         geometry = {k.split(".")[1]: v for k, v in fingerprint.items() if k.startswith("geometry.")}
         self.geometry = config.parse(views.Geometry, geometry, f"{folder}: geometry")
         self._train = prepared.rows("train")
-        self._reader = Reader(open_shards(folder, self.manifest))
+        self._features = features and self.manifest["layout"] != "logits"
+        self._reader = Reader(open_shards(folder, self.manifest), self._features)
 
     @property
     def cached(self) -> bool:
@@ -141,7 +151,7 @@ class Store:
     @property
     def replayed(self) -> bool:
         """Whether the teacher's last block is needed to compute its outputs from a record."""
-        return bool(self.manifest["layout"] == "block_input")
+        return self._features and bool(self.manifest["layout"] == "block_input")
 
     def records(self, rows: views.Rows, ks: views.Rows) -> RecordNumbers:
         """Return the record numbers of view k of each image row."""
@@ -169,9 +179,16 @@ class Reader:
     The buffers are reused: what `finish` returns is valid until the next `begin`. Pinned where there is a GPU.
     """
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
+    def __init__(self, shards: Sequence[Shard], features: bool = True) -> None:
         self._shards = shards
-        self._fields: Fields = shards[0].fields if shards else {}
+        stored: Fields = shards[0].fields if shards else {}
+        self._covered = {
+            checksum: names
+            for checksum, names in covered(stored).items()
+            if features or checksum == CHECKSUM
+        }
+        wanted = {name for checksum, names in self._covered.items() for name in (checksum, *names)}
+        self._fields: Fields = {name: field for name, field in stored.items() if name in wanted}
         self._starts = np.array([shard.first for shard in shards])
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
         self._buffers: dict[str, Tensor] = {}
@@ -229,9 +246,10 @@ class Reader:
             for name, array in arrays.items():
                 self._shards[owner].read(name, record, memoryview(array[slot]))
         share = slice(slots[0], slots[-1] + 1)
-        stored = arrays.pop("checksum")[share].view(np.int64)[:, 0]
-        total = records + np.add.reduce([word_sums(array[share]) for array in arrays.values()])
-        for index in np.flatnonzero(total != stored)[:1]:
-            raise self._shards[owners[index]].damaged(
-                f"record {records[index]}: checksum: got {total[index]}; expected {stored[index]}"
-            )
+        for checksum, names in self._covered.items():
+            stored = arrays[checksum][share].view(np.int64)[:, 0]
+            total = records + np.add.reduce([word_sums(arrays[name][share]) for name in names])
+            for index in np.flatnonzero(total != stored)[:1]:
+                raise self._shards[owners[index]].damaged(
+                    f"record {records[index]}: {checksum}: got {total[index]}; expected {stored[index]}"
+                )

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,8 @@ SAFETENSORS = {
 }
 NAMES = {dtype: name for name, dtype in SAFETENSORS.items()}
 WORD = 8  # bytes of a word of the checksum
+CHECKSUM, FEATURES_CHECKSUM = "checksum", "features_checksum"
+ANSWER = ("logits", "view_hash")  # what the first covers; the second covers every other field
 
 
 @dataclass(frozen=True)
@@ -63,19 +66,22 @@ def layout_fields(layout: str, dtype: str, spec: TeacherSpec, classes: int) -> F
     """List the fields of a record.
 
     block_input: x (P+N, D), which is x_L, or the final features of a teacher without Q, K, V. qkvh: qkv
-    (N, 3, H, d) and h (N, D). int8: beside each a scale per channel.
-    Always: logits (K,), view_hash () and checksum ().
+    (N, 3, H, d) and h (N, D). logits: none of them. int8: beside each a scale per channel. With features also
+    features_checksum (). Always: logits (K,), view_hash () and checksum (), over these two.
     """
     patches = spec.grid[0] * spec.grid[1]
-    shapes: dict[str, tuple[int, ...]] = {"x": (spec.prefix + patches, spec.width)}
-    if layout == "qkvh":
+    shapes: dict[str, tuple[int, ...]] = {}
+    if layout == "block_input":
+        shapes = {"x": (spec.prefix + patches, spec.width)}
+    elif layout == "qkvh":
         head = (3, spec.n_heads, spec.width // spec.n_heads)
         shapes = {"qkv": (patches, *head), "h": (patches, spec.width)}
     fields = {name: Field(DTYPES[dtype], shape) for name, shape in shapes.items()}
     if dtype == "int8":
         fields |= {f"{n}_scale": Field(torch.float32, s[1:]) for n, s in shapes.items()}
     fields["logits"] = Field(torch.float32, (classes,))
-    return fields | {n: Field(torch.int64, ()) for n in ("view_hash", "checksum")}
+    checks = [CHECKSUM, *([FEATURES_CHECKSUM] if shapes else [])]
+    return fields | {n: Field(torch.int64, ()) for n in ("view_hash", *checks)}
 
 
 def record_bytes(fields: Fields) -> int:
@@ -105,23 +111,33 @@ def word_sums(rows: NDArray[np.uint8]) -> NDArray[np.int64]:
     return sums
 
 
-def checksums(tensors: dict[str, Tensor], first: int) -> Tensor:
+def covered(fields: Iterable[str]) -> dict[str, list[str]]:
+    """Checksum -> the fields among these that it covers; two, so that logits are read without the features."""
+    names = [name for name in fields if name not in (CHECKSUM, FEATURES_CHECKSUM)]
+    features = [name for name in names if name not in ANSWER]
+    return {CHECKSUM: list(ANSWER)} | ({FEATURES_CHECKSUM: features} if features else {})
+
+
+def checksums(tensors: dict[str, Tensor], first: int) -> dict[str, Tensor]:
     """Compute the checksums (n,) int64 of records numbered from `first`: the wrapping sum of words and number.
 
     Any flipped bit changes it, and so does a record in another record's position. A sum, because it runs at the
     speed of memory for every record that is read.
     """
-    total = np.arange(first, first + len(tensors["view_hash"]), dtype=np.int64)
-    for tensor in tensors.values():
-        rows = tensor.contiguous().reshape(len(tensor), -1).view(torch.uint8).numpy()
-        total += word_sums(np.pad(rows, ((0, 0), (0, -rows.shape[1] % WORD))))
-    return torch.from_numpy(total)
+    sums = {}
+    for checksum, names in covered(tensors).items():
+        total = np.arange(first, first + len(tensors["view_hash"]), dtype=np.int64)
+        for name in names:
+            rows = tensors[name].contiguous().reshape(len(total), -1).view(torch.uint8).numpy()
+            total += word_sums(np.pad(rows, ((0, 0), (0, -rows.shape[1] % WORD))))
+        sums[checksum] = torch.from_numpy(total)
+    return sums
 
 
 def save(path: Path, tensors: dict[str, Tensor], first: int) -> None:
     """Write a shard whose first record has number `first`, atomically. Raises UserError: disk full, read-only."""
     record_fields = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    record_fields["checksum"] = checksums(record_fields, first)
+    record_fields |= checksums(record_fields, first)
     try:
         with atomic(path) as temporary:
             save_file(record_fields, temporary)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -217,18 +217,20 @@ def _stored(
     task: Task, x: Tensor, exact: TeacherOutputs, measure: bool
 ) -> tuple[dict[str, Tensor], TeacherOutputs | None]:
     """Encode the features of a batch; with `measure` also the outputs that a training will get from them."""
-    features = (
-        {"x": x}
-        if task.cache.layout == "block_input"
-        else {"qkv": exact.attention_inputs, "h": exact.h}
-    )
+    features = {}
+    if task.cache.layout == "block_input":
+        features = {"x": x}
+    elif task.cache.layout == "qkvh":
+        features = {"qkv": exact.attention_inputs, "h": exact.tokens}
     encoded = {name: encoding.encode(value, task.cache.dtype) for name, value in features.items()}
     stored = {name: tensor for name, (tensor, _) in encoded.items()}
     stored |= {f"{name}_scale": scale for name, (_, scale) in encoded.items() if scale is not None}
     if not measure:
         return stored, None
     decoded = {name: encoding.decode(*pair) for name, pair in encoded.items()}
-    return stored, task.live.tail(decoded["x"]) if "x" in decoded else replace(exact, **decoded)
+    if "x" in decoded:
+        return stored, task.live.tail(decoded["x"])
+    return stored, TeacherOutputs(decoded.get("qkv"), decoded.get("h"), exact.logits)
 
 
 def _save_shard(
@@ -267,6 +269,6 @@ def _statistics(task: Task) -> tuple[list[float], list[float]]:
             np.zeros_like(batch_rows),
             task.rows,
         )
-        tokens.append(task.live(batch.to(task.device)).h.flatten(0, 1).cpu())
+        tokens.append(task.live(batch.to(task.device)).tokens.flatten(0, 1).cpu())
     h = torch.cat(tokens).double()
     return h.mean(0).tolist(), h.std(0).clamp(min=1e-6).tolist()

@@ -44,5 +44,5 @@ class Affinity(Term):
         ours = log_affinities(
             tokens_of(on_grid(outputs.feature, self.grid)), self.config.temperature
         )
-        theirs = log_affinities(teacher.h, self.config.temperature)
+        theirs = log_affinities(teacher.tokens, self.config.temperature)
         return {"affinity": F.kl_div(ours, theirs, reduction="none", log_target=True).sum(2).mean()}

@@ -40,4 +40,4 @@ class At(Term):
         """Squared distance of the two maps, mean over elements and images."""
         assert outputs.feature is not None
         ours = attention_map(tokens_of(on_grid(outputs.feature, self.grid)))
-        return {"at": F.mse_loss(ours, attention_map(teacher.h))}
+        return {"at": F.mse_loss(ours, attention_map(teacher.tokens))}

@@ -115,7 +115,7 @@ class Gl(Term):
             tokens_of(on_grid(outputs.feature, self.tokens)),
             layer.weight,
             layer.bias,
-            self.target(teacher.h),
+            self.target(teacher.tokens),
             layer.groups,
             config.dropout,
             outputs.key,

@@ -36,4 +36,4 @@ class Fitnet(Term):
         """mse(h_T, r(h_S)), eq. 3 as a mean."""
         assert outputs.feature is not None
         hint = tokens_of(self.regressor(on_grid(outputs.feature, self.grid)))
-        return {"fitnet": F.mse_loss(hint, teacher.h)}
+        return {"fitnet": F.mse_loss(hint, teacher.tokens)}

@@ -70,6 +70,17 @@ TERMS: dict[str, tuple[type[Term], str]] = {  # name -> class, and its settings'
     "pca": (Pca, "cakd"),
     "gl": (Gl, "cakd"),
 }
+OUTPUTS = {  # what a term may read of the teacher, in words
+    "logits": "logits",
+    "pooled": "pooled embedding",
+    "tokens": "tokens",
+    "qkv": "queries, keys and values",
+}
+STORED = {  # cache.layout -> what is read or replayed from it
+    "block_input": {*OUTPUTS},
+    "qkvh": {"logits", "tokens", "qkv"},
+    "logits": {"logits"},
+}
 WITHOUT_LOSS = ("adversarial", "trans")  # no Term: the discriminator's, and a transform
 
 
@@ -158,8 +169,9 @@ def check_stored(method: str, stored: Mapping[str, Any], layer: Layer = "last") 
                 f"distill.cakd.layer: got before_last for {method!r} with cache.layout qkvh, which holds no x_L; "
                 "use block_input"
             )
-    if "pooled" in reading and (stored["mode"] == "on" and stored["layout"] == "qkvh"):
+    missing = [OUTPUTS[name] for name in OUTPUTS if name in reading - STORED[stored["layout"]]]
+    if missing and stored["mode"] == "on":
         raise UserError(
-            f"method: {method!r} reads the teacher's pooled embedding, which cache.layout qkvh does not hold; "
-            "use block_input, or cache.mode off"
+            f"method: {method!r} reads the teacher's {' and '.join(missing)}, which cache.layout "
+            f"{stored['layout']} does not hold; use block_input, or cache.mode off"
         )
