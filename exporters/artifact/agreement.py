@@ -122,7 +122,7 @@ def gated_row(
 ) -> dict[str, Any]:
     """The row of a conversion to `out`, from sessions of its source and of what was converted.
 
-    Both run as many of the images x (N, 3, S, S) as fill their batches; labels, if any, add the loss of top-1.
+    Both run as many of the images x (N, C, S, S) as fill their batches; labels, if any, add the loss of top-1.
     Raises GateFailed: the verdict is FAIL, or UNDECIDED without `force`.
     """
     whole = slice(_whole_batches(len(x), *sessions))
@@ -164,7 +164,7 @@ def _common_batch(*sessions: Session) -> int:
 
 
 def comparison_images(a: Session, b: Session, folder: Path | None) -> Array:
-    """The images (N, 3, S, S) that both sessions run: a folder's, or seeded smooth ones.
+    """The images (N, C, S, S) that both sessions run: a folder's, or seeded smooth ones.
 
     A folder is prepared by the preprocessing metadata of whichever session carries some.
     Raises UserError: inputs of different shapes, no image in the folder, or fewer than fill a batch of both.
@@ -176,7 +176,7 @@ def comparison_images(a: Session, b: Session, folder: Path | None) -> Array:
         )
     step = _common_batch(a, b)
     if folder is None:
-        return inputs.smooth(math.ceil(IMAGES / 4 / step) * step, *a.input_shape[2:])
+        return inputs.smooth_for(a, math.ceil(IMAGES / 4 / step) * step)
     described = a if metadata.preprocessing(a.metadata) else b
     x = inputs.images_from_folder(folder, described, max(IMAGES, step))
     if len(x) < step:

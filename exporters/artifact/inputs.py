@@ -45,7 +45,13 @@ def _cosines(length: int) -> NDArray[np.float64]:
 def probe_images(session: Session, count: int = 10) -> Array:
     """Smooth images of the session's input size: `count`, rounded up to its own batch."""
     batch = session.input_shape[0] or 1
-    return smooth(math.ceil(max(count, 2) / batch) * batch, *session.input_shape[2:])
+    return smooth_for(session, math.ceil(max(count, 2) / batch) * batch)
+
+
+def smooth_for(session: Session, count: int) -> Array:
+    """`count` smooth images (count, C, H, W) of the session's channels and size."""
+    _, channels, height, width = session.input_shape
+    return smooth(count, height, width)[:, :channels]
 
 
 def images_from_folder(folder: Path, session: Session, limit: int) -> Array:
@@ -54,10 +60,11 @@ def images_from_folder(folder: Path, session: Session, limit: int) -> Array:
 
 
 def labelled_images(folder: Path, session: Session, limit: int) -> tuple[Array, NDArray[np.int64]]:
-    """Up to `limit` images (N, 3, S, S) of a folder, prepared for the artefact, and labels (N,), -1 unknown.
+    """Up to `limit` images (N, C, S, S) of a folder, prepared for the artefact, and labels (N,), -1 unknown.
 
     The artefact's metadata says how to prepare them; one without gets ImageNet's mean and std, and stdout
-    says so. A label is the index of the folder's name in the metadata's classes.
+    says so. An artefact of one channel gets their luma. A label is the index of the folder's name in the
+    metadata's classes.
     Raises UserError: no such folder, no image, an input that is not square.
     """
     if not folder.is_dir():
@@ -79,7 +86,15 @@ def labelled_images(folder: Path, session: Session, limit: int) -> tuple[Array, 
     pixels, names = zip(*read_folder(folder, preprocess["image_size"], limit), strict=True)
     index = {name: i for i, name in enumerate(metadata.classes(session.metadata))}
     labels = np.array([index.get(name, -1) for name in names], dtype=np.int64)
-    return normalised(np.stack(pixels), preprocess), labels
+    images = normalised(np.stack(pixels), preprocess)
+    return (images if session.input_shape[1] == 3 else _grey(images)), labels
+
+
+def _grey(images: Array) -> Array:
+    """Normalised RGB (N, 3, S, S) -> (N, 1, S, S), weighted as ITU-R 601 luma."""
+    luma = np.array([0.299, 0.587, 0.114], np.float32)
+    grey: Array = np.einsum("nchw,c->nhw", images, luma)[:, None]
+    return grey
 
 
 def read_folder(
@@ -108,7 +123,7 @@ def read_folder(
 
 
 def run_batches(session: Session, x: Array) -> Array:
-    """Run all of x (N, 3, S, S), 16 at a time or in the artefact's own batch -> logits (N, K).
+    """Run all of x (N, C, S, S), 16 at a time or in the artefact's own batch -> logits (N, K).
 
     Raises UserError: N is not a multiple of the artefact's fixed batch, outputs that are no logits.
     """

@@ -16,7 +16,7 @@ from exporters.artifact import metadata
 from pipeline.core.errors import UserError
 
 Array = NDArray[np.float32]
-CHANNELS = 3
+CHANNELS = (1, 3)  # grey, RGB
 # Values of one batch, 0.5 GB: a damaged or hostile shape must not make a runtime allocate the memory.
 MAX_INPUT_VALUES = 1 << 27
 
@@ -36,7 +36,7 @@ class Session(Protocol):
 
     @property
     def input_shape(self) -> tuple[int | None, int, int, int]:
-        """(B, 3, S, S) as the artefact declares it; B is None where the batch is dynamic."""
+        """(B, C, S, S) as the artefact declares it; B is None where the batch is dynamic."""
         ...
 
     @property
@@ -45,7 +45,7 @@ class Session(Protocol):
         ...
 
     def run(self, x: Array) -> Array:
-        """x (B, 3, S, S) float32 -> logits (B, K) float32. The result does not alias a runtime buffer."""
+        """x (B, C, S, S) float32 -> logits (B, K) float32. The result does not alias a runtime buffer."""
         ...
 
 
@@ -118,9 +118,9 @@ def validate_inputs(entries: Sequence[tuple[str, str]], path: Path) -> None:
 def validated_shape(
     dims: Sequence[int | None], properties: Mapping[str, str], path: Path
 ) -> tuple[int | None, int, int, int]:
-    """The declared input -> (B or None, 3, H, W); a dynamic height or width is the metadata's image_size.
+    """The declared input -> (B or None, C, H, W); a dynamic height or width is the metadata's image_size.
 
-    Raises UserError: not four dimensions, channels that are not 3, a dynamic size without image_size or one that
+    Raises UserError: not four dimensions, neither 1 nor 3 channels, a dynamic size without image_size or one that
     contradicts it, more than MAX_INPUT_VALUES values, invalid metadata (`metadata.check`).
     """
     try:
@@ -131,19 +131,20 @@ def validated_shape(
     what = f"{path}: input shape: got {list(dims)}"
     if len(dims) != 4:
         raise UserError(
-            f"{what}; expected (B, 3, H, W); export a classifier that takes one image batch"
+            f"{what}; expected (B, C, H, W); export a classifier that takes one image batch"
         )
     channels, height, width = dims[1], dims[2] or size, dims[3] or size
     if channels is None or height is None or width is None:
         axis = next(i for i, dim in enumerate((channels, height, width), 1) if dim is None)
         raise UserError(
             f"{path}: input axis {axis}: got a dynamic size in {list(dims)} and no image_size in the metadata; "
-            "expected only the batch to be dynamic; export it with fixed channels, height and width"
+            "expected only the batch to be dynamic; pass --shape B,C,H,W for an ONNX file, or export it with "
+            "fixed channels, height and width"
         )
-    if channels != CHANNELS:
+    if channels not in CHANNELS:
         raise UserError(
-            f"{what}, {channels} channels; expected {CHANNELS}, in front of height and width; "
-            "export the model as NCHW, for RGB images"
+            f"{what}, {channels} channels; expected 3 (RGB) or 1 (grey), in front of height and width; "
+            "export the model as NCHW"
         )
     if min(1 if dims[0] is None else dims[0], height, width) < 1:
         raise UserError(f"{what}; expected 1 or more on every axis; export it again")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from exporters.artifact.input_shape import add_shape_option, fixed_input
 from exporters.artifact.session import TARGETS
 from exporters.bench import checks
 from exporters.bench.measure import Measurement, Subject, measure_rows, save_samples
@@ -48,6 +50,16 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Measure or compare, print, write the files, and raise what failed."""
+    with ExitStack() as stack:
+        models = [stack.enter_context(fixed_input(path, args.shape)) for path in args.models]
+        if args.against and args.against.is_file():
+            args.against = stack.enter_context(fixed_input(args.against, args.shape))
+        args.models = models
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure or compare artefacts of fixed input size, and write the files."""
     subjects = subjects_of(args.models, args.targets, args.threads, args.batch)
     if args.reference:
         read_reference(args.reference)
@@ -166,6 +178,7 @@ def parser() -> argparse.ArgumentParser:
     add("--reference", type=Path, metavar="NPZ", help="run its images x instead of smooth ones")
     add("--json", type=_json, metavar="F", help="write the rows and verdicts to F")
     add("--samples", type=Path, metavar="NPZ", help="write every call; default: F's name with .npz")
+    add_shape_option(p)
     mode = p.add_mutually_exclusive_group()
     mode.add_argument(
         "--against",

@@ -186,19 +186,19 @@ def input_batches(
 
     Raises UserError: the reference holds no `x`, or `x` of another size than the input; another batch is fixed.
     """
-    batch, _, height, width = session.input_shape
+    batch, *image = session.input_shape
     size = requested or batch or 1
     if batch not in (None, size):
         raise UserError(
             f"--batch: got {size}; the artefact's batch is fixed at {batch}; leave it out"
         )
     if reference is None:
-        x = inputs.smooth(size * max(timing.MIN_INPUTS, IMAGES // size), height, width)
+        x = inputs.smooth_for(session, size * max(timing.MIN_INPUTS, IMAGES // size))
     else:
         x = read_reference(reference)[: size * IMAGES]
-        if x.shape[1:] != (3, height, width):
+        if list(x.shape[1:]) != image:
             raise UserError(
-                f"{reference}: x: got {x.shape}; expected (N, 3, {height}, {width}); run export again"
+                f"{reference}: x: got {x.shape}; expected (N, {', '.join(map(str, image))}); run export again"
             )
     return timing.batched_inputs(x, size)
 
@@ -214,7 +214,7 @@ def read_reference(path: Path) -> Array:
         ) from None
     if x.ndim != 4 or not len(x):
         raise UserError(
-            f"{path}: x: got {x.shape}; expected (N, 3, S, S), N >= 1; run export again"
+            f"{path}: x: got {x.shape}; expected (N, C, S, S), N >= 1; run export again"
         )
     return x
 

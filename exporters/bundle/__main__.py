@@ -1,6 +1,7 @@
 """ONNX -> edge bundle, a folder or .tar: models, labels, preprocessing, parity inputs, runner, manifest.
 
-`python -m exporters.bundle student.onnx OUT|OUT.tar [--calib DIR] [--images DIR] [--force]`
+`python -m exporters.bundle student.onnx OUT|OUT.tar [--calib DIR] [--images DIR] [--force]
+[--shape B,C,H,W]`
 The runner is `exporters/device/`, copied file by file: on the device `python -m bundle.run --verify`
 needs NumPy and one runtime, neither this repository nor torch (docs/bundle.md).
 """
@@ -10,8 +11,10 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from exporters.artifact import agreement
+from exporters.artifact.input_shape import add_shape_option, fixed_input
 from exporters.artifact.precision import add_force
 from exporters.bundle.make import COMMANDS, build_bundle, pack_tar
 from exporters.device import contents
@@ -59,15 +62,27 @@ def _foreign(folder: Path) -> str | None:
 def main(args: argparse.Namespace) -> None:
     """Write the bundle whole or not at all; print a line for each model, for each left out, and for the bundle."""
     check_out(args.out)
+    with fixed_input(args.onnx, args.shape) as source:
+        manifest, size = write_bundle(args, source)
+    print_bundle(args.out, manifest, size)
+
+
+def write_bundle(args: argparse.Namespace, source: Path) -> tuple[dict[str, Any], int]:
+    """Write the bundle of `source` as a folder or .tar; returns its manifest and its size in bytes."""
     if args.out.suffix == ".tar":
         with tempfile.TemporaryDirectory() as folder, atomic(args.out) as temporary:
-            manifest = build_bundle(args.onnx, Path(folder), args.calib, args.images, args.force)
+            manifest = build_bundle(source, Path(folder), args.calib, args.images, args.force)
             pack_tar(Path(folder), temporary, args.out.stem)
         size = args.out.stat().st_size
     else:
         with atomic_dir(args.out) as temporary:
-            manifest = build_bundle(args.onnx, temporary, args.calib, args.images, args.force)
+            manifest = build_bundle(source, temporary, args.calib, args.images, args.force)
         size = sum(entry["bytes"] for entry in manifest["files"].values())
+    return manifest, size
+
+
+def print_bundle(out: Path, manifest: dict[str, Any], size: int) -> None:
+    """Print a line for each model, for each left out, and for the bundle."""
     for model in manifest["models"]:
         mb = manifest["files"][model["file"]]["bytes"] / 1e6
         parity = agreement.describe_row(model["parity"])
@@ -77,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
             f"left out: {entry['precision']} for {', '.join(entry['runtimes'])}: {entry['reason']}"
         )
     print(
-        f"{args.out}: {size / 1e6:.2f} MB, {len(manifest['files'])} files, parity on "
+        f"{out}: {size / 1e6:.2f} MB, {len(manifest['files'])} files, parity on "
         f"{manifest['parity']['inputs']} {manifest['parity']['source']}; on the device: {COMMANDS['verify']}"
     )
 
@@ -95,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--images", type=Path, help="images for the parity inputs, other than those of --calib")
     add_force(p)
+    add_shape_option(p)
     return p
 
 

@@ -60,7 +60,7 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class ParityImages:
-    """x (N, 3, H, W): the parity inputs; int8: calibration images, of which x holds none, or None."""
+    """x (N, C, H, W): the parity inputs; int8: calibration images, of which x holds none, or None."""
 
     x: Array
     source: str
@@ -78,7 +78,7 @@ def parity_images(
     batch = session.input_shape[0] or 1
     count = math.ceil(PARITY_INPUTS / batch) * batch
     calibration = None
-    pool, origin = inputs.smooth(count, *session.input_shape[2:]), "seeded smooth images"
+    pool, origin = inputs.smooth_for(session, count), "seeded smooth images"
     if calib is not None:
         calibration = int8.calibration_images(source, calib)
         pool = calibration.held_out
@@ -100,6 +100,11 @@ def validate_network(source: Path, session: OrtSession) -> None:
     preprocess = metadata.preprocessing(session.metadata)
     if preprocess is None:
         return
+    if session.input_shape[1] != 3:
+        raise UserError(
+            f"{source}: got {session.input_shape[1]} channel and preprocessing metadata, which is of RGB images; "
+            "expected 3 channels; export it without preprocessing metadata"
+        )
     if (preprocess["interpolation"], preprocess["crop"]) != ("bicubic", image.CROP):
         raise UserError(
             f"{source}: preprocessing: got {preprocess['interpolation']!r}, {preprocess['crop']!r}; "

@@ -1,7 +1,7 @@
 """Checkpoint -> ONNX, checked in ONNX Runtime; its fp16 and int8 versions.
 
 `python -m exporters.ort CHECKPOINT student.onnx [--opset N] [--precision fp32,fp16,int8] [--calib DIR]
-[--force]`
+[--force] [--shape B,C,H,W]`
 CHECKPOINT may be any .onnx file: it is checked, copied and converted without torch. A precision that fails its
 gate is not written; one that parity cannot decide only with --force.
 """
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from exporters.artifact import agreement
+from exporters.artifact.input_shape import add_shape_option, fixed_input
 from exporters.artifact.precision import (
     add_conversion_options,
     parse_precisions,
@@ -39,14 +40,26 @@ def main(args: argparse.Namespace) -> None:
             f"--opset: got {args.opset}, but {args.checkpoint} is ONNX and keeps its own opset; "
             "leave --opset out"
         )
+    if args.shape and not is_onnx:
+        raise UserError(
+            f"--shape: got {args.checkpoint}, a checkpoint, which has its own image size; "
+            "expected an .onnx file; leave --shape out"
+        )
     if "int8" in precisions and args.calib is None:
         raise UserError(int8.NO_CALIBRATION)
+    with fixed_input(args.checkpoint, args.shape) as checkpoint:
+        convert_all(args, checkpoint, precisions)
+
+
+def convert_all(args: argparse.Namespace, checkpoint: Path, precisions: list[str]) -> None:
+    """Write each precision of a checkpoint, or of an ONNX file of fixed input size."""
+    is_onnx = checkpoint.suffix == ".onnx"
     settings = int8.Settings(args.calibration, args.search_seconds)
     with tempfile.TemporaryDirectory() as folder:
-        source = args.checkpoint
+        source = checkpoint
         if not is_onnx:
             source = args.out if "fp32" in precisions else Path(folder) / args.out.name
-            make = partial(export, args.checkpoint, source, args.opset or OPSET, args.force)
+            make = partial(export, checkpoint, source, args.opset or OPSET, args.force)
             if "fp32" in precisions:
                 agreement.print_result(source, make)
                 precisions.remove("fp32")
@@ -83,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--opset", type=int, help=f"ONNX opset to export a checkpoint with, default {OPSET}")
     add_conversion_options(p)
+    add_shape_option(p)
     int8.add_options(p)
     add(
         "--embed-preprocessing",

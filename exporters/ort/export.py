@@ -149,12 +149,12 @@ def write_embedded(source: Path, out: Path, force: bool = False) -> dict[str, An
     """
     proto = onnx_file.read_onnx(source)
     preprocess = metadata.preprocessing(onnx_file.read_metadata(proto))
-    if preprocess is None:
-        raise UserError(
-            f"--embed-preprocessing: got {source} without mean and std in its metadata; expected both; "
-            "export it from a checkpoint"
-        )
     reference = OrtSession(source, 1)
+    if preprocess is None or reference.input_shape[1] != 3:
+        raise UserError(
+            f"--embed-preprocessing: got {source} of {reference.input_shape[1]} channels with preprocessing "
+            f"{preprocess}; expected RGB with mean and std in its metadata; export it from a checkpoint"
+        )
     smooth = inputs.probe_images(reference).transpose(0, 2, 3, 1)
     pixels: Any = np.clip(smooth * 48 + 128, 0, 255).astype(np.uint8)
     with atomic(out) as temporary:

@@ -1,7 +1,7 @@
 """ONNX -> OpenVINO IR in fp32, fp16 or int8.
 
 `python -m exporters.ov student.onnx [-o DIR] [--precision fp32,fp16,int8] [--calib DIR] [--cache DIR]
-[--force]`
+[--force] [--shape B,C,H,W]`
 A precision that fails its gate is not written; one that parity cannot decide only with --force. fp16 is how the
 weights are stored; the precision the CPU computes in is chosen when the IR is opened. Without a hint OpenVINO is
 bfloat16 on CPUs that have it: twice as fast, and a different network by 2-6e-3.
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from exporters.artifact import agreement
+from exporters.artifact.input_shape import add_shape_option, fixed_input
 from exporters.artifact.precision import (
     add_conversion_options,
     parse_precisions,
@@ -39,13 +40,19 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(
             f"{args.onnx}: got suffix {args.onnx.suffix!r}; expected .onnx; export the model first"
         )
+    with fixed_input(args.onnx, args.shape) as source:
+        convert_all(args, source, precisions)
+
+
+def convert_all(args: argparse.Namespace, source: Path, precisions: list[str]) -> None:
+    """Convert an ONNX file of fixed input size to each precision."""
     out = (args.out or args.onnx.parent) / f"{args.onnx.stem}.xml"
     settings = int8.Settings(args.calibration, args.search_seconds)
-    images = int8.calibration_images(args.onnx, args.calib) if "int8" in precisions else None
+    images = int8.calibration_images(source, args.calib) if "int8" in precisions else None
 
     def write(precision: str) -> None:
         target = precision_path(out, precision)
-        make = partial(convert.convert_to_ir, args.onnx, target, precision, images, settings)
+        make = partial(convert.convert_to_ir, source, target, precision, images, settings)
         agreement.print_result(target, partial(make, args.int8_by, args.batch, args.force))
         if args.cache:
             print(_fill_cache(target, args.cache))
@@ -73,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add("onnx", type=Path, help="any fp32 .onnx classifier")
     add("-o", "--out", type=Path, help="folder of the IR; default: the ONNX file's")
     add_conversion_options(p)
+    add_shape_option(p)
     int8.add_options(p)
     add(
         "--int8-by", choices=("qdq", "nncf"), default="qdq", help="our QDQ graph (default), or NNCF"

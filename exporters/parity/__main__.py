@@ -1,7 +1,7 @@
 """Comparison of two artefacts on the same images: metrics, and a verdict by the coarser precision.
 
-`python -m exporters.parity A B [--images DIR] [--layers]`: A is the reference; either may be a checkpoint
-(.safetensors), .onnx, .xml or .plan.
+`python -m exporters.parity A B [--images DIR] [--layers] [--shape B,C,H,W]`: A is the reference; either may be
+a checkpoint (.safetensors), .onnx, .xml or .plan.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from exporters.artifact import agreement, inputs
+from exporters.artifact.input_shape import add_shape_option, fixed_input
 from exporters.open import open_artefact
 from exporters.parity import layers
 from pipeline.core import cli
@@ -17,11 +18,17 @@ from pipeline.core.errors import GateFailed
 
 
 def main(args: argparse.Namespace) -> None:
-    """Compare two artefacts and print the metrics. Raises GateFailed: the verdict is FAIL."""
+    """Compare two artefacts and print the metrics. Raises GateFailed: the verdict is not PASS."""
+    with fixed_input(args.a, args.shape) as a, fixed_input(args.b, args.shape) as b:
+        compare(args, a, b)
+
+
+def compare(args: argparse.Namespace, first: Path, second: Path) -> None:
+    """Compare artefacts of fixed input size and print the metrics. Raises GateFailed: the verdict is not PASS."""
     if args.layers:
-        layers.compare_layers(args.a, args.b, args.images)
+        layers.compare_layers(first, second, args.images)
         return
-    a, b = open_artefact(args.a, 1), open_artefact(args.b, 1)
+    a, b = open_artefact(first, 1), open_artefact(second, 1)
     x = agreement.comparison_images(a, b, args.images)
     precision = agreement.coarsest_precision(a, b)
     metrics, verdict, reason = agreement.compare_outputs(
@@ -49,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--layers", action="store_true", help="of two ONNX files: the node where they diverge"
     )
+    add_shape_option(p)
     return p
 
 

@@ -2,7 +2,7 @@
 
 `python -m exporters.trt student.onnx [-o PLAN] [--precision fp32,fp16,int8] [--calib DIR] [--shapes 1,1,8]
 [--backend auto,tensorrt,rtx] [--timing-cache FILE] [--version-compatible] [--hardware-compatible]
-[--optimization-level N] [--force]` and `python -m exporters.trt info PLAN`.
+[--optimization-level N] [--force] [--shape B,C,H,W]` and `python -m exporters.trt info PLAN`.
 Full TensorRT builds on its GPU only; RTX builds on any machine and compiles for the GPU when it loads.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from exporters.artifact import agreement, inputs
+from exporters.artifact.input_shape import add_shape_option, fixed_input
 from exporters.artifact.precision import add_conversion_options, parse_precisions, run_all
 from exporters.artifact.session import Unavailable
 from exporters.device.compiled_cache import sidecar_path
@@ -49,17 +50,25 @@ def main(args: argparse.Namespace) -> None:
         )
     if args.out and len(precisions) > 1:
         raise UserError(f"-o {args.out}: one name for {len(precisions)} precisions; leave -o out")
+    with fixed_input(args.onnx, args.shape) as source:
+        build_all(args, source, precisions, name, options)
+
+
+def build_all(
+    args: argparse.Namespace, source: Path, precisions: list[str], name: str, options: Options
+) -> None:
+    """Build an ONNX file of fixed input size in each precision."""
     calibration = None
     if "int8" in precisions:
-        calibration = int8.calibration_images(args.onnx, args.calib).calibration
+        calibration = int8.calibration_images(source, args.calib).calibration
 
     def write(precision: str) -> None:
         plan = args.out or plan_path(args.onnx, precision, name, options)
         make_parent(plan)
         with tempfile.TemporaryDirectory(dir=plan.parent, prefix=f".{plan.name}.") as folder:
             draft = Path(folder) / plan.name
-            _, sidecar = build_plan(args.onnx, draft, precision, name, options, calibration)
-            parity, verdict = plan_parity(args.onnx, draft, False if args.no_cuda_graph else None)
+            _, sidecar = build_plan(source, draft, precision, name, options, calibration)
+            parity, verdict = plan_parity(source, draft, False if args.no_cuda_graph else None)
             print(
                 f"{plan}: {sidecar['size_mb']:.2f} MB in {sidecar['seconds']:.1f} s, {sidecar['backend']} "
                 f"{sidecar['version']}, {', '.join(_traits(sidecar))}, {parity}"
@@ -122,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
     add("onnx", type=Path, help="any fp32 .onnx classifier; or `info PLAN`")
     add("-o", "--out", type=Path, help="the plan; default: ONNX.BACKEND-GPU-PRECISION.plan")
     add_conversion_options(p)
+    add_shape_option(p)
     add(
         "--calib",
         type=Path,
