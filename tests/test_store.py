@@ -265,7 +265,7 @@ def test_the_statistics_of_h_are_taken_over_all_classes(prepared, teacher_path, 
     writing._statistics(
         writing.Task(Cache(), by_class, teacher.load(teacher_path), torch.device("cpu"))
     )
-    assert len(seen) == 512 and set(by_class.labels[seen]) == set(range(10))
+    assert len(seen) == writing.STATISTICS and set(by_class.labels[seen]) == set(range(10))
 
 
 ASKED = Cache(dtype="float32", views=2, shard_mb=9)

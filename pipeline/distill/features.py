@@ -22,7 +22,12 @@ class Features:
     CHECK_EVERY = 1000  # records between two whose view is compared with the stored hash
 
     def __init__(
-        self, store: Store, teacher_path: Path, device: torch.device, layer: teacher.Layer
+        self,
+        store: Store,
+        teacher_path: Path,
+        device: torch.device,
+        layer: teacher.Layer,
+        attention: bool = True,
     ) -> None:
         self.store, self.device = store, device
         self.live = None if store.cached else teacher.load(teacher_path).to(device)
@@ -30,7 +35,7 @@ class Features:
         self.tail = teacher.load_tail(teacher_path).to(device) if replays else None
         for network in (self.live, self.tail):
             if network is not None:
-                network.read_at(layer)
+                network.read_at(layer, attention)
         self._checked = False
 
     def tokens(

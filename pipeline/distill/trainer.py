@@ -136,7 +136,7 @@ def build(
     policy: Cache | None = None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Trainer:
-    """Student, objective, feed and optimizers of one training; `policy` None takes that of the features.
+    """Put together student, objective, feed and optimizers; `policy` None takes that of the features.
 
     Student and objective each begin at the run's seed, so that neither depends on what the other draws.
     Raises UserError: an unknown or unfit student, a stale store, a method that reads what the store lacks.
@@ -147,11 +147,11 @@ def build(
         config.student, config.student_kwargs, len(prepared.classes), "distill"
     )
     preprocess = checkpoint.preprocessing(network, prepared.image_size)
-    answers_only = reads(method, "teacher") <= {"logits"}
-    store = Store(features, prepared, teacher_path, policy, features=not answers_only)
+    read = reads(method, "teacher")
+    store = Store(features, prepared, teacher_path, policy, features=not read <= {"logits"})
     check_stored(method, store.manifest, config.cakd.layer)
     space = TeacherSpace.of(store.manifest)
-    distilled = bool(reads(method, "teacher"))
+    distilled = bool(read)
     if not distilled and not config.cross_entropy.weight:
         raise UserError(
             f"distill.cross_entropy.weight: got 0 with method {method!r}, which has no other loss; expected above "
@@ -182,7 +182,9 @@ def build(
         objective=objective,
         feed=Feed(
             rendered,
-            Features(store, teacher_path, device, config.cakd.layer) if distilled else None,
+            Features(store, teacher_path, device, config.cakd.layer, "qkv" in read)
+            if distilled
+            else None,
             config.workers,
         ),
         optimizers=_optimizers(config, network, objective),

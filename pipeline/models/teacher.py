@@ -69,6 +69,7 @@ class TeacherTail(nn.Module):
     """
 
     layer: Layer = "last"
+    attention: bool = True  # whether the outputs have Q, K, V, which are copied
 
     def __init__(self, vit: Any, spec: TeacherSpec) -> None:
         super().__init__()
@@ -96,15 +97,18 @@ class TeacherTail(nn.Module):
             final = self.vit.forward_features(pixels)
         return recorder.x, self._at_layer(self._outputs(recorder, final), recorder.x, before)
 
-    def read_at(self, layer: Layer) -> None:
-        """Set the layer. Raises UserError: a teacher whose last block does not begin with a norm of x_L."""
+    def read_at(self, layer: Layer, attention: bool = True) -> None:
+        """Set the layer, and whether the outputs have Q, K, V.
+
+        Raises UserError: a teacher whose last block does not begin with a norm of x_L.
+        """
         if layer == "before_last":
             block = self.vit.blocks[-1]
             if not hasattr(block, "norm1") or type(block).__name__ == "ResPostBlock":
                 raise _no_layer_before(self.vit)
             if len(self.vit.blocks) > 1:
                 fuse_attention(self.vit.blocks[-2])
-        self.layer = layer
+        self.layer, self.attention = layer, attention
 
     def _at_layer(
         self, tokens: TeacherOutputs, x_l: Tensor, before: AttentionRecorder | None
@@ -114,13 +118,15 @@ class TeacherTail(nn.Module):
             return tokens
         prefix = self.spec.prefix
         h = self.vit.blocks[-1].norm1(x_l)[:, prefix:]
-        return replace(tokens, h=h, qkv=before.qkv(prefix) if before is not None else None)
+        qkv = before.qkv(prefix) if before is not None and self.attention else None
+        return replace(tokens, h=h, qkv=qkv)
 
     def _outputs(self, recorder: AttentionRecorder, final: Tensor) -> TeacherOutputs:
         """Combine the recorded last block and the final features (B, P+N, D)."""
         prefix = self.spec.prefix
         pooled, logits = self._head(final)
-        return TeacherOutputs(recorder.qkv(prefix), self._normed(final)[:, prefix:], logits, pooled)
+        qkv = recorder.qkv(prefix) if self.attention else None
+        return TeacherOutputs(qkv, self._normed(final)[:, prefix:], logits, pooled)
 
     def _normed(self, final: Tensor) -> Tensor:
         # With average pooling timm has the final LayerNorm after the pool (fc_norm); here it is applied per token.
@@ -144,7 +150,7 @@ def _no_layer_before(vit: nn.Module) -> UserError:
 class TeacherHead(TeacherTail):
     """The tail of a teacher without Q, K, V: only its head. x is the final features (B, P+N, D)."""
 
-    def read_at(self, layer: Layer) -> None:
+    def read_at(self, layer: Layer, attention: bool = True) -> None:  # noqa: ARG002 - it has none
         """Accept the last layer only. Raises UserError: before_last."""
         if layer == "before_last":
             raise _no_layer_before(self.vit)
@@ -189,11 +195,14 @@ class Teacher(nn.Module):
         """Stay in eval mode whatever `mode` is."""
         return super().train(False)
 
-    def read_at(self, layer: Layer) -> None:
-        """Set the layer of h, Q, K and V. Raises UserError: a teacher that has no such layer."""
+    def read_at(self, layer: Layer, attention: bool = True) -> None:
+        """Set the layer of h, Q, K and V, and whether Q, K, V are given.
+
+        Raises UserError: a teacher that has no such layer.
+        """
         if layer == "before_last" and not self.spec.no_attention and len(self.tail.vit.blocks) < 2:
             raise _no_layer_before(self.tail.vit)
-        self.tail.read_at(layer)
+        self.tail.read_at(layer, attention)
 
     def look(self, batch: Tensor) -> tuple[Tensor, TeacherOutputs]:
         """Run views (B, 3, S, S) uint8: x (B, P+N, D) float32, which a store keeps, and the outputs."""

@@ -47,7 +47,7 @@ def _name(path: Path) -> str:
 def beside(
     summary: Summary, earlier: Sequence[tuple[str, Summary]], last: int = LAST
 ) -> dict[str, Any] | None:
-    """`runs`, oldest first and this one at the end, and `elsewhere`: how many other machines' runs were left out.
+    """Return `runs`, oldest first and this one last, and `elsewhere`: how many other machines' runs were left out.
 
     Milliseconds of two machines say nothing about each other. None where no earlier run is of this machine.
     """

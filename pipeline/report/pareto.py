@@ -50,7 +50,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def points(summary: Mapping[str, Any]) -> list[Point]:
-    """The shipped student and the teacher in every target where they were measured, fastest first."""
+    """The exported student and the teacher in every target where they were measured, fastest first."""
     methods = {"student": summary["shipped"], "teacher": "teacher"}
     all_points = [
         _point(target, model, methods[model], summary["models"][methods[model]]["clean"])

@@ -39,7 +39,7 @@ BASELINES = ("plain", "logits")  # every method is compared with these two, in p
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Report:
-    """`report:` the title, and the budgets the shipped student must keep.
+    """`report:` the title, and the budgets the exported student must keep.
 
     A budget is `top1_min`, `gain_min` (points of clean top-1 above `plain`), `params_max`, `wall_ms_max` or
     `size_mb_max`. The last two may name a target (`ort-fp32.wall_ms_max`); without one they hold the best measured

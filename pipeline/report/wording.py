@@ -292,7 +292,7 @@ def _over_plain(summary: Section) -> str:
 
 
 def compared(comparisons: Sequence[Section]) -> str:
-    """How many comparisons with a baseline ended how: "2 of 3 against the baseline PASS, 1 FAIL"."""
+    """Count the verdicts of comparisons with a baseline: "2 of 3 against the baseline PASS, 1 FAIL"."""
     verdicts = [str(c["verdict"]) for c in comparisons]
     counts = [f"{verdicts.count(v)} {v}" for v in dict.fromkeys(sorted(verdicts))]
     return f"{len(verdicts)} compared with the baseline: {', '.join(counts)}"
