@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks import record
 from benchmarks.exporters import checkpoint, timed
-from benchmarks.store import pictures
+from benchmarks.store import random_images
 from exporters.ort import export
 from pipeline import teach
 from pipeline.core import artifacts, cli
@@ -237,7 +237,7 @@ def row(family: Family, students: list[str], folder: Path) -> dict[str, Any]:
     """One teacher beside every student; `refused` where the teacher itself is."""
     shared = folder / f"images-{family.size}"
     if not shared.exists():
-        pictures(shared, IMAGES + HELD_OUT, family.size)
+        random_images(shared, IMAGES + HELD_OUT, family.size)
     prepared = Prepared.open(shared / "prepared")
     description = asdict(family) | {"kwargs": dict(family.kwargs)}
     with tempfile.TemporaryDirectory(dir=folder) as work:

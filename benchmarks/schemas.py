@@ -57,16 +57,16 @@ class Generator(GenerateJsonSchema):
 
     def model_schema(self, schema: Any) -> dict[str, Any]:
         """A model with the descriptions of keys it inherits and with none of pydantic's own keywords."""
-        found = super().model_schema(schema)
-        found.pop("title", None)
-        if found.get("additionalProperties") is True:
-            del found["additionalProperties"]
+        result = super().model_schema(schema)
+        result.pop("title", None)
+        if result.get("additionalProperties") is True:
+            del result["additionalProperties"]
         bases = [b for b in schema["cls"].__mro__ if issubclass(b, Format)]
         for name, field in schema["cls"].model_fields.items():
             inherited = (b.model_fields.get(name, FieldInfo()).description for b in bases)
             described = next(filter(None, inherited), None)
-            found["properties"][field.alias or name]["description"] = described
-        return found
+            result["properties"][field.alias or name]["description"] = described
+        return result
 
 
 class Settings(Generator):
@@ -74,19 +74,19 @@ class Settings(Generator):
 
     def default_schema(self, schema: Any) -> dict[str, Any]:
         """A value with its default, unless that is a whole section."""
-        found = GenerateJsonSchema.default_schema(self, schema)
-        if isinstance(found.get("default"), dict):
-            del found["default"]
-        return found
+        result = GenerateJsonSchema.default_schema(self, schema)
+        if isinstance(result.get("default"), dict):
+            del result["default"]
+        return result
 
     def dataclass_schema(self, schema: Any) -> dict[str, Any]:
         """A settings class with what its comments say of each field."""
-        found = super().dataclass_schema(schema)
-        found.pop("title", None)
+        result = super().dataclass_schema(schema)
+        result.pop("title", None)
         for kind in reversed(schema["cls"].__mro__[:-1]):
             for name, comment in comments(kind):
-                found["properties"][name]["description"] = comment
-        return found
+                result["properties"][name]["description"] = comment
+        return result
 
 
 def comments(kind: type) -> Iterator[tuple[str, str]]:
@@ -105,7 +105,7 @@ def comments(kind: type) -> Iterator[tuple[str, str]]:
 def schema_of_params() -> str:
     """The text of the schema of params.yaml."""
     kinds: Any = [(name, "validation", TypeAdapter(kind)) for name, kind in SECTIONS.items()]
-    properties, found = TypeAdapter.json_schemas(kinds, schema_generator=Settings)
+    properties, definitions = TypeAdapter.json_schemas(kinds, schema_generator=Settings)
     head = {
         "$schema": GenerateJsonSchema.schema_dialect,
         "$id": BASE + PARAMS,
@@ -116,16 +116,16 @@ def schema_of_params() -> str:
         "required": list(SECTIONS),
         "additionalProperties": False,
     }
-    return artifacts.json_text(head | found) + "\n"
+    return artifacts.json_text(head | definitions) + "\n"
 
 
 def schema_of(kind: type[Format]) -> tuple[str, str]:
     """The name of a file's schema in docs/schemas, and its text."""
     name = f"{schema_name(kind).removeprefix('cakd.').partition('/')[0]}.schema.json"
-    found = kind.model_json_schema(schema_generator=Generator)
+    result = kind.model_json_schema(schema_generator=Generator)
     head = {"$schema": GenerateJsonSchema.schema_dialect, "$id": BASE + name, "title": TITLES[kind]}
     described = " ".join((inspect.getdoc(kind) or "").split())
-    return name, artifacts.json_text(head | found | {"description": described}) + "\n"
+    return name, artifacts.json_text(head | result | {"description": described}) + "\n"
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """A training step with cached features against the same step with the teacher running: `benchmarks.store step`.
 
-In one run, taking turns. Everything is made on the spot: random pictures, a teacher with random weights. Ratios
-are what counts; the machine stands beside them.
+Both take turns in one run, on random images with a teacher of random weights. Only the ratios count; the machine
+is recorded beside them.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ CLASSES = 10
 WARM_UP = 1  # turns that are not counted
 
 
-def pictures(folder: Path, count: int, size: int) -> Prepared:
-    """`count` smooth random pictures of `size` px in CLASSES classes, prepared."""
+def random_images(folder: Path, count: int, size: int) -> Prepared:
+    """Prepare `count` smooth random images of `size` px in CLASSES classes."""
     pixels = (smooth(count, size, size).transpose(0, 2, 3, 1) * 40 + 128).clip(0, 255)
-    for number, picture in enumerate(pixels.astype(np.uint8)):
+    for number, image in enumerate(pixels.astype(np.uint8)):
         path = folder / "pictures" / f"class-{number % CLASSES}" / f"{number:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
-    wanted = Prepare(
+        Image.fromarray(image).save(path)
+    config = Prepare(
         "imagefolder", path=str(folder / "pictures"), image_size=size, val=CLASSES, test=CLASSES
     )
-    prepare(wanted, folder / "prepared")
+    prepare(config, folder / "prepared")
     return Prepared.open(folder / "prepared")
 
 
 def random_teacher(name: str, prepared: Prepared, path: Path, **kwargs: Any) -> Path:
-    """A teacher with random weights, saved as the stage teach saves one; kwargs are timm's."""
+    """Save a teacher with random weights as the stage teach does; kwargs are timm's."""
     torch.manual_seed(0)
     kwargs = {"img_size": prepared.image_size, **kwargs}
     vit: Any = checkpoint.create(name, kwargs, CLASSES)
@@ -70,10 +70,10 @@ def random_teacher(name: str, prepared: Prepared, path: Path, **kwargs: Any) -> 
 
 @contextmanager
 def trainers(args: argparse.Namespace) -> Iterator[dict[str, Trainer]]:
-    """The same training twice: `cached` from a store written here, `online` with the teacher running."""
+    """Build the same training twice: `cached` from a store written here, `online` with the teacher running."""
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        prepared = pictures(folder, args.images + 2 * CLASSES, args.size)
+        prepared = random_images(folder, args.images + 2 * CLASSES, args.size)
         path = random_teacher(args.teacher, prepared, folder / "teacher.safetensors")
         live = teacher.load(path)
         recipe = settings.Distill(
@@ -96,7 +96,7 @@ def trainers(args: argparse.Namespace) -> Iterator[dict[str, Trainer]]:
 
 
 def step(args: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of each part of a step, cached and online in turns; how far their first losses are apart."""
+    """Milliseconds of each part of a step, cached and online in turns; difference of their first losses."""
     with trainers(args) as made:
         timers = {mode: stopwatch.Stopwatch() for mode in made}
         losses: dict[str, dict[str, float]] = {}
@@ -135,42 +135,42 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def step_table(found: dict[str, Any]) -> str:
+def step_table(result: dict[str, Any]) -> str:
     """The Markdown table of `step`."""
     lines = [
         "| part of a step | cached (share of its step) | online, in cached steps |",
         "|---|--:|--:|",
     ]
-    whole = found["step_ms"]["cached"]
+    whole = result["step_ms"]["cached"]
     for part in curves.STAGES:
-        cached, online = (found["stage_ms"][mode][part] / whole for mode in ("cached", "online"))
+        cached, online = (result["stage_ms"][mode][part] / whole for mode in ("cached", "online"))
         if cached or online:
             lines.append(f"| {part} | {100 * cached:.1f} % | {online:.3f} |")
-    ratio = found["online_over_cached"]
+    ratio = result["online_over_cached"]
     lines += [
         "",
         f"An online step takes {ratio['median']:.2f} cached ones (turns: {ratio['min']:.2f} to "
-        f"{ratio['max']:.2f}); a cached step waits for data {100 * found['stall_fraction']:.2f} % of its time; "
-        f"{found['bytes_per_view'] / 1e6:.3f} MB a view.",
+        f"{ratio['max']:.2f}); a cached step waits for data {100 * result['stall_fraction']:.2f} % of its time; "
+        f"{result['bytes_per_view'] / 1e6:.3f} MB a view.",
         "",
         "First losses, cached against online, relative: "
-        + ", ".join(f"{k} {v:.1e}" for k, v in found["first_loss_relative_difference"].items())
-        + f"; the manifest's error {found['manifest_error']:.1e}.",
+        + ", ".join(f"{k} {v:.1e}" for k, v in result["first_loss_relative_difference"].items())
+        + f"; the manifest's error {result['manifest_error']:.1e}.",
     ]
     return "\n".join(lines)
 
 
 def main(args: argparse.Namespace) -> None:
     """Measure, print, write `<out>.json` and `<out>.md`."""
-    found = step(args)
-    shown = step_table(found)
-    print(shown)
+    result = step(args)
+    text = step_table(result)
+    print(text)
     if args.out is None:
         return
-    asked = {k: v for k, v in vars(args).items() if k not in ("out", "folder")}
-    options = " ".join(f"--{k} {v}" for k, v in asked.items() if k != "what")
+    params = {k: v for k, v in vars(args).items() if k not in ("out", "folder")}
+    options = " ".join(f"--{k} {v}" for k, v in params.items() if k != "what")
     command = f"python -m benchmarks.store {args.what} {options}"
-    record.write(args.out, SCHEMA, found, artifacts.provenance(asked), command, shown)
+    record.write(args.out, SCHEMA, result, artifacts.provenance(params), command, text)
 
 
 def parser() -> argparse.ArgumentParser:

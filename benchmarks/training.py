@@ -1,9 +1,8 @@
 """What a training step of each method costs over `plain`: `python -m benchmarks.training`. A table and its JSON.
 
-Everything is made on the spot: random pictures, a teacher with random weights, its features in a store. The
-methods take turns, a step each, on the same student; every ratio is of one turn, the first turn is not counted.
-With `--resident` they do so again with batches made beforehand that lie on the device, repeated: the difference is
-what the loader costs.
+Images and the teacher's weights are random, its features are stored first. The methods take turns, a step each,
+on the same student; every ratio is of one turn, the first turn is not counted. With `--resident` they do so again
+with batches that are already on the device, repeated: the difference is the cost of the loader.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from benchmarks.store import CLASSES, pictures, random_teacher
+from benchmarks.store import CLASSES, random_images, random_teacher
 from pipeline.core import artifacts, cli
 from pipeline.distill import curves, settings
 from pipeline.distill.batches import BatchIndices
@@ -38,7 +37,7 @@ METHODS = ("plain", "logits", "gl", "gl+pca", "cakd", "cakd+logits")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Of every method the parts of a step in ms, and its time over that of the first in the same turn.
+    """Parts of a step in ms of every method, and its time over that of the first in the same turn.
 
     `methods` with the batches of the loader; `resident`, where it is requested, with batches that already lie on
     the device.
@@ -47,14 +46,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         trainers = make_trainers(args, Path(name))
         result = {"methods": take_turns(trainers, args, range(args.steps))}
         if args.resident:
-            there = {method: resident(trainer) for method, trainer in trainers.items()}
-            result["resident"] = take_turns(there, args, range(args.steps, 2 * args.steps))
+            on_device = {method: resident(trainer) for method, trainer in trainers.items()}
+            result["resident"] = take_turns(on_device, args, range(args.steps, 2 * args.steps))
     return result
 
 
 def make_trainers(args: argparse.Namespace, folder: Path) -> dict[str, Trainer]:
     """A trainer for each method on the same images, teacher and store, all of them written to `folder`."""
-    prepared = pictures(folder, args.images + 2 * CLASSES, args.size)
+    prepared = random_images(folder, args.images + 2 * CLASSES, args.size)
     path = folder / "teacher.safetensors"
     random_teacher(args.teacher, prepared, path, patch_size=args.patch)
     cache = Cache(views=1, batch=args.batch)
@@ -86,7 +85,7 @@ class ResidentViews(Views):
         ]
 
     def indices(self, step: int) -> list[BatchIndices]:
-        """What makes the micro-batches of this step."""
+        """Return the indices of the micro-batches of this step."""
         return super().indices(step % RESIDENT)
 
     def __getitem__(self, step: int) -> list[Batch]:
@@ -94,7 +93,7 @@ class ResidentViews(Views):
 
 
 def resident(trainer: Trainer) -> Trainer:
-    """A trainer that has made a step, going on with batches that lie on its device."""
+    """Continue a trainer that has made a step with batches that are on its device."""
     features = trainer.feed.features
     if features is not None:  # views on a device are not hashed; the loader's were
         features.CHECK_EVERY = sys.maxsize
@@ -138,11 +137,11 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "p25": low, "p75": high}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """The Markdown tables: with the loader's batches, and with resident ones where they were measured."""
-    tables = [feed_table(found["methods"])]
-    if "resident" in found:
-        tables += ["Batches resident on the device:", feed_table(found["resident"])]
+    tables = [feed_table(result["methods"])]
+    if "resident" in result:
+        tables += ["Batches resident on the device:", feed_table(result["resident"])]
     return "\n\n".join(tables)
 
 
@@ -166,23 +165,23 @@ def feed_table(methods: dict[str, Any]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Measure, print, write `<out>.json` and `<out>.md`."""
-    found = measure(args)
-    shown = table(found)
-    print(shown)
+    result = measure(args)
+    text = table(result)
+    print(text)
     if args.out is None:
         return
-    save(args, found, shown)
+    save(args, result, text)
 
 
-def save(args: argparse.Namespace, found: dict[str, Any], shown: str) -> None:
+def save(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:
     """Write `<out>.json` and `<out>.md`."""
-    asked = {k: v for k, v in vars(args).items() if k != "out"}
+    params = {k: v for k, v in vars(args).items() if k != "out"}
     command = "python -m benchmarks.training " + " ".join(
         f"--{k.replace('_', '-')}" if v is True else f"--{k} {' '.join(v) if k == 'methods' else v}"
-        for k, v in asked.items()
+        for k, v in params.items()
         if v is not False
     )
-    record.write(args.out, SCHEMA, found, artifacts.provenance(asked), command, shown)
+    record.write(args.out, SCHEMA, result, artifacts.provenance(params), command, text)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -311,8 +311,8 @@ def test_a_sum_of_methods_is_a_method_with_the_terms_of_both():
     [
         ("plane", "method: got 'plane'; did you mean 'plain'"),
         ("gl+lgits", "method: got 'gl\\+lgits', whose part 'lgits' is no method; did you mean"),
-        ("cakd+gl", "which has 'gl' twice; name each part once"),
-        ("robust", "whose discriminator judges h'_S of gl; add gl"),
+        ("cakd+gl", "with 'gl' twice; expected each part once; remove one"),
+        ("robust", "whose discriminator reads h'_S of gl; expected gl in the sum; add gl"),
         ("control+logits", "expected nothing but trans beside control"),
     ],
 )

@@ -12,7 +12,7 @@ from timm.layers import set_fused_attn
 
 from benchmarks import pairs
 from benchmarks.pairs import STUDENTS, TEACHERS
-from benchmarks.store import pictures
+from benchmarks.store import random_images
 from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.distill import distill, settings
@@ -66,7 +66,7 @@ def made(tmp_path_factory):
         family = TEACHERS[name]
         if family.size not in images:
             count = pairs.IMAGES + pairs.HELD_OUT
-            images[family.size] = pictures(folder / str(family.size), count, family.size)
+            images[family.size] = random_images(folder / str(family.size), count, family.size)
         if name not in known:
             known[name] = pairs.train_teacher(family, images[family.size], folder / name)
         return known[name]

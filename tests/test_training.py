@@ -696,7 +696,7 @@ def test_learning_rate_warms_up_and_ends_near_zero():
     ("change", "message"),
     [
         ({"steps": 0}, "distill.steps: got 0; expected 1 or more"),
-        ({"epochs": 3}, "distill: got steps 21 and epochs 3; expected one of them, the other null"),
+        ({"epochs": 3}, "distill: got steps 21 and epochs 3; expected one of them; set the other"),
         ({"steps": None}, "distill: got steps None and epochs None; expected one of them"),
         ({"weights": "balanced", "balance": 0.0}, "distill: got weights balanced with"),
         ({"labelled_share": 1.5}, "distill.labelled_share: got 1.5; expected below 1"),
@@ -825,4 +825,4 @@ def test_without_shared_memory_for_a_worker_the_training_ends_with_one_line(
     )
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and errors.count("\n") == 1
-    assert "found no shared memory" in errors and "/dev/shm" in errors
+    assert "distill.workers: no shared memory for a worker" in errors and "/dev/shm" in errors

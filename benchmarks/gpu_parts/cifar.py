@@ -2,7 +2,7 @@
 
 The recipe asks for 200 epochs. What fits is measured first: a few seconds of training give the images a second,
 and with them the teacher's epochs, the views of each image in the store and the epochs of the students (the same
-for all of them). The result says what was chosen. In bfloat16, batch 256, the student channels_last.
+for all of them). The result lists what was chosen. In bfloat16, batch 256, the student channels_last.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Run:
         return SHARES[phase] * max(self.end - time.monotonic(), 0.0)
 
     def timed(self, phase: str, work: Callable[[], T]) -> T:
-        """Do it, note its seconds, write the result."""
+        """Run a phase, record its seconds, write the result."""
         start = time.perf_counter()
         value = work()
         self.result["seconds"][phase] = time.perf_counter() - start
@@ -89,31 +89,31 @@ class Run:
         return value
 
     def choose(self, **figures: float) -> None:
-        """Note what was chosen, or measured in order to choose."""
+        """Record settings that fit the time, and the rates they were chosen by."""
         self.result["chosen"] |= {name.replace("__", "."): v for name, v in figures.items()}
 
     def write(self) -> None:
         """Write the result so far."""
-        shown = "\n".join(
+        text = "\n".join(
             ["| what | figure |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows(self.result))]
         )
         made_by = artifacts.provenance({"recipe": RECIPE, "dry": self.dry, "batch": BATCH})
         command = f"{COMMAND} --parts cifar --data DIR"
-        record.write(self.out, SCHEMA, self.result, made_by, command, shown)
+        record.write(self.out, SCHEMA, self.result, made_by, command, text)
 
 
 def fitting(seconds: float, seconds_each: float, most: int) -> int:
-    """How many of them fit into the time: 1 at least, `most` at most."""
+    """Return how many units of work fit into the time: 1 at least, `most` at most."""
     return max(1, min(most, int(seconds / seconds_each)))
 
 
 def images(run: Run) -> Prepared:
-    """The prepared images: the folder itself if it is one, else made from parquet, archive or class folders."""
-    given = Path(run.data)
+    """Open the prepared folder, or prepare the parquet files, archive or class folders."""
+    folder = Path(run.data)
     if run.dry:
         settings = prepare.Prepare("digits", image_size=32, val=100, test=1000)
-    elif (given / "index.json").is_file():
-        return Prepared.open(given)
+    elif (folder / "index.json").is_file():
+        return Prepared.open(folder)
     else:
         settings = run.section(prepare.Prepare, source=source_of(run.data), test=0.2)
     prepare.prepare(settings, run.folder / "prepared")
@@ -121,7 +121,7 @@ def images(run: Run) -> Prepared:
 
 
 def source_of(path: str) -> str:
-    """`parquet`, `imagefolder` or `cifar`, by what lies at the path."""
+    """Detect the source at the path: `parquet`, `imagefolder` or `cifar`."""
     folder = Path(path)
     if path.endswith(".parquet") or set("*?[") & set(path) or any(folder.rglob("*.parquet")):
         return "parquet"
@@ -136,7 +136,7 @@ def subset(prepared: Prepared, count: int) -> Prepared:
 
 
 def train_teacher(run: Run, prepared: Prepared) -> Path:
-    """Train the ViT for the epochs that fit; its weights."""
+    """Train the ViT for the epochs that fit; return its weights."""
     settings = run.section(teach.Teach, batch=BATCH, precision="bf16")
     if run.dry:
         kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -168,9 +168,9 @@ def write_store(run: Run, prepared: Prepared, path: Path) -> tuple[Path, Cache]:
     settings = run.section(Cache, batch=BATCH)
 
     def write(views: int, of: Prepared, out: Path) -> None:
-        shown = progress.Progress("cache", views * len(of.rows("train")))
+        bar = progress.Progress("cache", views * len(of.rows("train")))
         live = teacher.load(path)
-        writing.write(replace(settings, views=views), of, live, out, run.folder / "work", shown)
+        writing.write(replace(settings, views=views), of, live, out, run.folder / "work", bar)
 
     if run.dry:
         views = 1
@@ -186,7 +186,7 @@ def write_store(run: Run, prepared: Prepared, path: Path) -> tuple[Path, Cache]:
 
 
 def student_settings(run: Run) -> Distill:
-    """The recipe's students, for the device."""
+    """The recipe's settings of the students, for the device."""
     if run.dry:
         kwargs = {"channels": [8, 12, 16, 24], "output_stride": 8}
         changes = {"student": "test_resnet", "student_kwargs": kwargs, "steps": 4, "workers": 0}
@@ -210,7 +210,7 @@ def student_rate(make: Callable[[], Trainer]) -> float:
 
 
 def train_students(run: Run, prepared: Prepared, path: Path, features: Path, cache: Cache) -> None:
-    """Train every method of the recipe for the same steps, those that fit, and judge each as it ends."""
+    """Train every method of the recipe for the steps that fit, the same for all, and evaluate each student."""
     settings, made = student_settings(run), (prepared, path, features, cache)
     if not run.dry:
         seconds = {
@@ -225,8 +225,8 @@ def train_students(run: Run, prepared: Prepared, path: Path, features: Path, cac
         out = run.folder / "students" / method
         train = partial(distill.distill, settings, method, *made[:3], out, run.folder / "work")
         figures = run.timed(method, partial(train, cache))
-        shown = {k: figures[k] for k in ("img_per_s", "stage_ms", "stall_fraction", "steps")}
-        run.result["models"][method] = accuracy(run, out / "student.safetensors", prepared) | shown
+        speed = {k: figures[k] for k in ("img_per_s", "stage_ms", "stall_fraction", "steps")}
+        run.result["models"][method] = accuracy(run, out / "student.safetensors", prepared) | speed
         run.write()
 
 
@@ -257,7 +257,7 @@ def accuracy(run: Run, path: Path, prepared: Prepared) -> dict[str, Any]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Images, teacher, store, students; the result is written after each."""
+    """Make images, teacher, store and students; the result is written after each."""
     run = Run(args)
     shutil.rmtree(run.folder, ignore_errors=True)
     run.folder.mkdir(parents=True)
@@ -272,20 +272,20 @@ def main(args: argparse.Namespace) -> None:
 
 
 def obstacle(args: argparse.Namespace) -> str | None:
-    """No data, and not the dry run on digits."""
+    """The reason why there are no images: no --data and no dry run."""
     return None if args.data or args.dry else "no --data: the folder of CIFAR-100"
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
-    """What was chosen, and each model's accuracy and speed."""
-    chosen = ", ".join(f"{name} {value:g}" for name, value in result["chosen"].items())
-    found = [(f"{result['recipe']}, {result.get('data', {})}", chosen or "nothing chosen")]
+    """The settings that fit the time, and each model's accuracy and speed."""
+    settings = ", ".join(f"{name} {value:g}" for name, value in result["chosen"].items())
+    lines = [(f"{result['recipe']}, {result.get('data', {})}", settings or "nothing chosen")]
     for name, row in result["models"].items():
         text = f"top-1 {100 * row['top1']:.1f} %, top-5 {100 * row['top5']:.1f} %"
         if "img_per_s" in row:
             text += f", {row['img_per_s']['median']:.0f} img/s, waits {100 * row['stall_fraction']:.0f} %"
-        found.append((name, text))
-    return found
+        lines.append((name, text))
+    return lines
 
 
 PART = Part(__name__, 4, [RESULT], rows, obstacle)

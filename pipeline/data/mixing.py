@@ -37,7 +37,7 @@ class Mix:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What each view of a batch is mixed with."""
+    """The partner, share and box of each view of a batch."""
 
     partners: NDArray[np.int64]  # (B,), rows
     shares: NDArray[np.float32]  # (B,), of the image's own pixels

@@ -1,4 +1,4 @@
-"""Every file below a folder, once, with the reason where it is none of the user's data. Torch-free."""
+"""Every file below a folder, once, with the reason where it is not the user's data. Torch-free."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def walk(root: Path) -> Iterator[File]:
 
 
 def folders(folder: Path) -> list[str]:
-    """Names of the folders directly in `folder`, links and what is no user's left out."""
+    """Names of the folders directly in `folder`, without links, hidden and system folders."""
     return sorted(
         p.name
         for p in folder.iterdir()
@@ -74,5 +74,5 @@ def _reason(name: str) -> str | None:
 
 
 def _identity(folder: Path | os.DirEntry[str]) -> tuple[int, int]:
-    found = folder.stat()
-    return found.st_dev, found.st_ino
+    status = folder.stat()
+    return status.st_dev, status.st_ino

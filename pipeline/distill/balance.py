@@ -1,4 +1,4 @@
-"""How loud each term is: the norm of its gradient on the backbone, beside that of the cross-entropy."""
+"""Gradient norms of the terms on the backbone, over that of the cross-entropy, and weights that balance them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def backbone(student: nn.Module) -> list[nn.Parameter]:
 
 
 def gradient_norms(losses: Mapping[str, Tensor], on: Sequence[nn.Parameter]) -> dict[str, float]:
-    """Euclidean norm of the gradient of each unweighted loss on these parameters; the graph is kept."""
+    """Euclidean norm of the gradient of each unweighted loss on these parameters; the graph is retained."""
     norms = {}
     for name, loss in losses.items():
         gradients = torch.autograd.grad(loss, on, retain_graph=True, allow_unused=True)
@@ -57,7 +57,7 @@ class Balance(nn.Module):
         return self._final is None and bool(self.count < STEPS)
 
     def add(self, norms: Mapping[str, float]) -> None:
-        """Take in the norms of a step."""
+        """Add the norms of a step."""
         row = [norms["cross_entropy"], *(norms[name] for name in self.losses)]
         self.sums += torch.tensor(row, dtype=torch.float64, device=self.sums.device)
         self.count += 1

@@ -41,15 +41,15 @@ def _order(n: int, seed: int, name: str, epoch: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class BatchIndices:
-    """The images of a step or of a part of it, the `fresh` ones first; every column is (B,).
+    """The images of a step or of a micro-batch, the `fresh` ones first; every column is (B,).
 
-    A fresh view is the student's own; the others are views that the teacher has seen.
+    A fresh view is the student's alone; the others are cached views, for which the teacher's features exist.
     """
 
     fresh: int
     rows: NDArray[np.int64]
     view_numbers: NDArray[np.int64]
-    labels: NDArray[np.int64]  # -1 where none is shown
+    labels: NDArray[np.int64]  # -1 where the student gets none
     partner_labels: NDArray[np.int64]  # of the image it is mixed with
     shares: NDArray[np.float32]  # of the label in a mixed view; 1 in one that is not
     records: NDArray[np.int64]  # of the store, and the keys of an image's random draws
@@ -60,12 +60,12 @@ class BatchIndices:
         return bool((self.shares < 1).any())
 
     def part(self, number: int, of: int) -> BatchIndices:
-        """Every `of`-th image from `number` on: fresh views are spread over the parts."""
+        """Return every `of`-th image from `number` on, so that fresh views are spread over the micro-batches."""
         return self._take(slice(number, None, of), len(range(number, self.fresh, of)))
 
     @property
     def cached(self) -> BatchIndices:
-        """The images whose views the teacher has seen."""
+        """The images in cached views."""
         return self._take(slice(self.fresh, None), 0)
 
     def _take(self, which: slice, fresh: int) -> BatchIndices:
@@ -84,7 +84,7 @@ class _Part:
 
 
 class Batches:
-    """Which rows and views make the batch of a step, and which of them show a label (decision 17).
+    """The rows and views of each step's batch, and which of them have a label (decision 17).
 
     A paired batch has a labelled part in fresh views, for the cross-entropy, and a part of all training images in
     cached views, for the distillation terms. Another batch is all labelled, in fresh views.
@@ -112,7 +112,7 @@ class Batches:
         if paired and not fresh and len(labelled_rows) < len(train) and config.cross_entropy.weight:
             raise UserError(
                 f"distill.labelled_share: got {config.labelled_share}, with {len(labelled_rows)} of {len(train)} "
-                "images labelled; expected a share above 0, or every image labelled, or cross_entropy.weight 0"
+                "images labelled; expected above 0; raise it, label all images, or set cross_entropy.weight: 0"
             )
         labelled = Stream(labelled_rows, config.seed, "labelled")
         every = Stream(train, config.seed, "all")
@@ -130,7 +130,7 @@ class Batches:
         return sum(part.count for part in self.parts if part.cached)
 
     def __call__(self, step: int) -> BatchIndices:
-        """The batch of a step, drawn once: kept until the step after the next is asked for."""
+        """Draw the batch of a step, cached until the step after the next."""
         if step not in self._drawn:
             previous = {s: indices for s, indices in self._drawn.items() if s == step - 1}
             self._drawn = previous | {step: self._draw(step)}
@@ -150,15 +150,16 @@ class Batches:
         shares = np.ones(len(rows), np.float32) if mixed is None else mixed.shares
         partners = rows if mixed is None else mixed.partners
         records = record_numbers(self.train, rows, numbers, self.n_views)
-        return rows, numbers, self._shown(part, rows), self._shown(part, partners), shares, records
+        labels, partner_labels = self._labels(part, rows), self._labels(part, partners)
+        return rows, numbers, labels, partner_labels, shares, records
 
-    def _shown(self, part: _Part, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The labels of these rows, where the part shows any."""
+    def _labels(self, part: _Part, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The labels of these rows, UNLABELLED in a part without labels."""
         return self.prepared.labels[rows] if part.labelled else np.full(len(rows), UNLABELLED)
 
 
 def _labelled_count(config: Distill) -> int:
-    """Labelled images of a paired batch: the share, rounded, leaving room for two others."""
+    """Labelled images of a paired batch: the share, rounded, with at least two cached views left."""
     if not config.labelled_share:
         return 0
     return min(max(1, round(config.labelled_share * config.batch)), config.batch - 2)

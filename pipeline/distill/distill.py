@@ -1,5 +1,6 @@
-"""The loop of Algorithm 1: student and projectors every iteration, the discriminator every fifth, then only the
-student is kept. Every draw is a function of (seed, step), so a killed run goes on to the same bits.
+"""The loop of Algorithm 1: student and projectors every iteration, the discriminator every fifth.
+
+Only the student is published. Every draw is a function of (seed, step), so a killed run goes on to the same bits.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def distill(
     policy: Cache | None = None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> dict[str, Any]:
-    """Train one student by one method, publish it at `out`; the figures of train/<method>.json.
+    """Train one student by one method, publish it at `out`, return the figures of train/<method>.json.
 
     `out` receives student.safetensors (plain timm keys), student.json and, where the method has projectors,
     projectors.safetensors. Resumes from the last checkpoint in `work`. `policy` is the `cache:` that the features

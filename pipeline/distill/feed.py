@@ -1,4 +1,4 @@
-"""Batches in order: views made ahead by worker processes or here, the teacher's tokens read beside them."""
+"""Batches in order: views rendered ahead by worker processes or in this one, with the teacher's tokens."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from pipeline.training import resume
 from pipeline.training.ranks import SINGLE_PROCESS, Ranks
 from pipeline.training.stopwatch import Stopwatch
 
-SIGNAL_SECONDS = 1.0  # to wait for the signal that tells of a worker whose pipe has gone
+SIGNAL_SECONDS = 1.0  # wait for torch's signal handler after a worker's pipe has closed
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of a step, with all that its losses need."""
+    """One micro-batch of a step: the inputs of its losses."""
 
     indices: BatchIndices
     views: Tensor  # (B, 3, S, S) uint8
-    labelled: float  # labelled images a micro-batch of the step has on average
+    labelled: float  # mean number of labelled images in a micro-batch of the step
     teacher: TeacherOutputs | None = None  # of the cached views, behind the fresh ones
 
 
@@ -43,7 +43,7 @@ class Views(Dataset[list[Batch]]):
         self.batches, self.micro_batches, self.ranks = batches, micro_batches, ranks
 
     def indices(self, step: int) -> list[BatchIndices]:
-        """What makes each micro-batch of this rank."""
+        """Return the indices of each micro-batch of this rank."""
         whole = self.batches(step)
         mine = range(self.ranks.rank, self.micro_batches, self.ranks.size)
         return [whole.part(number, self.micro_batches) for number in mine]
@@ -53,7 +53,7 @@ class Views(Dataset[list[Batch]]):
         return [Batch(part, self._pixels(part), labelled) for part in self.indices(step)]
 
     def _pixels(self, part: BatchIndices) -> Tensor:
-        """Fresh views are mixed with labelled images only: their mixed label must be known."""
+        """Render the views; fresh ones are mixed with labelled images only, as their mixed label must be known."""
         batches = self.batches
         pools = (slice(part.fresh), batches.labelled_rows), (slice(part.fresh, None), batches.train)
         return torch.cat(
@@ -73,7 +73,7 @@ class Views(Dataset[list[Batch]]):
 
 
 class Feed:
-    """Micro-batches with the teacher's tokens in them; `workers` processes make the views ahead, or none does."""
+    """Micro-batches with the teacher's tokens; rendered by `workers` processes ahead; with 0 in this one."""
 
     def __init__(self, batches: Views, features: Features | None, workers: int) -> None:
         self.views, self.features, self.workers = batches, features, workers
@@ -87,11 +87,11 @@ class Feed:
 
     @property
     def labels_seen(self) -> int:
-        """Training images whose label the student is shown."""
+        """Training images whose label the student may use."""
         return self.views.batches.labels_seen
 
     def batches(self, step: int, timer: Stopwatch) -> Iterator[Batch]:
-        """This rank's micro-batches of a step; cheapest when steps are asked for in turn.
+        """Yield this rank's micro-batches of a step; fastest when the steps are consecutive.
 
         Raises UserError: a worker that was killed, damaged records, views that are not the cached ones.
         """
@@ -107,7 +107,7 @@ class Feed:
             yield replace(batch, teacher=tokens)
 
     def _prefetch(self, step: int, number: int) -> None:
-        """Let the store begin to read what the next micro-batch will ask for."""
+        """Start reading the records of the next micro-batch."""
         assert self.features is not None
         coming = self.views.indices(step)[number + 1 :]
         if not coming and step + 1 < self.steps:
@@ -123,10 +123,12 @@ class Feed:
         self._next = step + 1
         try:
             batches = next(self._ahead)
-        except (EOFError, OSError) as error:  # its end of a pipe or of a socket has gone
+        except (EOFError, OSError) as error:  # the worker's end of a pipe or socket has closed
             if str(error).startswith("Caught"):
                 raise
-            with suppress(RuntimeError):  # torch's own word of it: taken here, not in a destructor
+            with suppress(
+                RuntimeError
+            ):  # raised by torch's signal handler: here, not in a destructor
                 time.sleep(SIGNAL_SECONDS)
             raise self._killed(error) from None
         if isinstance(batches, UserError):
@@ -134,12 +136,12 @@ class Feed:
         return batches
 
     def close(self) -> None:
-        """Let the workers go."""
+        """End the workers."""
         self._ahead, self._next = iter(()), -1
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Raise UserError where a worker dies: torch tells it by a signal, so anywhere in the body."""
+        """Raise UserError where a worker dies: torch raises in a signal handler, so anywhere in the body."""
         try:
             yield
         except RuntimeError as error:
@@ -167,13 +169,13 @@ class Feed:
 
 
 def _shared(batches: list[Batch]) -> list[Batch] | UserError:
-    """The views in shared memory, or why not. Left to the queue, a failure would be waited for without end."""
+    """Move the views to shared memory, or return the error: raised in the queue, it would hang the training."""
     try:
         for batch in batches:
             batch.views.share_memory_()
     except RuntimeError as error:
         return UserError(
-            f"distill.workers: a worker found no shared memory ({str(error).splitlines()[0]}); enlarge /dev/shm "
+            f"distill.workers: no shared memory for a worker ({str(error).splitlines()[0]}); enlarge /dev/shm "
             "(docker: --shm-size), or set distill.workers: 0, then run again to go on"
         )
     return batches

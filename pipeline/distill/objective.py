@@ -1,4 +1,4 @@
-"""The objective of one method: every term on one batch, and what the terms train beside the student."""
+"""The objective of one method: its terms on a batch, with the modules that the terms train beside the student."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Targets:
     labels: Tensor  # (B,), -1 for none
     partner_labels: Tensor  # (B,) of the images that the views are mixed with
     shares: Tensor | None  # (B,) of an image's own label; None where no view is mixed
-    labelled: float  # labelled images that a part of the step's batch has on average
+    labelled: float  # mean number of labelled images in a micro-batch of the step
 
 
 def cross_entropy(logits: Tensor, targets: Targets, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of the labelled images with their mixed labels, summed, over `targets.labelled`.
+    """Summed cross-entropy of the labelled images with their mixed labels, divided by `targets.labelled`.
 
-    So the mean over the parts of a batch is the mean over the batch, however the labels fell. logits (B, K). Zero,
-    with a gradient of zero, where none is labelled.
+    The mean over the micro-batches is then the mean over the batch, however the labels are spread. logits (B, K).
+    Zero, with a gradient of zero, where no image is labelled.
     """
     each = mixed_cross_entropy(
         logits, targets.labels, targets.partner_labels, targets.shares, smoothing
@@ -48,7 +48,7 @@ def cross_entropy(logits: Tensor, targets: Targets, smoothing: float = 0.0) -> T
 
 @dataclass(frozen=True)
 class Losses:
-    """Unweighted losses of a batch by name; for a discriminator h_T and h'_S (B, N, D), `real` and `fake`."""
+    """Unweighted losses of a batch by name; `real` and `fake` are h_T and h'_S (B, N, D) for the discriminator."""
 
     terms: dict[str, Tensor]
     real: Tensor | None = None
@@ -56,7 +56,7 @@ class Losses:
 
 
 class Objective(nn.Module):
-    """The terms of one method with what they train, dropped at the end. `sizes` None: no term, labels alone."""
+    """The terms of one method with their trained modules, dropped at the end; `sizes` None: no terms."""
 
     def __init__(self, method: str, config: Distill, sizes: Sizes | None) -> None:
         super().__init__()
@@ -105,10 +105,10 @@ class Objective(nn.Module):
         timer: Stopwatch,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Losses:
-        """Every loss of a batch: logits (B, K) of all its views; outputs of student and teacher for the cached.
+        """Return every loss of a batch: logits (B, K) of all views, outputs of both networks for the cached ones.
 
-        Only the projectors, whose losses are kept in float32 by their operators, run under `autocast`: elsewhere
-        differences of near embeddings would drown in its rounding.
+        Only the projectors run under `autocast`, as their operators compute the losses in float32; other terms
+        take differences of close embeddings, which its rounding would lose.
         """
         terms = {
             "cross_entropy": cross_entropy(logits.float(), targets, self.labels.label_smoothing)
@@ -133,11 +133,11 @@ class Objective(nn.Module):
         return Losses(terms, gl.target(teacher.tokens), gl.fake.detach().float())
 
     def trained(self) -> list[nn.Parameter]:
-        """What is trained together with the student: everything but the discriminator."""
+        """Return the parameters trained together with the student: all but the discriminator's."""
         return list(self.loss_terms.parameters())
 
     def projectors(self) -> dict[str, Tensor] | None:
-        """The state of both projectors, as `cakd.Projectors` reads it; None where the method has not both."""
+        """Return the state of both projectors for `cakd.Projectors`; None where the method has not both."""
         pca, gl = (dict(self.loss_terms.items()).get(name) for name in PROJECTORS)
         if not isinstance(pca, Pca) or not isinstance(gl, Gl):
             return None

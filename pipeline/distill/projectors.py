@@ -58,7 +58,7 @@ class PartiallyCrossAttention(nn.Module):
 def on_grid(maps: Tensor, tokens: tuple[int, int]) -> Tensor:
     """Maps (B, c, h, w) on the token grid, bilinear where the grids differ.
 
-    In channels_last: a token's channels lie side by side, so that what reads tokens copies nothing into place.
+    In channels_last: a token's channels are contiguous, so `tokens_of` copies nothing.
     """
     maps = maps.contiguous(memory_format=torch.channels_last)
     if maps.shape[-2:] == tokens:

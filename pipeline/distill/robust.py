@@ -86,7 +86,7 @@ class Trans:
         return torch.where(transformed, changed.clamp(0, 255), pixels)
 
     def _draw(self, seeds: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
-        """Nine uniform numbers an image (B, 9), the first decides; noise (B, 3, S, S) where it is wanted."""
+        """Nine uniform numbers an image (B, 9), the first decides; noise (B, 3, S, S) for transformed images."""
         drawn, noise = torch.empty(len(seeds), 9), torch.zeros(len(seeds), 3, size, size)
         generator = torch.Generator()
         for i, seed in enumerate(seeds):

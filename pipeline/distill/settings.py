@@ -82,19 +82,19 @@ class Distill:
     def _check_budget_and_balance(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
-                f"got steps {self.steps} and epochs {self.epochs}; expected one of them, the other null"
+                f"got steps {self.steps} and epochs {self.epochs}; expected one of them; set the other to null"
             )
         if self.weights == "balanced" and not (self.cross_entropy.weight and self.balance):
             raise ValueError(
                 f"got weights balanced with cross_entropy.weight {self.cross_entropy.weight} and balance "
-                f"{self.balance}; expected both above 0"
+                f"{self.balance}; expected both above 0; raise them, or set weights: fixed"
             )
         return self
 
     def with_choice(self, choice: Mapping[str, Any], method: str) -> Distill:
-        """The same with values by dotted key (`logits.weight`).
+        """Return a copy with values by dotted key (`logits.weight`).
 
-        Raises UserError: no such key, a value that its settings refuse.
+        Raises UserError: no such key, a value that is not allowed.
         """
         values = asdict(self)
         for key, value in choice.items():
@@ -104,22 +104,22 @@ class Distill:
                 section = section.get(name, {})
             if last not in section or isinstance(section[last], dict):
                 raise UserError(
-                    f"distill.tuned.{method}: got key {key!r}; expected a dotted key of distill, as logits.weight"
+                    f"distill.tuned.{method}: got key {key!r}; expected one of distill, as logits.weight"
                 )
             section[last] = value
         return parse(Distill, values, f"distill.tuned.{method}")
 
     def of_method(self, method: str) -> Distill:
-        """The settings of one method: its tuned values in their places."""
+        """Return the settings of one method, with its tuned values."""
         choice = self.tuned.get(method, {})
         return replace(self.with_choice(choice, method), tuned={})
 
     def of_term(self, name: str) -> Any:
-        """The settings of a term, by the name they have here."""
+        """Return the settings of a term by their name in `distill` or `distill.terms`."""
         return {"logits": self.logits, "cakd": self.cakd, **vars(self.terms)}[name]
 
     def step_count(self, images: int) -> int:
-        """Optimiser steps of the whole training, on so many training images."""
+        """Return the optimiser steps of the training, for this number of training images."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None

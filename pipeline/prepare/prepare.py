@@ -155,7 +155,7 @@ def prepare(config: Prepare, out: Path) -> dict[str, Any]:
 
 
 def _read_source(config: Prepare) -> SourceImages:
-    """What the source holds, once every label and split of it makes sense."""
+    """Read the source and check its class names, labels and splits."""
     columns = Columns(config.label_column, config.image_column, config.label_pattern)
     path = expanded(config.path)
     if config.source in SOURCES:
@@ -218,14 +218,14 @@ def _noting_frames(sample: Sample, animated: list[str]) -> Image.Image:
 
 
 def _with_path(error: BrokenImage, config: Prepare) -> BrokenImage:
-    """The error with the whole path of a file below `prepare.path`."""
+    """Return the error with the full path of a file below `prepare.path`."""
     path = Path(expanded(config.path) or "") / error.origin
     origin = str(path) if os.path.lexists(path) else error.origin
     return BrokenImage(origin, error.reason, "repair or remove it, or set prepare.on_error: skip")
 
 
 def _reserve(path: Path) -> None:
-    """Take the disk space now: a memory map that finds none later kills the process. Raises UserError: full."""
+    """Reserve the disk space: a memory map on a full disk kills the process. Raises UserError: full."""
     try:
         with path.open("rb+") as f:
             os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
@@ -261,9 +261,9 @@ def _shorten(path: Path, images: NDArray[np.uint8]) -> None:
 
 
 def duplicates(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Identical pixels in more than one split (what is tested was seen), or under more than one label.
+    """List identical pixels in more than one split (a leak into the test), or under more than one label.
 
-    Compared after resizing, so two files that differ only in what a smaller image cannot show count as one.
+    Compared after resizing, so two files that differ only in details lost by it count as one.
     """
     groups = []
     for digest, group in groupby(enumerate(records), key=lambda pair: pair[1]["sha256"]):
@@ -282,7 +282,7 @@ def duplicates(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def remarks(index: dict[str, Any]) -> list[str]:
-    """What a user must know of a prepared folder: images skipped or twice, and last what was read and what not."""
+    """Lines on a prepared folder for the user: skipped images, duplicates, and last the count of files."""
     across = sum(len(d["splits"]) > 1 for d in index["duplicates"])
     torn = sum(len(d["labels"]) > 1 for d in index["duplicates"])
     skipped = [f"skipped {s['origin']}: {s['reason']}" for s in index["skipped"]]
@@ -295,7 +295,7 @@ def remarks(index: dict[str, Any]) -> list[str]:
 
 
 def _account(index: dict[str, Any]) -> str:
-    """The line of how many images were read, how many files were not, and why."""
+    """One line: how many images were read, how many files were not, and why."""
     reasons = sorted(index["left_out"].items(), key=lambda item: (-len(item[1]), item[0]))
     files = sum(len(names) for _, names in reasons) + len(index["skipped"])
     line = f"read {sum(index['counts'].values())} images; not read: {files} files"
@@ -333,8 +333,8 @@ def _assign_splits(samples: Sequence[Sample], config: Prepare) -> list[str]:
 def _choose_student_labels(
     samples: Sequence[Sample], splits: Sequence[str], classes: Sequence[str], config: Prepare
 ) -> set[int]:
-    """Rows of train whose label the student may see: all labelled ones, or N a class drawn by the seed."""
-    chosen: set[int] = set()
+    """Select the rows of train whose label the student may use: all labelled ones, or N a class by the seed."""
+    selected: set[int] = set()
     for label, name in enumerate(classes):
         rows = [i for i, s in enumerate(samples) if splits[i] == "train" and s.label == label]
         if not rows:
@@ -350,5 +350,5 @@ def _choose_student_labels(
                 )
             generator = np.random.default_rng((config.seed, label))
             rows = [int(i) for i in generator.choice(rows, config.student_labels, replace=False)]
-        chosen.update(rows)
-    return chosen
+        selected.update(rows)
+    return selected

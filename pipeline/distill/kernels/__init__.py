@@ -1,1 +1,1 @@
-"""The projector losses: `reference` is the truth in plain torch, `ops` chooses who computes."""
+"""The projector losses: `reference` follows the equations in plain torch, `choice` selects an implementation."""

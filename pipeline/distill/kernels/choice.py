@@ -1,4 +1,4 @@
-"""Who computes a projector loss on a device, and the reason."""
+"""Selection of the implementation of a projector loss for a device, with the reason."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def has_triton() -> bool:
 
 
 def choose_pca(impl: str, device: torch.device, n: int, width: int) -> Choice:
-    """What computes L_proj1 (`eager`, `sdpa`, `small`, `flash`) for N tokens and heads of `width`, and why.
+    """Select the implementation of L_proj1 (`eager`, `sdpa`, `small`, `flash`) for N tokens and heads of `width`.
 
-    Raises UserError: unknown, or asked for by name where it cannot run.
+    Returns its name and the reason. Raises UserError: unknown, or set by name where it cannot run.
     """
     _known(impl)
     cannot = _cannot(impl, device, n, width)
     if cannot:
         raise UserError(f"kernels impl: got {impl!r}, but {cannot}; use auto")
     if impl != "auto":
-        return impl, "asked for by name"
+        return impl, "set by name"
     if device.type == "cpu":
         return "eager", "a CPU: gradients in closed form, in plain torch"
     why_not = _cannot("small", device, n, width)
@@ -42,14 +42,14 @@ def choose_pca(impl: str, device: torch.device, n: int, width: int) -> Choice:
 def choose_gl(
     impl: str, device: torch.device, dtype: torch.dtype, channels: int, width: int
 ) -> Choice:
-    """What computes L_proj2 (`eager`, `grouped`, `triton`) of c channels and D width, and why.
+    """Select the implementation of L_proj2 (`eager`, `grouped`, `triton`) for c channels and D width.
 
-    The same switch as for L_proj1: `sdpa` asks for PyTorch's own operators, `small` and `flash` for Triton's.
-    Raises UserError: unknown.
+    Returns its name and the reason. `impl` is that of L_proj1: `sdpa` means PyTorch's operators, `small` and
+    `flash` Triton's. Raises UserError: unknown.
     """
     _known(impl)
     if impl == "eager":
-        return "eager", "asked for by name"
+        return "eager", "set by name"
     if device.type != "cuda":
         return "eager", f"a {device.type.upper()}: one product a group, in plain torch"
     architecture = _architecture(device)
@@ -76,7 +76,7 @@ def _architecture(device: torch.device) -> int:
 
 
 def _cannot(impl: str, device: torch.device, n: int, width: int) -> str | None:
-    """Why a Triton kernel cannot run here; None where it can."""
+    """The reason why a Triton kernel cannot run here; None where it can."""
     if impl not in ("small", "flash"):
         return None
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Dropout of tokens in one pass, its mask drawn on the way: the same bits as `reference.dropout`, none kept.
+"""Dropout of tokens in one pass with the mask of `reference.dropout`, bit by bit, which is never stored.
 
 The backward is the same kernel on the upstream gradient.
 """

@@ -149,7 +149,7 @@ def gl_project(
     groups: Sequence[Sequence[int]],
     impl: str = "auto",
 ) -> Tensor:
-    """Group-wise linear by the chosen implementation: see `reference.gl_project`."""
+    """Group-wise linear by the selected implementation: see `reference.gl_project`."""
     name, _ = choose_gl(impl, x.device, x.dtype, x.shape[2], weight.shape[1])
     projected: Tensor = group_linear_op(x, weight, bias, None, *_layout(groups), name)[1]
     return projected
@@ -165,7 +165,7 @@ def gl_mse(
     key: Key,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """L_proj2 of eq. 6 and its projection by the chosen implementation: see `reference.gl_mse`."""
+    """L_proj2 of eq. 6 and its projection by the selected implementation: see `reference.gl_mse`."""
     name, _ = choose_gl(impl, x.device, x.dtype, x.shape[2], weight.shape[1])
     if dropout_p and x.is_cuda and has_triton():
         x = dropout_op(x, key.ids.to(torch.int64), key.stream(), dropout_p)

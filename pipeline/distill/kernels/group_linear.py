@@ -176,7 +176,7 @@ def _rows(order, tiles, index, BLOCK: tl.constexpr):
 
 @lru_cache(maxsize=64)
 def _tiles(device: torch.device, sizes: tuple[int, ...], batch: int, block: int) -> Tensor:
-    """Of every tile of `block` rows (tiles, 5): group, first row in it, first place in the order, tokens, rows."""
+    """Every tile of `block` rows (tiles, 5): group, first row in it, first index into `order`, tokens, rows."""
     table, offset = [], 0
     for group, size in enumerate(sizes):
         for first in range(0, batch * size, block):

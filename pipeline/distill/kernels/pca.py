@@ -141,7 +141,7 @@ def pca_loss(
     granularity: Granularity = "element",
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attention and Gram terms of eq. 4 by the chosen implementation; see `reference.pca_loss`."""
+    """Attention and Gram terms of eq. 4 by the selected implementation: see `reference.pca_loss`."""
     name, _ = choose_pca(impl, qkv_s.device, qkv_s.shape[1], qkv_s.shape[-1])
     qkv_t = qkv_t.to(qkv_s.dtype)
     if qkv_s.is_cuda:  # the kernels read a head's columns side by side

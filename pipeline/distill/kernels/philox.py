@@ -1,8 +1,8 @@
 """Counter-based random bits (Philox 4x32-10, Salmon et al., SC 2011): a mask is a function of what it masks.
 
 Counter layout: c0 = head * N + token, c1 = tensor + 4 * (8 * block + plane), c2 = sample id, c3 = step; the key
-is the seed. So a mask depends neither on batch order, batch size, world size nor device. 32-bit words are kept
-in int64 tensors, torch having no unsigned arithmetic.
+is the seed. So a mask depends neither on batch order, batch size, world size nor device. 32-bit words are held
+in int64 tensors, as torch has no unsigned arithmetic.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> list[Te
 
 
 def rounded(p: float) -> float:
-    """The probability that a mask asked for with `p` has: a multiple of 1/256."""
+    """Round `p` to the probability that its mask has, a multiple of 1/256."""
     return round(p * (1 << PLANES)) / (1 << PLANES)
 
 
@@ -69,7 +69,7 @@ def bernoulli(key: Key, rows: int, width: int, tensor: int, p: float) -> Tensor:
     elements of a word at once: p = 0.5 costs one word for 32 elements.
     """
     if not 0 <= p <= 1:
-        raise ValueError(f"p is {p}; allowed: 0 to 1")
+        raise ValueError(f"p: got {p}; expected 0 to 1")
     device, shape = key.ids.device, (len(key.ids), rows, width)
     digits = round(rounded(p) * (1 << PLANES))
     if digits in (0, 1 << PLANES):

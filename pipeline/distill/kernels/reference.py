@@ -1,4 +1,4 @@
-"""The truth: every projector loss in plain torch, letter by letter the paper's equations.
+"""Reference implementation: every projector loss in plain torch, as the paper's equations state it.
 
 Shapes: B batch, N tokens, H heads, d head width, D = H d, c student channels, G groups.
 A packed qkv is (B, N, 3, H, d); Q, K, V of one model are (B, H, N, d).

@@ -69,7 +69,7 @@ def swap_mix_kernel(
 def swap_mix(
     qkv_s: Tensor, qkv_t: Tensor | None, ids: Tensor, stream: Tensor, p: float, granularity: str
 ) -> Tensor:
-    """`reference.swap_mix` on packed qkv (B, N, 3, H, d); without a teacher, zeros take its place."""
+    """`reference.swap_mix` on packed qkv (B, N, 3, H, d); without a teacher its values are zeros."""
     batch, n, _, n_heads, width = qkv_s.shape
     other = qkv_s if qkv_t is None else qkv_t
     out = torch.empty(qkv_s.shape, dtype=qkv_s.dtype, device=qkv_s.device)

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the swap masks of a tile, bit by bit those of `philox.bernoulli`.
+"""Functions that the Triton kernels share: the swap masks of a tile, bit by bit those of `philox.bernoulli`.
 
 Every kernel addresses packed qkv (B, N, 3, H, d) by strides, with unit stride in d. Nothing here needs a driver.
 """
@@ -21,7 +21,7 @@ CERTAIN = tl.constexpr(1 << DIGITS)  # the digits of a probability of 1
 def draws(
     ids: Tensor, stream: Tensor, p: float, granularity: str
 ) -> tuple[tuple[Tensor, Tensor, int, int], int]:
-    """What `swap_mask` is told: (ids, stream, digits, first) and GRAN. `none` is a probability of 0.
+    """Arguments of `swap_mask`: (ids, stream, digits, first) and GRAN. `none` is a probability of 0.
 
     `stream` (2,) int64 holds seed and step: read on the device, so that a step neither waits nor recompiles.
     """

@@ -1,1 +1,1 @@
-"""What a student is trained on: each method a sum of named terms, each term a file; see `table`."""
+"""Training objectives of a student: each method is a sum of named terms, each term a file; see `table`."""

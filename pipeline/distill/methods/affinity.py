@@ -1,4 +1,4 @@
-"""Similarities between the places of an image, as in LightlyTrain's distillation (Lightly, 2025)."""
+"""Similarities between the positions of an image, as in LightlyTrain's distillation (Lightly, 2025)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def log_affinities(tokens: Tensor, temperature: float) -> Tensor:
 
 
 class Affinity(Term):
-    """`affinity`. Cosines know no width and no axes, so nothing is trained beside the student."""
+    """`affinity`: cosines do not depend on the width, so nothing is trained beside the student."""
 
     losses = {"affinity": "weight"}
     teacher = frozenset({"tokens"})

@@ -54,7 +54,7 @@ class CakdConfig:
         if self.standardise and self.layer == "before_last":
             raise ValueError(
                 f"got standardise true with layer {self.layer}; expected layer last, the one whose channel "
-                "statistics the feature cache holds"
+                "statistics the feature cache has; set one of them"
             )
         return self
 
@@ -124,7 +124,7 @@ class Gl(Term):
         return {"tokens": loss}
 
     def target(self, h_t: Tensor) -> Tensor:
-        """What h'_S is held against: h_T (B, N, D), per-channel standardised where asked (decision 12)."""
+        """Return the target of h'_S: h_T (B, N, D), standardised per channel where set (decision 12)."""
         return _standardised(self.config, h_t, self.mean, self.std)
 
 
@@ -166,7 +166,7 @@ class Projectors(nn.Module):
         return attention(*heads(self.pca(feature))), tokens
 
     def target(self, h_t: Tensor) -> Tensor:
-        """What h'_S was held against: h_T (B, N, D), standardised where the training did."""
+        """Return the target of h'_S in training: h_T (B, N, D), standardised where it was."""
         return _standardised(self.config, h_t, self.mean, self.std)
 
 

@@ -39,7 +39,7 @@ def critic(scores: Tensor, log_normaliser: Tensor, log_noise: float) -> Tensor:
 class Crd(Term):
     """`crd`. Two memories of one vector an image (images, width) stand for the negatives, as in the paper.
 
-    A negative is never the anchor's own image, nor one of its class where both labels are shown: the authors' code
+    A negative is never the anchor's own image, nor one of its class where both are labelled: the authors' code
     draws from other classes only. The negatives are a function of (seed, step), the same for every part of a step.
     All ranks keep one memory.
     """

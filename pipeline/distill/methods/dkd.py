@@ -44,14 +44,13 @@ def decoupled(
 
     (kind_t, others_t), (kind_s, others_s) = split(teacher), split(student)
     target_part = (kind_t.exp() * (kind_t - kind_s)).sum(1)
-    others_part = (others_t.exp() * (others_t - others_s)).sum(
-        1
-    )  # the target's place adds 1 (0 - 0)
+    # The target's column adds 1 (0 - 0).
+    others_part = (others_t.exp() * (others_t - others_s)).sum(1)
     return target_part * temperature**2, others_part * temperature**2
 
 
 class Dkd(Term):
-    """`dkd`. The target is the label; for an image that shows none, the teacher's answer."""
+    """`dkd`: the target is the label; for an image without one, the teacher's argmax."""
 
     losses = {"dkd": "weight"}
 

@@ -26,8 +26,8 @@ def enhanced(
 ) -> Tensor:
     """- sum_c ((p_T(c) + [c = target])^gamma - [c = target]) log p_S(c), mean over images.
 
-    Logits (B, K), target (B,). As in the authors' code the label's own cross-entropy is left out: it stands once,
-    at the student's answer. With gamma 1 it is the cross-entropy with the teacher.
+    Logits (B, K), target (B,). As in the authors' code the label's own cross-entropy is left out: it is added
+    once, for the student's logits. With gamma 1 it is the cross-entropy with the teacher.
     """
     log_p = F.log_softmax(student / temperature, dim=1)
     theirs = F.softmax(teacher / temperature, dim=1)
@@ -36,7 +36,7 @@ def enhanced(
 
 
 class Ofa(Term):
-    """`ofa`: every stage of the student answers through a branch of its own, held against the teacher's logits.
+    """`ofa`: every stage of the student gives logits by a branch, which are compared with the teacher's logits.
 
     A branch is pooling, batch norm and a linear layer; the authors downsample by separable convolutions first.
     """

@@ -1,4 +1,4 @@
-"""Every method by name: the terms it is a sum of, and what those terms read.
+"""Every method by name: its terms, and the inputs of those terms.
 
 `cross_entropy` is in every method. A method is a name of METHODS or any sum of them, `gl+pca+logits`; the weights
 of the terms are in params.yaml. `trans` is not a loss but the student-only transform of eq. 7; `adversarial` is
@@ -32,7 +32,7 @@ from pipeline.models.teacher import Layer
 
 METHODS: dict[str, tuple[str, ...]] = {
     "plain": (),
-    # Plain on the batches that the distilled methods see: the control of all of them.
+    # Plain on the batches of the distilled methods: the control of all of them.
     "control": (),
     "logits": ("logits",),
     "dkd": ("dkd",),
@@ -115,10 +115,12 @@ def terms_of(method: str) -> tuple[str, ...]:
     twice = sorted({term for term in terms if terms.count(term) > 1})
     if twice:
         raise UserError(
-            f"method: got {method!r}, which has {twice[0]!r} twice; name each part once"
+            f"method: got {method!r} with {twice[0]!r} twice; expected each part once; remove one"
         )
     if "adversarial" in terms and "gl" not in terms:
-        raise UserError(f"method: got {method!r}, whose discriminator judges h'_S of gl; add gl")
+        raise UserError(
+            f"method: got {method!r}, whose discriminator reads h'_S of gl; expected gl in the sum; add gl"
+        )
     if "control" in method.split("+") and set(terms) - {"trans"}:
         raise UserError(
             f"method: got {method!r}; expected nothing but trans beside control, which reads no teacher; remove "
@@ -128,18 +130,18 @@ def terms_of(method: str) -> tuple[str, ...]:
 
 
 def reads(method: str, side: str) -> frozenset[str]:
-    """What a method's terms read of the `teacher` or of the `student`; empty where it reads nothing."""
+    """Return the inputs of a method's terms from the `teacher` or the `student`; empty where there are none."""
     classes = [TERMS[term][0] for term in terms_of(method) if term not in WITHOUT_LOSS]
     return frozenset().union(*(getattr(c, side) for c in classes))
 
 
 def paired(method: str) -> bool:
-    """Whether a method's batches have a part in cached views: those that read the teacher, and their control."""
+    """Whether a method's batches have cached views: methods that read the teacher, and their control."""
     return "control" in method.split("+") or bool(reads(method, "teacher"))
 
 
 def check_attention(method: str, reason: str | None) -> None:
-    """Raise UserError where a method reads Q, K, V of a teacher that by this reason has none for it."""
+    """Raise UserError where a method reads Q, K, V and the teacher, for this reason, has none."""
     reading = _attention_terms(terms_of(method))
     if reason is None or not reading:
         return
@@ -155,19 +157,19 @@ def _attention_terms(terms: Iterable[str]) -> list[str]:
 
 
 def check_stored(method: str, stored: Mapping[str, Any], layer: Layer = "last") -> None:
-    """Raise UserError where a method reads what the teacher's store, by its manifest, does not hold."""
+    """Raise UserError where a method reads features that the store, by its manifest, does not have."""
     check_attention(method, stored.get("no_attention"))
     reading = reads(method, "teacher")
     if layer == "before_last" and stored["mode"] == "on":
         if "qkv" in reading:
             raise UserError(
-                f"distill.cakd.layer: got before_last for {method!r}, which reads Q, K, V; the feature cache "
-                "holds the input of the last block alone; use gl without pca, or cache.mode off"
+                f"distill.cakd.layer: got before_last for {method!r}, which reads Q, K, V; expected last, as the "
+                "feature cache has the input of the last block alone; use gl without pca, or cache.mode: off"
             )
         if "tokens" in reading and stored["layout"] == "qkvh":
             raise UserError(
-                f"distill.cakd.layer: got before_last for {method!r} with cache.layout qkvh, which holds no x_L; "
-                "use block_input"
+                f"distill.cakd.layer: got before_last for {method!r} with cache.layout qkvh; expected "
+                "block_input, which has x_L; set it"
             )
     missing = [OUTPUTS[name] for name in OUTPUTS if name in reading - STORED[stored["layout"]]]
     if missing and stored["mode"] == "on":

@@ -1,4 +1,4 @@
-"""What every term of a method has in common: what it reads of teacher and student, its losses, their weights.
+"""The base class of every term of a method: its inputs from teacher and student, its losses, their weights.
 
 Shapes: B batch, K classes, c channels of the student's tap, h x w the teacher's token grid, N = h w tokens,
 D teacher width, H heads, d = D / H, e width of the student's embedding (the input of its classifier).
@@ -29,12 +29,12 @@ class TeacherSpace:
 
     @classmethod
     def of(cls, described: dict[str, Any]) -> TeacherSpace:
-        """From the JSON-able keys n_heads, width, h_mean, h_std."""
+        """Build from the JSON-able keys n_heads, width, h_mean, h_std."""
         mean, std = (torch.tensor(described[k], dtype=torch.float32) for k in ("h_mean", "h_std"))
         return cls(described["n_heads"], described["width"], mean, std)
 
     def described(self) -> dict[str, Any]:
-        """The JSON-able form that `of` reads."""
+        """Return the JSON-able form that `of` reads."""
         return {
             "n_heads": self.n_heads,
             "width": self.width,
@@ -45,31 +45,31 @@ class TeacherSpace:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a term is built for."""
+    """Dimensions that a term is built for."""
 
     classes: int  # K
     spec: StudentSpec  # of the student
     tap: Tap | None  # where h_S is read; None where the method reads none
     space: TeacherSpace
-    labels: Tensor  # (images,) of the training images, -1 where the student is shown none
-    views: int  # of each image that the teacher knows
+    labels: Tensor  # (images,) of the training images, -1 where the student gets none
+    views: int  # cached views of each image
 
     @property
     def channels(self) -> int:
-        """c, of the tap."""
+        """Channels c of the tap."""
         assert self.tap is not None
         return self.tap.channels
 
     @property
     def grid(self) -> tuple[int, int]:
-        """h, w of the teacher's tokens."""
+        """Token grid (h, w) of the teacher."""
         assert self.tap is not None
         return self.tap.tokens
 
 
 @dataclass(frozen=True)
 class StudentOutputs:
-    """The student's side of one batch. labels (B,) are -1 where no label is shown."""
+    """The student's outputs of one batch; labels (B,) are -1 for unlabelled images."""
 
     logits: Tensor  # (B, K)
     embedding: Tensor  # (B, e)
@@ -80,16 +80,16 @@ class StudentOutputs:
     progress: float  # share of the training done, 0 to 1
 
     def targets(self, teacher: TeacherOutputs) -> Tensor:
-        """The label of each image (B,); where none is shown, the teacher's answer."""
+        """Return the label of each image (B,); the teacher's argmax for unlabelled ones."""
         return torch.where(self.labels >= 0, self.labels, teacher.logits.argmax(1))
 
 
 class Term(nn.Module):
-    """One named part of a method, with whatever it trains beside the student and drops at the end.
+    """One term of a method, with the modules that it trains beside the student and drops at the end.
 
-    `losses` names the setting that weighs each loss; a setting `warmup` lets all of them grow linearly over that
-    share of the training (decision 10). `teacher` names what it reads of the teacher: logits, pooled, tokens, qkv;
-    `student` what of the student beside its logits: embedding, tap, stages.
+    `losses` maps each loss to the setting of its weight; a setting `warmup` ramps all of them linearly over that
+    share of the training (decision 10). `teacher` lists its inputs from the teacher: logits, pooled, tokens, qkv;
+    `student` those from the student beside its logits: embedding, tap, stages.
     """
 
     losses: ClassVar[Mapping[str, str]] = {}
@@ -98,21 +98,21 @@ class Term(nn.Module):
     config: Any
 
     def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
-        """Unweighted losses by the names they have in the logs."""
+        """Return the unweighted losses by their names in the logs."""
         raise NotImplementedError
 
     def weights(self) -> dict[str, float]:
-        """The weight of each loss, before `warmth`."""
+        """Return the weight of each loss, before `warmth`."""
         return {loss: getattr(self.config, name) for loss, name in self.losses.items()}
 
     def warmth(self, progress: float) -> float:
-        """The share of its weight that the term has at this share of the training."""
+        """Return the factor of the term's weights at this share of the training."""
         return ramp(progress, getattr(self.config, "warmup", 0.0))
 
 
 def pooled(teacher: TeacherOutputs) -> Tensor:
-    """The teacher's embedding (B, D), the input of its head."""
-    assert teacher.pooled is not None  # the method was refused where the store cannot give it
+    """Return the teacher's embedding (B, D), the input of its head."""
+    assert teacher.pooled is not None  # `check_stored` has refused a store without it
     return teacher.pooled
 
 
@@ -129,5 +129,5 @@ def pairwise_distances(x: Tensor) -> Tensor:
 
 
 def ramp(progress: float, share: float) -> float:
-    """Linear growth from 0 to 1 over the first `share` of the training."""
+    """Grow linearly from 0 to 1 over the first `share` of the training."""
     return min(1.0, progress / share) if share else 1.0

@@ -24,7 +24,7 @@ MAX_FILE_BYTES = 2**28  # bytes of one file; the largest of the originals has 15
 
 @dataclass(frozen=True)
 class Layout:
-    """How one archive names its members: split -> files, the file of names, label key -> key of its names."""
+    """The members of one archive: split -> files, the file of names, label key -> key of its names."""
 
     folder: str
     files: dict[str | None, tuple[str, ...]]
@@ -32,7 +32,7 @@ class Layout:
     names: dict[str, str]
 
     def members(self) -> set[str]:
-        """Every file that is read of it."""
+        """Every file that is read."""
         return {self.meta}.union(*self.files.values())
 
 
@@ -53,7 +53,7 @@ LAYOUTS = (
 
 
 def read(path: str | None, columns: Columns) -> SourceImages:
-    """The train and the test split.
+    """Read the train and the test split.
 
     `prepare.label_column` of CIFAR-100: `fine_labels` (the default) or `coarse_labels`.
     Raises UserError: no such archive, a member missing or damaged, a pickle that names anything but arrays.

@@ -66,7 +66,7 @@ def _absent(reason: str) -> Image.Image:
 
 
 def _files(root: Path) -> tuple[dict[str, list[str]], list[str], list[str]]:
-    """Files below the root: those that no user put there by reason, images, other files."""
+    """List the files below the root: system files by reason, images, other files."""
     left_out: dict[str, list[str]] = {}
     images, others = [], []
     for file in sorted(tree.walk(root), key=lambda f: f.name):
@@ -159,7 +159,7 @@ def _check_level(root: Path, level: Level, classes: list[str]) -> None:
 
 
 def _outside(layout: Layout, name: str) -> str:
-    """Why the class folders give an image no label."""
+    """The reason why the class folders give an image no label."""
     for level in layout.flat:
         if name.startswith(level.name):
             return f"no label, {level.name} has no class folders"

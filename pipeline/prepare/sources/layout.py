@@ -30,15 +30,15 @@ class Level:
         return self.name.rstrip("/").rpartition("/")[2]
 
     def split(self) -> SplitName | None:
-        """The split that its own name names."""
+        """The split in the folder's own name."""
         return split_of(self.base)
 
     def unlabelled(self) -> list[Level]:
-        """The folders in it that are named so."""
+        """The folders in it that are named `unlabelled` or alike."""
         return [f for f in self.folders.values() if (s := f.split()) and s.kind == UNLABELLED]
 
     def classes(self) -> dict[str, list[Level]]:
-        """Class -> its folders: two where a name stands there composed and decomposed."""
+        """Class -> its folders: two where a name occurs both composed and decomposed (Unicode)."""
         groups: dict[str, list[Level]] = {}
         for name, folder in self.folders.items():
             if folder not in self.unlabelled():
@@ -151,7 +151,7 @@ def _splits(root: Path, top: Level, has_tables: bool) -> dict[str, Level]:
 
 
 def _check_classes(root: Path, trees: dict[str, Level]) -> None:
-    """Raise UserError where a split's name stands among classes, but for a class that all splits have."""
+    """Raise UserError where a class is named like a split, unless all splits have that class."""
     for level in trees.values():
         for name, folders in level.classes().items():
             split = split_of(name)

@@ -141,7 +141,7 @@ def _by_split(root: Path, files: list[Path]) -> dict[str, list[Path]]:
 
 
 class _File:
-    """One parquet file; rows are read by row group, the last group is kept."""
+    """One parquet file, read by row group; the last group is cached."""
 
     def __init__(self, path: Path, image_column: str | None) -> None:
         try:
@@ -238,7 +238,7 @@ class _File:
 
 
 def _head_of(path: Path) -> str | None:
-    """What a file is that pyarrow cannot read, where its beginning says so."""
+    """Name a file that pyarrow cannot read by its first bytes; None where they are unknown."""
     try:
         with path.open("rb") as file:
             head = file.read(4096)
@@ -335,7 +335,7 @@ def _classes(
 def _numbers(
     labels: list[int | str | None], own: list[str] | None, classes: list[str]
 ) -> list[int | None]:
-    """The labels of a file as classes of all files: by name, where the file's own names stand in another order."""
+    """Map the labels of a file to the classes of all files, by name where its own names are in another order."""
     number = {name: i for i, name in reversed(list(enumerate(classes)))}
     names = dict(enumerate(own or ()))
     return [

@@ -1,4 +1,4 @@
-"""What every source returns: class names and samples, and the checks that sources share."""
+"""The result of every source: class names and samples; and the checks that sources share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class SourceImages:
-    """All that a source holds."""
+    """The images of a source, its class names and the files it leaves out."""
 
     classes: list[str]
     samples: Sequence[Sample]
@@ -40,7 +40,7 @@ class SourceImages:
 
 @dataclass(frozen=True)
 class FileLabels:
-    """What one way of labelling image files gives. Images by their names below the root."""
+    """Labels and splits of image files, by their names below the root."""
 
     classes: list[str]
     labels: dict[str, int | None]  # of every image that is read; None: unlabelled
@@ -54,14 +54,14 @@ class FileLabels:
 
 @dataclass(frozen=True)
 class Columns:
-    """Where the labels stand: `prepare.label_column`, `prepare.image_column` and `prepare.label_pattern`."""
+    """Location of the labels: `prepare.label_column`, `prepare.image_column` and `prepare.label_pattern`."""
 
     label: str | None = None
     image: str | None = None
     pattern: str | None = None
 
     def only(self, source: str, *accepted: str) -> None:
-        """Raise UserError where one is set that the source has no use for."""
+        """Raise UserError where one is set that the source does not read."""
         keys = {"label": "label_column", "image": "image_column", "pattern": "label_pattern"}
         for name, key in keys.items():
             value = getattr(self, name)
@@ -75,7 +75,7 @@ Source = Callable[["str | None", Columns], SourceImages]  # prepare.path, the co
 
 
 def expanded(path: str | None) -> str | None:
-    """The path with `~` as the home folder. Raises UserError: of a user who has none."""
+    """Expand `~` to the home folder. Raises UserError: of an unknown user."""
     if path is None:
         return None
     try:
@@ -87,7 +87,7 @@ def expanded(path: str | None) -> str | None:
 
 
 def existing(source: str, path: str | None, expected: str) -> Path:
-    """The path that a source reads. Raises UserError: none given, nothing there."""
+    """Check the path of a source. Raises UserError: no path, no such file or folder."""
     if path is None:
         raise UserError(
             f"prepare.path: got {path} for source '{source}'; expected {expected}; set it"

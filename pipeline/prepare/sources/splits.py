@@ -18,7 +18,7 @@ KIND = {word: kind for kind, words in WORDS.items() for word in words}
 
 @dataclass(frozen=True)
 class SplitName:
-    """The split that a name names, and its other words: none in `train2017`, `images` in `test_images`."""
+    """The split in a name, and the other words of it: none in `train2017`, `images` in `test_images`."""
 
     kind: str
     rest: tuple[str, ...]
@@ -46,7 +46,7 @@ def split_of(name: str) -> SplitName | None:
 
 
 def sure_splits(names: Iterable[str]) -> dict[str, SplitName]:
-    """Those of the folders of one level that can only be splits.
+    """Select the folders of one level that can only be splits.
 
     `train` is one, and so are `x_train` and `x_test`; `test_tube` beside `beaker` may be a class.
     """
@@ -62,7 +62,7 @@ def sure_splits(names: Iterable[str]) -> dict[str, SplitName]:
 
 
 def roles(kinds: Iterable[str]) -> dict[str, str | None]:
-    """Split names -> ours: train (None) is cut further; val without test is the test split."""
+    """Map split names to ours: train (None) is split further; val without test is the test split."""
     ours: dict[str, str | None] = {kind: kind for kind in kinds}
     if TEST not in ours and VAL in ours:
         ours[VAL] = TEST

@@ -46,7 +46,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a table is understood."""
+    """The interpretation of a table: its column of images, its labels and splits."""
 
     table: Table
     image: str
@@ -57,10 +57,10 @@ class Reading:
 
 
 def read(root: Path, images: list[str], names: list[str], columns: Columns) -> FileLabels:
-    """The labels of all tables that name images below `root`.
+    """Read the labels of all tables that name images below `root`.
 
-    Raises UserError: no table in which a column of image names and one of labels are understood, a name that fits
-    several images, an image with two labels.
+    Raises UserError: no table with a column of image names and one of labels, a name that matches several images,
+    an image with two labels.
     """
     index = _Index(images)
     readings, reasons, faults = [], {}, []
@@ -274,7 +274,7 @@ def _are_splits(cells: list[str]) -> bool:
 def _joined(
     index: _Index, images: list[str], readings: list[Reading], reasons: dict[str, str]
 ) -> FileLabels:
-    """One label an image, out of all tables."""
+    """Join all tables to one label an image."""
     texts: dict[str, str] = {}
     splits: dict[str, str] = {}
     absent: dict[str, str] = {}

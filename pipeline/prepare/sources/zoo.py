@@ -21,7 +21,7 @@ from pipeline.prepare.sources.splits import roles
 PREFIX = "torchvision:"
 ARCHIVES = ("CIFAR10", "CIFAR100")
 SPLIT_NAMES = (("train", "trainval"), ("val", "valid"), ("test",))
-LABELS = ("targets", "labels", "_labels", "y")  # where torchvision's classes keep what they list
+LABELS = ("targets", "labels", "_labels", "y")  # attributes of torchvision's classes
 
 
 def read(name: str, path: str | None, columns: Columns) -> SourceImages:
@@ -132,7 +132,7 @@ def _class_names(name: str, datasets: dict[str, Any]) -> list[str]:
 
 
 def _labels(name: str, dataset: Any, n_classes: int | None) -> list[int]:
-    """Every label, from the list the data set keeps, else from each item. Raises UserError: no class numbers."""
+    """Every label, from the data set's list, else from each item. Raises UserError: no class numbers."""
     lists = (getattr(dataset, attribute, None) for attribute in LABELS)
     listed = next((k for k in lists if k is not None and len(k) == len(dataset)), None)
     values = listed if listed is not None else [dataset[i][1] for i in range(len(dataset))]
