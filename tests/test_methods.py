@@ -325,7 +325,7 @@ def test_a_store_without_the_embedding_is_refused_by_the_methods_that_read_it():
     table.check_stored("logits", {"mode": "on", "layout": "qkvh"})
     table.check_stored("rsd", {"mode": "on", "layout": "block_input"})
     table.check_stored("rsd", {"mode": "off", "layout": "qkvh"})
-    with pytest.raises(UserError, match="'rsd' reads the teacher's pooled embedding"):
+    with pytest.raises(UserError, match="got 'rsd', which reads the teacher's pooled embedding"):
         table.check_stored("rsd", {"mode": "on", "layout": "qkvh"})
 
 

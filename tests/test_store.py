@@ -424,7 +424,9 @@ def test_a_store_of_logits_alone_gives_the_same_student_and_refuses_other_method
     assert manifest["bytes_per_view"] < 100 and set(manifest["error"]) == {"logits"}
     errors = verifying.verify(store, prepared, teacher_path, 64)
     assert set(errors) == {"logits"}
-    with pytest.raises(UserError, match="'gl' reads the teacher's tokens, which cache.layout log"):
+    with pytest.raises(
+        UserError, match="'gl', which reads the teacher's tokens, with cache.layout log"
+    ):
         build(QUICK, "gl", prepared, teacher_path, store)
 
 

@@ -17,9 +17,9 @@ from pipeline.training.stopwatch import Stopwatch
 
 
 class Features:
-    """The teacher's side of a batch: from the store and its replayed block, or from the live teacher."""
+    """The teacher's outputs of a batch: from the store and its replayed block, or from the live teacher."""
 
-    CHECK_EVERY = 1000  # records between two whose view is compared with the stored hash
+    CHECK_EVERY = 1000  # one view in so many is compared with its stored hash
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Features:
     def tokens(
         self, step: int, indices: BatchIndices, pixels: Tensor, timer: Stopwatch
     ) -> teacher.TeacherOutputs:
-        """Tokens of these views, pixels (B, 3, S, S) uint8.
+        """Return the teacher's outputs for these views, pixels (B, 3, S, S) uint8.
 
         Raises UserError: damaged records, or views that are not the cached ones.
         """
@@ -55,7 +55,7 @@ class Features:
             return records.to(self.device).tokens(self.tail)
 
     def prefetch(self, indices: BatchIndices) -> None:
-        """Let the store read what comes next."""
+        """Start reading the records of the next micro-batch."""
         if self.live is None:
             self.store.prefetch(indices.records)
 

@@ -33,7 +33,7 @@ METHOD = "^({0})(\\+({0}))*$".format("|".join(METHODS))  # for params.schema.jso
 class CrossEntropyConfig:
     """`distill.cross_entropy:` of the labelled images, in every method."""
 
-    weight: NonNegativeFloat = 1.0  # 0: the teacher's word alone (function matching)
+    weight: NonNegativeFloat = 1.0  # 0: no labels, the teacher alone (function matching)
     label_smoothing: BelowOne = 0.0
 
 
@@ -46,7 +46,7 @@ class Distill:
     student: str
     student_kwargs: dict[str, Any] = Field(default_factory=dict)  # timm's: output_stride, ...
     steps: PositiveInt | None = None  # of every method; the budget
-    # the same in passes over all training images; one of the two is given
+    # the same in passes over all training images; exactly one of the two is set
     epochs: PositiveInt | None = None
     batch: int = Field(default=64, ge=4)
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: with Nesterov momentum

@@ -42,7 +42,7 @@ RATIOS = 20  # points of the curves of gradient ratios
 
 
 class StudentReader:
-    """A student's forward pass, and what the method's terms read on its way."""
+    """A student's forward pass, and the features that the method's terms read of it."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class StudentReader:
         self._channels_last = config.compute.channels_last
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) 0..255 -> (B, K)."""
+        """Run the student: pixels (B, 3, S, S) 0..255 -> logits (B, K)."""
         inputs = views.normalise(pixels, self.preprocess)
         if self._channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
@@ -69,7 +69,7 @@ class StudentReader:
     def outputs(
         self, logits: Tensor, labels: Tensor, key: Key, progress: float, fresh: int
     ) -> StudentOutputs:
-        """What the terms read of the last forward pass, in float32: of all views but the first `fresh`."""
+        """Return the outputs of the last forward pass in float32, of all views but the first `fresh`."""
         taps = self._taps
         features = {module: feature[fresh:].float() for module, feature in taps.features.items()}
         return StudentOutputs(
@@ -85,7 +85,7 @@ class StudentReader:
 
 @dataclass(frozen=True)
 class Trainer:
-    """What one training holds; `averaged` is the moving average of the student's weights, where it is on."""
+    """The state of one training; `averaged` is the moving average of the student's weights, where it is on."""
 
     config: Distill
     method: str
@@ -101,29 +101,29 @@ class Trainer:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """What a checkpoint holds."""
+        """The modules of a checkpoint."""
         modules: dict[str, nn.Module] = {"student": self.student, "objective": self.objective}
         return modules | ({"averaged": self.averaged} if self.averaged is not None else {})
 
     @property
     def finished(self) -> nn.Module:
-        """The student that is published: its averaged weights, where there are any."""
+        """The student to publish: its averaged weights, where there are any."""
         return self.averaged.module if self.averaged is not None else self.student
 
     @property
     def backbone(self) -> list[nn.Parameter]:
-        """Where the terms' gradients are compared."""
+        """The parameters on which the terms' gradients are compared."""
         return balance.backbone(self.student)
 
     def measures(self, step: int) -> bool:
-        """Whether the gradient norms are taken: at RATIOS steps, and while balanced weights are being found."""
+        """Whether the step measures gradient norms: at RATIOS steps, and while balanced weights still change."""
         if not self.objective.loss_terms:
             return False
         measuring = self.objective.balance is not None and self.objective.balance.measuring
         return measuring or step % max(1, self.feed.steps // RATIOS) == 0
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """What forward passes run under."""
+        """The autocast context of forward passes."""
         return self.config.compute.autocast(self.device)
 
 
@@ -202,7 +202,7 @@ def _sizes(
     teacher_path: Path,
     store: Store,
 ) -> Sizes:
-    """What the terms are built for. Raises UserError: no fit tap, nothing to read the student by."""
+    """Dimensions that the terms are built for. Raises UserError: no suitable tap, no feature maps."""
     tap, spec = None, student.probe_student(network, prepared.image_size)
     if "stages" in reads(method, "student"):
         student.check_feature_maps(network, spec)
@@ -258,7 +258,7 @@ def train_step(trainer: Trainer, step: int, timer: Stopwatch) -> dict[str, Tenso
 def student_step(
     trainer: Trainer, step: int, timer: Stopwatch
 ) -> tuple[dict[str, Tensor | float], Tensor | None, Tensor | None]:
-    """Update student and projectors. Mean losses of this rank; h_T and h'_S (B, N, D) for the discriminator."""
+    """Update student and projectors; return mean losses of this rank, and h_T and h'_S (B, N, D)."""
     config, optimizer, objective = trainer.config, trainer.optimizers["student"], trainer.objective
     # Modules with random numbers of their own (dropout in the student) draw from this step's seed.
     rank = f" {trainer.ranks.rank}" if trainer.ranks.rank else ""

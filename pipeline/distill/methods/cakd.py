@@ -25,7 +25,7 @@ from pipeline.models.teacher import Layer, TeacherOutputs
 
 @dataclass(frozen=True, config=STRICT)
 class CakdConfig:
-    """Every decision of the method as a parameter; the numbers in brackets are those of docs/method.md."""
+    """`distill.cakd:` the decisions of the method; the numbers in brackets are those of docs/method.md."""
 
     layer: Layer = "last"  # of the teacher, where h_T and Q, K, V are read (4)
     tap: str = "auto"  # the student's feature map, or a module name (4)
@@ -46,7 +46,7 @@ class CakdConfig:
     dropout: BelowOne = 0.1  # before the group-wise linear layer, eq. 5
     standardise: bool = False  # h_T and h'_S by the store's channel statistics (12)
     trans: Trans = Trans()  # eq. 7
-    # who computes the projector losses
+    # implementation of the projector losses
     impl: Literal["auto", "eager", "sdpa", "small", "flash"] = "auto"
 
     @model_validator(mode="after")

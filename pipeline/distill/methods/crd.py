@@ -67,7 +67,7 @@ class Crd(Term):
         # log Z of either direction, by the first batch
         self.register_buffer("log_normaliser", torch.zeros(2))
         self.register_buffer("measured", torch.zeros(2, dtype=torch.bool))
-        self._known: set[int] = set()  # sides that are measured: the device is asked once
+        self._known: set[int] = set()  # sides that are measured: the device is read once
 
     def forward(self, outputs: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """Both directions of the noise contrastive loss, eq. 17 and 18, mean over images."""

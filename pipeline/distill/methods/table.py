@@ -174,6 +174,6 @@ def check_stored(method: str, stored: Mapping[str, Any], layer: Layer = "last") 
     missing = [OUTPUTS[name] for name in OUTPUTS if name in reading - STORED[stored["layout"]]]
     if missing and stored["mode"] == "on":
         raise UserError(
-            f"method: {method!r} reads the teacher's {' and '.join(missing)}, which cache.layout "
-            f"{stored['layout']} does not hold; use block_input, or cache.mode off"
+            f"method: got {method!r}, which reads the teacher's {' and '.join(missing)}, with cache.layout "
+            f"{stored['layout']}; expected block_input; set it, or cache.mode: off"
         )
