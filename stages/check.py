@@ -78,7 +78,7 @@ def check_params(params: Path) -> str:
     if "gain_min" in report.budgets and "plain" not in distill.methods:
         raise UserError(
             f"report.budgets: got gain_min, a gain over plain, with distill.methods {', '.join(distill.methods)}; "
-            "expected plain among them; add it"
+            "expected plain too; add it"
         )
     tap = check_models(prepare, teach, cache, distill)
     return f"{teach.model} teaches {distill.student} at {prepare.image_size} px, {tap}"

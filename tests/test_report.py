@@ -463,7 +463,7 @@ def test_what_was_not_measured_says_so(run: Run) -> None:
 def test_a_row_says_what_it_computes_in_and_why_not_what_was_asked(run: Run) -> None:
     text = markdown([summary(run)])
     assert cells(text, "ov-default")[4] == "bf16"
-    assert cells(text, "ov-int8")[4] == "fp32 (asked int8)"
+    assert cells(text, "ov-int8")[4] == "fp32 (requested int8)"
     assert cells(text, "ov-int8")[7] == f"student {NO_INT8}; teacher skipped: {NO_TEACHER}"
     assert f"- ov-int8 student: {NO_INT8}" in text and f"teacher: skipped, {NO_TEACHER}" not in text
 

@@ -147,7 +147,9 @@ def require_pass(
     """Raise GateFailed where the row is rejected; `fail` stands before the reason of a FAIL, `remedy` after it."""
     reason = rejection(row, force)
     if reason and row["verdict"] == "UNDECIDED":
-        raise GateFailed(f"{out}: {reason}; not written; train it further, or export it with --force")
+        raise GateFailed(
+            f"{out}: {reason}; not written; train it further, or export it with --force"
+        )
     if reason:
         raise GateFailed(f"{out}: {fail}{reason}; not written{remedy and f'; {remedy}'}")
 

@@ -157,7 +157,7 @@ class BundleManifest(Format):
     name: Text = key("Stem of the ONNX file it was made from.")
     input: BundleInput = key("The input of every model.")
     classes: Positive = key("Length of the logits.")
-    models: list[BundleModel] = key("The ONNX files; fp32 is always among them.", min_length=1)
+    models: list[BundleModel] = key("The ONNX files, fp32 always.", min_length=1)
     left_out: list[LeftOut] = key("Precisions that are not in the bundle.")
     parity: BundleParity = key("The arrays are parity-inputs.npy and parity-logits.npy.")
     commands: Commands = key("What to type on the device, in the bundle's folder, by purpose.")

@@ -80,12 +80,12 @@ def read(path: Path | str) -> dict[str, Any]:
 
 def value(key: str, path: Path | str = "params.yaml") -> Any:
     """One value of another stage's section by its dotted name (`bench.enabled`). Raises UserError: not there."""
-    found: Any = read(path)
+    value: Any = read(path)
     for part in key.split("."):
-        if not isinstance(found, dict) or part not in found:
+        if not isinstance(value, dict) or part not in value:
             raise UserError(f"{path}: no key '{key}'; add it")
-        found = found[part]
-    return found
+        value = value[part]
+    return value
 
 
 def parse(kind: type[C], values: Any, where: str) -> C:

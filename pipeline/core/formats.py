@@ -211,7 +211,7 @@ class BuildFile(Artefact):
     """
 
     schema_: Literal["cakd.build/1"] = schema_key()
-    target: Text = key("Runtime and precision asked for: ort-fp32, ov-default, ...")
+    target: Text = key("Requested runtime and precision: ort-fp32, ov-default, ...")
     models: BuildModels = key("The two models that are built.")
 
 
@@ -224,7 +224,9 @@ class _Parity(Format):
     artifact: Text = key("Name of the file.")
     target: Text = optional("Its target, in the merged file.")
     runtime: Text | None = key("Name and version of what ran it; null where nothing did.")
-    precision_effective: Requested = key("What the runtime computed in; skipped: what was asked.")
+    precision_effective: Requested = key(
+        "What the runtime computed in; skipped: what was requested."
+    )
     max_abs: Size | None = key("Largest absolute difference, logits; null: not finite.")
     rel_between_std: Size | None = key("The same over the std between images, a ratio.")
     sqnr_centered_db: float | None = key(

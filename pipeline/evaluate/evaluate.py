@@ -60,8 +60,8 @@ def evaluate(
             projected = Projected(student, description["preprocess"], projectors, taps)
             figures[method]["cosine"] = similarity(projected, live, prepared, config)
             maps[method] = projected.received_attention(batch)
-    for name, found in against(hits).items():
-        figures[name]["against"] = found
+    for name, differences in against(hits).items():
+        figures[name]["against"] = differences
     common = {"split": config.split, "classes": list(prepared.classes)}
     inputs = {"teacher": teacher_path} | {p.parent.name: p for p in students}
     provenance = artifacts.provenance(config.__dict__, **inputs) | prepared.hashes()

@@ -42,12 +42,12 @@ def baselines(method: str, trained: Sequence[str]) -> list[str]:
 
     Only those that were trained. A method that reads no teacher is itself a control, and has none.
     """
-    found = ["plain"]
+    baselines = ["plain"]
     if method != "teacher" and reads(method, "teacher"):
         trans = "trans" in terms_of(method)
         controls = [m for m in trained if "control" in m.split("+")]
-        found += [m for m in controls if ("trans" in terms_of(m)) == trans]
-    return [m for m in found if m in trained and m != method]
+        baselines += [m for m in controls if ("trans" in terms_of(m)) == trans]
+    return [m for m in baselines if m in trained and m != method]
 
 
 def against(hits: Mapping[str, Hits]) -> dict[str, dict[str, dict[str, float | int]]]:

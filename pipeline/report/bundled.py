@@ -6,29 +6,29 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def bench(found: Mapping[str, Any]) -> dict[str, Any]:
+def bench(report: Mapping[str, Any]) -> dict[str, Any]:
     """The one row a bundle measured, its machine and provenance, with the keys of `exporters.bench --json`.
 
     What the runner on the device does not look at (size, memory) is None; single calls are not there.
     """
-    runtime = found["runtime"].split()[0]
+    runtime = report["runtime"].split()[0]
     short = {"onnxruntime": "ort", "openvino": "ov", "tensorrt": "trt"}[runtime]
-    device = found["machine"]
+    device = report["machine"]
     row = {
-        "model": found["bundle"]["name"],
-        "artefact": found["model"],
-        "target": f"{short}-{found['precision']}",
-        **{key: found[key] for key in ("runtime", "batch", "wall_ms", "cpu_ms")},
-        **{key: found[key] for key in ("load_ms", "first_ms")},
-        "threads": found["threads"] or 1,
+        "model": report["bundle"]["name"],
+        "artefact": report["model"],
+        "target": f"{short}-{report['precision']}",
+        **{key: report[key] for key in ("runtime", "batch", "wall_ms", "cpu_ms")},
+        **{key: report[key] for key in ("load_ms", "first_ms")},
+        "threads": report["threads"] or 1,
         "status": "measured",
         "reason": None,
-        "precision_requested": found["precision"],
-        "precision_effective": found["computes_in"],
-        "img_per_s": 1e3 * found["batch"] / found["wall_ms"]["p50"],
+        "precision_requested": report["precision"],
+        "precision_effective": report["computes_in"],
+        "img_per_s": 1e3 * report["batch"] / report["wall_ms"]["p50"],
         **dict.fromkeys(("size_mb", "rss_mb", "params", "macs", "engine_ms")),
-        "warm_up_seconds": found["warm_up"]["seconds"],
-        "flags": ["NOISY", *found["flags"]] if found["flags"] else [],
+        "warm_up_seconds": report["warm_up"]["seconds"],
+        "flags": ["NOISY", *report["flags"]] if report["flags"] else [],
     }
     return {
         "rows": [row],
@@ -40,9 +40,9 @@ def bench(found: Mapping[str, Any]) -> dict[str, Any]:
             "arch": device["arch"],
             "gpu": None,
             "versions": {
-                runtime: found["runtime"].split()[-1],
+                runtime: report["runtime"].split()[-1],
                 **{key: device[key] for key in ("python", "numpy")},
             },
         },
-        "provenance": {"bundle": found["bundle"]},
+        "provenance": {"bundle": report["bundle"]},
     }

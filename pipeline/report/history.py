@@ -26,7 +26,7 @@ def read(paths: Iterable[Path]) -> list[tuple[str, dict[str, Any]]]:
     Raises UserError: no such path, a file that is no `cakd.edge/1` or not as its schema says, JSON in a folder
     that cannot be read.
     """
-    found = []
+    summaries = []
     for path in paths:
         if path.is_dir():
             inside = {p: artifacts.read_json(p) for p in sorted(path.rglob("*.json"))}
@@ -36,8 +36,8 @@ def read(paths: Iterable[Path]) -> list[tuple[str, dict[str, Any]]]:
         else:
             raise UserError(f"--history: {path}: no such file or folder; give earlier edge.json")
         for file, summary in read.items():
-            found.append((_name(file), artifacts.check(summary, Edge, file, "write it again")))
-    return found
+            summaries.append((_name(file), artifacts.check(summary, Edge, file, "write it again")))
+    return summaries
 
 
 def _name(path: Path) -> str:
@@ -65,9 +65,9 @@ def beside(
 
 def machine(summary: Summary) -> tuple[Any, ...]:
     """What two runs must share for their milliseconds to stand in one picture."""
-    told = summary["machine"]
-    gpu = (told.get("gpu") or {}).get("name")
-    return told.get("cpu"), told.get("board"), gpu, (told.get("cores") or {}).get("usable")
+    machine = summary["machine"]
+    gpu = (machine.get("gpu") or {}).get("name")
+    return machine.get("cpu"), machine.get("board"), gpu, (machine.get("cores") or {}).get("usable")
 
 
 def _run(name: str, summary: Summary) -> dict[str, Any]:

@@ -143,8 +143,8 @@ def read_parity(build: Path, targets: Iterable[str]) -> list[dict[str, Any]]:
     """The rows of build/<target>/parity.json of these targets, each with its `target`."""
     rows: list[dict[str, Any]] = []
     for name in targets:
-        found = artifacts.read(build / name / "parity.json", ParityFile)["rows"]
-        rows += [{**row, "target": name} for row in found]
+        parity = artifacts.read(build / name / "parity.json", ParityFile)["rows"]
+        rows += [{**row, "target": name} for row in parity]
     return rows
 
 

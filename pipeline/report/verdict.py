@@ -180,8 +180,8 @@ def noisy(row: Mapping[str, Any]) -> bool:
 
 def fell_back(row: Mapping[str, Any]) -> bool:
     """Whether a measured row computes in another precision than it was asked for."""
-    asked = row.get("precision_requested")
-    return row["status"] == "measured" and asked not in (
+    requested = row.get("precision_requested")
+    return row["status"] == "measured" and requested not in (
         None,
         "default",
         row["precision_effective"],
@@ -189,6 +189,6 @@ def fell_back(row: Mapping[str, Any]) -> bool:
 
 
 def fall_back(row: Mapping[str, Any]) -> str:
-    """Why a row computes in another precision than it was asked for."""
-    asked, got = row["precision_requested"], row["precision_effective"]
-    return row["reason"] or f"asked for {asked}, runs in {got}, no reason given"
+    """Why a row computes in another precision than the requested one."""
+    requested, got = row["precision_requested"], row["precision_effective"]
+    return row["reason"] or f"requested {requested}, runs in {got}, no reason given"

@@ -190,10 +190,10 @@ def counted(value: object) -> str:
 def precision(target: Section) -> str:
     """Effective precision of the student, with the requested one and the teacher's where they differ."""
     student, teacher = target["student"], target["teacher"]
-    got, asked = student.get("precision_effective"), student.get("precision_requested")
+    got, requested = student.get("precision_effective"), student.get("precision_requested")
     if student["status"] != "measured":
-        return f"{NONE} (asked {asked})" if asked else NONE
-    other = [f"asked {asked}"] if fell_back(student) else []
+        return f"{NONE} (requested {requested})" if requested else NONE
+    other = [f"requested {requested}"] if fell_back(student) else []
     if teacher["status"] == "measured" and teacher.get("precision_effective") != got:
         other.append(f"teacher {teacher['precision_effective']}")
     return f"{got} ({', '.join(other)})" if other else str(got)

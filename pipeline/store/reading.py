@@ -187,8 +187,10 @@ class Reader:
             for checksum, names in covered(stored).items()
             if features or checksum == CHECKSUM
         }
-        wanted = {name for checksum, names in self._covered.items() for name in (checksum, *names)}
-        self._fields: Fields = {name: field for name, field in stored.items() if name in wanted}
+        names_read = {
+            name for checksum, names in self._covered.items() for name in (checksum, *names)
+        }
+        self._fields: Fields = {name: field for name, field in stored.items() if name in names_read}
         self._starts = np.array([shard.first for shard in shards])
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
         self._buffers: dict[str, Tensor] = {}

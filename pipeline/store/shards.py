@@ -112,7 +112,7 @@ def word_sums(rows: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def covered(fields: Iterable[str]) -> dict[str, list[str]]:
-    """Checksum -> the fields among these that it covers; two, so that logits are read without the features."""
+    """Which of these fields each checksum covers; there are two, so that logits are read without the features."""
     names = [name for name in fields if name not in (CHECKSUM, FEATURES_CHECKSUM)]
     features = [name for name in names if name not in ANSWER]
     return {CHECKSUM: list(ANSWER)} | ({FEATURES_CHECKSUM: features} if features else {})

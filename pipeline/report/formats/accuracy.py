@@ -28,7 +28,7 @@ class Figures(Format):
     """The accuracy of one model on one set of images."""
 
     top1: Fraction = key("Share of images whose first answer is right, 0..1.")
-    top5: Fraction = key("Share with the right answer among the first five, 0..1.")
+    top5: Fraction = key("Share whose label is one of the five most probable classes, 0..1.")
     nll: Size = key("Mean negative log-likelihood of the label, nats.")
     ece: Fraction = key("Expected calibration error over equal-width bins, 0..1.")
     n: Positive = key("Images judged.")

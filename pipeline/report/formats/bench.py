@@ -241,7 +241,7 @@ class BundleBench(Format):
     runtime: Annotated[str, Field(pattern=r"^(onnxruntime|openvino|tensorrt) \S+$")] = key(
         "Name and version of what ran it."
     )
-    precision: Precision = key("What was asked for.")
+    precision: Precision = key("The requested precision.")
     threads: Positive | None = key("Threads the runtime may use; null on a GPU.")
     load_ms: Size = key("Opening the model, the building of an engine not counted, ms.")
     build_s: Size | None = key("Building the engine, s; null where there is none to build.")

@@ -75,7 +75,7 @@ EdgeRow = Annotated[MeasuredEdge | SkippedEdge, Field(discriminator="status")]
 class Target(Format):
     """Student and teacher in one target, at the fewest threads and the smallest batch."""
 
-    target: Text = key("Runtime and precision asked for.")
+    target: Text = key("Requested runtime and precision.")
     threads: Positive = key("Threads of both rows.")
     student: EdgeRow = key("The exported student.")
     teacher: EdgeRow = key("Its teacher.")
@@ -113,7 +113,7 @@ class ComparedInterval(EdgeInterval):
 class EdgePair(Format):
     """Student time over teacher time in one target."""
 
-    target: Text = key("Runtime and precision asked for.")
+    target: Text = key("Requested runtime and precision.")
     threads: Positive = key("Threads of both.")
     batch: Positive = optional("Images a call of both.")
     candidate: Literal["student"] = optional("Whose time is divided.")

@@ -76,7 +76,7 @@ class Row(Format):
 
     model: Text = key("student or teacher; on the command line of exporters.bench the file's name.")
     artefact: Text = optional("Name of the file that ran, or would have.")
-    target: Text = optional("Runtime and precision asked for: ort-fp32, ov-default, ...")
+    target: Text = optional("Requested runtime and precision: ort-fp32, ov-default, ...")
     runtime: Text | None = optional("Name and version of what ran it; null where nothing did.")
     threads: Positive = optional("Threads the runtime may use.")
     batch: Positive = key("Images a call.")
