@@ -43,7 +43,7 @@ def copy(folder: Path, *also: str, **params: dict[str, Any]) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Ours, with this Python's commands first, and no sign that tests run: a pytest there is no worker of this one."""
+    """Ours, with this Python's commands first, without pytest's marks: a pytest there is no worker of this one."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     ours = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     return {**ours, "PATH": path, "DVC_NO_ANALYTICS": "1"}
