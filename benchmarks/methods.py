@@ -34,11 +34,11 @@ def control_of(method: str) -> str:
     return "control+trans" if "trans" in terms_of(method) else "control"
 
 
-def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Mean of paired differences and the half width of its 95 % interval (Student's t); NaN for one run."""
+def interval(differences: Sequence[float]) -> tuple[float, float | None]:
+    """Mean of paired differences and the half width of its 95 % interval (Student's t); None of one run."""
     mean = statistics.fmean(differences)
     if len(differences) < 2:
-        return mean, math.nan
+        return mean, None
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     return mean, float(stats.t.ppf(0.975, len(differences) - 1)) * error
 
@@ -99,7 +99,8 @@ def markdown(result: dict[str, Any]) -> str:
     def cell(row: dict[str, Any], name: str) -> str:
         if name not in row:
             return ""
-        return f"{row[name]['mean']:+.1f} ± {row[name]['half_width_95']:.1f}"
+        half = row[name]["half_width_95"]
+        return f"{row[name]['mean']:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
 
     for method, row in result["methods"].items():
         cost = f"{row['step_over_plain']:.1f}" if "step_over_plain" in row else ""

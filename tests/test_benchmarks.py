@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 
 import numpy as np
@@ -42,13 +41,18 @@ def test_differences_are_paired_by_seed_and_their_interval_is_students():
     # differences 2, 2, 5: deviation sqrt(3), t with 2 degrees of freedom 4.303, root of 3 seeds
     assert row["half_width_95"] == pytest.approx(4.3027, rel=1e-4)
     assert found["cakd"]["step_over_plain"] == 1.0 and "clean_minus_plain" not in found["plain"]
-    assert math.isnan(methods.interval([1.0])[1])
+    assert methods.interval([1.0]) == (1.0, None)  # a single run has none
     # a baseline that is one run for two teachers gives one difference a seed
     assert methods.over_teachers([2.0, 4.0, 1.0, 3.0], 2) == [3.0, 2.0]
     taught = {"clean": 0.55, "noisy": 0.4}
     shown = methods.markdown({"teachers": [taught], "methods": found, "seeds": 3})
     assert shown.startswith("**The teacher is not better than the plain student.**")
     assert "| cakd | 63.0 | +3.0 ± 4.3 |" in shown
+    alone = methods.compared({name: rows[:1] for name, rows in by_method.items()})
+    single = {"teachers": [taught], "methods": alone, "seeds": 1}
+    assert "| cakd | 52.0 | +2.0 |" in methods.markdown(single) and json.dumps(
+        single, allow_nan=False
+    )
 
 
 def test_a_finished_run_is_read_and_not_repeated(
