@@ -56,7 +56,7 @@ NOT_RUN = {  # command -> why not
     "mkdir -p data/downloads && curl -L https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz "
     "-o data/downloads/cifar-100-python.tar.gz": "network",
     "python -m pip download --only-binary=:all: --python-version 3.12 --implementation cp --platform "
-    "manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .whl rich ruamel.yaml jsonschema": "network",
+    "manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .whl rich ruamel.yaml pydantic": "network",
     "python3 -m pip install --no-index --no-deps --target ~/site .whl/*.whl": "network before it",
     "dvc remote add -d store s3://bucket/cakd": "needs a bucket",
     "make gpu": "needs a GPU",
