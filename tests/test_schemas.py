@@ -16,11 +16,12 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from benchmarks import schemas
+from exporters.artifact.session import TARGETS
 from exporters.bench import __main__ as bench_command
 from exporters.bench import compare
 from exporters.bundle import make
 from exporters.device import timing
-from pipeline.core import artifacts
+from pipeline.core import artifacts, formats
 from pipeline.core.errors import GateFailed, UserError
 from pipeline.core.validation import schema_name
 from pipeline.report.raw import without_raw
@@ -356,3 +357,10 @@ def test_a_file_with_a_wrong_value_is_refused(
 def test_a_file_may_say_more_than_its_schema(made: dict[str, dict[str, Any]]) -> None:
     for document in made.values():
         assert problems({**document, "added_later": 1}) == []
+
+
+@pytest.mark.parametrize("precision", sorted({target.precision for target in TARGETS.values()}))
+def test_a_build_of_every_target_may_stand_in_build_json(precision):
+    entry = {"status": "skipped", "reason": "no device", "precision_requested": precision}
+    absent = ("artefact", "precision_effective", "size_mb", "seconds")
+    formats.SkippedModel.model_validate(entry | dict.fromkeys(absent))

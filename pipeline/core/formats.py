@@ -168,9 +168,7 @@ class _Entry(Format):
     status: Literal["built", "skipped"] = key("Whether there is an artefact.")
     reason: Text | None = key("Why it was skipped, fell back to fp32, or was not checked here.")
     artefact: Text | None = key("Name of the file beside this one.")
-    precision_requested: Literal["fp32", "fp16", "int8", "default"] = key(
-        "What was asked for; default: the runtime's choice."
-    )
+    precision_requested: Requested = key("The target's; default: the runtime's choice.")
     precision_effective: Precision | None = key("What the artefact computes in.")
     size_mb: Size | None = key("The artefact with its weights, in 1e6 bytes.")
     seconds: Size | None = key("Time to build and check it.")
