@@ -430,6 +430,15 @@ def test_a_store_of_logits_alone_gives_the_same_student_and_refuses_other_method
         build(QUICK, "gl", prepared, teacher_path, store)
 
 
+def test_a_manifest_of_features_without_their_checksum_is_refused(broken, prepared, teacher_path):
+    path = broken / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["fields"]["features_checksum"]
+    path.write_text(json.dumps(reading.seal(manifest)))
+    with pytest.raises(UserError, match="expected x, features_checksum too; run cache again"):
+        Store(broken, prepared, teacher_path)
+
+
 def test_two_shards_in_each_others_place_are_refused(broken, prepared, teacher_path):
     first, second = (broken / f"shard-0000{n}.safetensors" for n in (0, 1))
     other = first.read_bytes()

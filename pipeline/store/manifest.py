@@ -24,7 +24,11 @@ Shape = list[Annotated[int, Field(ge=1)]]
 StoredType = Literal["F32", "F16", "BF16", "I8", "I64"]
 StoredField = Annotated[tuple[StoredType, Shape], Strict(False)]  # JSON has no tuples
 # layout -> fields of a record
-FEATURES: dict[str, tuple[str, ...]] = {"block_input": ("x",), "qkvh": ("qkv", "h"), "logits": ()}
+FEATURES: dict[str, tuple[str, ...]] = {
+    "block_input": ("x", "features_checksum"),
+    "qkvh": ("qkv", "h", "features_checksum"),
+    "logits": (),
+}
 # Conditions of the schema: something is stored; not only logits.
 ON: dict[str, Any] = {"properties": {"mode": {"const": "on"}}}
 FEATURES_KEPT: dict[str, Any] = {"layout": {"enum": ["block_input", "qkvh"]}}

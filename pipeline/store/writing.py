@@ -32,9 +32,8 @@ from pipeline.training.ranks import SINGLE_PROCESS, Ranks
 MEASURE_EVERY = 8  # write batches between two measurements of the error, which costs a replay
 # Rooms of pipeline/ whose code decides a record: after an edit there an unfinished store starts again.
 ROOMS = ("core", "data", "models", "store", "training")
-STATISTICS = (
-    128  # views for the mean and standard deviation of h per channel: 8,000 tokens at 8 x 8
-)
+# Views for the mean and standard deviation of h per channel: 8,000 tokens at 8 x 8.
+STATISTICS = 128
 
 
 def write(
