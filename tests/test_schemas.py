@@ -181,15 +181,15 @@ def problems(document: dict[str, Any]) -> list[str]:
     if document.get("schema") not in named:
         return [f"schema is {document.get('schema')!r}; docs/schemas has {', '.join(named)}"]
     validator = Draft202012Validator(named[document["schema"]])
-    found = [f"{e.json_path}: {e.message[:200]}" for e in validator.iter_errors(document)]
+    errors = [f"{e.json_path}: {e.message[:200]}" for e in validator.iter_errors(document)]
     kind = next(k for k in schemas.TITLES if schema_name(k) == document["schema"])
     try:
         artifacts.check(document, kind, "file")
     except UserError:
-        assert found, "the model refuses what its schema allows"
-        return found
-    assert not found, f"the model takes what its schema refuses: {found}"
-    return found
+        assert errors, "the model refuses what its schema allows"
+        return errors
+    assert not errors, f"the model takes what its schema refuses: {errors}"
+    return errors
 
 
 def read(path: Path) -> dict[str, Any]:
