@@ -9,6 +9,7 @@ from pipeline.core.config import parse
 from pipeline.core.errors import UserError
 from pipeline.distill import robust
 from pipeline.distill.robust import Discriminator, Trans
+from pipeline.training.seeds import step_seed
 
 
 def seeds(n: int, first: int = 0) -> range:
@@ -54,6 +55,22 @@ def test_trans_moves_no_pixel():
     found = Trans(probability=1, brightness=0, colour=0, noise=0)(batch, seeds(8))
     kept = found == batch.float()
     assert 0.5 < kept.float().mean() < 1
+
+
+def test_numbers_drawn_at_once_are_uniform_and_normal_and_each_images_own():
+    seeds_ = torch.tensor([step_seed(0, 3, f"trans {row}") for row in range(400)])
+    drawn, noise = robust.draw_at_once(seeds_, 17)
+    assert drawn.shape == (400, 9) and noise.shape == (400, 3, 17, 17)
+    assert drawn.min() > 0 and drawn.max() <= 1
+    assert (drawn.mean(0) - 0.5).abs().max() < 0.06 and (drawn.std(0) - 12**-0.5).abs().max() < 0.03
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert abs((noise**4).mean() - 3) < 0.1  # the fourth moment of a normal number
+    flat = noise.flatten(1)
+    for lag in (1, 2, 3, 4, 17):
+        assert abs((flat[:, :-lag] * flat[:, lag:]).mean()) < 0.01
+    assert abs(torch.corrcoef(flat[:20]).triu(1)).max() < 0.2
+    part, own = robust.draw_at_once(seeds_[7:9], 17)
+    assert torch.equal(part, drawn[7:9]) and torch.equal(own, noise[7:9])
 
 
 def test_trans_refuses_a_share_above_1():

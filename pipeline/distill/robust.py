@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core.config import STRICT, Share
+from pipeline.distill.kernels.philox import LOW, philox
+
+KEY = 0x7472616E73  # of the numbers of Trans, apart from those of the swap masks
 
 Adversarial = Literal["non-saturating", "saturating"]
 
@@ -59,12 +62,15 @@ class Trans:
     def __call__(self, views: Tensor, seeds: Sequence[int]) -> Tensor:
         """uint8 views (B, 3, S, S) -> float views (B, 3, S, S) in [0, 255]; untouched images keep their values.
 
-        `seeds` has one for each image, so that what becomes of it depends on no other image of the batch.
+        `seeds` has one for each image, so that what becomes of it depends on no other image of the batch. On a GPU
+        the numbers are others, drawn there for the whole batch at once.
         """
         pixels = views.float()
         batch, _, size, _ = pixels.shape
-        drawn, noise = self._draw(seeds, size)
-        drawn, noise = drawn.to(pixels.device), noise.to(pixels.device)
+        if pixels.device.type == "cpu":
+            drawn, noise = self._draw(seeds, size)
+        else:
+            drawn, noise = draw_at_once(torch.tensor(seeds, device=pixels.device), size)
         columns = iter(drawn.unbind(1))
 
         def uniform(*shape: int) -> Tensor:
@@ -94,6 +100,25 @@ class Trans:
             if self.noise and drawn[i].numpy()[0] < self.probability:
                 noise[i] = torch.randn(3, size, size, generator=generator)
         return drawn, noise
+
+
+def draw_at_once(seeds: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Nine uniform numbers (B, 9) and standard normal noise (B, 3, S, S) of seeds (B,) int64, on their device.
+
+    By Philox, counted by (element, purpose, seed): a row depends on its own seed only. Noise by Box and Muller.
+    """
+    low, high = (seeds & LOW)[:, None], ((seeds >> 32) & LOW)[:, None]
+
+    def uniforms(purpose: int, count: int) -> Tensor:
+        element = torch.arange(-(-count // 4), device=seeds.device)[None]
+        words = philox((element, torch.full_like(element, purpose), low, high), KEY)
+        # 24 bits, the middle of each step: never 0, whose logarithm is infinite.
+        return ((torch.stack(words, -1) >> 8) + 0.5).flatten(1)[:, :count].float() * 2.0**-24
+
+    first, second = uniforms(1, 3 * size * size + 1).unfold(1, 2, 2).unbind(-1)
+    radius, angle = (-2 * first.log()).sqrt(), 2 * math.pi * second
+    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(1)
+    return uniforms(0, 9), pairs[:, : 3 * size * size].unflatten(1, (3, size, size))
 
 
 class Discriminator(nn.Sequential):
