@@ -53,12 +53,12 @@ def test_images(session: Session, folder: Path) -> tuple[Array, NDArray[np.int64
     else:
         prepared = Prepared.open(folder)
         rows = prepared.rows("test")
-        if prepared.images.shape[1] != preprocess["image_size"]:
+        if prepared.image_size != preprocess["image_size"]:
             raise UserError(
-                f"{folder}: image size: got {prepared.images.shape[1]} px; expected {preprocess['image_size']}; "
+                f"{folder}: image size: got {prepared.image_size} px; expected {preprocess['image_size']}; "
                 "give a folder of the network's size"
             )
-        x, labels = normalised(prepared.images[rows], preprocess), prepared.labels[rows]
+        x, labels = normalised(prepared.images.squares(rows), preprocess), prepared.labels[rows]
     known = labels >= 0
     if not known.any():
         raise UserError(f"{folder}: got no labelled image; expected folders named as the classes")

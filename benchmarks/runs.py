@@ -21,6 +21,7 @@ from pipeline.evaluate import accuracy, selection
 from pipeline.models import checkpoint
 from pipeline.models.teacher import load
 from pipeline.prepare import prepare
+from pipeline.prepare.settings import Prepare
 from pipeline.project import recipes
 from pipeline.store import policy, writing
 from stages.check import SECTIONS
@@ -98,7 +99,7 @@ class Runs:
         """Prepare the images, train the teacher and cache its features, each unless it is there."""
         folder = self.folder
         if not (folder / "prepared").exists():
-            prepare.prepare(self.section(prepare.Prepare), folder / "prepared")
+            prepare.prepare(self.section(Prepare), folder / "prepared")
         if not self.teacher.exists():
             settings = self.section(teach.Teach)
             teach.teach(settings, self.prepared, folder / "teacher", folder / "work")
@@ -118,7 +119,8 @@ class Runs:
     def on_val(self, path: Path) -> Run:
         """Clean top-1 and negative log-likelihood of a model on val, by which settings are selected."""
         model, description = checkpoint.load(path)
-        result = selection.score(model, description["preprocess"], self.prepared)
+        crop_pct = self.section(accuracy.Evaluate).crop_pct
+        result = selection.score(model, description["preprocess"], self.prepared, crop_pct)
         return {"top1": result["top1"], "nll": result["nll"]}
 
     def run(self, settings: Distill, method: str, seed: int, split: str = "test") -> Run:

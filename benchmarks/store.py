@@ -26,7 +26,8 @@ from pipeline.data.prepared import Prepared
 from pipeline.distill import curves, settings
 from pipeline.distill.trainer import Trainer, build, train_step
 from pipeline.models import checkpoint, probe, teacher
-from pipeline.prepare.prepare import Prepare, prepare
+from pipeline.prepare.prepare import prepare
+from pipeline.prepare.settings import Prepare
 from pipeline.store import writing
 from pipeline.store.policy import Cache
 from pipeline.training import stopwatch

@@ -108,7 +108,7 @@ def _build(config: Teach, prepared: Prepared) -> tuple[nn.Module, dict[str, Any]
         "kwargs": config.kwargs,
         "num_classes": len(classes),
         "classes": list(classes),
-        "preprocess": preprocessing(vit, prepared.image_size),
+        "preprocess": preprocessing(vit, prepared.image_size, prepared.crop_mode),
         "grid": spec.grid,
         "labels_seen": int((prepared.labels[prepared.rows("train")] >= 0).sum()),
         "seed": config.seed,

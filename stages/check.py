@@ -22,7 +22,7 @@ from pipeline.distill.methods.table import check_stored, reads
 from pipeline.evaluate.accuracy import Evaluate
 from pipeline.models import checkpoint
 from pipeline.models.student import check_feature_maps, find_tap, probe_student
-from pipeline.prepare.prepare import Prepare
+from pipeline.prepare.settings import Prepare
 from pipeline.project import recipes
 from pipeline.report.budgets import check_targets
 from pipeline.report.summary import Report

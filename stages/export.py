@@ -34,6 +34,7 @@ def main(args: argparse.Namespace) -> None:
 
     began = time.monotonic()
     params = config.load(Export, args.params)
+    crop_pct = config.value("evaluate.crop_pct", args.params)
     prepared = Prepared.open(args.prepared)
     method = selected(args.selection, params.method)
     student = args.students / method / "student.safetensors"
@@ -43,17 +44,20 @@ def main(args: argparse.Namespace) -> None:
     calibration_rows = spread(prepared.rows("train"), params.calibration_images)
     with atomic_dir(args.out) as folder:
         loaded = {name: load(path) for name, path in checkpoints.items()}
+        for _, description in loaded.values():
+            description["preprocess"]["crop_pct"] = crop_pct
         models = {
             name: export(path, *loaded[name], folder / f"{name}.onnx", params.opset)
             for name, path in checkpoints.items()
         }
         reference = {"labels": prepared.labels[rows]}
         for name in checkpoints:
-            x = normalised(prepared.images[rows], preprocess[name])
+            x = normalised(prepared.images.squares(rows, crop_pct), preprocess[name])
             logits = inputs.run_batches(EagerSession(*loaded[name], usable_cores()), x)
             reference |= {IMAGES[name]: x, name: logits}  # type: ignore[dict-item]
         np.savez(folder / "reference.npz", **reference)  # type: ignore[arg-type]
-        calibration = normalised(prepared.images[calibration_rows], preprocess["student"])
+        pixels = prepared.images.squares(calibration_rows, crop_pct)
+        calibration = normalised(pixels, preprocess["student"])
         np.save(folder / "calibration.npy", calibration)
         document = {
             "schema": SCHEMA,

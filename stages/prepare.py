@@ -7,11 +7,12 @@ from pathlib import Path
 
 from pipeline.core import cli, config
 from pipeline.prepare import prepare
+from pipeline.prepare.settings import Prepare
 
 
 def main(args: argparse.Namespace) -> None:
     """Prepare the images of `prepare:`."""
-    index = prepare.prepare(config.load(prepare.Prepare, args.params), args.out)
+    index = prepare.prepare(config.load(Prepare, args.params), args.out)
     counts = ", ".join(f"{n} {split}" for split, n in index["counts"].items())
     remarks = [*index["notes"], *prepare.remarks(index)]
     print(

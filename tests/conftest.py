@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.prepared import Prepared
-from pipeline.prepare.prepare import Prepare, prepare
+from pipeline.prepare.prepare import prepare
+from pipeline.prepare.settings import Prepare
 from tests import artefacts, command_line
 from tests.shared import Shared
 
 ROOT = Path(__file__).parents[1]
+CROP_PCT = 0.9  # of the exported networks
 VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CNN = {"channels": [8, 12, 16, 24], "output_stride": 8}
 LONG = (  # the longest first: of `make test-ci`, then of `make test`
@@ -119,7 +121,10 @@ def export(digits: Path, folder: Path) -> None:
         path = folder / "students" / "cakd" if role == "student" else folder
         checkpoint.save(path / f"{role}.safetensors", model, description)
     params = folder / "params.yaml"
-    params.write_text("export:\n  method: cakd\n  reference_images: 64\n  calibration_images: 96\n")
+    params.write_text(
+        "export:\n  method: cakd\n  reference_images: 64\n  calibration_images: 96\n"
+        f"evaluate:\n  crop_pct: {CROP_PCT}\n"
+    )
     selection = folder / "selection.json"
     selection.write_text(json.dumps(artefacts.selection("cakd")))
     models = [folder / "students", selection, folder / "teacher.safetensors"]

@@ -38,6 +38,7 @@ from exporters.ort.session import OrtSession
 from pipeline.core import artifacts, errors
 from pipeline.data import decoding
 from tests import fake_jetson
+from tests.conftest import CROP_PCT
 from tests.house import ROOT
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -147,7 +148,7 @@ def test_labels_preprocessing_and_answers_are_the_networks_own(made: Path, expor
     opened = Bundle.open(made)
     description = json.loads((exported / "student.json").read_text())
     assert opened.labels() == description["classes"]
-    assert opened.preprocessing() == description["preprocess"]
+    assert opened.preprocessing() == {**description["preprocess"], "crop_pct": CROP_PCT}
     x, logits = opened.parity()
     assert x.shape == (16, 3, 32, 32) and x.dtype == np.float32
     assert np.abs(OrtSession(exported / "student.onnx", 1).run(x) - logits).max() < 1e-5
@@ -447,7 +448,7 @@ def test_any_picture_is_prepared_bit_for_bit_as_in_training(tmp_path: Path) -> N
         "palette.gif": Image.fromarray(rgba[..., :3]).quantize(16),
         "turned.jpg": Image.fromarray(rgba[..., :3]),
     }
-    notes = {"image_size": 24, "interpolation": "bicubic", "crop": image.CROP}
+    notes = {"image_size": 24, "interpolation": "bicubic", "crop": image.CROP, "crop_pct": 1.0}
     notes |= {"mean": [0.0] * 3, "std": [1 / 255] * 3}
     for name, saved in kinds.items():
         saved.save(tmp_path / name, **({"exif": turned} if name == "turned.jpg" else {}))

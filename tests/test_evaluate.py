@@ -36,7 +36,7 @@ def test_ece_of_a_calibrated_coin_is_zero_and_of_a_boaster_one():
 
 @pytest.mark.parametrize("kind", corruptions.NOISE)
 def test_noise_changes_the_image_and_is_a_function_of_seed_and_id(kind, prepared):
-    images = np.asarray(prepared.images[:4])
+    images = prepared.images.squares(range(4))
     a = corruptions.noisy(images, ("a", "b", "c", "d"), kind, 0)
     b = corruptions.noisy(images[::-1], ("d", "c", "b", "a"), kind, 0)[::-1]
     other = corruptions.noisy(images, ("a", "b", "c", "d"), kind, 1)

@@ -43,7 +43,7 @@ def test_confusion_and_accuracy_are_of_the_same_answers(judged, found):
 def test_the_mistakes_are_the_surest_of_all_wrong_answers(found, prepared, students):
     model, description = checkpoint.load(students[1])
     rows = prepared.rows("test")
-    x = views.normalise(views.whole(prepared.images[rows]), description["preprocess"])
+    x = views.normalise(views.whole(prepared.images.squares(rows)), description["preprocess"])
     with torch.no_grad():
         confidence, said = model(x).softmax(1).max(1)
     wrong = said.numpy() != prepared.labels[rows]
@@ -76,7 +76,9 @@ def test_the_teachers_map_is_that_of_its_last_block_without_the_class_token(
     assert len(set(labels)) == len(labels) == evidence.IMAGES
     assert (prepared.splits[block["rows"]] == "test").all()
     attn = live.tail.vit.blocks[-1].attn
-    x = live.tail.vit.blocks[-1].norm1(live.look(views.whole(prepared.images[block["rows"]]))[0])
+    x = live.tail.vit.blocks[-1].norm1(
+        live.look(views.whole(prepared.images.squares(block["rows"])))[0]
+    )
     q, k, _ = attn.qkv(x)[:, 1:].reshape(len(labels), 64, 3, 2, 16).permute(2, 0, 3, 1, 4)
     weights = (q @ k.mT / 4).softmax(-1).mean((1, 2)) * 64
     np.testing.assert_allclose(block["received"]["teacher"], weights, atol=1e-3)

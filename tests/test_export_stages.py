@@ -22,6 +22,7 @@ from exporters.open import open_session
 from exporters.trt import driver
 from pipeline.data.prepared import Prepared, normalised
 from tests import artefacts
+from tests.conftest import CROP_PCT
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 ROW = {
@@ -51,7 +52,7 @@ def test_the_reference_is_the_val_split_with_torchs_own_logits(
     held = np.load(exported / "reference.npz", allow_pickle=False)
     prepared = Prepared.open(digits)
     preprocess = json.loads((exported / "student.json").read_text())["preprocess"]
-    val = normalised(prepared.images[prepared.rows("val")], preprocess)
+    val = normalised(prepared.images.squares(prepared.rows("val"), CROP_PCT), preprocess)
     assert held["x"].shape == (64, 3, 32, 32) and held["x"].dtype == np.float32
     assert all((val == image).all(axis=(1, 2, 3)).any() for image in held["x"])
     for model in ("student", "teacher"):
@@ -65,7 +66,7 @@ def test_calibration_shows_training_images_only(exported: Path, digits: Path) ->
     assert shown.shape == (96, 3, 32, 32) and shown.dtype == np.float32
     prepared = Prepared.open(digits)
     preprocess = json.loads((exported / "student.json").read_text())["preprocess"]
-    train = normalised(prepared.images[prepared.rows("train")], preprocess)
+    train = normalised(prepared.images.squares(prepared.rows("train"), CROP_PCT), preprocess)
     assert all((train == image).all(axis=(1, 2, 3)).any() for image in shown)
 
 
@@ -81,7 +82,8 @@ def test_export_json_holds_the_figures_of_the_hard_gates(exported: Path) -> None
 def test_images_of_another_size_than_the_models_are_exit_2(
     exported: Path, tmp_path: Path, command: Command
 ) -> None:
-    from pipeline.prepare.prepare import Prepare, prepare
+    from pipeline.prepare.prepare import prepare
+    from pipeline.prepare.settings import Prepare
 
     other = tmp_path / "prepared"
     prepare(Prepare("digits", image_size=16, val=20, test=20), other)

@@ -29,7 +29,8 @@ from pipeline.core import artifacts
 from pipeline.data.images import SUFFIXES
 from pipeline.data.prepared import Prepared
 from pipeline.models import checkpoint, teacher
-from pipeline.prepare.prepare import Prepare, prepare
+from pipeline.prepare.prepare import prepare
+from pipeline.prepare.settings import Prepare
 from pipeline.store import policy, reading, writing
 from tests import containers, fuzz, hostile
 from tests.accidents import UNCOUNTED

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from pipeline.data.prepared import Prepared
-from pipeline.prepare.prepare import Prepare, prepare
+from pipeline.prepare.prepare import prepare
+from pipeline.prepare.settings import Prepare
 from pipeline.report import gallery
 from pipeline.report.charts import classes as charts_classes
 from pipeline.report.charts.classes import BARS
@@ -73,7 +74,7 @@ def test_the_surest_mistakes_are_shown_with_the_file_they_came_from(prepared):
     made = evidence(prepared)
     found = gallery.mistakes(made, prepared, "cakd")
     first, row = found["surest"][0], made["models"]["cakd"]["mistakes"][0]["row"]
-    assert np.array_equal(np.asarray(opened(first["image"])), prepared.images[row])
+    assert np.array_equal(np.asarray(opened(first["image"])), prepared.images.squares([row])[0])
     assert first["origin"] == prepared.origins()[row] and first["confidence"] == 0.99
     assert (first["label"], first["predicted"]) == ("0", "1")
     assert found["wrong"] == 3 and found["total"] == 400 and found["pairs"] == [("0", "1", 3)]

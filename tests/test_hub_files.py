@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pipeline.core.errors import UserError
-from pipeline.prepare.prepare import Prepare, prepare
+from pipeline.prepare.prepare import prepare
+from pipeline.prepare.settings import Prepare
 from pipeline.prepare.sources import parquet
 from pipeline.prepare.sources.sample import Columns
 from tests import containers

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import UserError
-from pipeline.prepare.prepare import Prepare, prepare
+from pipeline.prepare.prepare import prepare
+from pipeline.prepare.settings import Prepare
 from pipeline.prepare.sources.sample import existing
 from tests import layouts
 from tests.conftest import ROOT

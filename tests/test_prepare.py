@@ -17,7 +17,8 @@ from PIL import Image
 from pipeline.core.config import parse
 from pipeline.core.errors import UserError
 from pipeline.data.prepared import SPLITS, UNLABELLED, Prepared
-from pipeline.prepare.prepare import Prepare, prepare, remarks
+from pipeline.prepare.prepare import prepare, remarks
+from pipeline.prepare.settings import Prepare
 from stages import prepare as stages_prepare
 
 
@@ -41,7 +42,7 @@ def folder(tmp_path):
 def test_digits_are_split_stratified_and_by_seed(digits, tmp_path):
     prepared = Prepared.open(digits)
     counts = [len(prepared.rows(s)) for s in SPLITS]
-    assert counts == [1297, 100, 400] and prepared.images.shape == (1797, 32, 32, 3)
+    assert counts == [1297, 100, 400] and prepared.images.array.shape == (1797, 32, 32, 3)
     per_class = np.bincount(prepared.labels[prepared.rows("test")])
     assert per_class.min() >= 38 and per_class.max() <= 42
     prepare(
@@ -93,17 +94,28 @@ def test_one_tree_of_classes_is_split_by_seed(folder, tmp_path):
 
 def test_the_index_is_in_the_order_of_the_hash_of_each_images_pixels(digits):
     prepared = Prepared.open(digits)
-    found = [hashlib.sha256(image.tobytes()).hexdigest() for image in prepared.images]
+    found = [
+        hashlib.sha256(image.tobytes()).hexdigest()
+        for image in prepared.images.squares(range(len(prepared.images)))
+    ]
     assert found == list(prepared.sha256) == sorted(found)
 
 
-def test_the_names_of_the_files_and_their_order_decide_nothing(folder, tmp_path):
-    config = Prepare("imagefolder", path=str(folder), image_size=16, val=4, student_labels=3)
+@pytest.mark.parametrize(("stored", "file"), [("raw", "images.npy"), ("packed", "images.bin")])
+def test_the_names_of_the_files_and_their_order_decide_nothing(stored, file, folder, tmp_path):
+    config = Prepare(
+        "imagefolder",
+        path=str(folder),
+        image_size=16,
+        stored=stored,
+        val=4,
+        student_labels=3,
+    )
     prepare(config, tmp_path / "before")
     for i, path in enumerate(sorted(folder.rglob("*.png"), key=lambda p: p.name[::-1])):
         path.rename(path.with_name(f"renamed {97 * i % 31} {i}.png"))
     prepare(config, tmp_path / "after")
-    for name in ("index.json", "images.npy"):
+    for name in ("index.json", file):
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
     assert (
         Prepared.open(tmp_path / "before").origins() != Prepared.open(tmp_path / "after").origins()
@@ -113,7 +125,8 @@ def test_the_names_of_the_files_and_their_order_decide_nothing(folder, tmp_path)
 def test_pictures_that_stand_twice_are_reported(folder, tmp_path):
     shutil.copy(folder / "train" / "cat" / "3.png", folder / "test" / "cat" / "copy.png")
     shutil.copy(folder / "train" / "cat" / "5.png", folder / "train" / "dög" / "torn.png")
-    index = prepare(Prepare("imagefolder", path=str(folder), image_size=16, val=4), tmp_path / "p")
+    config = Prepare("imagefolder", path=str(folder), image_size=16, stored="raw", val=4)
+    index = prepare(config, tmp_path / "p")
     prepared = Prepared.open(tmp_path / "p")
     across = next(d for d in index["duplicates"] if "test" in d["splits"] and d["labels"] == [0])
     assert sum(len(d["splits"]) > 1 for d in index["duplicates"]) == 8  # 0 to 3 of both classes
@@ -126,10 +139,11 @@ def test_pictures_that_stand_twice_are_reported(folder, tmp_path):
     assert "images under more than one label: 1" in told
 
 
-def test_broken_pictures_are_left_out_and_listed_where_asked(folder, tmp_path):
+@pytest.mark.parametrize(("stored", "file"), [("raw", "images.npy"), ("packed", "images.bin")])
+def test_broken_pictures_are_left_out_and_listed_where_asked(stored, file, folder, tmp_path):
     for name in ("cat/a.png", "dög/b.jpg"):
         (folder / "train" / name).write_bytes(b"broken")
-    config = Prepare("imagefolder", path=str(folder), image_size=16, val=4)
+    config = Prepare("imagefolder", path=str(folder), image_size=16, stored=stored, val=4)
     with pytest.raises(UserError, match=rf"{folder}/train/cat/a.png: not a readable image"):
         prepare(config, tmp_path / "p")
     assert not (tmp_path / "p").exists()
@@ -142,7 +156,7 @@ def test_broken_pictures_are_left_out_and_listed_where_asked(folder, tmp_path):
     for s in index["skipped"]:
         (folder / s["origin"]).unlink()
     prepare(config, tmp_path / "without")
-    pixels = [(tmp_path / p / "images.npy").read_bytes() for p in ("skipped", "without")]
+    pixels = [(tmp_path / p / file).read_bytes() for p in ("skipped", "without")]
     assert pixels[0] == pixels[1]
     assert len(Prepared.open(tmp_path / "skipped").images) == 31
 
@@ -162,8 +176,9 @@ def test_a_full_disk_is_told_before_anything_is_written(folder, tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
+    config = Prepare("imagefolder", path=str(folder), image_size=16, stored="raw", val=4)
     with pytest.raises(UserError, match="got No space left .*; expected 0.00 GB for the prepared"):
-        prepare(Prepare("imagefolder", path=str(folder), image_size=16, val=4), tmp_path / "p")
+        prepare(config, tmp_path / "p")
     assert not any(p.suffix != "" or p.name == "p" for p in tmp_path.iterdir())
 
 
@@ -305,5 +320,5 @@ def test_class_folders_and_a_table_give_the_same_bytes(folder, tmp_path):
     shutil.rmtree(folder / "unlabelled")
     for name, path in (("a", folder), ("b", tmp_path / "flat")):
         prepare(Prepare("imagefolder", str(path), image_size=16, val=4), tmp_path / name)
-    for name in ("index.json", "images.npy"):
+    for name in ("index.json", "images.bin"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

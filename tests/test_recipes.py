@@ -20,7 +20,8 @@ from pipeline.distill import settings
 from pipeline.distill.trainer import build, train_step
 from pipeline.models import checkpoint, probe, teacher
 from pipeline.models.student import Taps, find_tap
-from pipeline.prepare.prepare import Prepare, prepare
+from pipeline.prepare.prepare import prepare
+from pipeline.prepare.settings import Prepare
 from pipeline.project import recipes
 from pipeline.store import writing
 from pipeline.store.policy import Cache

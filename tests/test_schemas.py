@@ -239,8 +239,8 @@ def train_and_evaluate(folder: Path, digits: Path, teacher: Path, features: Path
     student = {"student": "test_resnet", "student_kwargs": CNN, "steps": 21}
     cache = {"dtype": "float32", "views": 2, "shard_mb": 9}  # as the fixture `features`
     params = folder / "params-of-training.yaml"
-    settings = {"distill": {"methods": methods, **student}, "cache": cache, "evaluate": {}}
-    settings["export"] = {"method": "best"}
+    settings = {"distill": {"methods": methods, **student}, "cache": cache}
+    settings |= {"evaluate": {"crop_pct": 1.0}, "export": {"method": "best"}}
     params.write_text(json.dumps(settings))
     for method in methods:
         args = {"prepared": digits, "teacher": teacher, "features": features, "method": method}

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from pipeline.data.pixels import Squares
 from pipeline.data.prepared import Prepared
 from pipeline.evaluate import selection
 from tests.test_schemas import problems
@@ -73,16 +74,18 @@ def test_the_stage_opens_no_split_but_val(students, digits, command, tmp_path, m
         return rows(self, split)
 
     def guarded(folder):
-        pixels = np.asarray(opened.images).view(OnlyVal)
+        pixels = np.asarray(opened.images.array).view(OnlyVal)
         pixels.allowed = val
-        return Prepared(**{**vars(opened), "images": pixels})
+        return Prepared(**{**vars(opened), "images": Squares(pixels)})
 
     monkeypatch.setattr(Prepared, "rows", watched)
     monkeypatch.setattr(Prepared, "open", guarded)
     with pytest.raises(AssertionError, match="not of val"):
-        guarded(digits).images[rows(opened, "test")]
+        guarded(digits).images.squares(rows(opened, "test"))
     params, out = tmp_path / "params.yaml", tmp_path / "selection.json"
-    params.write_text("distill: {methods: [plain, logits]}\nexport: {method: best}\n")
+    params.write_text(
+        "distill: {methods: [plain, logits]}\nexport: {method: best}\nevaluate: {crop_pct: 1.0}\n"
+    )
     done = command("stages.select", digits, students, out, "--params", params)
     assert done.returncode == 0, done.stderr
     assert set(asked) == {"val"} and done.stdout.count("\n") == 1

@@ -17,7 +17,8 @@ from pipeline.data import views
 from pipeline.data.prepared import Prepared
 from pipeline.distill import batches, settings
 from pipeline.prepare import prepare as prepare_prepare
-from pipeline.prepare.prepare import Prepare, prepare
+from pipeline.prepare.prepare import prepare
+from pipeline.prepare.settings import Prepare
 from pipeline.prepare.sources import cifar, parquet, unpickle, zoo
 from pipeline.prepare.sources.sample import Columns
 from tests import containers
@@ -352,7 +353,9 @@ def test_a_torchvision_set_is_read_as_torchvision_lays_it_out(tmp_path):
     found = Prepared.open(tmp_path / "p")
     assert found.classes[7] == "7 - seven"
     row = found.origins().index("test/000003")
-    assert np.array_equal(found.images[row], np.repeat(pixels[43][..., None], 3, axis=2))
+    assert np.array_equal(
+        found.images.squares([row])[0], np.repeat(pixels[43][..., None], 3, axis=2)
+    )
     assert found.labels[row] == labels[43] and found.splits[row] == "test"
 
 

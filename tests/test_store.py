@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.core import artifacts
 from pipeline.core.errors import GateFailed, UserError
 from pipeline.data import views
+from pipeline.data.pixels import Squares
 from pipeline.data.prepared import Prepared
 from pipeline.models import checkpoint, probe, teacher
 from pipeline.store import encoding, planning, policy, reading, shards, verifying, writing
@@ -257,7 +258,7 @@ def test_the_statistics_of_h_are_taken_over_all_classes(prepared, teacher_path, 
     order = np.argsort(prepared.labels, kind="stable")  # as an image folder's index is
     by_class = replace(
         prepared,
-        images=np.asarray(prepared.images)[order],
+        images=Squares(prepared.images.squares(order)),
         labels=prepared.labels[order],
         splits=prepared.splits[order],
     )

@@ -7,7 +7,8 @@ import unicodedata
 import pytest
 
 from pipeline.core.errors import UserError
-from pipeline.prepare.prepare import Prepare, prepare, remarks
+from pipeline.prepare.prepare import prepare, remarks
+from pipeline.prepare.settings import Prepare
 from pipeline.prepare.sources import imagefolder
 from pipeline.prepare.sources.sample import Columns
 from tests import layouts

@@ -76,7 +76,7 @@ def test_replaying_the_last_block_gives_timms_own_logits_tokens_and_attention_bi
     path = tmp_path / "teacher.safetensors"
     vit = saved(path, name, SMALL | more)
     live = teacher.load(path)
-    batch = views.whole(prepared.images[:8])
+    batch = views.whole(prepared.images.squares(range(8)))
     x_l, tokens = live.look(batch)
     with torch.no_grad():
         x = views.normalise(batch, live.description["preprocess"])
@@ -143,7 +143,7 @@ def test_q_k_v_are_the_ones_timm_feeds_its_attention(tmp_path, prepared, monkeyp
         return exact(q, k, v, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    tokens = live(views.whole(prepared.images[:4]))
+    tokens = live(views.whole(prepared.images.squares(range(4))))
     for ours, timms in zip(heads(tokens.qkv), seen[-1], strict=True):
         torch.testing.assert_close(ours, timms)
     torch.testing.assert_close(
@@ -190,7 +190,7 @@ def test_the_teacher_never_trains_and_never_gets_a_gradient(teacher_path, prepar
     live = teacher.load(teacher_path)
     live.train()
     assert not live.training and not any(m.training for m in live.modules())
-    tokens = live(views.whole(prepared.images[:2]))
+    tokens = live(views.whole(prepared.images.squares(range(2))))
     assert not any(t.requires_grad for t in (tokens.qkv, tokens.h, tokens.logits))
     assert not any(p.requires_grad for p in live.parameters())
 

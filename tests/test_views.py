@@ -12,6 +12,7 @@ from pipeline.core.config import parse
 from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.data.mixing import Mix, mixture
+from pipeline.data.pixels import Squares
 from pipeline.data.views import Geometry
 
 NONE = np.array([], dtype=np.int64)  # nothing is mixed
@@ -19,8 +20,13 @@ POOL = np.arange(6)
 
 
 @pytest.fixture
-def images() -> np.ndarray:
+def pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (6, 24, 24, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def images(pixels) -> Squares:
+    return Squares(pixels)
 
 
 def test_a_view_has_the_same_bits_in_any_batch_and_order(images):
@@ -44,18 +50,18 @@ def test_the_teachers_own_training_views_are_none_of_the_cached_ones():
     assert not {a.tobytes() for a in cached} & {b.tobytes() for b in own}
 
 
-def test_the_whole_image_without_any_freedom_is_itself(images):
+def test_the_whole_image_without_any_freedom_is_itself(images, pixels):
     still = Geometry(crop=(1.0, 1.0), aspect=1.0, rotate=0.0, flip=False)
     assert torch.equal(
-        views.view_batch(images, still, 0, range(6), [0] * 6, NONE), views.whole(images)
+        views.view_batch(images, still, 0, range(6), [0] * 6, NONE), views.whole(pixels)
     )
 
 
-def test_flip_mirrors_half_of_the_views_left_to_right(images):
+def test_flip_mirrors_half_of_the_views_left_to_right(images, pixels):
     mirror = Geometry(crop=(1.0, 1.0), aspect=1.0, rotate=0.0, flip=True)
     rows = [0] * 200
     batch = views.view_batch(images, mirror, 0, rows, range(200), NONE)
-    whole = views.whole(images)[0]
+    whole = views.whole(pixels)[0]
     kinds = [torch.equal(v, whole) for v in batch]
     assert all(
         torch.equal(v, whole.flip(2)) for v, same in zip(batch, kinds, strict=True) if not same
@@ -68,17 +74,17 @@ def test_a_half_crop_shows_a_quarter_of_the_image_at_twice_the_scale():
         np.arange(0, 240, 10, dtype=np.uint8)[None, None, :, None], (1, 24, 24, 3)
     )
     geometry = Geometry(crop=(0.25, 0.25), aspect=1.0, flip=False)
-    view = views.view_batch(ramp, geometry, 0, [0], [0], NONE)[0, 0, 0].float()
+    view = views.view_batch(Squares(ramp), geometry, 0, [0], [0], NONE)[0, 0, 0].float()
     steps = view.diff()
     assert steps[2:-2].mean().item() == pytest.approx(5, abs=0.3)
 
 
-def test_normalise_matches_the_numpy_preprocessing_of_the_exporters(images):
+def test_normalise_matches_the_numpy_preprocessing_of_the_exporters(pixels):
     from pipeline.data import prepared
 
     preprocess = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
-    ours = views.normalise(views.whole(images), preprocess).numpy()
-    np.testing.assert_allclose(ours, prepared.normalised(images, preprocess), rtol=1e-6, atol=1e-6)
+    ours = views.normalise(views.whole(pixels), preprocess).numpy()
+    np.testing.assert_allclose(ours, prepared.normalised(pixels, preprocess), rtol=1e-6, atol=1e-6)
 
 
 def test_a_changed_pixel_is_refused_by_its_hash_naming_the_row(images):
@@ -126,12 +132,12 @@ def test_a_mixed_view_holds_both_images_in_their_shares(images):
     still = Geometry(crop=(1.0, 1.0), aspect=1.0, flip=False, mix=Mix(mixup=1.0))
     flat = np.stack([np.full((16, 16, 3), 40 * i, np.uint8) for i in range(6)])
     rows, ks = np.arange(6), np.arange(6)
-    batch = views.view_batch(flat, still, 0, rows, ks, POOL)
+    batch = views.view_batch(Squares(flat), still, 0, rows, ks, POOL)
     found = views.mixed_with(still, 0, rows, ks, POOL, 16)
     expected = 40 * (rows * found.shares + found.partners * (1 - found.shares))
     assert np.abs(batch.float().mean(dim=(1, 2, 3)).numpy() - expected).max() <= 0.5
     cut = replace(still, mix=Mix(cutmix=1.0))
-    batch = views.view_batch(flat, cut, 0, rows, ks, POOL)
+    batch = views.view_batch(Squares(flat), cut, 0, rows, ks, POOL)
     found = views.mixed_with(cut, 0, rows, ks, POOL, 16)
     expected = 40 * (rows * found.shares + found.partners * (1 - found.shares))
     assert np.allclose(batch.float().mean(dim=(1, 2, 3)).numpy(), expected, atol=1e-3)

@@ -16,9 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from benchmarks import record
 from benchmarks.gpu_parts.part import COMMAND, Part, Row, parser
@@ -32,6 +30,7 @@ from pipeline.evaluate import accuracy as evaluate_accuracy
 from pipeline.evaluate.accuracy import Evaluate, predict
 from pipeline.models import checkpoint, teacher
 from pipeline.prepare import prepare
+from pipeline.prepare.settings import Prepare
 from pipeline.project import recipes
 from pipeline.store import writing
 from pipeline.store.policy import Cache
@@ -111,11 +110,11 @@ def images(run: Run) -> Prepared:
     """Open the prepared folder, or prepare the parquet files, archive or class folders."""
     folder = Path(run.data)
     if run.dry:
-        settings = prepare.Prepare("digits", image_size=32, val=100, test=1000)
+        settings = Prepare("digits", image_size=32, val=100, test=1000)
     elif (folder / "index.json").is_file():
         return Prepared.open(folder)
     else:
-        settings = run.section(prepare.Prepare, source=source_of(run.data), test=0.2)
+        settings = run.section(Prepare, source=source_of(run.data), test=0.2)
     prepare.prepare(settings, run.folder / "prepared")
     return Prepared.open(run.folder / "prepared")
 
@@ -230,28 +229,14 @@ def train_students(run: Run, prepared: Prepared, path: Path, features: Path, cac
         run.write()
 
 
-class OnDevice(nn.Module):
-    """A model that computes on a device for a caller on the CPU."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        super().__init__()
-        self.model, self.device = model.to(device), device
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, 3, S, S) -> logits (B, K), both on the CPU."""
-        logits: Tensor = self.model(x.to(self.device)).cpu()
-        return logits
-
-
 def accuracy(run: Run, path: Path, prepared: Prepared) -> dict[str, Any]:
     """Top-1, top-5, nll and ECE on the test split, clean: the noises are drawn an image at a time on the CPU."""
     model, description = checkpoint.load(path)
     settings = run.section(Evaluate)
     rows = prepared.rows(settings.split)
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wrapped = OnDevice(model.eval(), where)
-    pixels: Any = np.asarray(prepared.images[rows])
-    logits = predict(wrapped, pixels, description["preprocess"], batch=1000)
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    pixels = prepared.images.squares(rows)
+    logits = predict(model, pixels, description["preprocess"], batch=1000)
     labels = torch.from_numpy(prepared.labels[rows])
     return evaluate_accuracy.figures(logits, labels)
 

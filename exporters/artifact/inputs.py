@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from exporters.artifact import metadata
 from exporters.artifact.session import Array, Session
 from pipeline.core.errors import UserError
-from pipeline.data.decoding import decode, square_rgb
-from pipeline.data.images import SUFFIXES, image_files, square_pixels
+from pipeline.data.decoding import CROPS, decode, square_for
+from pipeline.data.images import SUFFIXES, image_files, read_pixels
 from pipeline.data.prepared import UNLABELLED, Prepared, normalised, spread
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -82,8 +81,8 @@ def labelled_images(folder: Path, session: Session, limit: int) -> tuple[Array, 
                 "export the model with equal height and width"
             )
         print("no preprocessing in the artefact's metadata: ImageNet's mean and std are assumed")
-        preprocess = {"image_size": height, **IMAGENET}
-    pixels, names = zip(*read_folder(folder, preprocess["image_size"], limit), strict=True)
+        preprocess = {"image_size": height, "crop": CROPS["center"], **IMAGENET}
+    pixels, names = zip(*read_folder(folder, preprocess, limit), strict=True)
     index = {name: i for i, name in enumerate(metadata.classes(session.metadata))}
     labels = np.array([index.get(name, -1) for name in names], dtype=np.int64)
     images = normalised(np.stack(pixels), preprocess)
@@ -98,28 +97,29 @@ def _grey(images: Array) -> Array:
 
 
 def read_folder(
-    folder: Path, size: int, limit: int
+    folder: Path, preprocess: dict[str, Any], limit: int
 ) -> Iterator[tuple[NDArray[np.uint8], str | None]]:
     """At most `limit` images of any folder, evenly spaced in name order, and their classes.
 
-    Each (size, size, 3) uint8 with the name of the folder it lies in, None directly in `folder`; of a prepared
-    folder the val split. Raises UserError: no image there, a broken one.
+    Each (S, S, 3) uint8, as `preprocess` asks, with the name of the folder it lies in, None directly in `folder`;
+    of a prepared folder the val split. Raises UserError: no image there, a broken one.
     """
     if (folder / "index.json").is_file():
         prepared = Prepared.open(folder)
         for row in spread(prepared.rows("val"), limit):
             label = int(prepared.labels[row])
             name = None if label == UNLABELLED else prepared.classes[label]
-            yield square_rgb(Image.fromarray(prepared.images[row]), size), name
+            yield square_for(prepared.images.image(row), preprocess), name
         return
     paths = image_files(folder)
     if not paths:
         suffixes = ", ".join(sorted(SUFFIXES))
         raise UserError(f"{folder}: no images found; expected {suffixes}; give a folder of images")
+    convert = partial(square_for, preprocess=preprocess)
     for i in spread(np.arange(len(paths)), limit):
         path = paths[i]
         name = path.parent.name if path.parent != folder else None
-        yield square_pixels(partial(decode, path), str(path), size), name
+        yield read_pixels(partial(decode, path), str(path), convert), name
 
 
 def run_batches(session: Session, x: Array) -> Array:

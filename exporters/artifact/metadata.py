@@ -1,7 +1,7 @@
 """The metadata inside an artefact: preprocessing, class names, precision and origin.
 
 Flat text keys, so that ONNX metadata, OpenVINO rt_info and a plan's sidecar have the same ones:
-image_size, mean, std (`0.485 0.456 0.406`), interpolation, crop, classes (one a line), precision, model,
+image_size, mean, std (`0.485 0.456 0.406`), interpolation, crop, crop_pct, classes (one a line), precision, model,
 role, method, weights_sha256, torch, timm.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError, nearest
+from pipeline.data.decoding import CROPS
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")  # from fine to coarse
 MAX_SIDE = 4096  # pixels a side
@@ -29,6 +30,7 @@ def flatten(description: Mapping[str, Any], precision: str = "fp32") -> dict[str
         "std": " ".join(map(repr, preprocess["std"])),
         "interpolation": preprocess["interpolation"],
         "crop": preprocess["crop"],
+        "crop_pct": preprocess.get("crop_pct", 1.0),
         "classes": "\n".join(description.get("classes") or []),
         "precision": precision,
         "model": description["model"],
@@ -70,10 +72,25 @@ def preprocessing(properties: Mapping[str, str]) -> dict[str, Any] | None:
     return {
         "image_size": image_size(properties),
         "interpolation": properties.get("interpolation", "bicubic"),
-        "crop": properties.get("crop", "resize the shorter side, centre crop"),
+        "crop": properties.get("crop", CROPS["center"]),
+        "crop_pct": _crop_pct(properties),
         "mean": _channel_values(properties, "mean"),
         "std": _channel_values(properties, "std"),
     }
+
+
+def _crop_pct(properties: Mapping[str, str]) -> float:
+    """The share of each side that is kept, 1 without the entry. Raises UserError: no share."""
+    text = properties.get("crop_pct", "1")
+    try:
+        value = float(text[:MAX_TEXT])
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise UserError(
+            f"metadata crop_pct: got {text[:40]!r}; expected a number above 0, at most 1; export it again"
+        )
+    return value
 
 
 def _channel_values(properties: Mapping[str, str], key: str) -> list[float]:

@@ -105,7 +105,7 @@ def validate_network(source: Path, session: OrtSession) -> None:
             f"{source}: got {session.input_shape[1]} channel and preprocessing metadata, which is of RGB images; "
             "expected 3 channels; export it without preprocessing metadata"
         )
-    if (preprocess["interpolation"], preprocess["crop"]) != ("bicubic", image.CROP):
+    if preprocess["interpolation"] != "bicubic" or preprocess["crop"] not in image.CROPS:
         raise UserError(
             f"{source}: preprocessing: got {preprocess['interpolation']!r}, {preprocess['crop']!r}; "
             f"expected 'bicubic', {image.CROP!r}; export it without preprocessing metadata"

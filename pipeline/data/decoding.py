@@ -1,4 +1,4 @@
-"""Any image file -> square 8-bit RGB: the one decoder of the pipeline and of the bundle's runner.
+"""Any image file -> 8-bit RGB: the one decoder of the pipeline and of the bundle's runner.
 
 A bundle carries a copy of this file: Python 3.8, NumPy and Pillow 9, nothing else.
 """
@@ -15,13 +15,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 # Nothing else is opened: EPS would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 2**27  # 0.5 GB in memory
 BICUBIC = 3  # Pillow's number of the filter, the same in every version
 ORIENTATION, PHOTOMETRIC, BITS = 0x0112, 0x0106, 0x0102  # tags of EXIF and TIFF
+CROPS = {  # crop_mode, as timm names it -> `crop` in an artefact's metadata
+    "center": "resize the shorter side, centre crop",
+    "squash": "resize both sides, centre crop",
+}
 TRANSPOSE = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Pillow's method
 ORIENTED_BY = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -217,10 +221,9 @@ def upright(image: Image.Image) -> Image.Image:
     return turned
 
 
-def square_rgb(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Convert any PIL image to (size, size, 3) uint8 RGB: upright, alpha on white, 16 bit scaled to 8.
+def rgb(image: Image.Image) -> Image.Image:
+    """Convert any PIL image to 8-bit RGB of its own size: upright, alpha on white, 16 bit scaled to 8.
 
-    The shorter side is resized (bicubic, antialiased), the longer one cropped at the centre.
     Raises ValueError: 32-bit float pixels, which have no range of their own.
     """
     image = upright(image)
@@ -231,5 +234,27 @@ def square_rgb(image: Image.Image, size: int) -> NDArray[np.uint8]:
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    fitted: Any = ImageOps.fit(image.convert("RGB"), (size, size), BICUBIC)
-    return np.asarray(fitted)
+    return image.convert("RGB")
+
+
+def square_rgb(
+    image: Image.Image, size: int, crop_pct: float = 1.0, crop_mode: str = "center"
+) -> NDArray[np.uint8]:
+    """Convert any PIL image to (size, size, 3) uint8 RGB, as a network is evaluated on it (bicubic).
+
+    center: the shorter side resized to size / crop_pct, the longer one cropped at the centre; squash: both sides
+    resized, the shape given up. `crop_pct`: the share of each side that is kept. Raises ValueError as `rgb`.
+    """
+    image = rgb(image)
+    sides = image.size if crop_mode == "squash" else (min(image.size),) * 2
+    width, height = (side * crop_pct for side in sides)
+    left, top = (image.width - width) * 0.5, (image.height - height) * 0.5
+    filters: Any = BICUBIC
+    box = (left, top, left + width, top + height)
+    return np.asarray(image.resize((size, size), filters, box))
+
+
+def square_for(image: Image.Image, preprocess: dict[str, Any]) -> NDArray[np.uint8]:
+    """Convert any PIL image to what the preprocessing of an artefact asks for: (S, S, 3) uint8 RGB."""
+    mode = next(mode for mode, text in CROPS.items() if text == preprocess["crop"])
+    return square_rgb(image, int(preprocess["image_size"]), preprocess.get("crop_pct", 1.0), mode)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,9 @@ from PIL import Image
 
 from pipeline.core.errors import UserError
 from pipeline.data import tree
-from pipeline.data.decoding import decode, square_rgb
+from pipeline.data.decoding import square_rgb
+
+Converted = TypeVar("Converted")
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif"}
 SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif"}
@@ -26,22 +29,26 @@ class BrokenImage(UserError):
         self.origin, self.reason = origin, reason
 
 
-def square_pixels(read: Callable[[], Image.Image], origin: str, size: int) -> NDArray[np.uint8]:
-    """Convert what `read` returns to (size, size, 3) uint8 RGB.
+def read_pixels(
+    read: Callable[[], Image.Image], origin: str, convert: Callable[[Image.Image], Converted]
+) -> Converted:
+    """Convert what `read` returns.
 
     Raises BrokenImage naming `origin`: missing, empty, truncated, no image, too large to be one.
     """
     try:
         with read() as image:
-            return square_rgb(image, size)
+            return convert(image)
     except Exception as error:  # a decoder raises whatever the bytes lead it to
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise BrokenImage(origin, reason) from None
 
 
-def read_square(path: Path, size: int) -> NDArray[np.uint8]:
-    """An image file as (size, size, 3) uint8 RGB. Raises BrokenImage as `square_pixels`."""
-    return square_pixels(partial(decode, path), str(path), size)
+def square_pixels(
+    read: Callable[[], Image.Image], origin: str, size: int, crop_mode: str = "center"
+) -> NDArray[np.uint8]:
+    """Convert what `read` returns to (size, size, 3) uint8 RGB. Raises BrokenImage as `read_pixels`."""
+    return read_pixels(read, origin, partial(square_rgb, size=size, crop_mode=crop_mode))
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """The prepared images of a data set: pixels, labels and splits. Torch-free.
 
-`images.npy` (N, S, S, 3) uint8 RGB; `index.json` with a record per image, in the order of the pixels' SHA-256, so
-that the same images give the same bytes whatever container they came in; `source.json` says where each came from.
+Pixels in `images.npy` or `images.bin` (pipeline.data.pixels); `index.json` with a record per image, in the order
+of the pixels' SHA-256, so that the same images give the same bytes whatever container they came in; `source.json`
+says where each came from.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError
+from pipeline.data.decoding import CROPS
+from pipeline.data.pixels import ENCODINGS, PACKED_FILE, SQUARES_FILE, Packed, Squares
 
-SCHEMA = "cakd.prepared/2"
+SCHEMA = "cakd.prepared/3"
 SOURCE_SCHEMA = "cakd.source/1"
 SPLITS = ("train", "val", "test")
 UNLABELLED = -1
@@ -30,14 +33,15 @@ class Prepared:
     """An opened prepared folder of N images and K classes."""
 
     folder: Path
-    images: NDArray[np.uint8]  # (N, S, S, 3), memory-mapped
+    images: Squares | Packed
     sha256: tuple[str, ...]  # (N,), of each image's pixels
     labels: NDArray[np.int64]  # (N,), UNLABELLED or a class
     splits: NDArray[np.str_]  # (N,)
     student_label: NDArray[np.bool_]  # (N,), whether the student may use the label
     classes: tuple[str, ...]  # (K,)
-    image_size: int  # S, pixels
-    images_sha256: str  # of images.npy
+    image_size: int  # S, pixels a side of the network's input
+    crop_mode: str  # how an image that is no square becomes one: center | squash
+    images_sha256: str  # of images.npy or images.bin
     index_sha256: str  # of index.json: labels, splits, which labels the student may use
 
     @classmethod
@@ -52,20 +56,21 @@ class Prepared:
         records = index["records"]
         return cls(
             folder=folder,
-            images=_pixels(folder / "images.npy", (len(records), *[index["image_size"]] * 2, 3)),
+            images=_images(folder, index),
             sha256=tuple(r["sha256"] for r in records),
             labels=np.array([r["label"] for r in records], dtype=np.int64),
             splits=np.array([r["split"] for r in records]),
             student_label=np.array([r["student_label"] for r in records], dtype=bool),
             classes=tuple(index["classes"]),
             image_size=index["image_size"],
+            crop_mode=index["crop_mode"],
             images_sha256=index["images_sha256"],
             index_sha256=artifacts.sha256(folder / "index.json"),
         )
 
     def verify(self) -> None:
         """Hash all pixels. Raises UserError: they are not those that prepare wrote."""
-        path = self.folder / "images.npy"
+        path = self.folder / (SQUARES_FILE if isinstance(self.images, Squares) else PACKED_FILE)
         if (got := artifacts.sha256(path)) != self.images_sha256:
             raise UserError(
                 f"{path}: damaged: SHA-256: got {got[:12]}; expected {self.images_sha256[:12]}, that of "
@@ -91,8 +96,17 @@ def validate_index(index: dict[str, Any], path: Path) -> None:
     artifacts.expect(
         index, path, REMEDY, classes=list, image_size=int, images_sha256=str, records=list
     )
+    artifacts.expect(index, path, REMEDY, stored=str, crop_mode=str)
+    for key, allowed in (("stored", ("raw", *ENCODINGS)), ("crop_mode", tuple(CROPS))):
+        if index[key] not in allowed:
+            raise UserError(
+                f"{path}: damaged: {key}: got {reprlib.repr(index[key])}; expected one of {', '.join(allowed)}; "
+                f"{REMEDY}"
+            )
+    keys = {"sha256": str, "label": int, "split": str, "student_label": bool}
+    keys |= {} if index["stored"] == "raw" else {"bytes": int}
     for record in index["records"]:
-        artifacts.expect(record, path, REMEDY, sha256=str, label=int, split=str, student_label=bool)
+        artifacts.expect(record, path, REMEDY, **keys)
     records, classes = index["records"], index["classes"]
     counts = {split: sum(r["split"] == split for r in records) for split in SPLITS}
     if not all(isinstance(name, str) for name in classes) or len(classes) < 2:
@@ -115,7 +129,25 @@ def validate_index(index: dict[str, Any], path: Path) -> None:
             )
 
 
-def _pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def _images(folder: Path, index: dict[str, Any]) -> Squares | Packed:
+    """Memory-map the pixels. Raises UserError: not of the shape, or of the length, that the index needs."""
+    records, size = index["records"], index["image_size"]
+    if index["stored"] == "raw":
+        return Squares(_array(folder / SQUARES_FILE, (len(records), size, size, 3)))
+    path, lengths = folder / PACKED_FILE, [record["bytes"] for record in records]
+    try:
+        length = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: damaged: {error.strerror}; {REMEDY}") from None
+    if min(lengths) <= 0 or sum(lengths) != length:
+        raise UserError(
+            f"{path}: damaged: got {length} bytes; expected {sum(lengths)}, the images of index.json; {REMEDY}"
+        )
+    data: Any = np.memmap(path, dtype=np.uint8, mode="r")
+    return Packed(path, data, lengths, size, index["crop_mode"])
+
+
+def _array(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Memory-map images.npy. Raises UserError: not an array, or not of the shape that the index needs."""
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)

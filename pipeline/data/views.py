@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -21,10 +22,11 @@ from torch.nn import functional as F
 from pipeline.core.config import STRICT
 from pipeline.core.errors import UserError
 from pipeline.data.mixing import Mix, Mixture, mixture
-
-Rows = Sequence[int] | NDArray[np.int64]
+from pipeline.data.pixels import Packed, Rows, Squares
 
 BACKEND = "torch-grid-sample-bilinear-border/1"
+PACKED_BACKEND = "pillow-box-bicubic/1"
+EPSILON = 1e-9  # of an image's half side: what rounding may take a crop beyond an edge
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -45,13 +47,18 @@ class Geometry:
         return crop
 
 
+def backend(images: Squares | Packed) -> str:
+    """Name what renders the views of these images: a line of the feature cache's fingerprint."""
+    return BACKEND if isinstance(images, Squares) else PACKED_BACKEND
+
+
 def parameters(geometry: Geometry, seed: int, rows: Rows, views: Rows) -> NDArray[np.float32]:
-    """Draw affine maps (B, 2, 3) from view coordinates to image coordinates, both in [-1, 1].
+    """Draw affine maps (B, 2, 3) from view coordinates to coordinates of a square image, both in [-1, 1].
 
     A function of (seed, row, view) alone: batch order, batch size and process play no part.
     """
     return np.stack(
-        [_affine(geometry, _uniforms(seed, r, v)) for r, v in zip(rows, views, strict=True)]
+        [affine(geometry, seed, r, v) for r, v in zip(rows, views, strict=True)], dtype=np.float32
     )
 
 
@@ -62,30 +69,47 @@ def _uniforms(seed: int, row: int, view: int) -> NDArray[np.float64]:
     return uniforms
 
 
-def _affine(geometry: Geometry, u: NDArray[np.float64]) -> NDArray[np.float32]:
+def affine(
+    geometry: Geometry, seed: int, row: int, view: int, ratio: float = 1.0
+) -> NDArray[np.float64]:
+    """Draw the map (2, 3) from view coordinates to those of an image of width / height = ratio, both in [-1, 1].
+
+    Area and aspect are of pixels. A crop that would leave an image on its short side is made smaller.
+    """
+    u = _uniforms(seed, row, view)
     low, high = geometry.crop
     area = low + (high - low) * u[0]
     stretch = math.exp((2 * u[1] - 1) * math.log(geometry.aspect) / 2)
+    # Half sides in units of half the side of a square of the image's area.
     width, height = math.sqrt(area) * stretch, math.sqrt(area) / stretch
+    side_x, side_y = math.sqrt(ratio), 1 / math.sqrt(ratio)
+    if ratio != 1:
+        allowed = max(1.0, math.sqrt(area))
+        fit = min(1.0, allowed * side_x / width, allowed * side_y / height)
+        width, height = width * fit, height * fit
     angle = math.radians(geometry.rotate) * (2 * u[2] - 1)
-    x, y = ((1 - w) * (2 * v - 1) for w, v in ((width, u[3]), (height, u[4])))
+    x, y = ((1 - w) * (2 * v - 1) for w, v in ((width / side_x, u[3]), (height / side_y, u[4])))
     mirror = -1.0 if geometry.flip and u[5] < 0.5 else 1.0
     cos, sin = math.cos(angle), math.sin(angle)
     return np.array(
-        [[mirror * width * cos, -height * sin, x], [mirror * width * sin, height * cos, y]],
-        dtype=np.float32,
+        [
+            [mirror * width * cos / side_x, -height * sin / side_x, x],
+            [mirror * width * sin / side_y, height * cos / side_y, y],
+        ]
     )
 
 
-def render(images: NDArray[np.uint8], affine: NDArray[np.float32]) -> Tensor:
-    """Sample images (B, S, S, 3) uint8 by affine maps (B, 2, 3): views (B, 3, S, S) uint8.
+def render(
+    images: NDArray[np.uint8], affine: NDArray[np.float32], size: int | None = None
+) -> Tensor:
+    """Sample images (B, H, W, 3) uint8 by affine maps (B, 2, 3): views (B, 3, size, size) uint8.
 
-    Bilinear, edges repeated.
+    Bilinear, edges repeated; size: H by default.
     """
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float()
     # Elementwise instead of F.affine_grid's batched matrix product: a view must have the same bits in any batch,
     # because the feature cache stores its hash.
-    size = pixels.shape[-1]
+    size = size or pixels.shape[-1]
     centre = (torch.arange(size, dtype=torch.float32) * 2 + 1) / size - 1
     y, x = centre[:, None], centre[None, :]
     a = torch.from_numpy(affine)[:, :, :, None, None]  # (B, 2, 3, 1, 1)
@@ -100,24 +124,66 @@ def render(images: NDArray[np.uint8], affine: NDArray[np.float32]) -> Tensor:
     return sampled.round_().clamp_(0, 255).to(torch.uint8)
 
 
+def resample(image: Image.Image, affine: NDArray[np.float64], size: int) -> Tensor:
+    """Sample one image of any shape by an affine map (2, 3): a view (3, size, size) uint8.
+
+    The box around the crop is resized in one antialiased step (bicubic, in integers: the same bits on any
+    machine); a rotated crop, or one that leaves the image, is then cut from it by `render`.
+    """
+    extent = np.abs(affine[:, :2]).sum(axis=1)  # half sides of the box, x and y
+    low, high = affine[:, 2] - extent, affine[:, 2] + extent
+    inside = bool((low >= -1 - EPSILON).all() and (high <= 1 + EPSILON).all())
+    low, high = low.clip(-1, 1), high.clip(-1, 1)
+    sides = np.array(image.size)
+    (left, top), (right, bottom) = (low + 1) / 2 * sides, (high + 1) / 2 * sides
+    box = (left, top, min(right, image.width), min(bottom, image.height))
+    upright = affine[0, 1] == affine[1, 0] == 0
+    if upright and inside:
+        pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
+        pixels = pixels[:, ::-1] if affine[0, 0] < 0 else pixels
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    # Pixels of the view for a unit of the image's x and y decide the size of the resized box.
+    density = np.linalg.norm(np.linalg.inv(affine[:, :2]), axis=0) * size / 2
+    width, height = np.maximum(1, np.ceil((high - low) * density)).astype(int).tolist()
+    canvas = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box))
+    within = affine.copy()
+    within[:, 2] -= (high + low) / 2
+    within /= ((high - low) / 2)[:, None]
+    return render(canvas[None], within[None].astype(np.float32), size)[0]
+
+
+def _rendered(
+    images: Squares | Packed, geometry: Geometry, seed: int, rows: Rows, views: Rows
+) -> Tensor:
+    """Render each image's own view, (B, 3, S, S) uint8, without mixing."""
+    if isinstance(images, Squares):
+        maps = parameters(geometry, seed, rows, views)
+        return render(images.array[np.asarray(rows)], maps)
+    rendered = []
+    for row, view in zip(rows, views, strict=True):
+        image = images.image(int(row))
+        ratio = 1.0 if images.crop_mode == "squash" else image.width / image.height
+        rendered.append(resample(image, affine(geometry, seed, row, view, ratio), images.size))
+    return torch.stack(rendered)
+
+
 def view_batch(
-    images: NDArray[np.uint8],
+    images: Squares | Packed,
     geometry: Geometry,
     seed: int,
     rows: Rows,
     views: Rows,
     partners: NDArray[np.int64],
 ) -> Tensor:
-    """Render the views (B, 3, S, S) uint8 of these rows of `images` (N, S, S, 3).
+    """Render the views (B, 3, S, S) uint8 of these rows of `images`.
 
     partners: the rows that a mixed view may be mixed with. The partner shows its own view of the same number.
     """
-    own = render(images[np.asarray(rows)], parameters(geometry, seed, rows, views))
-    mixed = mixed_with(geometry, seed, rows, views, partners, images.shape[1])
+    own = _rendered(images, geometry, seed, rows, views)
+    mixed = mixed_with(geometry, seed, rows, views, partners, images.size)
     if mixed is None:
         return own
-    affine = parameters(geometry, seed, mixed.partners, views)
-    return mixed.blend(own, render(images[mixed.partners], affine))
+    return mixed.blend(own, _rendered(images, geometry, seed, mixed.partners, views))
 
 
 def mixed_with(

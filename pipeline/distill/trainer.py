@@ -146,7 +146,7 @@ def build(
     network = checkpoint.create(
         config.student, config.student_kwargs, len(prepared.classes), "distill"
     )
-    preprocess = checkpoint.preprocessing(network, prepared.image_size)
+    preprocess = checkpoint.preprocessing(network, prepared.image_size, prepared.crop_mode)
     read = reads(method, "teacher")
     store = Store(features, prepared, teacher_path, policy, features=not read <= {"logits"})
     check_stored(method, store.manifest, config.cakd.layer)

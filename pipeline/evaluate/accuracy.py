@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +17,7 @@ from pipeline.core.config import STRICT, Seed
 from pipeline.data import views
 from pipeline.data.prepared import Prepared
 from pipeline.evaluate.corruptions import NOISE, Pixels, noisy
+from pipeline.training.compute import Device
 
 SCHEMA = "cakd.accuracy/1"
 BATCH = 100  # images a call: a whole student's activations stay in the cache of a CPU
@@ -27,18 +30,31 @@ class Evaluate:
 
     split: Literal["train", "val", "test"] = "test"
     seed: Seed = 0  # of the noise
+    # share of each side that is kept of an image, as timm's: the rest is cropped; 1: the whole
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
+    device: Device = "auto"
 
 
 @torch.no_grad()
 def predict(
     model: nn.Module, images: Pixels, preprocess: dict[str, Any], batch: int = BATCH
 ) -> Tensor:
-    """Compute logits (n, K) for whole images (n, S, S, 3) uint8."""
+    """Compute logits (n, K) for whole images (n, S, S, 3) uint8, on the model's device; returned to the CPU."""
+    device = next(model.parameters()).device
     logits = [
-        model(views.normalise(views.whole(images[start : start + batch]), preprocess))
+        model(views.normalise(views.whole(images[start : start + batch]).to(device), preprocess))
         for start in range(0, len(images), batch)
     ]
-    return torch.cat(logits)
+    return torch.cat(logits).cpu()
+
+
+def chunks(
+    prepared: Prepared, rows: NDArray[np.int64], crop_pct: float
+) -> Iterator[tuple[NDArray[np.int64], Pixels]]:
+    """Yield up to BATCH rows at a time with their images (n, S, S, 3), as evaluation sees them."""
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        yield part, prepared.images.squares(part, crop_pct)
 
 
 def figures(logits: Tensor, labels: Tensor, bins: int = BINS) -> dict[str, float | int]:
@@ -72,12 +88,15 @@ def accuracy(
 ) -> tuple[dict[str, Any], Tensor]:
     """Evaluate a model: `clean`, `noisy` (all kinds on all images), `noisy_by_kind`; and clean logits (n, K)."""
     rows = labelled_rows(prepared, config)
-    images, labels = prepared.images[rows], torch.from_numpy(prepared.labels[rows])
-    ids = tuple(prepared.sha256[r] for r in rows)
-    by_kind = {
-        kind: predict(model, noisy(images, ids, kind, config.seed), preprocess) for kind in NOISE
-    }
-    clean = predict(model, images, preprocess)
+    answers: dict[str, list[Tensor]] = {kind: [] for kind in ("clean", *NOISE)}
+    for part, images in chunks(prepared, rows, config.crop_pct):
+        ids = tuple(prepared.sha256[r] for r in part)
+        answers["clean"].append(predict(model, images, preprocess))
+        for kind in NOISE:
+            noised = noisy(images, ids, kind, config.seed)
+            answers[kind].append(predict(model, noised, preprocess))
+    by_kind = {kind: torch.cat(logits) for kind, logits in answers.items()}
+    clean, labels = by_kind.pop("clean"), torch.from_numpy(prepared.labels[rows])
     all_kinds = torch.cat(list(by_kind.values()))
     result = {
         "clean": figures(clean, labels),

@@ -16,11 +16,13 @@ from pipeline.data.prepared import Prepared
 from pipeline.distill.kernels.reference import attention, heads
 from pipeline.distill.methods.cakd import Projectors, load_projectors
 from pipeline.evaluate import evidence
-from pipeline.evaluate.accuracy import BATCH, Evaluate, accuracy, labelled_rows
+from pipeline.evaluate.accuracy import Evaluate, accuracy, chunks, labelled_rows
 from pipeline.evaluate.corruptions import NOISE
 from pipeline.evaluate.paired import Hits, against
 from pipeline.models import checkpoint, teacher
 from pipeline.models.student import Taps
+from pipeline.training.compute import pick_device
+from pipeline.training.ranks import SINGLE_PROCESS
 
 Document = dict[str, Any]
 
@@ -30,10 +32,11 @@ def evaluate(
     config: Evaluate, prepared: Prepared, teacher_path: Path, students: Sequence[Path]
 ) -> tuple[Document, Document]:
     """Build accuracy.json and evidence.json of the teacher and every student, without schema and machine."""
-    live = teacher.load(teacher_path)
+    device = pick_device(config.device, "evaluate.device", SINGLE_PROCESS)
+    live = teacher.load(teacher_path).to(device)
     rows = labelled_rows(prepared, config)
     map_rows = evidence.one_per_class(prepared, rows)
-    batch = views.whole(prepared.images[map_rows])
+    batch = views.whole(prepared.images.squares(map_rows, config.crop_pct)).to(device)
     figures: Document = {}
     errors: Document = {}
     maps: dict[str, Tensor] = {}
@@ -48,18 +51,20 @@ def evaluate(
     add("teacher", live.tail.vit, live.description)
     outputs = live(batch)
     if outputs.qkv is not None:
-        maps["teacher"] = evidence.received_attention(*heads(outputs.qkv)[:2])
+        maps["teacher"] = evidence.received_attention(*heads(outputs.qkv)[:2]).cpu()
     for path in students:
         student, description = checkpoint.load(path)
+        student.to(device)
         method = description["method"]
         add(method, student, description)
         projectors = load_projectors(path.parent, description)
         if projectors is None:
             continue
+        projectors.to(device)
         with Taps(student, [projectors.tap.module]) as taps:
             projected = Projected(student, description["preprocess"], projectors, taps)
             figures[method]["cosine"] = similarity(projected, live, prepared, config)
-            maps[method] = projected.received_attention(batch)
+            maps[method] = projected.received_attention(batch).cpu()
     for name, differences in against(hits).items():
         figures[name]["against"] = differences
     common = {"split": config.split, "classes": list(prepared.classes)}
@@ -115,8 +120,9 @@ def similarity(
     rows = prepared.rows(config.split)
     live.read_at(projected.projectors.config.layer)
     sums = {"attention": 0.0, "tokens": 0.0}
-    for start in range(0, len(rows), BATCH):
-        batch = views.whole(prepared.images[rows[start : start + BATCH]])
+    device = next(live.parameters()).device
+    for _, images in chunks(prepared, rows, config.crop_pct):
+        batch = views.whole(images).to(device)
         attended, tokens = projected.projectors.projected(projected.feature(batch))
         outputs = live(batch)
         for name, student_values, teacher_values in (

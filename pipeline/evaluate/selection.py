@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.core import artifacts
 from pipeline.data.prepared import Prepared
-from pipeline.evaluate.accuracy import figures, predict
+from pipeline.evaluate.accuracy import chunks, figures, predict
 from pipeline.models import checkpoint
 
 SCHEMA = "cakd.selection/1"
@@ -20,16 +20,22 @@ BEST = "best"  # a value of export.method beside the methods: select on val
 FIGURES = ("top1", "nll", "n")
 
 
-def score(model: nn.Module, preprocess: dict[str, Any], prepared: Prepared) -> dict[str, Any]:
-    """Compute top1, nll and n of a model on the clean images of val."""
+def score(
+    model: nn.Module, preprocess: dict[str, Any], prepared: Prepared, crop_pct: float = 1.0
+) -> dict[str, Any]:
+    """Compute top1, nll and n of a model on the clean images of val; `crop_pct`: evaluate.crop_pct."""
     rows = prepared.rows(SPLIT)
     labels = torch.from_numpy(prepared.labels[rows])
-    result = figures(predict(model, prepared.images[rows], preprocess), labels)
+    logits = [predict(model, images, preprocess) for _, images in chunks(prepared, rows, crop_pct)]
+    result = figures(torch.cat(logits), labels)
     return {key: result[key] for key in FIGURES}
 
 
 def select(
-    prepared: Prepared, students: Mapping[str, Path], requested: str = BEST
+    prepared: Prepared,
+    students: Mapping[str, Path],
+    requested: str = BEST,
+    crop_pct: float = 1.0,
 ) -> dict[str, Any]:
     """Evaluate every student on val and select one; returns selection.json without schema and machine.
 
@@ -38,9 +44,11 @@ def select(
     scores = {}
     for method, path in students.items():
         model, description = checkpoint.load(path)
-        scores[method] = score(model, description["preprocess"], prepared)
+        scores[method] = score(model, description["preprocess"], prepared, crop_pct)
     selected, reason = choose(scores, requested)
-    provenance = artifacts.provenance({"method": requested, "methods": list(students)}, **students)
+    provenance = artifacts.provenance(
+        {"method": requested, "methods": list(students), "crop_pct": crop_pct}, **students
+    )
     return {
         "split": SPLIT,
         "methods": scores,

@@ -17,6 +17,7 @@ from pipeline.core import artifacts
 from pipeline.core.atomic import atomic
 from pipeline.core.errors import UserError, nearest
 from pipeline.core.validation import schema_name
+from pipeline.data.decoding import CROPS
 from pipeline.models.description import Description
 
 REMEDY = "write it again with `dvc repro`"
@@ -89,13 +90,13 @@ def _similar(name: str) -> str:
     return f"nearest: {', '.join(close)}" if close else nearest(name, ["see timm.list_models()"])
 
 
-def preprocessing(model: nn.Module, image_size: int) -> dict[str, Any]:
+def preprocessing(model: nn.Module, image_size: int, crop_mode: str = "center") -> dict[str, Any]:
     """Describe how a uint8 RGB image becomes the model's input; part of the ONNX metadata."""
     config = resolve_model_data_config(model)
     return {
         "image_size": image_size,
         "interpolation": "bicubic",
-        "crop": "resize the shorter side, centre crop",
+        "crop": CROPS[crop_mode],
         "mean": [float(v) for v in config["mean"]],
         "std": [float(v) for v in config["std"]],
     }
@@ -187,7 +188,8 @@ def count(model: nn.Module, image_size: int) -> dict[str, int]:
     was_training = model.training
     model.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, image_size, image_size))
+        device = next(model.parameters()).device
+        model(torch.zeros(1, 3, image_size, image_size, device=device))
     model.train(was_training)
     return {
         "params": sum(p.numel() for p in model.parameters()),

@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.core import artifacts
 from pipeline.data.prepared import UNLABELLED, Prepared, spread
 
-Pixels = NDArray[np.uint8]  # (S, S, 3)
+Pixels = NDArray[np.uint8]  # (h, w, 3)
 MAX_SIDE_PIXELS = 160  # pixels of a side in the report
 CLASSES = 20  # of the sample grid and of the confusion matrix
 PAIRS = 8
@@ -59,7 +59,7 @@ def data_page(prepared: Prepared) -> dict[str, Any]:
         "samples": [
             (
                 prepared.classes[label],
-                [uri(prepared.images[r]) for r in _of_class(prepared, train, label)[:SAMPLES]],
+                [uri(_pixels(prepared, r)) for r in _of_class(prepared, train, label)[:SAMPLES]],
             )
             for label in displayed.tolist()
         ],
@@ -69,6 +69,10 @@ def data_page(prepared: Prepared) -> dict[str, Any]:
             {**d, "origins": [origins[r] for r in d["rows"]]} for d in index["duplicates"]
         ],
     }
+
+
+def _pixels(prepared: Prepared, row: int) -> Pixels:
+    return np.asarray(prepared.images.image(row))
 
 
 def _of_class(prepared: Prepared, rows: NDArray[np.int64], label: int) -> NDArray[np.int64]:
@@ -112,7 +116,7 @@ def mistakes(evidence: Mapping[str, Any], prepared: Prepared, shipped: str) -> d
         "surest": [
             {
                 **m,
-                "image": uri(prepared.images[m["row"]]),
+                "image": uri(_pixels(prepared, m["row"])),
                 "label": classes[m["label"]],
                 "predicted": classes[m["predicted"]],
                 "origin": origins[m["row"]],
@@ -160,7 +164,7 @@ def attention(
     top = max(2.0, *(float(np.quantile(maps, 0.99)) for maps in compared.values()))
     images = []
     for i, row in enumerate(block["rows"]):
-        pixels = prepared.images[row]
+        pixels = prepared.images.squares([row])[0]
         heat = {n: uri(heated(pixels, maps[i], block["grid"], top)) for n, maps in compared.items()}
         name = prepared.classes[prepared.labels[row]]
         images.append({"name": name, "image": uri(pixels), "heat": heat})

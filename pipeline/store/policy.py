@@ -62,7 +62,7 @@ def surroundings(prepared: Prepared, teacher_description: dict[str, Any]) -> Lin
         "images": prepared.images_sha256,
         "order": artifacts.digest(prepared.rows("train").tolist()),
         "classes": artifacts.digest(list(prepared.classes)),
-        "view_backend": views.BACKEND,
+        "view_backend": views.backend(prepared.images),
         **{f"version of {name}": artifacts.versions()[name] for name in ("torch", "timm")},
     }
 

@@ -18,6 +18,7 @@ from pipeline.core import artifacts, config
 from pipeline.core.errors import UserError
 from pipeline.core.validation import schema_name
 from pipeline.data import views
+from pipeline.data.pixels import Rows
 from pipeline.data.prepared import Prepared
 from pipeline.models import checkpoint
 from pipeline.models.teacher import TeacherOutputs, TeacherTail
@@ -65,7 +66,7 @@ class Records:
 
 
 def record_numbers(
-    train: NDArray[np.int64], rows: views.Rows, view_numbers: views.Rows, n_views: int
+    train: NDArray[np.int64], rows: Rows, view_numbers: Rows, n_views: int
 ) -> RecordNumbers:
     """Number the records, sample-major: index of a row in `train` (ascending) times V, plus the view."""
     return np.searchsorted(train, rows) * n_views + view_numbers
@@ -153,7 +154,7 @@ class Store:
         """Whether the teacher's last block is needed to compute its outputs from a record."""
         return self._features and bool(self.manifest["layout"] == "block_input")
 
-    def records(self, rows: views.Rows, ks: views.Rows) -> RecordNumbers:
+    def records(self, rows: Rows, ks: Rows) -> RecordNumbers:
         """Return the record numbers of view k of each image row."""
         return record_numbers(self._train, rows, ks, self.views)
 
