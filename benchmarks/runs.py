@@ -9,21 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ruamel.yaml import YAML
 
 from pipeline import teach
 from pipeline.core import artifacts, config, progress
+from pipeline.core.atomic import atomic
 from pipeline.core.errors import UserError
 from pipeline.data.prepared import Prepared
 from pipeline.distill import distill
 from pipeline.distill.settings import Distill
 from pipeline.evaluate import accuracy, selection
+from pipeline.evaluate.corruptions import Pixels, noisy
 from pipeline.models import checkpoint
 from pipeline.models.teacher import load
 from pipeline.prepare import prepare
 from pipeline.prepare.settings import Prepare
 from pipeline.project import recipes
 from pipeline.store import policy, writing
+from pipeline.training import compute
+from pipeline.training.ranks import SINGLE_PROCESS
 from stages.check import SECTIONS
 
 RECIPES = Path("recipes")
@@ -61,6 +66,32 @@ def command(module: str, args: argparse.Namespace, *own: str) -> str:
     words += ["--data PATH"] if args.data else []
     words += [f"--methods {' '.join(args.methods)}"] if args.methods else []
     return " ".join([*words, *own, *(f"-S {change}" for change in args.set)])
+
+
+class KeptNoise:
+    """The noisy images of an evaluation, made once a kind: as `corruptions.noisy`, for one split and seed."""
+
+    def __init__(self, folder: Path, prepared: Prepared, settings: accuracy.Evaluate) -> None:
+        rows = accuracy.labelled_rows(prepared, settings)
+        self.settings, self.prepared, self.rows = settings, prepared, rows
+        self.position = {prepared.sha256[row]: at for at, row in enumerate(rows)}
+        marks = [settings.split, settings.seed, settings.crop_pct, prepared.hashes()]
+        self.folder = folder / artifacts.digest([marks, artifacts.code(("data", "evaluate"))])[:12]
+
+    def __call__(self, _: Pixels, ids: tuple[str, ...], kind: str, seed: int) -> Pixels:
+        """The noisy images of `ids`; `seed` is the evaluation's own."""
+        path = self.folder / f"{kind}.npy"
+        if not path.exists():
+            parts = [
+                noisy(pixels, tuple(self.prepared.sha256[r] for r in part), kind, seed)
+                for part, pixels in accuracy.chunks(
+                    self.prepared, self.rows, self.settings.crop_pct
+                )
+            ]
+            with atomic(path) as temporary, temporary.open("wb") as file:
+                np.save(file, np.concatenate(parts))
+        kept: Pixels = np.load(path, mmap_mode="r")[[self.position[i] for i in ids]]
+        return kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +143,10 @@ class Runs:
     def on_test(self, path: Path) -> Run:
         """Top-1 of a model, clean and under noise, as fractions."""
         model, description = checkpoint.load(path)
-        settings = self.section(accuracy.Evaluate)
-        result, _ = accuracy.accuracy(model, description["preprocess"], self.prepared, settings)
+        settings, prepared = self.section(accuracy.Evaluate), self.prepared
+        model.to(compute.pick_device(settings.device, "evaluate.device", SINGLE_PROCESS))
+        noise = KeptNoise(self.folder / "noise", prepared, settings)
+        result, _ = accuracy.accuracy(model, description["preprocess"], prepared, settings, noise)
         return {"clean": result["clean"]["top1"], "noisy": result["noisy"]["top1"]}
 
     def on_val(self, path: Path) -> Run:

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import exporters, latency, methods, runs, store
 from exporters.artifact import counts, inputs
 from exporters.ort import session
+from pipeline.evaluate import accuracy, corruptions
 
 
 def test_a_cached_step_is_held_against_the_same_step_online(tmp_path, capsys):
@@ -141,3 +142,17 @@ def test_every_core_is_loaded_for_the_time_of_the_block_and_no_longer():
     assert all(process.poll() is not None for process in burning)
     with latency.load(False) as burning:
         assert burning == []
+
+
+def test_noise_that_is_kept_is_the_noise_that_is_drawn(prepared, tmp_path):
+    settings = accuracy.Evaluate(split="val")
+    kept = runs.KeptNoise(tmp_path, prepared, settings)
+    rows = accuracy.labelled_rows(prepared, settings)[[3, 1, 7]]
+    ids = tuple(prepared.sha256[row] for row in rows)
+    images = prepared.images.squares(rows)
+    for _ in range(2):
+        for kind in ("jpeg", "lines"):
+            expected = corruptions.noisy(images, ids, kind, 0)
+            assert np.array_equal(kept(images, ids, kind, 0), expected)
+    other = runs.KeptNoise(tmp_path, prepared, accuracy.Evaluate(split="val", seed=1))
+    assert other.folder != kept.folder

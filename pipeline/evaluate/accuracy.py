@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from pipeline.training.compute import Device
 
 SCHEMA = "cakd.accuracy/1"
 BATCH = 100  # images a call: a whole student's activations stay in the cache of a CPU
+Noise = Callable[[Pixels, tuple[str, ...], str, int], Pixels]
 BINS = 15  # of the calibration error, as in Guo et al.
 
 
@@ -84,16 +85,23 @@ def labelled_rows(prepared: Prepared, config: Evaluate) -> NDArray[np.int64]:
 
 
 def accuracy(
-    model: nn.Module, preprocess: dict[str, Any], prepared: Prepared, config: Evaluate
+    model: nn.Module,
+    preprocess: dict[str, Any],
+    prepared: Prepared,
+    config: Evaluate,
+    noise: Noise = noisy,
 ) -> tuple[dict[str, Any], Tensor]:
-    """Evaluate a model: `clean`, `noisy` (all kinds on all images), `noisy_by_kind`; and clean logits (n, K)."""
+    """Evaluate a model: `clean`, `noisy` (all kinds on all images), `noisy_by_kind`; and clean logits (n, K).
+
+    `noise` makes the noisy images, or reads what it made for another model.
+    """
     rows = labelled_rows(prepared, config)
     answers: dict[str, list[Tensor]] = {kind: [] for kind in ("clean", *NOISE)}
     for part, images in chunks(prepared, rows, config.crop_pct):
         ids = tuple(prepared.sha256[r] for r in part)
         answers["clean"].append(predict(model, images, preprocess))
         for kind in NOISE:
-            noised = noisy(images, ids, kind, config.seed)
+            noised = noise(images, ids, kind, config.seed)
             answers[kind].append(predict(model, noised, preprocess))
     by_kind = {kind: torch.cat(logits) for kind, logits in answers.items()}
     clean, labels = by_kind.pop("clean"), torch.from_numpy(prepared.labels[rows])

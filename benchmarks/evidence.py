@@ -1,0 +1,197 @@
+"""Evidence that grows from day to day: `python -m benchmarks.evidence cifar100-few --data PATH --minutes 60`.
+
+Trains every method of the recipe (`distill.methods`) seed by seed and keeps each finished run as a small JSON in
+`benchmarks/results/runs/<recipe>` (benchmarks/ledger.py); a run that is there is not repeated. After `--minutes`
+it stops at a checkpoint, from which the next call goes on. The table is made of the kept runs and nothing else,
+the same bytes on every machine: `--table` writes it without training. A difference is taken over the seeds that
+both methods have; the table says how many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ledger import FOLDER, Ledger, Run, identity, identity_of_teacher
+from benchmarks.methods import AGAINST, interval
+from benchmarks.runs import RECIPES, Runs, merged
+from pipeline.core import artifacts, cli
+from pipeline.core.atomic import atomic
+from pipeline.core.errors import UserError
+from pipeline.distill.methods.table import terms_of
+from pipeline.distill.settings import Distill
+
+SCHEMA = "cakd.evidence-table/1"
+TEACHER = "teacher"  # stands in the ledger as a method
+BySeed = Mapping[int, Run]
+
+
+class Stopped(Exception):
+    """The time is over and no training runs."""
+
+
+@contextmanager
+def deadline(minutes: float | None) -> Iterator[None]:
+    """Stop what runs inside after `minutes`: a training at its checkpoint, anything else at once."""
+    if minutes is None:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    before = signal.signal(signal.SIGINT, stop)
+    timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGINT))
+    timer.daemon = True
+    timer.start()
+    try:
+        with suppress(Stopped):
+            yield
+    except SystemExit as error:  # how a training leaves after its checkpoint
+        if error.code != 128 + signal.SIGINT or timer.is_alive():
+            raise
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGINT, before)
+
+
+def train(args: argparse.Namespace, ledger: Ledger) -> None:
+    """Make the missing runs, all methods of a seed before the next seed."""
+    params = merged(args.recipe, args.data, args.set)
+    shared = Runs.of(args.recipe, params)
+    settings = shared.section(Distill)
+    teacher = artifacts.read_json(shared.teacher.with_suffix(".json"))["weights_sha256"]
+    for seed in range(args.seeds):
+        for method in args.methods or settings.methods:
+            own = identity(params, settings.of_method(method), method, seed, teacher)
+            if ledger.read(method, seed, own) is None:
+                ledger.write(method, seed, own, shared.run(settings, method, seed))
+    of_teacher = identity_of_teacher(params, teacher)
+    if ledger.read(TEACHER, 0, of_teacher) is None:
+        ledger.write(TEACHER, 0, of_teacher, shared.on_test(shared.teacher))
+
+
+def differences(runs: Mapping[str, BySeed], method: str, other: str, what: str) -> list[float]:
+    """Percentage points over the seeds that both have."""
+    both = sorted({*runs[method]} & {*runs.get(other, {})})
+    return [100 * (runs[method][seed][what] - runs[other][seed][what]) for seed in both]
+
+
+def compared(runs: Mapping[str, BySeed]) -> dict[str, dict[str, Any]]:
+    """Of every method: seeds, means, paired differences with half widths, the time of a step over plain's."""
+    table: dict[str, dict[str, Any]] = {}
+    for method, by_seed in runs.items():
+        row: dict[str, Any] = {"seeds": sorted(by_seed)}
+        for what in ("clean", "noisy"):
+            row[what] = 100 * statistics.fmean(run[what] for run in by_seed.values())
+            for other in AGAINST:
+                if other != method and (found := differences(runs, method, other, what)):
+                    mean, half = interval(found)
+                    row[f"{what}_minus_{other}"] = {"mean": mean, "half_width_95": half}
+        if "plain" in runs and "step_ms" in next(iter(by_seed.values())):
+            own, plain = (
+                statistics.median(r["step_ms"] for r in rows.values())
+                for rows in (by_seed, runs["plain"])
+            )
+            row["step_over_plain"] = own / plain
+        table[method] = row
+    return table
+
+
+def result(entries: Mapping[str, Mapping[int, Mapping[str, Any]]], recipe: str) -> dict[str, Any]:
+    """The JSON of the table: of the kept runs alone."""
+    every = [entry for by_seed in entries.values() for entry in by_seed.values()]
+    figures = {m: {s: e["figures"] for s, e in by_seed.items()} for m, by_seed in entries.items()}
+    teacher = figures.pop(TEACHER, {}).get(0)
+    order = sorted(figures, key=lambda method: (len(terms_of(method)), method))
+    return {
+        "schema": SCHEMA,
+        "recipe": recipe,
+        "machines": sorted({entry["machine"] for entry in every}),
+        "commits": sorted({entry["commit"] for entry in every}),
+        "teachers": sorted({entry["teacher"] for entry in every if entry["teacher"]}),
+        "teacher": teacher,
+        "methods": compared({method: figures[method] for method in order}),
+        "runs": {method: {str(s): run for s, run in figures[method].items()} for method in order},
+    }
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The table of a result."""
+    heads = [f"minus {name}" for name in AGAINST]
+    lines = [
+        f"{'; '.join(found['machines'])}. Command: `python -m benchmarks.evidence {found['recipe']} --table`",
+        "",
+        f"| method | seeds | clean top-1 (%) | {' | '.join(heads)} | noisy top-1 (%) | minus plain | "
+        "minus logits | step / plain |",
+        "|---|--:|--:|" + "--:|" * (len(heads) + 4),
+    ]
+    if (teacher := found["teacher"]) is not None:
+        empty = " | " * len(heads)
+        clean, noisy = (f"{100 * teacher[what]:.1f}" for what in ("clean", "noisy"))
+        lines.append(f"| teacher | | {clean} | {empty}| {noisy} | | | |")
+
+    def cell(row: Mapping[str, Any], name: str) -> str:
+        if name not in row:
+            return ""
+        half = row[name]["half_width_95"]
+        return f"{row[name]['mean']:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
+
+    for method, row in found["methods"].items():
+        clean = " | ".join(cell(row, f"clean_minus_{name}") for name in AGAINST)
+        cost = f"{row['step_over_plain']:.1f}" if "step_over_plain" in row else ""
+        lines.append(
+            f"| {method} | {len(row['seeds'])} | {row['clean']:.1f} | {clean} | {row['noisy']:.1f} | "
+            f"{cell(row, 'noisy_minus_plain')} | {cell(row, 'noisy_minus_logits')} | {cost} |"
+        )
+    lines += [
+        "",
+        "± half a 95 % interval over the seeds that both methods have, points; none beside a single seed. `plain` "
+        "sees labelled images only; `control` is plain on the batches of the distilled methods. Steps are "
+        "compared over all machines.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train what is missing, then print and write the table. Raises UserError: as `Ledger.read`; no runs."""
+    ledger = Ledger(FOLDER / args.recipe)
+    if not args.table:
+        with deadline(args.minutes):
+            train(args, ledger)
+    entries = ledger.entries()
+    if not {*entries} - {TEACHER}:
+        raise UserError(
+            f"{ledger.folder}: got no runs; expected one or more; run it without --table, or longer"
+        )
+    found = result(entries, args.recipe)
+    print(markdown(found))
+    out = args.out or FOLDER.parent / f"evidence-{args.recipe}"
+    artifacts.write_json(out.with_suffix(".json"), artifacts.rounded(found))
+    with atomic(out.with_suffix(".md")) as temporary:
+        temporary.write_text(markdown(found), encoding="utf-8")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    line = argparse.ArgumentParser(prog="benchmarks.evidence", description=__doc__)
+    line.add_argument("recipe", help=f"a name of {RECIPES}/")
+    line.add_argument("--data", metavar="PATH", help="where its images are (prepare.path)")
+    line.add_argument("--methods", nargs="+", help="default: distill.methods of the recipe")
+    line.add_argument("--seeds", type=int, default=3, help="of the student")
+    line.add_argument("--minutes", type=float, help="stop after them, in good order")
+    line.add_argument("--table", action="store_true", help="train nothing")
+    line.add_argument("-S", "--set", action="append", default=[], metavar="KEY=VALUE")
+    line.add_argument("--out", type=Path, help="where to write the table, without suffix")
+    return line
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

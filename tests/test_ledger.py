@@ -1,0 +1,137 @@
+"""Runs that are kept in git, and the tables that are made of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import evidence, ledger
+from benchmarks.ledger import Identity, Ledger, identity
+from pipeline.core.errors import UserError
+from pipeline.distill.settings import Distill, LogitsConfig
+from tests.house import ROOT
+
+PARAMS = {
+    "prepare": {"source": "digits", "path": "/data/mine", "image_size": 32},
+    "cache": {"views": 4, "geometry": {"flip": False}, "seed": 0, "dtype": "float16"},
+    "evaluate": {"split": "test", "seed": 0, "device": "auto"},
+}
+SETTINGS = Distill(methods=("plain", "logits"), student="test_resnet", steps=10)
+
+
+def run(clean: float, noisy: float = 0.2, step_ms: float = 10.0) -> dict[str, float]:
+    return {"clean": clean, "noisy": noisy, "step_ms": step_ms}
+
+
+def test_what_decides_a_run_is_its_own_settings_and_the_teacher_it_reads():
+    plain, logits = (identity(PARAMS, SETTINGS, m, 0, "t" * 64) for m in ("plain", "logits"))
+    assert plain.teacher is None and logits.teacher == "t" * 64
+    assert plain == identity(PARAMS, SETTINGS, "plain", 0, "u" * 64)
+    warmer = replace(SETTINGS, logits=LogitsConfig(temperature=2.0))
+    assert plain == identity(PARAMS, warmer, "plain", 0, "t")
+    assert logits != identity(PARAMS, warmer, "logits", 0, "t" * 64)
+    assert "/data/mine" not in json.dumps(logits.settings)  # nor any path of a machine
+    same = replace(SETTINGS, methods=("dkd",), workers=4, checkpoint_every=7)
+    assert logits == identity(PARAMS, same, "logits", 0, "t" * 64)
+    for other in (replace(SETTINGS, steps=11), replace(SETTINGS, lr=0.1)):
+        assert plain != identity(PARAMS, other, "plain", 0, "")
+    assert plain != identity(PARAMS, SETTINGS, "plain", 1, "")
+
+
+def test_a_run_is_read_back_and_one_of_other_settings_is_refused_by_the_setting(tmp_path):
+    kept = Ledger(tmp_path)
+    made_of = identity(PARAMS, SETTINGS, "logits", 3, "t" * 64)
+    assert kept.read("logits", 3, made_of) is None
+    kept.write("logits", 3, made_of, run(0.123456789))
+    assert kept.read("logits", 3, made_of) == run(0.123457)
+    slower = identity(PARAMS, replace(SETTINGS, lr=0.5), "logits", 3, "t" * 64)
+    with pytest.raises(UserError, match=r"logits-3.json: .*distill.lr 0.002; expected 0.5"):
+        kept.read("logits", 3, slower)
+    with pytest.raises(UserError, match="got teacher tttttttttttt; expected uuuuuuuuuuuu"):
+        kept.read("logits", 3, replace(made_of, teacher="u" * 64))
+    colder = replace(SETTINGS, logits=LogitsConfig(temperature=1.5))
+    with pytest.raises(UserError, match=r"distill.own.logits.temperature 4.0; expected 1.5"):
+        kept.read("logits", 3, identity(PARAMS, colder, "logits", 3, "t" * 64))
+    (tmp_path / "logits-3.json").rename(tmp_path / "logits-4.json")
+    with pytest.raises(UserError, match="logits-4.json: got a run of logits, seed 3"):
+        kept.entries()
+
+
+def test_a_setting_that_did_not_exist_yet_counts_as_its_default(tmp_path):
+    kept, made_of = Ledger(tmp_path), identity(PARAMS, SETTINGS, "plain", 0, "")
+    older = json.loads(json.dumps(made_of.settings))
+    del older["distill"]["clip_norm"], older["distill"]["compute"]["ema"]
+    kept.write("plain", 0, Identity(older, None), run(0.5))
+    assert kept.read("plain", 0, made_of) == run(0.5)
+    clipped = identity(PARAMS, replace(SETTINGS, clip_norm=3.0), "plain", 0, "")
+    with pytest.raises(UserError, match="distill.clip_norm"):
+        kept.read("plain", 0, clipped)
+    gone = made_of.settings | {"distill": {**made_of.settings["distill"], "forgotten": 2}}
+    kept.write("plain", 0, Identity(gone, None), run(0.5))
+    with pytest.raises(UserError, match="distill.forgotten 2; expected None"):
+        kept.read("plain", 0, made_of)
+
+
+def test_a_table_compares_over_the_seeds_that_both_methods_have(tmp_path):
+    kept = Ledger(tmp_path)
+    made = {"plain": (0.50, 0.52, 0.54), "logits": (0.55, 0.57), "cakd+logits": (0.60,)}
+    for method, tops in made.items():
+        for seed, top in enumerate(tops):
+            made_of = identity(PARAMS, SETTINGS, method, seed, "t")
+            kept.write(method, seed, made_of, run(top, step_ms=10.0 if method == "plain" else 15.0))
+    kept.write("teacher", 0, ledger.identity_of_teacher(PARAMS, "t"), {"clean": 0.7, "noisy": 0.3})
+    found = evidence.result(kept.entries(), "few")
+    rows = found["methods"]
+    assert [*rows] == ["plain", "logits", "cakd+logits"] and found["teacher"]["clean"] == 0.7
+    assert rows["logits"]["clean_minus_plain"]["mean"] == pytest.approx(5.0)
+    assert rows["logits"]["clean_minus_plain"]["half_width_95"] == pytest.approx(0, abs=1e-9)
+    assert rows["cakd+logits"]["clean_minus_logits"] == {
+        "mean": pytest.approx(5.0),
+        "half_width_95": None,
+    }
+    assert rows["logits"]["step_over_plain"] == 1.5
+    text = evidence.markdown(found)
+    assert "| logits | 2 | 56.0 | +5.0 ± 0.0 |" in text and "| teacher | | 70.0 |" in text
+
+
+def test_committed_tables_are_those_of_the_committed_runs_byte_for_byte(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipes = [path.name for path in sorted(ledger.FOLDER.glob("*")) if path.is_dir()]
+    for recipe in recipes:
+        out = tmp_path / recipe
+        line = [recipe, "--table", "--out", str(out)]
+        evidence.main(evidence.parser().parse_args(line))
+        for suffix in (".md", ".json"):
+            committed = ledger.FOLDER.parent / f"evidence-{recipe}{suffix}"
+            assert out.with_suffix(suffix).read_bytes() == committed.read_bytes()
+
+
+def test_without_runs_a_table_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = argparse.Namespace(recipe="none", table=True, out=None)
+    with pytest.raises(UserError, match=r"none: got no runs; expected one or more"):
+        evidence.main(line)
+
+
+def test_the_time_given_ends_in_good_order():
+    done = []
+    with evidence.deadline(0.2 / 60):
+        time.sleep(5)
+        done.append("slept on")
+    with evidence.deadline(0.2 / 60):  # a training that leaves after its checkpoint
+        before = signal.signal(signal.SIGINT, lambda *_: done.append("saved"))
+        time.sleep(0.4)
+        signal.signal(signal.SIGINT, before)
+        raise SystemExit(128 + signal.SIGINT)
+    assert done == ["saved"]
+    with pytest.raises(SystemExit), evidence.deadline(10):
+        os.kill(os.getpid(), 0)
+        raise SystemExit(128 + signal.SIGINT)  # the user's own Ctrl-C
+    with evidence.deadline(None):
+        pass
