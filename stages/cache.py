@@ -1,6 +1,7 @@
 """Stage cache: write the teacher's features for all views, or with `mode: off` only which views there are.
 
-On several cores: `torchrun --nproc-per-node N -m stages.cache ...`, with the same bytes.
+In several processes, with the same bytes: `torchrun --nproc-per-node N -m stages.cache ...`, or the same command
+started again on any machine that has the work folder. Processes may join, leave and be killed (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ from pipeline.training import ranks as training_ranks
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the feature cache of `cache:`; under torchrun every rank writes its share of the shards."""
+    """Write the feature cache of `cache:`, together with all processes that have the same work folder."""
     settings = config.load(Cache, args.params)
     prepared = Prepared.open(args.prepared)
     live = teacher.load(args.teacher)
+    ranks = training_ranks.from_environment()
     total = settings.views * len(prepared.rows("train"))
-    with training_ranks.ranks() as ranks:
-        name = "cache" if ranks.size == 1 else f"cache, rank {ranks.rank}"
-        bar = progress.Progress(name, -(-total // ranks.size))
-        manifest = writing.write(settings, prepared, live, args.out, args.work, bar, ranks)
+    bar = progress.Progress("cache", total, quiet=ranks.rank > 0)
+    manifest = writing.write(settings, prepared, live, args.out, args.work, bar, ranks)
     if ranks.rank:
         return
     if settings.mode == "off":
@@ -44,6 +44,11 @@ if __name__ == "__main__":
     parser.add_argument("prepared", type=Path, help="the prepared folder")
     parser.add_argument("teacher", type=Path, help="teacher.safetensors")
     parser.add_argument("out", type=Path, help="the feature cache to write")
-    parser.add_argument("--work", type=Path, default=Path(".work/cache"), help="unfinished work")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(".work/cache"),
+        help="unfinished work",
+    )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     cli.run(main, parser, launch="stages.cache")

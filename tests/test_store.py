@@ -18,10 +18,10 @@ from pipeline.data import views
 from pipeline.data.pixels import Squares
 from pipeline.data.prepared import Prepared
 from pipeline.models import checkpoint, probe, teacher
-from pipeline.store import encoding, planning, policy, reading, shards, verifying, writing
+from pipeline.store import dividing, encoding, planning, policy, reading, shards, verifying, writing
 from pipeline.store.policy import Cache
 from pipeline.store.reading import Store
-from pipeline.training import resume, stopwatch
+from pipeline.training import claims, stopwatch
 from tests.test_teacher import SMALL, saved
 
 
@@ -233,18 +233,73 @@ def test_shards_of_another_size_are_not_gone_on_with(features, prepared, teacher
     assert max(f["max"] for f in found.values()) <= 1e-6
 
 
-def test_a_second_writer_of_the_same_store_is_refused(
+def test_a_writer_of_another_store_in_the_same_work_folder_is_refused(
     prepared, teacher_path, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(resume, "PATIENCE", 0.0)
+    monkeypatch.setattr(claims, "PATIENCE", 0.0)
 
     def intrude(_: int) -> None:
-        with pytest.raises(UserError, match="locked by another process"):
-            write(prepared, teacher_path, tmp_path)
+        with pytest.raises(UserError, match=r"in use by .* \(batch: 64 there, 32 here\)"):
+            write(prepared, teacher_path, tmp_path, batch=32)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write(prepared, teacher_path, tmp_path, intrude)
+    write(prepared, teacher_path, tmp_path, batch=32)  # the first one has left
+
+
+def test_a_process_that_comes_when_all_is_published_writes_nothing(
+    prepared, teacher_path, tmp_path
+):
+    write(prepared, teacher_path, tmp_path)
+    again = []
+    manifest = write(prepared, teacher_path, tmp_path, again.append)
+    assert not again and manifest["records"] == 2594
+    shard = tmp_path / "store" / "shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-100] ^= 1
+    shard.write_bytes(data)
+    write(prepared, teacher_path, tmp_path, again.append)
+    assert again and verifying.check_bytes(tmp_path / "store")
+
+
+def test_killed_between_publishing_and_tidying_up_nothing_is_written_again(
+    prepared, teacher_path, tmp_path, monkeypatch
+):
+    class Killed(Exception):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dividing.Writer, "_finish", kill)
+        with pytest.raises(Killed):
+            write(prepared, teacher_path, tmp_path)
+    published = (tmp_path / "store" / "manifest.json").read_bytes()
+    again = []
+    write(prepared, teacher_path, tmp_path, again.append)
+    assert not again and (tmp_path / "store" / "manifest.json").read_bytes() == published
+    assert [path.suffix for path in (tmp_path / "work").iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "missing"])
+def test_a_shard_of_the_work_folder_that_is_not_whole_is_written_again(
+    damage, features, prepared, teacher_path, tmp_path
+):
+    def leave(done: int) -> None:
+        if done > 2300:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(prepared, teacher_path, tmp_path, leave, dtype="float32", shard_mb=9)
+    shard = next((tmp_path / "work").rglob("shard-00000.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-100] ^= 1
+    shard.unlink() if damage == "missing" else shard.write_bytes(data)
+    write(prepared, teacher_path, tmp_path, dtype="float32", shard_mb=9)
+    for path in features.iterdir():
+        assert (tmp_path / "store" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_the_statistics_of_h_are_taken_over_all_classes(prepared, teacher_path, monkeypatch):

@@ -1,13 +1,12 @@
-"""Writing a store: the teacher runs over every view, shard by shard, in one process or on several ranks.
+"""Writing a store: the teacher runs over every view, shard by shard, in any number of processes.
 
-A shard is the unit of resuming and of distribution over ranks. It consists of whole write batches, so that neither
-a kill nor the number of ranks changes which images are in a batch together, and with that the bits.
+A shard is the unit of resuming and of division between processes (`dividing`). It consists of whole write batches,
+so that neither a kill nor the number of processes changes which images are in a batch together, or the bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.core import artifacts
-from pipeline.core.atomic import publish
 from pipeline.data import views
 from pipeline.data.prepared import Prepared, spread
 from pipeline.models import teacher
 from pipeline.models.teacher import TeacherOutputs
-from pipeline.store import encoding, overconfidence, policy, shards
+from pipeline.store import dividing, encoding, overconfidence, policy, shards
+from pipeline.store.dividing import note_of, shard_of
 from pipeline.store.policy import Cache, check_layout
 from pipeline.store.reading import SCHEMA, seal
-from pipeline.training import compute, resume
+from pipeline.training import compute
 from pipeline.training.ranks import SINGLE_PROCESS, Ranks
 
 MEASURE_EVERY = 8  # write batches between two measurements of the error, which costs a replay
@@ -45,31 +44,26 @@ def write(
     progress: Callable[[int], None],
     ranks: Ranks = SINGLE_PROCESS,
 ) -> dict[str, Any]:
-    """Run the teacher over every view and publish the store at `out`; returns the manifest.
+    """Write the store together with all processes that have this work folder; returns the manifest.
 
-    Resumes shard by shard. The teacher is moved to this rank's device. `progress` is called with the number of
-    records that this rank has written.
-    Raises UserError: a layout that does not fit the teacher, a value above float16, disk full, no such device.
-    GateFailed: an error above the gate of its dtype.
+    It is at `out` when any of them returns. Resumes shard by shard. The teacher is moved to this rank's device.
+    `progress` is called with the number of records that all processes have written.
+    Raises UserError: a layout that does not fit the teacher, a value above float16, disk full, no such device, a
+    process with other settings in the same work folder. GateFailed: an error above the gate of its dtype.
     """
     check_layout(cache, live.spec)
     policy.check_data(prepared, live.description)
     device = compute.pick_device(cache.device, "cache.device", ranks)
     task = Task(cache, prepared, live.to(device), device)
-    unfinished = {
+    settings = {
         **task.fingerprint,
+        "mode": cache.mode,
         "batch": cache.batch,
         "shard_mb": cache.shard_mb,
         "device": device.type,
         "code": artifacts.code(ROOMS),
     }
-    with resume.work_folder(work, artifacts.digest(unfinished), ranks) as folder:
-        if cache.mode == "on":
-            _write_shards(task, folder, out, progress, ranks)
-        ranks.wait()
-        if ranks.rank == 0:
-            artifacts.write_json(folder / "store" / "manifest.json", task.manifest(folder))
-            publish(folder / "store", out)
+    dividing.write(task, work, settings, out, progress)
     return artifacts.read_json(out / "manifest.json", SCHEMA)
 
 
@@ -110,10 +104,26 @@ class Task:
             self.prepared.images, cache.geometry, cache.seed, rows, records % cache.views, self.rows
         )
 
+    def make(
+        self, number: int, progress: Callable[[int], None]
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Compute the content of one shard, and the largest measured errors."""
+        return _make_shard(self, self.records_of(number), progress)
+
+    def save(
+        self, folder: Path, number: int, tensors: dict[str, Tensor], errors: dict[str, float]
+    ) -> None:
+        """Write one shard into the work folder, and then its note."""
+        _save_shard(self, folder, number, tensors, errors)
+
+    def entries(self, folder: Path) -> list[dict[str, Any]]:
+        """Read the notes of all shards in the work folder."""
+        return [artifacts.read_json(note_of(folder, n)) for n in range(self.shard_count)]
+
     def manifest(self, folder: Path) -> dict[str, Any]:
         """Build the sealed manifest from the finished shards in the work folder."""
         cache, spec = self.cache, self.live.spec
-        entries = [artifacts.read_json(_note(folder, n)) for n in range(self.shard_count)]
+        entries = self.entries(folder)
         mean, std = _statistics(self)
         return seal(
             {
@@ -139,52 +149,6 @@ class Task:
                 "provenance": artifacts.provenance(asdict(cache)),
             }
         )
-
-
-def _note(folder: Path, number: int) -> Path:
-    return folder / "notes" / f"shard-{number:05d}.json"
-
-
-def _shard(folder: Path, number: int) -> Path:
-    return folder / "store" / f"shard-{number:05d}.safetensors"
-
-
-def _write_shards(
-    task: Task, folder: Path, out: Path, progress: Callable[[int], None], ranks: Ranks
-) -> None:
-    """Write this rank's shards; a thread saves one while the teacher runs on the next."""
-    own_shards = range(ranks.rank, task.shard_count, ranks.size)
-    missing = [n for n in own_shards if not _is_complete(_note(folder, n), _shard(folder, n))]
-    if ranks.rank == 0:
-        paths = [_shard(folder, n) for n in range(task.shard_count)]
-        written = sum(path.stat().st_size for path in paths if path.exists())
-        total = task.total * shards.record_bytes(task.fields)
-        shards.check_disk_space(folder, max(0, total - written))
-        if folder.stat().st_dev != shards.nearest_existing(out).stat().st_dev:  # `publish` copies
-            shards.check_disk_space(out, total)
-    done = sum(len(task.records_of(n)) for n in own_shards if n not in missing)
-    saving: Future[None] | None = None
-    with resume.Interrupts() as interrupts, ThreadPoolExecutor(1) as disk:
-
-        def report(more: int) -> None:
-            progress(done + more)
-            interrupts.leave_if_signalled(folder)
-
-        for number in missing:
-            tensors, errors = _make_shard(task, task.records_of(number), report)
-            done += len(tensors["logits"])
-            if saving is not None:
-                saving.result()
-            saving = disk.submit(_save_shard, task, folder, number, tensors, errors)
-        if saving is not None:
-            saving.result()
-
-
-def _is_complete(note: Path, shard: Path) -> bool:
-    """Whether an earlier run finished this shard: its note exists and has the hash of its bytes."""
-    if not (note.is_file() and shard.is_file()):
-        return False
-    return bool(artifacts.read_json(note)["sha256"] == artifacts.sha256(shard))
 
 
 def _make_shard(
@@ -237,10 +201,10 @@ def _stored(
 def _save_shard(
     task: Task, folder: Path, number: int, tensors: dict[str, Tensor], errors: dict[str, float]
 ) -> None:
-    path = _shard(folder, number)
+    path = shard_of(folder, number)
     shards.save(path, tensors, first=int(task.records_of(number)[0]))
     artifacts.write_json(
-        _note(folder, number),
+        note_of(folder, number),
         {
             "file": path.name,
             "records": len(tensors["logits"]),

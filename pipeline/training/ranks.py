@@ -121,15 +121,24 @@ SINGLE_PROCESS = Ranks()
 SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
+def from_environment() -> Ranks:
+    """Read this process's rank from torchrun's or srun's variables, without joining the others."""
+    if "WORLD_SIZE" not in os.environ and "SLURM_STEP_ID" in os.environ:
+        os.environ.update({variable: os.environ[slurm] for variable, slurm in SLURM.items()})
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return SINGLE_PROCESS
+    return Ranks(int(os.environ.get("RANK", "0")), size, int(os.environ.get("LOCAL_RANK", "0")))
+
+
 @contextmanager
 def ranks(backend: str = "gloo") -> Iterator[Ranks]:
     """Join the ranks that torchrun or srun started, over `backend`; without either a single process.
 
     Raises UserError: srun without MASTER_ADDR and MASTER_PORT.
     """
-    if "WORLD_SIZE" not in os.environ and "SLURM_STEP_ID" in os.environ:
-        os.environ.update({variable: os.environ[slurm] for variable, slurm in SLURM.items()})
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    launched = from_environment()
+    if launched.size == 1:
         yield SINGLE_PROCESS
         return
     for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -137,12 +146,12 @@ def ranks(backend: str = "gloo") -> Iterator[Ranks]:
             raise UserError(
                 f"{name}: got no value under srun; expected the first node's address and a free port; export both"
             )
-    local, device = int(os.environ.get("LOCAL_RANK", "0")), None
+    device = None
     if backend == "nccl":
-        device = torch.device("cuda", local % torch.cuda.device_count())
+        device = torch.device("cuda", launched.local % torch.cuda.device_count())
         torch.cuda.set_device(device)
     distributed.init_process_group(backend, timeout=RANK_TIMEOUT, device_id=device)
     try:
-        yield Ranks(distributed.get_rank(), distributed.get_world_size(), local)
+        yield Ranks(distributed.get_rank(), distributed.get_world_size(), launched.local)
     finally:
         distributed.destroy_process_group()
