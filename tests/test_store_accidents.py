@@ -128,6 +128,90 @@ def test_two_ranks_write_the_bytes_of_one_process(kills, undisturbed, chain):
     assert not list((chain / "work" / "cache").glob("*[0-9a-f]"))
 
 
+JOIN = """
+import runpy, sys
+from pipeline.training import claims
+sys.argv.pop(0)
+lease, machine = float(sys.argv.pop(0)), sys.argv.pop(0)
+claims.LEASE = lease
+if machine != "this":
+    claims.this_machine = machine.encode
+runpy.run_module("stages.cache", run_name="__main__", alter_sys=True)
+"""
+
+
+def join(folder, rank=None, machine="this", lease=60.0):
+    """A process that helps to write the store, on a machine of its own where that has a name."""
+    ranks = {} if rank is None else {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    return subprocess.Popen(
+        [sys.executable, "-c", JOIN, str(lease), machine, *command("cache", folder)],
+        cwd=ROOT,
+        env={**ENVIRONMENT, **ranks},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_shards(folder, count, running):
+    until = time.monotonic() + 60
+    while len(list((folder / "work" / "cache").rglob("shard-*.json"))) < count:
+        assert time.monotonic() < until and running.poll() is None, running.communicate()[0]
+        time.sleep(0.01)
+
+
+def one_is_published(folder, undisturbed, *processes):
+    """All of them end well, what is there are the bytes of one process, and nothing is left of the work."""
+    for process in processes:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output[-3000:]
+    refuse_difference("cache", each(undisturbed[0] / "features"), each(folder / "features"))
+    assert [path.suffix for path in (folder / "work" / "cache").iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+@pytest.mark.parametrize("ranks", [(0, 1), (None, None)], ids=["ranks", "independent"])
+def test_one_of_two_processes_is_killed_and_the_store_has_the_same_bytes(
+    ranks, restarted, undisturbed, chain
+):
+    first, second = (join(chain, rank) for rank in ranks)
+    wait_for_shards(chain, 3, second)
+    time.sleep(random.Random(restarted).uniform(0, 0.3))
+    second.kill()
+    second.communicate()
+    rest = [first, join(chain, ranks[1])] if restarted else [first]
+    one_is_published(chain, undisturbed, *rest)
+
+
+def test_a_machine_that_dies_is_replaced_after_the_lease(undisturbed, chain):
+    machines = [join(chain, machine=name, lease=3.0) for name in ("a", "b")]
+    wait_for_shards(chain, 3, machines[1])
+    machines[1].kill()
+    machines[1].communicate()
+    late = join(chain, machine="c", lease=3.0)
+    one_is_published(chain, undisturbed, machines[0], late)
+
+
+def test_a_machine_that_only_slept_beyond_its_lease_does_no_harm(undisturbed, chain):
+    machines = [join(chain, machine=name, lease=1.0) for name in ("a", "b")]
+    wait_for_shards(chain, 3, machines[1])
+    machines[1].send_signal(signal.SIGSTOP)
+    one_is_published(chain, undisturbed, machines[0])
+    machines[1].send_signal(signal.SIGCONT)
+    one_is_published(chain, undisturbed, machines[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_is_told_to_leave_releases_its_claim_at_once(number, undisturbed, chain):
+    """Also to another machine, which need not wait for the lease."""
+    machines = [join(chain, machine=name, lease=600.0) for name in ("a", "b")]
+    wait_for_shards(chain, 3, machines[1])
+    machines[1].send_signal(number)
+    output, _ = machines[1].communicate(timeout=60)
+    assert machines[1].returncode == 128 + number and "run again to resume" in output
+    one_is_published(chain, undisturbed, machines[0])
+
+
 def limited(chain, prefix):
     return subprocess.run(
         [*prefix, sys.executable, "-m", *command("cache", chain)],
