@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +19,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic.dataclasses import dataclass
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 from typing_extensions import Self
 
 from pipeline.core import artifacts, progress
@@ -28,9 +31,11 @@ from pipeline.data import views
 from pipeline.data.prepared import Prepared
 from pipeline.models.checkpoint import create, load_weights, preprocessing, save
 from pipeline.models.probe import TeacherSpec, probe_teacher
-from pipeline.training import compute, loop, ranks, resume, seeds
+from pipeline.training import compute, loop, resume, seeds
+from pipeline.training.ahead import Ahead
 from pipeline.training.compute import Compute, Device
 from pipeline.training.mixed_loss import mixed_cross_entropy
+from pipeline.training.ranks import SINGLE_PROCESS, Ranks, average_gradients, same_start
 
 # Rooms of pipeline/ whose code trains a teacher: after an edit there an unfinished training starts again.
 ROOMS = ("core", "data", "models", "teach.py", "training")
@@ -50,6 +55,7 @@ class Teach:
     label_smoothing: Share = 0.0
     geometry: views.Geometry = views.Geometry()  # its training views
     seed: Seed = 0
+    workers: NonNegativeInt = 0  # processes that make its views; 0: this one makes them
     checkpoint_every: PositiveInt = 200  # steps
     device: Device = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast
@@ -63,22 +69,28 @@ class Teach:
         return self
 
 
-def teach(config: Teach, prepared: Prepared, out: Path, work: Path) -> dict[str, Any]:
+def teach(
+    config: Teach, prepared: Prepared, out: Path, work: Path, ranks: Ranks = SINGLE_PROCESS
+) -> dict[str, Any]:
     """Train the ViT on every label of train and publish it at `out`; returns its description.
 
-    Resumes from the last checkpoint in `work`.
+    Resumes from the last checkpoint in `work`. Of several ranks the first publishes.
     Raises UserError: unknown model, weights that do not fit, a token order that is not known, a grid that does not
-    fit the image size, a training that diverged.
+    fit the image size, a training that diverged, a killed worker.
     """
     torch.manual_seed(config.seed)
     vit, described = _build(config, prepared)
-    provenance = artifacts.provenance(asdict(config), **_weight_files(config)) | prepared.hashes()
-    with resume.work_folder(work, artifacts.digest([provenance, artifacts.code(ROOMS)])) as folder:
+    recipe = {k: v for k, v in asdict(config).items() if k != "workers"}
+    provenance = artifacts.provenance(recipe, **_weight_files(config)) | prepared.hashes()
+    with resume.work_folder(
+        work, artifacts.digest([provenance, artifacts.code(ROOMS)]), ranks
+    ) as folder:
         if config.epochs:
-            _train(vit, config, prepared, described["preprocess"], folder)
-        with atomic_dir(out) as finished:
-            path = finished / "teacher.safetensors"
-            save(path, vit.eval(), described | {"provenance": provenance})
+            _train(vit, config, prepared, described["preprocess"], folder, ranks)
+        if ranks.rank == 0:
+            with atomic_dir(out) as finished:
+                path = finished / "teacher.safetensors"
+                save(path, vit.eval(), described | {"provenance": provenance})
     return described
 
 
@@ -145,52 +157,98 @@ def _check_size(embedding: Any, config: Teach, image_size: int) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A rank's part of a step's batch."""
+
+    views: Tensor  # (B, 3, S, S) uint8
+    labels: Tensor  # (B,)
+    partner_labels: Tensor  # of the image it is mixed with
+    shares: Tensor | None  # of the own label; None where no view is mixed
+    weight: (
+        float  # of the part's mean loss, so that the mean over the ranks is that of the whole batch
+    )
+
+
+class Views(Dataset[list[Batch]]):
+    """This rank's part of each step's batch, a function of the step in any process; a new view in each epoch."""
+
+    def __init__(self, config: Teach, prepared: Prepared, ranks: Ranks) -> None:
+        rows = prepared.rows("train")
+        self.config, self.prepared, self.ranks = config, prepared, ranks
+        self.rows = rows[prepared.labels[rows] >= 0]
+        self.per_epoch = -(-len(self.rows) // config.batch)
+        self.steps = config.epochs * self.per_epoch
+        self._order = (-1, self.rows)  # epoch, its permutation
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        config, prepared, size = self.config, self.prepared, self.ranks.size
+        epoch, position = divmod(step, self.per_epoch)
+        if self._order[0] != epoch:
+            self._order = epoch, seeds.permutation(len(self.rows), config.seed, "teach", epoch)
+        whole = self.rows[self._order[1][position * config.batch : (position + 1) * config.batch]]
+        part = whole[self.ranks.rank :: size]
+        weight = len(part) * size / len(whole)
+        if not len(part):  # of the last batch of an epoch: an image that counts nothing
+            part = whole[:1]
+        # Negative view numbers: the feature cache counts from 0, so the teacher never labels a view it was trained
+        # on, even with the same seed and geometry.
+        drawn = (config.geometry, config.seed, part, np.full(len(part), -1 - epoch), self.rows)
+        mixed = views.mixed_with(*drawn, prepared.image_size)
+        partners = part if mixed is None else mixed.partners
+        return [
+            Batch(
+                views.view_batch(prepared.images, *drawn),
+                torch.from_numpy(prepared.labels[part]),
+                torch.from_numpy(prepared.labels[partners]),
+                None if mixed is None else torch.from_numpy(mixed.shares),
+                weight,
+            )
+        ]
+
+
 def _train(
     vit: nn.Module,
     config: Teach,
     prepared: Prepared,
     preprocess: dict[str, Any],
     folder: Path,
+    ranks: Ranks,
 ) -> None:
     """Train in place with AdamW, one view of every labelled image per epoch."""
-    rows = prepared.rows("train")
-    rows = rows[prepared.labels[rows] >= 0]
-    per_epoch = -(-len(rows) // config.batch)
-    steps = config.epochs * per_epoch
-    precision = Compute(precision=config.precision)
-    device = compute.pick_device(config.device, "teach.device", ranks.SINGLE_PROCESS)
+    device = compute.pick_device(config.device, "teach.device", ranks)
     vit.to(device)
+    same_start([vit], ranks)
     optimizer = torch.optim.AdamW(
         loop.decay_groups(vit.parameters(), config.weight_decay), lr=config.lr
     )
+    rendered = Views(config, prepared, ranks)
+    steps = rendered.steps
+    ahead = Ahead(rendered, steps, config.workers, "teach")
+    stream = f"teach {ranks.rank}" if ranks.rank else "teach"
 
     def step(number: int) -> loop.StepFigures:
-        epoch, position = divmod(number, per_epoch)
-        order = seeds.permutation(len(rows), config.seed, "teach", epoch)
-        selected = rows[order[position * config.batch : (position + 1) * config.batch]]
-        # Negative view numbers: the feature cache counts from 0, so the teacher never labels a view it was trained
-        # on, even with the same seed and geometry.
-        numbers = np.full(len(selected), -1 - epoch)
-        drawn = (config.geometry, config.seed, selected, numbers, rows)
-        batch = views.view_batch(prepared.images, *drawn)
-        torch.manual_seed(seeds.step_seed(config.seed, number, "teach"))  # for dropout
-        mixed = views.mixed_with(*drawn, prepared.image_size)
-        partners = selected if mixed is None else mixed.partners
-        own, other = (torch.from_numpy(prepared.labels[r]).to(device) for r in (selected, partners))
-        shares = None if mixed is None else torch.from_numpy(mixed.shares).to(device)
-        with precision.autocast(device):
-            logits = vit(views.normalise(batch.to(device), preprocess))
+        (batch,) = ahead(number)
+        torch.manual_seed(seeds.step_seed(config.seed, number, stream))  # for dropout
+        own, other = batch.labels.to(device), batch.partner_labels.to(device)
+        shares = None if batch.shares is None else batch.shares.to(device)
+        with Compute(precision=config.precision).autocast(device):
+            logits = vit(views.normalise(batch.views.to(device), preprocess))
             losses = mixed_cross_entropy(logits, own, other, shares, config.label_smoothing)
-            loss = losses.mean()
+            loss = losses.mean() * batch.weight
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(vit.parameters(), ranks)
         for group in optimizer.param_groups:
             group["lr"] = loop.learning_rate(number, steps, config.lr)
         optimizer.step()
         return {"loss": loss.detach()}
 
-    checkpoint = folder / "checkpoint.safetensors"
-    every = config.checkpoint_every
-    bar = progress.Progress("teach", steps, batch=config.batch, epoch=steps // config.epochs)
-    loop.run_steps(bar, every, checkpoint, {"vit": vit}, {"adamw": optimizer}, step)
+    bar = progress.Progress(
+        "teach", steps, batch=config.batch, epoch=rendered.per_epoch, quiet=ranks.rank > 0
+    )
+    checkpoint, every = folder / "checkpoint.safetensors", config.checkpoint_every
+    modules, optimizers = {"vit": vit}, {"adamw": optimizer}
+    with ahead.watched(), closing(ahead):
+        loop.run_steps(bar, every, checkpoint, modules, optimizers, step, ranks)
     vit.cpu()

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.distill.batches import Batches, BatchIndices
 from pipeline.distill.features import Features
 from pipeline.models.teacher import TeacherOutputs
-from pipeline.training import resume
+from pipeline.training.ahead import Ahead
 from pipeline.training.ranks import SINGLE_PROCESS, Ranks
 from pipeline.training.stopwatch import Stopwatch
-
-SIGNAL_SECONDS = 1.0  # wait for torch's signal handler after a worker's pipe has closed
 
 
 @dataclass(frozen=True)
@@ -76,9 +71,8 @@ class Feed:
     """Micro-batches with the teacher's tokens; rendered by `workers` processes ahead; with 0 in this one."""
 
     def __init__(self, batches: Views, features: Features | None, workers: int) -> None:
-        self.views, self.features, self.workers = batches, features, workers
-        self._next = -1
-        self._ahead: Iterator[list[Batch] | UserError] = iter(())
+        self.views, self.features = batches, features
+        self._ahead = Ahead(batches, batches.batches.steps, workers, "distill")
 
     @property
     def steps(self) -> int:
@@ -96,7 +90,7 @@ class Feed:
         Raises UserError: a worker that was killed, damaged records, views that are not the cached ones.
         """
         with timer.stage("view"):
-            batches = self._rendered(step)
+            batches = self._ahead(step)
         for number, batch in enumerate(batches):
             if self.features is None:
                 yield batch
@@ -115,67 +109,10 @@ class Feed:
         if coming:
             self.features.prefetch(coming[0].cached)
 
-    def _rendered(self, step: int) -> list[Batch]:
-        if self.workers == 0:
-            return self.views[step]
-        if step != self._next:
-            self._ahead = iter(self._loader(step))
-        self._next = step + 1
-        try:
-            batches = next(self._ahead)
-        except (EOFError, OSError) as error:  # the worker's end of a pipe or socket has closed
-            if str(error).startswith("Caught"):
-                raise
-            with suppress(
-                RuntimeError
-            ):  # raised by torch's signal handler: here, not in a destructor
-                time.sleep(SIGNAL_SECONDS)
-            raise self._killed(error) from None
-        if isinstance(batches, UserError):
-            raise batches
-        return batches
-
     def close(self) -> None:
         """End the workers."""
-        self._ahead, self._next = iter(()), -1
+        self._ahead.close()
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Raise UserError where a worker dies: torch raises in a signal handler, so anywhere in the body."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise self._killed(error) from None
-
-    def _killed(self, error: Exception) -> UserError:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
-        return UserError(
-            f"distill.workers: one of {self.workers} was killed ({reason}); free memory, or lower distill.workers "
-            "or distill.batch, then run again to go on"
-        )
-
-    def _loader(self, start: int) -> DataLoader[Any]:
-        return DataLoader(
-            self.views,
-            batch_size=None,
-            sampler=range(start, max(start + 1, self.steps)),
-            num_workers=self.workers,
-            collate_fn=_shared,
-            worker_init_fn=resume.as_worker,
-            generator=torch.Generator(),  # its own: the step's random numbers stay untouched
-        )
-
-
-def _shared(batches: list[Batch]) -> list[Batch] | UserError:
-    """Move the views to shared memory, or return the error: raised in the queue, it would hang the training."""
-    try:
-        for batch in batches:
-            batch.views.share_memory_()
-    except RuntimeError as error:
-        return UserError(
-            f"distill.workers: no shared memory for a worker ({str(error).splitlines()[0]}); enlarge /dev/shm "
-            "(docker: --shm-size), or set distill.workers: 0, then run again to go on"
-        )
-    return batches
+    def watched(self) -> AbstractContextManager[None]:
+        """Raise UserError where a worker dies."""
+        return self._ahead.watched()
