@@ -37,6 +37,8 @@ RUN = (
     "jq -r '.models | to_entries[] | [.key, .value.clean.top1, .value.noisy.top1] | @tsv' reports/accuracy.json",
     "python -m pipeline.distill.kernels --tokens 196 --width 64",
     "dvc repro --allow-missing --dry",
+    "python -m stages.cache data/prepared artifacts/teacher/teacher.safetensors data/features",
+    "dvc commit -f cache",
 )
 ELSEWHERE = {  # command -> the test that runs it, or all of it that can run
     "make repro": "test_repro.py",
@@ -64,6 +66,13 @@ NOT_RUN = {  # command -> why not
     "python -m benchmarks.gpu --parts kernels steps --out results/": "needs a GPU",
     "PYTHONPATH=~/site make gpu": "needs a GPU",
     "python -m pytest -m gpu": "needs a GPU",
+    **{
+        f"kubectl apply -f docs/launch/kubernetes-{name}.yaml": "needs a cluster; test_launch.py"
+        for name in ("volume", "cache", "distill")
+    },
+    "for i in 1 2 3 4; do sky jobs launch -y -d -n cache-$i --env NFS=nfs.example:/cakd "
+    "docs/launch/sky-cache.yaml; done": "needs a cloud; test_launch.py",
+    "sky jobs launch -y --env NFS=nfs.example:/cakd docs/launch/sky-distill.yaml": "needs a cloud",
     "python -m benchmarks.kernels": "takes minutes; test_benchmarks.py runs its parts",
 }
 HERE_DOCUMENT = "python - <<'EOF'\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -13,6 +14,8 @@ from ruamel.yaml import YAML
 from torch.distributed.run import get_args_parser
 
 from pipeline.core import cli
+from pipeline.models.probe import TeacherSpec
+from pipeline.store import shards
 from tests import tiny
 from tests.house import ROOT
 
@@ -248,3 +251,42 @@ def test_the_features_go_to_a_remote_of_their_own_where_dvc_yaml_says_so(tmp_pat
     assert [
         len([p for p in (tmp_path / n).rglob("*") if p.is_file()]) for n in ("remote", "features")
     ] == [1, 1]
+
+
+def rows(title):
+    """The rows of the table of docs/scaling.md whose first row begins so: their cells, numbers as numbers."""
+    table = PAGE[PAGE.index(f"| {title}") :].split("\n\n")[0]
+    for line in table.splitlines():
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if re.fullmatch(r"[\d.,]+", cells[0]):
+            yield name, [float(cell.replace(",", "")) for cell in cells]
+
+
+def test_the_disk_and_the_hours_of_full_size_are_the_arithmetic_of_what_was_measured():
+    images = (1_281_167, 10_000_000)
+    spec = TeacherSpec(1, (14, 14), 12, 768, {}, None)
+    stored = {}
+    for name, (layout, dtype) in {
+        "`block_input`, float16, one view": ("block_input", "float16"),
+        "`block_input`, int8, one view": ("block_input", "int8"),
+        "`qkvh`, float16, one view": ("qkvh", "float16"),
+        "`logits`, one view": ("logits", "float32"),
+    }.items():
+        stored[name] = shards.record_bytes(shards.layout_fields(layout, dtype, spec, 1000))
+    found = dict(rows("prepared images, as arrays"))
+    assert set(found) == {"prepared images, as arrays", *stored}
+    for name, (size, *disk) in found.items():
+        assert size == stored.get(name, 224 * 224 * 3), name
+        assert disk == [round(size * n / 1e9) for n in images], name
+    results = ROOT / "benchmarks" / "results"
+    cpu = json.loads((results / "cpu-2core-store-step-logits.json").read_text())
+    gpu = json.loads((results / "h100-training-224px.json").read_text())["methods"]
+    rates = [
+        16e3 / cpu["stage_ms"]["online"]["replay"],
+        64e3 / (gpu["logits"]["stage_ms"]["replay"] * 17.6 / 1.5),
+        *(gpu[method]["img_per_s"] for method in ("plain", "logits", "cakd+logits")),
+    ]
+    shown = list(rows("teacher, 2 cores"))
+    for (name, (rate, *hours)), exact in zip(shown, rates, strict=True):
+        assert rate == pytest.approx(exact, rel=1e-3), name
+        assert hours == [round(n / exact / 3600, 2) for n in images], name
