@@ -158,5 +158,5 @@ def _without(keys: set[str], value: Any) -> Any:
 def litter(folder: Path) -> list[str]:
     """What a finished chain must not hold: half-written files, and the work of runs that are done."""
     half = [p for p in folder.rglob(f"*{PARTIAL}") if ".dvc" not in p.parts]
-    kept = [p for p in folder.glob(".work/*/*") if p.suffix != ".lock"]
+    kept = [p for p in folder.glob(".work/*/*") if p.suffix not in (".lock", ".receipt")]
     return sorted(p.relative_to(folder).as_posix() for p in (*half, *kept))

@@ -280,7 +280,7 @@ def test_killed_between_publishing_and_tidying_up_nothing_is_written_again(
     again = []
     write(prepared, teacher_path, tmp_path, again.append)
     assert not again and (tmp_path / "store" / "manifest.json").read_bytes() == published
-    assert [path.suffix for path in (tmp_path / "work").iterdir()] == [".json"]
+    assert [path.suffix for path in (tmp_path / "work").iterdir()] == [".receipt"]
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "missing"])

@@ -166,7 +166,7 @@ def one_is_published(folder, undisturbed, *processes):
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output[-3000:]
     refuse_difference("cache", each(undisturbed[0] / "features"), each(folder / "features"))
-    assert [path.suffix for path in (folder / "work" / "cache").iterdir()] == [".json"]
+    assert [path.suffix for path in (folder / "work" / "cache").iterdir()] == [".receipt"]
 
 
 @pytest.mark.parametrize("restarted", [True, False])

@@ -77,7 +77,7 @@ def write(
     `progress` is called with the records that all of them have written.
     Raises UserError: disk full, a process with other settings in the same work folder, the folder was removed.
     """
-    receipt = claims.folder_of(work, settings).with_suffix(".json")
+    receipt = claims.folder_of(work, settings).with_suffix(".receipt")
     if _is_published(receipt, out):  # by the others, before this process came
         return
     with (
