@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.core import artifacts
+from pipeline.core.atomic import publish
 from pipeline.core.errors import GateFailed, UserError
 from pipeline.data import views
 from pipeline.data.pixels import Squares
@@ -281,6 +282,44 @@ def test_killed_between_publishing_and_tidying_up_nothing_is_written_again(
     write(prepared, teacher_path, tmp_path, again.append)
     assert not again and (tmp_path / "store" / "manifest.json").read_bytes() == published
     assert [path.suffix for path in (tmp_path / "work").iterdir()] == [".receipt"]
+
+
+@pytest.mark.parametrize("tidied", [True, False])
+def test_who_slept_while_another_published_does_not_publish_again(
+    tidied, prepared, teacher_path, tmp_path, monkeypatch
+):
+    """The successor is at work while this process believes to hold the claim to publish."""
+    exact = writing.Task.manifest
+
+    def slow(task, folder):
+        manifest = exact(task, folder)
+        artifacts.write_json(folder / "store" / "manifest.json", manifest)
+        publish(folder / "store", tmp_path / "store")
+        receipt = folder.with_suffix(".receipt")
+        artifacts.write_json(receipt, {"manifest": manifest["sha256"]})
+        if tidied:
+            claims.dissolve(folder)
+        return manifest
+
+    monkeypatch.setattr(writing.Task, "manifest", slow)
+    manifest = write(prepared, teacher_path, tmp_path)
+    assert verifying.check_bytes(tmp_path / "store") == manifest
+    assert len(manifest["shards"]) == 2 and len(list((tmp_path / "store").iterdir())) == 3
+    assert len(list((tmp_path / "work").iterdir())) == (1 if tidied else 2)
+
+
+def test_a_work_folder_that_somebody_removes_is_one_line(
+    prepared, teacher_path, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(claims, "LEASE", 1.0)
+
+    def remove(done: int) -> None:
+        if done > 1000:
+            shutil.rmtree(tmp_path / "work", ignore_errors=True)
+
+    with pytest.raises(UserError, match="removed while this process wrote into it"):
+        write(prepared, teacher_path, tmp_path, remove)
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "missing"])

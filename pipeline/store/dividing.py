@@ -256,13 +256,15 @@ class Writer:
     def _publish(self, out: Path) -> None:
         """Seal the manifest and publish. Raises FolderGoneError: a successor in the claim has been faster."""
         manifest, store = self.task.manifest(self.folder), self.folder / "store"
+        if not self.claims.holds(SEAL):
+            raise FolderGoneError(self.folder)
         artifacts.write_json(self.folder / "manifest.json", manifest)
         try:
             files = {entry["file"] for entry in manifest["shards"]}
             for path in store.iterdir():
                 if path.name not in files:  # left by a killed process
                     path.unlink()
-            if not (self.claims.holds(SEAL) and files <= {path.name for path in store.iterdir()}):
+            if not files <= {path.name for path in store.iterdir()}:
                 raise FolderGoneError(self.folder)
             # Replaced, not written there: that would make a new folder in place of a published one.
             (self.folder / "manifest.json").replace(store / "manifest.json")
