@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,6 +89,10 @@ def write(
         try:
             Writer(task, folder, own, progress, interrupts, disk).run(out, receipt)
         except FolderGoneError:
+            _wait_for_publication(receipt, out, folder)
+        except FileNotFoundError:  # published between two looks at the folder
+            if folder.exists():
+                raise
             _wait_for_publication(receipt, out, folder)
 
 
@@ -245,17 +250,26 @@ class Writer:
         return [n for n, check in checks.items() if not check.result()]
 
     def _check_disk_space(self, out: Path) -> None:
-        paths = (shard_of(self.folder, n) for n in range(self.task.shard_count))
-        written = sum(path.stat().st_size for path in paths if path.exists())
+        written = 0
+        for number in range(self.task.shard_count):
+            with suppress(FileNotFoundError):
+                written += shard_of(self.folder, number).stat().st_size
         total = self.task.total * shards.record_bytes(self.task.fields)
         shards.check_disk_space(self.folder, max(0, total - written))
-        disks = {path.stat().st_dev for path in (self.folder, shards.nearest_existing(out))}
+        parent = shards.nearest_existing(out.absolute().parent)
+        disks = {path.stat().st_dev for path in (self.folder, parent)}
         if len(disks) > 1:  # `publish` copies
             shards.check_disk_space(out, total)
 
     def _publish(self, out: Path) -> None:
         """Seal the manifest and publish. Raises FolderGoneError: a successor in the claim has been faster."""
-        manifest, store = self.task.manifest(self.folder), self.folder / "store"
+        store = self.folder / "store"
+        try:
+            manifest = self.task.manifest(self.folder)
+        except UserError:
+            if self.claims.holds(SEAL):
+                raise
+            raise FolderGoneError(self.folder) from None
         if not self.claims.holds(SEAL):
             raise FolderGoneError(self.folder)
         artifacts.write_json(self.folder / "manifest.json", manifest)
