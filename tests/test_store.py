@@ -671,3 +671,46 @@ def test_every_step_takes_what_the_step_before_it_began_to_read(features, prepar
     for step in range(5):
         train_step(trainer, step, stopwatch.Stopwatch())
     assert len(begun) == 6  # the first batch, and one ahead of each of five steps: never one twice
+
+
+class Copied:
+    """torch.cuda.Event, as far as the reader asks it."""
+
+    waited = 0
+
+    def record(self, stream):
+        assert stream == "stream"
+
+    def synchronize(self):
+        type(self).waited += 1
+
+
+def test_the_readers_threads_wait_for_a_copy_before_they_write_again(
+    prepared, teacher_path, features, monkeypatch
+):
+    """The copy to a device is started without a wait, out of the buffers that the next records are read into."""
+    monkeypatch.setattr(torch.cuda, "Event", Copied)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "stream")
+    store, device = Store(features, prepared, teacher_path), torch.device("meta")
+    records = store.records(prepared.rows("train")[:6], [0] * 6)
+    read = store.read(records, device)
+    assert read.logits.device == device and all(t.device == device for t in read.features.values())
+    assert np.array_equal(read.view_hash, store.read(records).view_hash)
+    assert Copied.waited == reading.THREADS  # by both threads of the second reading
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_records_read_on_a_gpu_are_those_of_the_cpu(prepared, teacher_path, features):
+    store, device = Store(features, prepared, teacher_path), torch.device("cuda")
+    rows = prepared.rows("train")
+    batches = [store.records(rows[at : at + 64], [0] * 64) for at in range(0, 640, 64)]
+    on_gpu = []
+    for records, coming in zip(batches, [*batches[1:], batches[0]], strict=True):
+        on_gpu.append(store.read(records, device))
+        store.prefetch(coming)  # while the copy may still run
+    for records, read in zip(batches, on_gpu, strict=True):
+        expected = store.read(records)
+        assert torch.equal(read.logits.cpu(), expected.logits)
+        for name, tensor in expected.features.items():
+            assert torch.equal(read.features[name].cpu(), tensor)

@@ -47,12 +47,12 @@ class Features:
         """
         if self.live is not None:
             with timer.stage("replay"):
-                return self.live(pixels.to(self.device))  # type: ignore[no-any-return]
+                return self.live(pixels.to(self.device, non_blocking=True))  # type: ignore[no-any-return]
         with timer.stage("read"):
-            records = self.store.read(indices.records)
+            records = self.store.read(indices.records, self.device)
             self._check(step, indices.rows, pixels, records.view_hash)
         with timer.stage("replay"):
-            return records.to(self.device).tokens(self.tail)
+            return records.tokens(self.tail)
 
     def prefetch(self, indices: BatchIndices) -> None:
         """Start reading the records of the next micro-batch."""

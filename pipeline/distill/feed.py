@@ -28,6 +28,10 @@ class Batch:
     labelled: float  # mean number of labelled images in a micro-batch of the step
     teacher: TeacherOutputs | None = None  # of the cached views, behind the fresh ones
 
+    def pin_memory(self) -> Batch:
+        """Pin the views, as a data loader asks where there is a GPU."""
+        return replace(self, views=self.views.pin_memory())
+
 
 class Views(Dataset[list[Batch]]):
     """This rank's micro-batches of a step, without the teacher: a function of the step, in any process."""

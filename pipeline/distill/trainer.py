@@ -306,21 +306,22 @@ def student_step(
 def _losses(trainer: Trainer, step: int, batch: Batch, timer: Stopwatch) -> Losses:
     """The losses of one micro-batch, with their graph."""
     device, indices, reader = trainer.device, batch.indices, trainer.reader
-    pixels = batch.views.to(device).float()
+    own = batch.views.to(device, non_blocking=True)
+    pixels = own.float()
     if "trans" in trainer.objective.terms:
         with timer.stage("view"):
             seed = trainer.config.seed
             images = zip(indices.rows, indices.view_numbers, strict=True)
             seeds = [step_seed(seed, step, f"trans {row} {view}") for row, view in images]
-            pixels = trainer.config.cakd.trans(batch.views.to(device), seeds)
+            pixels = trainer.config.cakd.trans(own, seeds)
     with timer.stage("student"), trainer.autocast():
         logits = reader.logits(pixels)
     outputs = None
     if batch.teacher is not None:
         cached = indices.cached
         key = Key(trainer.config.seed, torch.from_numpy(cached.records).to(device), step)
-        own = np.where(cached.shares >= 0.5, cached.labels, cached.partner_labels)
-        labels = torch.from_numpy(own).to(device)
+        shown = np.where(cached.shares >= 0.5, cached.labels, cached.partner_labels)
+        labels = torch.from_numpy(shown).to(device)
         outputs = reader.outputs(logits, labels, key, step / trainer.feed.steps, indices.fresh)
     targets = Targets(
         torch.from_numpy(indices.labels).to(device),

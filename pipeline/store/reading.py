@@ -39,6 +39,8 @@ SCHEMA = schema_name(Manifest)
 REMEDY = "run cache again"
 SEAL = "sha256"  # key of the manifest: its hash, over all other keys
 OTHER_FILES = 256  # open files of a training beside the shards
+HASHES = "view_hash"  # the field that is compared on the CPU
+CPU = torch.device("cpu")
 THREADS = 2  # of the reader: more gain nothing from a page cache, fewer leave a disk idle
 
 RecordNumbers = NDArray[np.int64]
@@ -51,11 +53,6 @@ class Records:
     features: dict[str, Tensor]
     logits: Tensor
     view_hash: NDArray[np.uint64]
-
-    def to(self, device: torch.device) -> Records:
-        """Copy to a device."""
-        features = {name: tensor.to(device) for name, tensor in self.features.items()}
-        return replace(self, features=features, logits=self.logits.to(device))
 
     def tokens(self, tail: TeacherTail | None) -> TeacherOutputs:
         """Return the teacher's outputs: replayed from x (B, P+N, D) by the tail, or those that were read."""
@@ -162,22 +159,23 @@ class Store:
         """Start reading the records of the next `read`."""
         self._reader.begin(records)
 
-    def read(self, records: RecordNumbers) -> Records:
-        """Read and decode records. Raises UserError: bytes that are not those written."""
-        raw = self._reader.finish(records)
+    def read(self, records: RecordNumbers, device: torch.device = CPU) -> Records:
+        """Read records, and decode them on `device`. Raises UserError: bytes that are not those written."""
+        raw = self._reader.finish(records, device)
         features = {
             name: decode(tensor, raw.get(f"{name}_scale"))
             for name, tensor in raw.items()
             if name in ("x", "qkv", "h")
         }
-        hashes = raw["view_hash"].numpy().astype(np.uint64)
+        hashes = raw[HASHES].numpy().astype(np.uint64)
         return Records(features, raw["logits"].clone(), hashes)
 
 
 class Reader:
     """Reads the records of a batch into one buffer per field, on two threads, and checks every checksum.
 
-    The buffers are reused: what `finish` returns is valid until the next `begin`. Pinned where there is a GPU.
+    The buffers are reused: what `finish` returns on the CPU is valid until the next `begin`. Where there is a GPU
+    they are pinned and copied without a wait; the threads wait for the copy before they write again.
     """
 
     def __init__(self, shards: Sequence[Shard], features: bool = True) -> None:
@@ -198,6 +196,7 @@ class Reader:
         self._capacity = 0
         self._pending: RecordNumbers | None = None
         self._filling: list[Future[None]] = []
+        self._copied: torch.cuda.Event | None = None  # when the last copy to a GPU has ended
 
     def begin(self, records: RecordNumbers) -> None:
         """Start reading. Records of an earlier `begin` that were not finished are dropped, with their errors."""
@@ -211,16 +210,24 @@ class Reader:
             self._pool.submit(self._fill, records[share], share) for share in shares if len(share)
         ]
 
-    def finish(self, records: RecordNumbers) -> dict[str, Tensor]:
-        """Return the fields (B, ...) of the records as stored; reads them now where `begin` did not."""
+    def finish(self, records: RecordNumbers, device: torch.device = CPU) -> dict[str, Tensor]:
+        """Return the fields (B, ...) of the records as stored; reads them now where `begin` did not.
+
+        On `device`, but for the hashes of the views.
+        """
         if self._pending is None or not np.array_equal(self._pending, records):
             self.begin(records)
         self._pending = None
         self._settle()
+        buffers = {name: buffer[: len(records)] for name, buffer in self._buffers.items()}
+        if device.type != "cpu":
+            needed = {*buffers} - {*self._covered, HASHES}
+            copies = {name: buffers[name].to(device, non_blocking=True) for name in needed}
+            buffers |= copies
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(device))
         return {
-            name: self._buffers[name][: len(records), : field.bytes]
-            .view(field.dtype)
-            .view(len(records), *field.shape)
+            name: buffers[name][:, : field.bytes].view(field.dtype).view(len(records), *field.shape)
             for name, field in self._fields.items()
         }
 
@@ -241,6 +248,8 @@ class Reader:
 
     def _fill(self, records: RecordNumbers, slots: NDArray[np.int64]) -> None:
         """Read the records into these slots of the buffers and check their checksums."""
+        if self._copied is not None:
+            self._copied.synchronize()
         arrays = {name: buffer.numpy() for name, buffer in self._buffers.items()}
         owners = np.searchsorted(self._starts, records, side="right") - 1
         for slot, record, owner in zip(

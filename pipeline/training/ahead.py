@@ -93,6 +93,7 @@ class Ahead(Generic[B]):
             num_workers=self.workers,
             collate_fn=partial(_shared, section=self.section),
             worker_init_fn=resume.as_worker,
+            pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its own: the step's random numbers stay untouched
         )
 
