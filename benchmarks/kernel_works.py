@@ -193,7 +193,8 @@ def step_work(
     width = shape.n_heads * shape.width
     space = TeacherSpace(shape.n_heads, width, torch.zeros(width), torch.ones(width))
     labels = torch.randint(100, (batch,), device=where)
-    sizes = Sizes(100, probe_student(net, size), tap, space, labels=labels.cpu(), views=1)
+    spec = probe_student(net, size)
+    sizes = Sizes(100, spec, tap, shape.grid, space, labels=labels.cpu(), views=1)
     images = torch.randn(batch, 3, size, size, device=where)
     targets = Targets(labels, labels, None, float(batch))
     make = partial(torch.randn, device=where, dtype=kind)

@@ -75,7 +75,7 @@ class Objective(nn.Module):
         if "adversarial" in self.terms:
             self.discriminator = Discriminator(sizes.space.width)
         if config.weights == "balanced":
-            losses = (loss for term in self._loss_terms() for loss in term.losses)
+            losses = (n for term in self._loss_terms() for n in term.losses if n not in term.beside)
             judged = ("adversarial",) if self.discriminator is not None else ()
             self.balance = Balance([*losses, *judged], config.balance)
 
@@ -90,6 +90,11 @@ class Objective(nn.Module):
             weight = balanced.get("adversarial", self.cakd.adversarial_weight)
             weights["adversarial"] = ramp(progress, self.cakd.warmup) * weight
         return weights
+
+    @property
+    def beside(self) -> frozenset[str]:
+        """The losses that have no gradient on the student."""
+        return frozenset().union(*(term.beside for term in self._loss_terms()))
 
     def _loss_terms(self) -> Iterator[Term]:
         for term in self.loss_terms.values():

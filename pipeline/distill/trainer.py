@@ -204,10 +204,10 @@ def _sizes(
 ) -> Sizes:
     """Dimensions that the terms are built for. Raises UserError: no suitable tap, no feature maps."""
     tap, spec = None, student.probe_student(network, prepared.image_size)
+    grid = tuple(checkpoint.describe(teacher_path)["grid"])
     if "stages" in reads(method, "student"):
         student.check_feature_maps(network, spec)
     if "tap" in reads(method, "student"):
-        grid = tuple(checkpoint.describe(teacher_path)["grid"])
         tap = find_tap(network, prepared.image_size, grid, config.cakd.tap)
     train = prepared.rows("train")
     labels = np.where(prepared.student_label, prepared.labels, UNLABELLED)[train]
@@ -215,6 +215,7 @@ def _sizes(
         classes=len(prepared.classes),
         spec=spec,
         tap=tap,
+        grid=grid,
         space=TeacherSpace.of(store.manifest),
         labels=torch.from_numpy(labels),
         views=store.views,
@@ -274,7 +275,8 @@ def student_step(
         losses = _losses(trainer, step, batch, timer)
         if number == 0 and trainer.measures(step):
             with timer.stage("ratios"):
-                norms = balance.gradient_norms(losses.terms, trainer.backbone)
+                reaching = {n: v for n, v in losses.terms.items() if n not in objective.beside}
+                norms = balance.gradient_norms(reaching, trainer.backbone)
             norms = average_figures(norms, trainer.ranks)
             if objective.balance is not None and objective.balance.measuring:
                 objective.balance.add(norms)

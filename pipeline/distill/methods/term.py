@@ -50,6 +50,7 @@ class Sizes:
     classes: int  # K
     spec: StudentSpec  # of the student
     tap: Tap | None  # where h_S is read; None where the method reads none
+    grid: tuple[int, int]  # (h, w) of the teacher's tokens
     space: TeacherSpace
     labels: Tensor  # (images,) of the training images, -1 where the student gets none
     views: int  # cached views of each image
@@ -59,12 +60,6 @@ class Sizes:
         """Channels c of the tap."""
         assert self.tap is not None
         return self.tap.channels
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Token grid (h, w) of the teacher."""
-        assert self.tap is not None
-        return self.tap.tokens
 
 
 @dataclass(frozen=True)
@@ -89,10 +84,14 @@ class Term(nn.Module):
 
     `losses` maps each loss to the setting of its weight; a setting `warmup` ramps all of them linearly over that
     share of the training (decision 10). `teacher` lists its inputs from the teacher: logits, pooled, tokens, qkv;
-    `student` those from the student beside its logits: embedding, tap, stages.
+    `student` those from the student beside its logits: embedding, tap, stages. `beside` names the losses that
+    train the term's own modules alone and have no gradient on the student; `statistics` says whether the term uses
+    the channel statistics of h_T, which a feature cache has for the teacher's last layer only.
     """
 
     losses: ClassVar[Mapping[str, str]] = {}
+    beside: ClassVar[frozenset[str]] = frozenset()
+    statistics: ClassVar[bool] = False
     teacher: ClassVar[frozenset[str]] = frozenset({"logits"})
     student: ClassVar[frozenset[str]] = frozenset()
     config: Any
