@@ -193,8 +193,8 @@ def test_attention_terms_are_refused_to_a_teacher_without_q_k_v_before_any_step(
         told.value
     )
     assert str(told.value).endswith(
-        "a sum of plain, control, logits, dkd, fitnet, at, rkd, irg, crd, ofa, rsd, queue, affinity, gl, "
-        "robust, trans"
+        "a sum of plain, control, logits, dkd, fitnet, at, rkd, irg, crd, ofa, rsd, queue, affinity, ofd, "
+        "reviewkd, afd, ab, ft, deit, gl, robust, trans"
     )
 
 

@@ -14,17 +14,24 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.core.config import STRICT
 from pipeline.core.errors import UserError, nearest
+from pipeline.distill.methods.ab import Ab, AbConfig
+from pipeline.distill.methods.afd import Afd, AfdConfig
 from pipeline.distill.methods.affinity import Affinity, AffinityConfig
 from pipeline.distill.methods.at import At, AtConfig
 from pipeline.distill.methods.cakd import Gl, Pca
 from pipeline.distill.methods.crd import Crd, CrdConfig
+from pipeline.distill.methods.deit import Deit, DeitConfig
 from pipeline.distill.methods.dkd import Dkd, DkdConfig
 from pipeline.distill.methods.fitnet import Fitnet, FitnetConfig
+from pipeline.distill.methods.ft import Ft, FtConfig
 from pipeline.distill.methods.irg import Irg, IrgConfig
 from pipeline.distill.methods.logits import Logits
+from pipeline.distill.methods.london import London, LondonConfig
 from pipeline.distill.methods.minilm import Minilm, MinilmConfig
 from pipeline.distill.methods.ofa import Ofa, OfaConfig
+from pipeline.distill.methods.ofd import Ofd, OfdConfig
 from pipeline.distill.methods.queue import Queue, QueueConfig
+from pipeline.distill.methods.reviewkd import Reviewkd, ReviewkdConfig
 from pipeline.distill.methods.rkd import Rkd, RkdConfig
 from pipeline.distill.methods.rsd import Rsd, RsdConfig
 from pipeline.distill.methods.term import Term
@@ -46,6 +53,13 @@ METHODS: dict[str, tuple[str, ...]] = {
     "minilm": ("minilm",),
     "queue": ("queue",),
     "affinity": ("affinity",),
+    "ofd": ("ofd",),
+    "reviewkd": ("reviewkd",),
+    "london": ("london",),
+    "afd": ("afd",),
+    "ab": ("ab",),
+    "ft": ("ft",),
+    "deit": ("deit",),
     # The rows of the paper's ablation, and all of it.
     "gl": ("gl",),
     "pca": ("pca",),
@@ -67,6 +81,13 @@ TERMS: dict[str, tuple[type[Term], str]] = {  # name -> class, and its settings'
     "minilm": (Minilm, "minilm"),
     "queue": (Queue, "queue"),
     "affinity": (Affinity, "affinity"),
+    "ofd": (Ofd, "ofd"),
+    "reviewkd": (Reviewkd, "reviewkd"),
+    "london": (London, "london"),
+    "afd": (Afd, "afd"),
+    "ab": (Ab, "ab"),
+    "ft": (Ft, "ft"),
+    "deit": (Deit, "deit"),
     "pca": (Pca, "cakd"),
     "gl": (Gl, "cakd"),
 }
@@ -99,6 +120,13 @@ class Terms:
     minilm: MinilmConfig = MinilmConfig()
     queue: QueueConfig = QueueConfig()
     affinity: AffinityConfig = AffinityConfig()
+    ofd: OfdConfig = OfdConfig()
+    reviewkd: ReviewkdConfig = ReviewkdConfig()
+    london: LondonConfig = LondonConfig()
+    afd: AfdConfig = AfdConfig()
+    ab: AbConfig = AbConfig()
+    ft: FtConfig = FtConfig()
+    deit: DeitConfig = DeitConfig()
 
 
 def terms_of(method: str) -> tuple[str, ...]:
@@ -160,6 +188,12 @@ def check_stored(method: str, stored: Mapping[str, Any], layer: Layer = "last") 
     """Raise UserError where a method reads features that the store, by its manifest, does not have."""
     check_attention(method, stored.get("no_attention"))
     reading = reads(method, "teacher")
+    using = [term for term in terms_of(method) if term in TERMS and TERMS[term][0].statistics]
+    if layer == "before_last" and using:
+        raise UserError(
+            f"distill.cakd.layer: got before_last for {method!r}, which uses channel statistics ({using[0]}); "
+            "expected last, the layer whose statistics the feature cache has; set it"
+        )
     if layer == "before_last" and stored["mode"] == "on":
         if "qkv" in reading:
             raise UserError(
