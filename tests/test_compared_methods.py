@@ -44,7 +44,7 @@ def test_boundaries_count_the_sign_of_the_teacher_and_the_margin_of_the_student(
         (-0.1, -1.0): 0.0,
         (-0.1, -7.0): 0.0,
         (-0.1, 0.5): 2.25,
-        (0.0, 0.0): 1.0,  # not active at 0
+        (0.0, 0.5): 2.25,  # not active at 0
     }
     for (theirs, ours), cost in costs.items():
         pair = (torch.tensor([ours]), torch.tensor([theirs]))
