@@ -1,4 +1,4 @@
-"""What defines OFD, ReviewKD, LONDON, AFD, AB, FT and DeiT, which the paper compares with."""
+"""What defines OFD, ReviewKD, LONDON, AFD, AB, FT and DeiT, which the paper compares with, and ScaleKD."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy import fft
 from torch.nn import functional as F
 
 from pipeline.core.errors import UserError
-from pipeline.distill.methods import ab, afd, deit, ft, london, ofd, reviewkd, table
+from pipeline.distill.methods import ab, afd, deit, ft, london, ofd, reviewkd, scalekd, table
 from pipeline.distill.methods.term import TeacherSpace
 from pipeline.distill.trainer import build, train_step
 from pipeline.models.student import StudentSpec
@@ -267,6 +268,51 @@ def test_the_paraphraser_learns_from_the_teacher_alone_and_the_student_from_its_
     torch.testing.assert_close(losses["ft_reconstruction"], (rebuilt - maps).square().mean())
     factors = term.paraphrase(maps), term.translate(feature)
     torch.testing.assert_close(losses["ft"], ft.factor_distance(factors[1], factors[0]))
+
+
+def test_no_direct_component_is_what_a_cosine_transform_without_it_gives_back():
+    tokens = draw(B, N, D)
+    coefficients = fft.dctn(on_map(tokens).numpy(), axes=(2, 3))
+    coefficients[:, :, 0, 0] = 0
+    back = torch.from_numpy(fft.idctn(coefficients, axes=(2, 3))).flatten(2).mT
+    torch.testing.assert_close(scalekd.without_direct(tokens), back)
+
+
+def test_mimicry_compares_the_directions_of_tokens():
+    """Two less twice the cosine, which no scale of a token changes."""
+    ours, theirs = draw(B, N, D), draw(B, N, D, seed=1)
+    cosines = F.cosine_similarity(ours, theirs, dim=2)
+    torch.testing.assert_close(scalekd.mimicry(ours, theirs), (2 - 2 * cosines).mean())
+    lengths = draw(B, N, 1, seed=2).abs() + 0.1
+    assert scalekd.mimicry(lengths * theirs, theirs).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_scalekds_views_have_a_projector_each_and_the_second_knows_no_common_vector():
+    torch.manual_seed(0)
+    term = scalekd.Scalekd(scalekd.ScalekdConfig(), sizes()).double()
+    feature, h = seen().feature, taught().h
+    found, moved = term(seen(), taught()), term(seen(), taught(h=h + draw(1, 1, D, seed=3)))
+    torch.testing.assert_close(found["scalekd"], scalekd.mimicry(term.whole(feature), h))
+    views = [x - x.mean(1, keepdim=True) for x in (term.alternating(feature), h)]
+    torch.testing.assert_close(found["scalekd_frequency"], scalekd.mimicry(*views))
+    torch.testing.assert_close(found["scalekd_frequency"], moved["scalekd_frequency"])
+    assert abs(found["scalekd"] - moved["scalekd"]) > 1e-3
+
+
+def test_every_query_reads_all_positions_of_the_students_map():
+    torch.manual_seed(0)
+    project = scalekd.CrossAttention(C, D, N).double()
+    with torch.no_grad():  # equal keys: every query reads the mean of the values
+        project.attend.in_proj_weight[D : 2 * D] = 0
+        project.attend.in_proj_bias[D : 2 * D] = 0
+    feature = seen().feature.requires_grad_()
+    found = project(feature)
+    assert found.shape == (B, N, D)
+    torch.testing.assert_close(found[:, 0], found[:, -1])
+    read = project.reduce(feature).flatten(2).mT + project.position
+    values = read @ project.attend.in_proj_weight[2 * D :].T + project.attend.in_proj_bias[2 * D :]
+    x = project.norm(project.attend.out_proj(values.mean(1)))
+    torch.testing.assert_close(found[:, 0], x + project.mlp(x))
 
 
 def test_balanced_weights_leave_the_paraphraser_its_own(prepared, teacher_path, features):

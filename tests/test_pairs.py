@@ -194,7 +194,7 @@ def test_attention_terms_are_refused_to_a_teacher_without_q_k_v_before_any_step(
     )
     assert str(told.value).endswith(
         "a sum of plain, control, logits, dkd, fitnet, at, rkd, irg, crd, ofa, rsd, queue, affinity, ofd, "
-        "reviewkd, afd, ab, ft, deit, gl, robust, trans"
+        "reviewkd, afd, ab, ft, deit, scalekd, gl, robust, trans"
     )
 
 

@@ -437,6 +437,7 @@ WEIGHTLESS = {
     **{f"terms.{t}": {f"terms.{t}.weight": 0.0} for t in ("rsd", "minilm", "queue", "affinity")},
     **{f"terms.{t}": {f"terms.{t}.weight": 0.0} for t in ("ofd", "reviewkd", "london", "afd")},
     **{f"terms.{t}": {f"terms.{t}.weight": 0.0} for t in ("ab", "deit")},
+    "terms.scalekd": {"terms.scalekd.weight": 0.0, "terms.scalekd.frequency_weight": 0.0},
     "terms.ft": {"terms.ft.weight": 0.0, "terms.ft.reconstruction_weight": 0.0},
     "terms.rkd": {"terms.rkd.distance_weight": 0.0, "terms.rkd.angle_weight": 0.0},
     "terms.irg": {f"terms.irg.{k}_weight": 0.0 for k in ("vertex", "edge", "transform")},

@@ -34,6 +34,7 @@ from pipeline.distill.methods.queue import Queue, QueueConfig
 from pipeline.distill.methods.reviewkd import Reviewkd, ReviewkdConfig
 from pipeline.distill.methods.rkd import Rkd, RkdConfig
 from pipeline.distill.methods.rsd import Rsd, RsdConfig
+from pipeline.distill.methods.scalekd import Scalekd, ScalekdConfig
 from pipeline.distill.methods.term import Term
 from pipeline.models.teacher import Layer
 
@@ -60,6 +61,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "ab": ("ab",),
     "ft": ("ft",),
     "deit": ("deit",),
+    "scalekd": ("scalekd",),
     # The rows of the paper's ablation, and all of it.
     "gl": ("gl",),
     "pca": ("pca",),
@@ -88,6 +90,7 @@ TERMS: dict[str, tuple[type[Term], str]] = {  # name -> class, and its settings'
     "ab": (Ab, "ab"),
     "ft": (Ft, "ft"),
     "deit": (Deit, "deit"),
+    "scalekd": (Scalekd, "scalekd"),
     "pca": (Pca, "cakd"),
     "gl": (Gl, "cakd"),
 }
@@ -127,6 +130,7 @@ class Terms:
     ab: AbConfig = AbConfig()
     ft: FtConfig = FtConfig()
     deit: DeitConfig = DeitConfig()
+    scalekd: ScalekdConfig = ScalekdConfig()
 
 
 def terms_of(method: str) -> tuple[str, ...]:
