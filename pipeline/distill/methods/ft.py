@@ -15,7 +15,7 @@ from pipeline.models.teacher import TeacherOutputs
 
 @dataclass(frozen=True, config=STRICT)
 class FtConfig:
-    """The paper's beta of 500, with the L1 distance as a mean over elements as in the authors' code."""
+    """The authors' beta of 500, and their L1 distance as a mean over elements."""
 
     weight: NonNegativeFloat = 500.0
     reconstruction_weight: NonNegativeFloat = 1.0  # of the paraphraser's own loss
