@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
 
     began = time.monotonic()
     params = config.load(Export, args.params)
-    crop_pct = config.value("evaluate.crop_pct", args.params)
+    crop_pct = config.value("evaluate.crop_pct", args.params, default=1.0)
     prepared = Prepared.open(args.prepared)
     method = selected(args.selection, params.method)
     student = args.students / method / "student.safetensors"

@@ -15,7 +15,7 @@ def main(args: argparse.Namespace) -> None:
     """Select one of the students of `distill.methods` by `export.method`."""
     methods = config.value("distill.methods", args.params)
     requested = config.value("export.method", args.params)
-    crop_pct = config.value("evaluate.crop_pct", args.params)
+    crop_pct = config.value("evaluate.crop_pct", args.params, default=1.0)
     students = {m: args.students / m / "student.safetensors" for m in methods}
     result = selection.select(Prepared.open(args.prepared), students, requested, crop_pct)
     document = {"schema": selection.SCHEMA, **artifacts.rounded(result), "machine": machine()}

@@ -78,11 +78,16 @@ def read(path: Path | str) -> dict[str, Any]:
     return params
 
 
-def value(key: str, path: Path | str = "params.yaml") -> Any:
-    """One value of another stage's section by its dotted name (`bench.enabled`). Raises UserError: not there."""
+def value(key: str, path: Path | str = "params.yaml", default: Any = None) -> Any:
+    """One value of another stage's section by its dotted name (`bench.enabled`).
+
+    Raises UserError: not there, and no `default`.
+    """
     value: Any = read(path)
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
+            if default is not None:
+                return default
             raise UserError(f"{path}: no key '{key}'; add it")
         value = value[part]
     return value
