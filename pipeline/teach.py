@@ -6,7 +6,7 @@ import dataclasses
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -19,21 +19,25 @@ from pydantic import (
     model_validator,
 )
 from pydantic.dataclasses import dataclass
+from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from typing_extensions import Self
 
 from pipeline.core import artifacts, progress
 from pipeline.core.atomic import atomic_dir
-from pipeline.core.config import STRICT, Seed, Share
+from pipeline.core.config import STRICT, BelowOne, Seed, Share
 from pipeline.core.errors import UserError
 from pipeline.data import views
+from pipeline.data.augment import Augment, Augmented
 from pipeline.data.prepared import Prepared
+from pipeline.models import guide
 from pipeline.models.checkpoint import create, load_weights, preprocessing, save
-from pipeline.models.probe import TeacherSpec, probe_teacher
+from pipeline.models.guide import Guide
+from pipeline.models.probe import TeacherSpec, in_rows, probe_teacher
 from pipeline.training import compute, loop, resume, seeds
 from pipeline.training.ahead import Ahead
-from pipeline.training.compute import Compute, Device
+from pipeline.training.compute import Averaged, Compute, Device
 from pipeline.training.mixed_loss import mixed_cross_entropy
 from pipeline.training.ranks import SINGLE_PROCESS, Ranks, average_gradients, same_start
 
@@ -53,7 +57,16 @@ class Teach:
     lr: PositiveFloat = 2e-3  # peak; linear warm-up over 5 % of the steps, then cosine to 0
     weight_decay: NonNegativeFloat = 0.05
     label_smoothing: Share = 0.0
+    clip_norm: NonNegativeFloat = 0.0  # largest norm of a step's gradient; 0: no clipping
+    # learning rate of a block over that of the block behind it, for fine-tuning (Clark et al., ICLR 2020)
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    ema: BelowOne = 0.0  # decay of the averaged weights that are published; 0: the last weights
     geometry: views.Geometry = views.Geometry()  # its training views
+    augment: Augment = Augment()  # of those views only
+    guide: str | None = None  # student.safetensors of a CNN that answers on the same views
+    guide_weight: Share = 0.5  # of its answers; the rest is the labels'
+    guide_temperature: PositiveFloat = 1.0
+    guide_features: NonNegativeFloat = 0.0  # weight of its last feature map beside them
     seed: Seed = 0
     workers: NonNegativeInt = 0  # processes that make its views; 0: this one makes them
     checkpoint_every: PositiveInt = 200  # steps
@@ -95,16 +108,18 @@ def teach(
 
 
 def _weight_files(config: Teach) -> dict[str, Path]:
-    """Return the file of the initial weights, where there is one."""
-    if config.weights in ("scratch", "pretrained"):
-        return {}
-    path = Path(config.weights)
-    if not path.is_file():
-        raise UserError(
-            f"teach.weights: got {path}, which is not a file; expected scratch, pretrained or a .safetensors "
-            "file; correct the path"
-        )
-    return {"weights": path}
+    """Return the files of the initial weights and the guide, where there are any."""
+    files = {"guide": Path(config.guide)} if config.guide is not None else {}
+    if config.weights not in ("scratch", "pretrained"):
+        files["weights"] = Path(config.weights)
+    for name, path in files.items():
+        if not path.is_file():
+            others = "scratch, pretrained or " if name == "weights" else ""
+            raise UserError(
+                f"teach.{name}: got {path}, which is not a file; expected {others}a .safetensors file; correct "
+                "the path"
+            )
+    return files
 
 
 def _build(config: Teach, prepared: Prepared) -> tuple[nn.Module, dict[str, Any]]:
@@ -112,8 +127,9 @@ def _build(config: Teach, prepared: Prepared) -> tuple[nn.Module, dict[str, Any]
     classes = prepared.classes
     vit = create(config.model, config.kwargs, len(classes), "teach", config.weights == "pretrained")
     spec = check_fits(vit, config, prepared.image_size)
-    for path in _weight_files(config).values():
-        load_weights(vit, path)
+    files = _weight_files(config)
+    if "weights" in files:
+        load_weights(vit, files["weights"])
     return vit, {
         "role": "teacher",
         "model": config.model,
@@ -194,17 +210,71 @@ class Views(Dataset[list[Batch]]):
         # Negative view numbers: the feature cache counts from 0, so the teacher never labels a view it was trained
         # on, even with the same seed and geometry.
         drawn = (config.geometry, config.seed, part, np.full(len(part), -1 - epoch), self.rows)
+        augment = Augmented(config.augment, config.seed) if config.augment.on else None
         mixed = views.mixed_with(*drawn, prepared.image_size)
         partners = part if mixed is None else mixed.partners
         return [
             Batch(
-                views.view_batch(prepared.images, *drawn),
+                views.view_batch(prepared.images, *drawn, augment),
                 torch.from_numpy(prepared.labels[part]),
                 torch.from_numpy(prepared.labels[partners]),
                 None if mixed is None else torch.from_numpy(mixed.shares),
                 weight,
             )
         ]
+
+
+class Lesson(nn.Module):
+    """The loss of a ViT on a batch: labels, and where there is a guide its answers and features."""
+
+    def __init__(
+        self, vit: Any, config: Teach, prepared: Prepared, preprocess: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.vit, self.config, self.preprocess = vit, config, preprocess
+        self.guide = Guide(Path(config.guide), prepared) if config.guide is not None else None
+        self.project: nn.Linear | None = None
+        if self.guide is not None and config.guide_features:
+            self.spec = probe_teacher(vit, prepared.image_size)
+            self.project = nn.Linear(self.spec.width, self.guide.channels)
+
+    def trained(self) -> list[nn.Parameter]:
+        """Parameters beside those of the ViT."""
+        return [] if self.project is None else [*self.project.parameters()]
+
+    def forward(self, pixels: Tensor, batch: Batch) -> Tensor:
+        """Loss of each image (B,), of views (B, 3, S, S) uint8 on the device."""
+        config, device = self.config, pixels.device
+        inputs, final = views.normalise(pixels, self.preprocess), None
+        if self.project is None:
+            logits = self.vit(inputs)
+        else:
+            final = self.vit.forward_features(inputs)
+            logits = self.vit.forward_head(final)
+        own, other = batch.labels.to(device), batch.partner_labels.to(device)
+        shares = None if batch.shares is None else batch.shares.to(device)
+        losses = mixed_cross_entropy(logits, own, other, shares, config.label_smoothing)
+        if self.guide is None:
+            return losses
+        answered, feature = self.guide(pixels)
+        taught = guide.answers(logits, answered, config.guide_temperature)
+        losses = (1 - config.guide_weight) * losses + config.guide_weight * taught
+        if self.project is not None and final is not None:
+            tokens = self.project(in_rows(final, self.vit)[:, self.spec.prefix :])
+            losses = losses + config.guide_features * guide.features(
+                tokens, feature, self.spec.grid
+            )
+        return losses
+
+
+def _groups(vit: Any, lesson: Lesson, config: Teach) -> list[dict[str, Any]]:
+    """Optimiser groups: decay on matrices only, and with layer_decay a rate of its own for every block."""
+    if config.layer_decay == 1:
+        return loop.decay_groups([*vit.parameters(), *lesson.trained()], config.weight_decay)
+    groups: list[dict[str, Any]] = param_groups_layer_decay(
+        vit, config.weight_decay, layer_decay=config.layer_decay
+    )
+    return [*groups, *loop.decay_groups(lesson.trained(), config.weight_decay)]
 
 
 def _train(
@@ -217,11 +287,11 @@ def _train(
 ) -> None:
     """Train in place with AdamW, one view of every labelled image per epoch."""
     device = compute.pick_device(config.device, "teach.device", ranks)
-    vit.to(device)
-    same_start([vit], ranks)
-    optimizer = torch.optim.AdamW(
-        loop.decay_groups(vit.parameters(), config.weight_decay), lr=config.lr
-    )
+    lesson = Lesson(vit, config, prepared, preprocess).to(device)
+    same_start([lesson], ranks)
+    optimizer = torch.optim.AdamW(_groups(vit, lesson, config), lr=config.lr)
+    averaged = Averaged(vit, config.ema) if config.ema else None
+    trained = [*vit.parameters(), *lesson.trained()]
     rendered = Views(config, prepared, ranks)
     steps = rendered.steps
     ahead = Ahead(rendered, steps, config.workers, "teach")
@@ -230,25 +300,31 @@ def _train(
     def step(number: int) -> loop.StepFigures:
         (batch,) = ahead(number)
         torch.manual_seed(seeds.step_seed(config.seed, number, stream))  # for dropout
-        own, other = batch.labels.to(device), batch.partner_labels.to(device)
-        shares = None if batch.shares is None else batch.shares.to(device)
         with Compute(precision=config.precision).autocast(device):
-            logits = vit(views.normalise(batch.views.to(device), preprocess))
-            losses = mixed_cross_entropy(logits, own, other, shares, config.label_smoothing)
+            losses = lesson(batch.views.to(device, non_blocking=True), batch)
             loss = losses.mean() * batch.weight
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        average_gradients(vit.parameters(), ranks)
+        average_gradients(trained, ranks)
+        if config.clip_norm:
+            nn.utils.clip_grad_norm_(trained, config.clip_norm)
         for group in optimizer.param_groups:
-            group["lr"] = loop.learning_rate(number, steps, config.lr)
+            rate = loop.learning_rate(number, steps, config.lr)
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         optimizer.step()
+        if averaged is not None:
+            averaged.update(vit, number)
         return {"loss": loss.detach()}
 
     bar = progress.Progress(
         "teach", steps, batch=config.batch, epoch=rendered.per_epoch, quiet=ranks.rank > 0
     )
     checkpoint, every = folder / "checkpoint.safetensors", config.checkpoint_every
-    modules, optimizers = {"vit": vit}, {"adamw": optimizer}
+    modules: dict[str, nn.Module] = {"vit": vit}
+    modules |= {} if lesson.project is None else {"project": lesson.project}
+    modules |= {} if averaged is None else {"averaged": averaged}
     with ahead.watched(), closing(ahead):
-        loop.run_steps(bar, every, checkpoint, modules, optimizers, step, ranks)
+        loop.run_steps(bar, every, checkpoint, modules, {"adamw": optimizer}, step, ranks)
+    if averaged is not None:
+        vit.load_state_dict(averaged.module.state_dict())
     vit.cpu()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -174,16 +174,23 @@ def view_batch(
     rows: Rows,
     views: Rows,
     partners: NDArray[np.int64],
+    augment: Callable[[Tensor, NDArray[np.int64], NDArray[np.int64]], Tensor] | None = None,
 ) -> Tensor:
     """Render the views (B, 3, S, S) uint8 of these rows of `images`.
 
     partners: the rows that a mixed view may be mixed with. The partner shows its own view of the same number.
+    augment: what is done to each view before it is mixed.
     """
-    own = _rendered(images, geometry, seed, rows, views)
+
+    def rendered(of: Rows) -> Tensor:
+        batch = _rendered(images, geometry, seed, of, views)
+        return batch if augment is None else augment(batch, np.asarray(of), np.asarray(views))
+
+    own = rendered(rows)
     mixed = mixed_with(geometry, seed, rows, views, partners, images.size)
     if mixed is None:
         return own
-    return mixed.blend(own, _rendered(images, geometry, seed, mixed.partners, views))
+    return mixed.blend(own, rendered(mixed.partners))
 
 
 def mixed_with(
