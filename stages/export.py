@@ -92,12 +92,15 @@ def selected(path: Path, requested: str) -> str:
 def export(
     checkpoint: Path, model: nn.Module, description: dict[str, Any], out: Path, opset: int
 ) -> dict[str, Any]:
-    """Export a loaded checkpoint to ONNX with a copy of its files beside it; returns its block of export.json."""
+    """Export a loaded checkpoint to ONNX; returns its block of export.json.
+
+    Beside it a copy of the weights, and the description with the crop of the evaluation.
+    """
     from pipeline.models.checkpoint import count
 
     row = ort_export.export_model(model, description, out, opset)
-    for suffix in (".safetensors", ".json"):
-        shutil.copyfile(checkpoint.with_suffix(suffix), out.with_suffix(suffix))
+    shutil.copyfile(checkpoint.with_suffix(".safetensors"), out.with_suffix(".safetensors"))
+    artifacts.write_json(out.with_suffix(".json"), description)
     return {
         "onnx": out.name,
         "sha256": artifacts.sha256(out),

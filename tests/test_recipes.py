@@ -39,6 +39,7 @@ TAPS = {
     "function-matching": "no method reads a tap",
     "cifar10-mini": "layer4 4x4 for 8x8 tokens",
     "cifar100": "layer4 4x4 for 8x8 tokens",
+    "cifar100-few": "layer4 4x4 for 8x8 tokens",
     "cifar100-ofa": "layer4 7x7 for 14x14 tokens",
     "imagefolder": "layer4 4x4 for 8x8 tokens",
     "imagefolder-mini": "layer4 8x8 for 8x8 tokens",
@@ -294,7 +295,7 @@ def test_what_was_edited_by_hand_is_not_replaced_unless_forced(tmp_path):
         return recipes.apply(name, FOLDER, params, SECTIONS, **kwargs)
 
     assert apply("imagenette", data="/data/a b") == (
-        f"{params}: written from {FOLDER / 'imagenette.yaml'}, 42 values differ from the default; "
+        f"{params}: written from {FOLDER / 'imagenette.yaml'}, 51 values differ from the default; "
         "images: /data/a b"
     )
     assert config.read(params)["prepare"]["path"] == "/data/a b"

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import runs, tune
 from pipeline.core import config
 from pipeline.core.errors import UserError
+from pipeline.data.pixels import Squares
 from pipeline.data.prepared import Prepared
 from pipeline.distill.settings import Distill
 from pipeline.project import recipes
@@ -67,7 +68,7 @@ def test_choosing_never_opens_the_test_split(search, prepared, monkeypatch):
 
     def watched(folder):
         made = opened(folder)
-        object.__setattr__(made, "images", made.images.view(Watched))
+        object.__setattr__(made, "images", Squares(made.images.array.view(Watched)))
         return made
 
     monkeypatch.setattr(Prepared, "rows", rows)
