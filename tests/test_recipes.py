@@ -301,7 +301,7 @@ def test_what_was_edited_by_hand_is_not_replaced_unless_forced(tmp_path):
     assert config.read(params)["prepare"]["path"] == "/data/a b"
     assert apply("imagenette", data="/data/a b").endswith("imagenette.yaml already")
     apply("cifar100")  # what a recipe wrote may be replaced
-    edited = params.read_text().replace("epochs: 200", "epochs: 3")
+    edited = params.read_text().replace("epochs: 300", "epochs: 3")
     params.write_text(edited)
     with pytest.raises(
         UserError, match=r"got edits by hand \(teach.epochs\); expected none.*; commit"
