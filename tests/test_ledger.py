@@ -135,3 +135,68 @@ def test_the_time_given_ends_in_good_order():
         raise SystemExit(128 + signal.SIGINT)  # the user's own Ctrl-C
     with evidence.deadline(None):
         pass
+
+
+class FakeRuns:
+    """Runs that take no time; `stop` ends the one of this method and seed as a signal would."""
+
+    stop: tuple[str, int] | None = None
+
+    def __init__(self, folder):
+        self.teacher, self.made = folder / "teacher.safetensors", []
+        self.teacher.with_suffix(".json").write_text(json.dumps({"weights_sha256": "t" * 64}))
+
+    def section(self, _):
+        return SETTINGS
+
+    def run(self, _, method, seed):
+        if (method, seed) == self.stop:
+            time.sleep(0.5)
+            raise SystemExit(128 + signal.SIGINT)
+        self.made.append((method, seed))
+        return run(0.5 + 0.01 * seed)
+
+    def on_test(self, _):
+        return {"clean": 0.7, "noisy": 0.3}
+
+
+def test_missing_runs_are_made_in_the_order_of_the_seeds_and_none_twice(tmp_path, monkeypatch):
+    fake = FakeRuns(tmp_path)
+    monkeypatch.setattr(evidence.Runs, "of", lambda *_: fake)
+    monkeypatch.setattr(evidence, "merged", lambda *_: PARAMS)
+    monkeypatch.setattr(evidence, "FOLDER", tmp_path / "runs")
+
+    def call(*line):
+        evidence.main(evidence.parser().parse_args(["few", *line]))
+        return json.loads((tmp_path / "evidence-few.json").read_text())["methods"]
+
+    call("--seeds", "2")
+    assert fake.made == [("plain", 0), ("logits", 0), ("plain", 1), ("logits", 1)]
+    fake.made.clear()
+    call("--seeds", "2")
+    assert fake.made == []
+    fake.stop = ("logits", 2)
+    signal_before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(evidence.threading, "Timer", SoonTimer)
+    found = call("--seeds", "3", "--minutes", "60")
+    assert fake.made == [("plain", 2)] and found["plain"]["seeds"] == [0, 1, 2]
+    assert found["logits"]["seeds"] == [0, 1]
+    assert signal.getsignal(signal.SIGINT) == signal_before
+    lines = (tmp_path / "evidence-few.md").read_text()
+    assert "| logits | 2 |" in lines and "| plain | 3 |" in lines
+
+
+class SoonTimer:
+    """A timer whose time is over, in a training that has seen the signal already."""
+
+    def __init__(self, *_):
+        self.daemon = False
+
+    def start(self):
+        pass
+
+    def cancel(self):
+        pass
+
+    def is_alive(self):
+        return False
