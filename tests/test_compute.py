@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from pipeline.core import cli, config
 from pipeline.core.errors import UserError
+from pipeline.distill.methods.table import METHODS
 from pipeline.distill.trainer import build, train_step
 from pipeline.models.checkpoint import load
 from pipeline.training import compute, loop, stopwatch
@@ -192,6 +193,35 @@ def test_formats_and_compilers_change_the_losses_by_rounding_only(
     for name in ("cross_entropy", "logits", "attention", "gram", "tokens"):
         assert first[0][0][name] == pytest.approx(first[1][0][name], rel=tolerance), name
         assert first[1][1][name] > 0
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"plain", "control", "trans", "robust"}))
+def test_every_term_compiles_once_and_for_all_steps(
+    method, prepared, teacher_path, features, monkeypatch
+):
+    """The step's number and its random keys must not make it anew; CRD's draws break its graph into parts."""
+    first = steps(build(QUICK, method, prepared, teacher_path, features), 6)
+    torch._dynamo.reset()
+    graphs, exact = [], torch.compile
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda module: exact(module, backend=counted))
+    config = replace(QUICK, compute=Compute(compile=True))
+    trainer = build(config, method, prepared, teacher_path, features)
+    names = {*trainer.objective.state_dict()}
+    compiled = steps(trainer, 3)
+    soon = len(graphs)
+    compiled += [train_step(trainer, step, stopwatch.Stopwatch()) for step in range(3, 6)]
+    assert len(graphs) == soon <= (20 if method == "crd" else 12)
+    assert {*trainer.objective.state_dict()} == names
+    for a, b in zip(first, compiled, strict=True):
+        assert {k: float(v) for k, v in b.items()} == pytest.approx(
+            {k: float(v) for k, v in a.items()}, rel=1e-4, abs=1e-6
+        )
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(prepared, teacher_path, features):

@@ -79,6 +79,11 @@ class Objective(nn.Module):
             judged = ("adversarial",) if self.discriminator is not None else ()
             self.balance = Balance([*losses, *judged], config.balance)
 
+    def compile_terms(self) -> None:
+        """Compile every loss term in place, with torch.compile: its name and state stay what they are."""
+        for term in self.loss_terms.values():
+            term.compile()
+
     def weights(self, progress: float) -> dict[str, float]:
         """The weight of each loss at this share of the training."""
         weights = {"cross_entropy": self.labels.weight}

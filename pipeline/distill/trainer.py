@@ -160,6 +160,8 @@ def build(
     sizes = _sizes(config, method, network, prepared, teacher_path, store) if distilled else None
     torch.manual_seed(config.seed)
     objective = Objective(method, config, sizes).to(device)
+    if config.compute.compile:
+        objective.compile_terms()
     layout = torch.channels_last if config.compute.channels_last else torch.preserve_format
     network = network.to(device).to(memory_format=layout)
     same_start((network, objective), ranks)

@@ -30,7 +30,7 @@ class Compute:
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast
     channels_last: bool = False  # the student's memory format
     accumulate: PositiveInt = 1  # parts of a batch that are computed one after the other
-    compile: bool = False  # torch.compile of the student
+    compile: bool = False  # torch.compile of the student and of every loss term
     ema: BelowOne = 0.0  # decay of the averaged weights that are published; 0: the last weights
 
     def backend(self) -> str:
