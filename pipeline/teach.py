@@ -31,6 +31,7 @@ from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.data.augment import Augment, Augmented
 from pipeline.data.prepared import Prepared
+from pipeline.data.resident import Resident, resident_where_it_fits
 from pipeline.models import guide
 from pipeline.models.checkpoint import create, load_weights, preprocessing, save
 from pipeline.models.guide import Guide
@@ -292,9 +293,12 @@ def _train(
     optimizer = torch.optim.AdamW(_groups(vit, lesson, config), lr=config.lr)
     averaged = Averaged(vit, config.ema) if config.ema else None
     trained = [*vit.parameters(), *lesson.trained()]
+    prepared = resident_where_it_fits(prepared, device)
     rendered = Views(config, prepared, ranks)
     steps = rendered.steps
-    ahead = Ahead(rendered, steps, config.workers, "teach")
+    # What lies on a GPU is rendered there, and a worker has none.
+    workers = 0 if isinstance(prepared.images, Resident) else config.workers
+    ahead = Ahead(rendered, steps, workers, "teach")
     stream = f"teach {ranks.rank}" if ranks.rank else "teach"
 
     def step(number: int) -> loop.StepFigures:

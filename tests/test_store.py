@@ -18,6 +18,7 @@ from pipeline.core.errors import GateFailed, UserError
 from pipeline.data import views
 from pipeline.data.pixels import Squares
 from pipeline.data.prepared import Prepared
+from pipeline.data.resident import resident
 from pipeline.models import checkpoint, probe, teacher
 from pipeline.store import dividing, encoding, planning, policy, reading, shards, verifying, writing
 from pipeline.store.policy import Cache
@@ -714,3 +715,44 @@ def test_records_read_on_a_gpu_are_those_of_the_cpu(prepared, teacher_path, feat
         assert torch.equal(read.logits.cpu(), expected.logits)
         for name, tensor in expected.features.items():
             assert torch.equal(read.features[name].cpu(), tensor)
+
+
+def test_a_store_of_views_from_a_gpu_is_read_with_images_that_lie_there(
+    prepared, teacher_path, tmp_path, monkeypatch
+):
+    """Resident images, here on the CPU: views of other images are refused by the line that names them."""
+    cache = Cache(dtype="float32", views=1, shard_mb=9)
+    images = prepared.rows("train")[:8]
+    live = teacher.load(teacher_path)
+    here = torch.device("cpu")
+    monkeypatch.setattr(writing, "resident_where_it_fits", lambda p, _: resident(p, here))
+    writing.write(cache, prepared, live, tmp_path / "s", tmp_path / "w", lambda _: None)
+    with pytest.raises(UserError, match="view_backend: got .* on cpu; expected torch-grid-sample"):
+        Store(tmp_path / "s", prepared, teacher_path)
+    assert (
+        reading.as_written(tmp_path / "s", prepared, here) is prepared
+    )  # a CPU renders as it does
+    store = Store(tmp_path / "s", resident(prepared, here), teacher_path)
+    batch = views.view_batch(prepared.images, store.geometry, store.seed, images, [0] * 8, images)
+    read = store.read(store.records(images, [0] * 8))
+    views.check_hashes(batch, read.view_hash, images)
+
+
+@pytest.mark.ci
+def test_a_training_on_resident_images_needs_no_workers_and_gives_the_same_student(
+    prepared, teacher_path, tmp_path, monkeypatch
+):
+    from pipeline.distill import trainer
+    from tests.test_training import QUICK, run
+
+    cache, here, students = Cache(dtype="float32", views=2), torch.device("cpu"), []
+    live = teacher.load(teacher_path)
+    for name, prepare in (("there", lambda p, *_: resident(p, here)), ("here", lambda p, *_: p)):
+        folder = tmp_path / name
+        monkeypatch.setattr(writing, "resident_where_it_fits", prepare)
+        monkeypatch.setattr(trainer, "as_written", lambda _, p, device, f=prepare: f(p))
+        writing.write(cache, prepared, live, folder / "s", folder / "w", lambda _: None)
+        config = replace(QUICK, workers=2 if name == "there" else 0)
+        run(config, "cakd+logits", prepared, teacher_path, folder / "s", folder)
+        students.append(load_file(folder / "cakd+logits" / "student.safetensors"))
+    assert all(torch.equal(students[0][k], students[1][k]) for k in students[1])

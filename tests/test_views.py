@@ -12,7 +12,8 @@ from pipeline.core.config import parse
 from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.data.mixing import Mix, mixture
-from pipeline.data.pixels import Squares
+from pipeline.data.pixels import Packed, Squares
+from pipeline.data.resident import Resident, resident_where_it_fits
 from pipeline.data.views import Geometry
 
 NONE = np.array([], dtype=np.int64)  # nothing is mixed
@@ -171,3 +172,39 @@ def test_impossible_mixes_are_refused_with_the_value(kwargs, message):
 def test_impossible_geometries_are_refused_with_the_value(kwargs, message):
     with pytest.raises(UserError, match=message):
         parse(Geometry, kwargs, "geometry")
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(rotate=20),
+        Geometry(mix=Mix(mixup=1.0)),
+        Geometry(mix=Mix(mixup=0.8, cutmix=1.0), rotate=5),
+    ],
+)
+def test_images_on_a_device_are_rendered_and_mixed_there_to_the_same_pixels(geometry, images):
+    """The device's own path, run on the CPU, where it must give the CPU's pixels."""
+    there = Resident(images, torch.device("cpu"))
+    rows, numbers = np.array([0, 1, 2, 5, 3]), np.arange(5)
+    expected = views.view_batch(images, geometry, 3, rows, numbers, POOL)
+    found = views.view_batch(there, geometry, 3, rows, numbers, POOL)
+    assert torch.equal(found, expected)
+    assert views.backend(there) == f"{views.BACKEND} on cpu" != views.backend(images)
+    drawn = views.mixed_with(geometry, 3, rows, numbers, POOL, 24)
+    if drawn is not None:
+        own, partner = views.whole(images.array[rows]), views.whole(images.array[rows[::-1]])
+        assert torch.equal(drawn.blend_there(own, partner), drawn.blend(own, partner))
+
+
+def test_images_lie_on_a_gpu_only_where_they_fit(prepared, monkeypatch):
+    made = []
+    monkeypatch.setattr("pipeline.data.resident.resident", lambda *args: made.append(args))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 10**12))
+    free = prepared.images.array.nbytes * 4
+    assert resident_where_it_fits(prepared, torch.device("cpu")) is prepared and not made
+    resident_where_it_fits(prepared, torch.device("cuda"))
+    assert len(made) == 1
+    free -= 8
+    assert resident_where_it_fits(prepared, torch.device("cuda")) is prepared and len(made) == 1
+    other = replace(prepared, images=Packed("images.bin", np.empty(0, np.uint8), [], 32, "center"))
+    assert resident_where_it_fits(other, torch.device("cuda")) is other

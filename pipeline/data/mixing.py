@@ -14,7 +14,7 @@ import numpy as np
 import pydantic.dataclasses
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor, from_numpy
+from torch import Tensor, arange, from_numpy, where
 
 from pipeline.core.config import STRICT, Share
 
@@ -47,6 +47,8 @@ class Mixture:
 
     def blend(self, own: Tensor, partner: Tensor) -> Tensor:
         """Mix two batches of views (B, 3, S, S) uint8; elementwise, so a view has the same bits in any batch."""
+        if own.device.type != "cpu":
+            return self.blend_there(own, partner)
         a, b = own.numpy(), partner.numpy()
         share = self.shares[:, None, None, None]
         blended = a.astype(np.float32) * share + b.astype(np.float32) * (1 - share)
@@ -56,6 +58,16 @@ class Mixture:
                 mixed[i] = a[i]
                 mixed[i, :, top:bottom, left:right] = b[i, :, top:bottom, left:right]
         return from_numpy(mixed)
+
+    def blend_there(self, own: Tensor, partner: Tensor) -> Tensor:
+        """`blend` on the device of the views, for the whole batch at once."""
+        share = from_numpy(self.shares).to(own.device)[:, None, None, None]
+        blended = (own.float() * share + partner.float() * (1 - share)).round().to(own.dtype)
+        top, bottom, left, right = from_numpy(self.boxes).to(own.device)[:, :, None].unbind(1)
+        at = arange(own.shape[-1], device=own.device)
+        inside = ((at >= top) & (at < bottom))[:, :, None] & ((at >= left) & (at < right))[:, None]
+        cut = (bottom > top)[:, :, None, None]
+        return where(cut, where(inside[:, None], partner, own), blended)
 
 
 def mixture(

@@ -23,6 +23,7 @@ from pipeline.core.config import STRICT
 from pipeline.core.errors import UserError
 from pipeline.data.mixing import Mix, Mixture, mixture
 from pipeline.data.pixels import Packed, Rows, Squares
+from pipeline.data.resident import Resident
 
 BACKEND = "torch-grid-sample-bilinear-border/1"
 PACKED_BACKEND = "pillow-box-bicubic/1"
@@ -49,7 +50,14 @@ class Geometry:
 
 def backend(images: Squares | Packed) -> str:
     """Name what renders the views of these images: a line of the feature cache's fingerprint."""
+    if isinstance(images, Resident):
+        return resident_backend(images.pixels.device)
     return BACKEND if isinstance(images, Squares) else PACKED_BACKEND
+
+
+def resident_backend(device: torch.device) -> str:
+    """Name what renders the views of images that lie on a device."""
+    return f"{BACKEND} on {device.type}"
 
 
 def parameters(geometry: Geometry, seed: int, rows: Rows, views: Rows) -> NDArray[np.float32]:
@@ -106,16 +114,20 @@ def render(
 
     Bilinear, edges repeated; size: H by default.
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float()
+    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    return _sample(pixels, torch.from_numpy(affine), size or pixels.shape[-1])
+
+
+def _sample(pixels: Tensor, affine: Tensor, size: int) -> Tensor:
+    """`render` for pixels (B, 3, H, W) uint8 and maps (B, 2, 3) on any device."""
     # Elementwise instead of F.affine_grid's batched matrix product: a view must have the same bits in any batch,
     # because the feature cache stores its hash.
-    size = size or pixels.shape[-1]
-    centre = (torch.arange(size, dtype=torch.float32) * 2 + 1) / size - 1
+    centre = (torch.arange(size, dtype=torch.float32, device=pixels.device) * 2 + 1) / size - 1
     y, x = centre[:, None], centre[None, :]
-    a = torch.from_numpy(affine)[:, :, :, None, None]  # (B, 2, 3, 1, 1)
+    a = affine[:, :, :, None, None]  # (B, 2, 3, 1, 1)
     grid = a[:, :, 0] * x + a[:, :, 1] * y + a[:, :, 2]  # (B, 2, S, S)
     sampled = F.grid_sample(
-        pixels,
+        pixels.float(),
         grid.permute(0, 2, 3, 1),
         mode="bilinear",
         padding_mode="border",
@@ -158,6 +170,10 @@ def _rendered(
     """Render each image's own view, (B, 3, S, S) uint8, without mixing."""
     if isinstance(images, Squares):
         maps = parameters(geometry, seed, rows, views)
+        if isinstance(images, Resident):
+            device = images.pixels.device
+            chosen = torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(device)
+            return _sample(images.pixels[chosen], torch.from_numpy(maps).to(device), images.size)
         return render(images.array[np.asarray(rows)], maps)
     rendered = []
     for row, view in zip(rows, views, strict=True):
@@ -223,7 +239,7 @@ def normalise(views: Tensor, preprocess: dict[str, Sequence[float]]) -> Tensor:
 
 def view_hashes(views: Tensor) -> NDArray[np.uint64]:
     """Hash views (B, 3, S, S) uint8: (B,) 64-bit BLAKE2b, stored with each cached record."""
-    digests = (hashlib.blake2b(v.tobytes(), digest_size=8).digest() for v in views.numpy())
+    digests = (hashlib.blake2b(v.tobytes(), digest_size=8).digest() for v in views.cpu().numpy())
     return np.frombuffer(b"".join(digests), dtype="<u8")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.data import views
+from pipeline.data.resident import Resident
 from pipeline.distill.batches import Batches, BatchIndices
 from pipeline.distill.features import Features
 from pipeline.models.teacher import TeacherOutputs
@@ -76,7 +77,10 @@ class Feed:
 
     def __init__(self, batches: Views, features: Features | None, workers: int) -> None:
         self.views, self.features = batches, features
-        self._ahead = Ahead(batches, batches.batches.steps, workers, "distill")
+        # What lies on a GPU is rendered there, and a worker has none.
+        on_device = isinstance(batches.batches.prepared.images, Resident)
+        steps = batches.batches.steps
+        self._ahead = Ahead(batches, steps, 0 if on_device else workers, "distill")
 
     @property
     def steps(self) -> int:

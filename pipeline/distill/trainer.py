@@ -26,7 +26,7 @@ from pipeline.distill.settings import Distill
 from pipeline.models import checkpoint, student
 from pipeline.models.student import Taps, find_tap
 from pipeline.store.policy import Cache
-from pipeline.store.reading import Store
+from pipeline.store.reading import Store, as_written
 from pipeline.training import compute, loop
 from pipeline.training.ranks import (
     SINGLE_PROCESS,
@@ -147,6 +147,7 @@ def build(
         config.student, config.student_kwargs, len(prepared.classes), "distill"
     )
     preprocess = checkpoint.preprocessing(network, prepared.image_size, prepared.crop_mode)
+    prepared = as_written(features, prepared, device)
     read = reads(method, "teacher")
     store = Store(features, prepared, teacher_path, policy, features=not read <= {"logits"})
     check_stored(method, store.manifest, config.cakd.layer)

@@ -20,6 +20,7 @@ from pipeline.core.validation import schema_name
 from pipeline.data import views
 from pipeline.data.pixels import Rows
 from pipeline.data.prepared import Prepared
+from pipeline.data.resident import resident
 from pipeline.models import checkpoint
 from pipeline.models.teacher import TeacherOutputs, TeacherTail
 from pipeline.store import policy
@@ -84,6 +85,14 @@ def open_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: damaged: {SEAL}: got {manifest.get(SEAL)!r}; expected the hash of its content; {REMEDY}"
         )
     return artifacts.check(manifest, Manifest, path, REMEDY)
+
+
+def as_written(folder: Path, prepared: Prepared, device: torch.device) -> Prepared:
+    """Return the prepared images with their squares on the device, where the store's views were rendered there."""
+    backend = open_manifest(folder)["fingerprint"]["view_backend"]
+    if device.type != "cpu" and backend == views.resident_backend(device):
+        return resident(prepared, device)
+    return prepared
 
 
 def open_shards(folder: Path, manifest: dict[str, Any]) -> list[Shard]:

@@ -13,7 +13,9 @@ from pipeline.data import views
 from pipeline.data.prepared import Prepared
 from pipeline.models import teacher
 from pipeline.store import encoding
-from pipeline.store.reading import Store, open_manifest, open_shards
+from pipeline.store.reading import Store, as_written, open_manifest, open_shards
+from pipeline.training import compute
+from pipeline.training.ranks import SINGLE_PROCESS
 
 BATCH = 64  # records per forward pass of the teacher
 
@@ -41,23 +43,25 @@ def verify(
     """
     if n < 1:
         raise UserError(f"-n: got {n}; expected 1 record or more")
+    device = compute.pick_device("auto", "verify", SINGLE_PROCESS)
+    prepared = as_written(folder, prepared, device)
     store = Store(folder, prepared, teacher_path)
     if not store.cached:
         raise UserError(
             f"{folder}: got a feature cache with mode off, which has no records; set cache.mode: on and run cache"
         )
     total = check_bytes(folder)["records"]
-    live = teacher.load(teacher_path)
+    live = teacher.load(teacher_path).to(device)
     sample = np.sort(np.random.default_rng(0).choice(total, min(n, total), replace=False))
     train, errors = prepared.rows("train"), []
     for start in range(0, len(sample), BATCH):
         records = sample[start : start + BATCH]
         rows, ks = train[records // store.views], records % store.views
         batch = views.view_batch(prepared.images, store.geometry, store.seed, rows, ks, train)
-        stored = store.read(records)
+        stored = store.read(records, device)
         views.check_hashes(batch, stored.view_hash, rows)
         tokens = stored.tokens(live.tail if store.replayed else None)
-        errors.append(encoding.relative_errors(tokens, live(batch)))
+        errors.append(encoding.relative_errors(tokens, live(batch.to(device))))
         encoding.check_gate(errors[-1], store.manifest["dtype"], str(folder), "run cache again")
     worst = encoding.worst(errors)
     return {

@@ -19,6 +19,7 @@ from torch import Tensor
 from pipeline.core import artifacts
 from pipeline.data import views
 from pipeline.data.prepared import Prepared, spread
+from pipeline.data.resident import resident_where_it_fits
 from pipeline.models import teacher
 from pipeline.models.teacher import TeacherOutputs
 from pipeline.store import dividing, encoding, overconfidence, policy, shards
@@ -54,6 +55,7 @@ def write(
     check_layout(cache, live.spec)
     policy.check_data(prepared, live.description)
     device = compute.pick_device(cache.device, "cache.device", ranks)
+    prepared = resident_where_it_fits(prepared, device)
     task = Task(cache, prepared, live.to(device), device)
     settings = {
         **task.fingerprint,
