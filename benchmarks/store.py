@@ -69,6 +69,23 @@ def random_teacher(name: str, prepared: Prepared, path: Path, **kwargs: Any) -> 
     return path
 
 
+def recipe(args: argparse.Namespace, method: str) -> settings.Distill:
+    """The training of one method, as long as the benchmark likes."""
+    return settings.Distill(
+        methods=(method,),
+        student=args.student,
+        batch=args.batch,
+        steps=1_000_000,
+        workers=args.workers,
+    )
+
+
+def policies(args: argparse.Namespace) -> dict[str, Cache]:
+    """`cached` and `online`, of the same views."""
+    cached = Cache(mode="on", dtype=args.dtype, views=1, batch=args.batch)
+    return {"cached": cached, "online": replace(cached, mode="off")}
+
+
 @contextmanager
 def trainers(args: argparse.Namespace) -> Iterator[dict[str, Trainer]]:
     """Build the same training twice: `cached` from a store written here, `online` with the teacher running."""
@@ -77,20 +94,12 @@ def trainers(args: argparse.Namespace) -> Iterator[dict[str, Trainer]]:
         prepared = random_images(folder, args.images + 2 * CLASSES, args.size)
         path = random_teacher(args.teacher, prepared, folder / "teacher.safetensors")
         live = teacher.load(path)
-        recipe = settings.Distill(
-            methods=(args.method,),
-            student=args.student,
-            batch=args.batch,
-            steps=1_000_000,
-            workers=args.workers,
-        )
         made = {}
-        for mode in ("cached", "online"):
-            policy = Cache(mode="on" if mode == "cached" else "off", dtype=args.dtype, views=1)
-            policy = replace(policy, batch=args.batch)
+        for mode, policy in policies(args).items():
             out = folder / mode
             writing.write(policy, prepared, live, out, folder / "work", lambda _: None)
-            made[mode] = build(recipe, args.method, prepared, path, out, policy)
+            training = recipe(args, args.method)
+            made[mode] = build(training, args.method, prepared, path, out, policy)
         yield made
         for trainer in made.values():
             trainer.feed.close()
