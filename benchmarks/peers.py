@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,9 @@ def ours(args: argparse.Namespace, folder: Path) -> tuple[list[Row], dict[str, f
         writing.write(policy, prepared, live, folder / mode, folder / "work", lambda _: None)
         seconds[mode] = time.process_time() - start
         for method in args.methods:
-            trainer = build(recipe(args, method), method, prepared, path, folder / mode, policy)
+            # As with the peers, the teacher's answer is compared for every image of a batch.
+            training = replace(recipe(args, method), labelled_share=0.0)
+            trainer = build(training, method, prepared, path, folder / mode, policy)
             steps = our_steps(trainer)
             steps(1)  # as the peers do: not counted
             rows.append(Row(f"ours, {mode}", method, steps))
@@ -219,12 +221,13 @@ def environment(text: str) -> tuple[str, str]:
         raise UserError(
             f"--env: got {text!r}; expected PACKAGE=PYTHON with a package of {', '.join(PACKAGES)}; correct it"
         )
-    if not os.access(python, os.X_OK):
+    path = Path(python).expanduser()
+    if not path.is_file() or not os.access(path, os.X_OK):
         raise UserError(
             f"--env: {python or text!r}: no such program; expected the python of an environment with {package}; "
             "correct the path"
         )
-    return package, python
+    return package, str(path)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -235,7 +238,7 @@ def main(args: argparse.Namespace) -> None:
     print(text)
     if args.out is None:
         return
-    params = {k: v for k, v in vars(args).items() if k not in ("out", "folder", "env")}
+    params = {k: v for k, v in vars(args).items() if k not in ("out", "folder", "env", "workers")}
     options = [f"--{k} {' '.join(v) if k == 'methods' else v}" for k, v in params.items()]
     options += [f"--env {package}=PYTHON" for package in args.env]
     command = f"python -m benchmarks.peers {' '.join(options)}"
