@@ -94,7 +94,7 @@ def plain_kd(config: Config) -> tuple[Any, Step]:
 def timm_task(config: Config, name: str) -> tuple[Any, Step]:
     """A task of timm as its train.py runs it, with that script's default optimizer."""
     from timm import task
-    from timm.optim import create_optimizer_v2
+    from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
     from torch import nn
 
     teacher, student = networks(config)
@@ -138,7 +138,7 @@ def torchdistill_box(config: Config, method: str) -> tuple[Any, Step]:
     term: Config = {"temperature": 1.0, "alpha": 0.5, "reduction": "batchmean"}
     term |= {f"{role}_{key}": value for role in last for key, value in ends.items()}
     terms: Config = {"kd": {"criterion": {"key": "KDLoss", "kwargs": term}, "weight": 1.0}}
-    hooks = {role: {"input": [], "output": []} for role in last}
+    hooks: Config = {role: {"input": [], "output": []} for role in last}
     optimizer = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
     if method == "SPKD":
         paths = {f"{role}_output_path": path for role, path in last.items()}
