@@ -99,7 +99,7 @@ def test_each_image_is_augmented_before_it_is_mixed(prepared, monkeypatch):
 
     def spy(batch, rows, numbers):
         seen.append(rows.tolist())
-        return batch * 0 + rows[:, None, None, None].astype(np.uint8)
+        return batch * 0 + torch.from_numpy(rows.astype(np.uint8))[:, None, None, None]
 
     train = prepared.rows("train")
     drawn = (mix, 0, train[:8], np.full(8, -1), train)
