@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ledger import FOLDER, Ledger, Run, identity, identity_of_teacher
-from benchmarks.methods import AGAINST, interval
+from benchmarks.methods import AGAINST, cell, interval
 from benchmarks.runs import RECIPES, Runs, merged
 from pipeline.core import artifacts, cli
 from pipeline.core.atomic import atomic
@@ -137,12 +137,6 @@ def markdown(found: Mapping[str, Any]) -> str:
         empty = " | " * len(heads)
         clean, noisy = (f"{100 * teacher[what]:.1f}" for what in ("clean", "noisy"))
         lines.append(f"| teacher | | {clean} | {empty}| {noisy} | | | |")
-
-    def cell(row: Mapping[str, Any], name: str) -> str:
-        if name not in row:
-            return ""
-        half = row[name]["half_width_95"]
-        return f"{row[name]['mean']:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
 
     for method, row in found["methods"].items():
         clean = " | ".join(cell(row, f"clean_minus_{name}") for name in AGAINST)

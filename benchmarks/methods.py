@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,14 @@ def compared(
     return table
 
 
+def cell(row: Mapping[str, Any], name: str) -> str:
+    """A difference with its half width; empty where there is none."""
+    if name not in row:
+        return ""
+    half = row[name]["half_width_95"]
+    return f"{row[name]['mean']:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The table of a result, the teachers first."""
     controls = any("clean_minus_own_control" in row for row in result["methods"].values())
@@ -95,12 +103,6 @@ def markdown(result: dict[str, Any]) -> str:
     )
     empty = " | " * len(against)
     lines.append(f"| teacher | {clean} | {empty}| {noisy} | | | |")
-
-    def cell(row: dict[str, Any], name: str) -> str:
-        if name not in row:
-            return ""
-        half = row[name]["half_width_95"]
-        return f"{row[name]['mean']:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
 
     for method, row in result["methods"].items():
         cost = f"{row['step_over_plain']:.1f}" if "step_over_plain" in row else ""

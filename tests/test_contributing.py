@@ -196,7 +196,7 @@ def test_a_data_source_is_a_file_and_a_row(tmp_path: Path) -> None:
     tiny.copy(copied, "tests", prepare=own)
     (copied / "pipeline" / "prepare" / "sources" / "arrays.py").write_text(ARRAYS)
     edit(
-        copied / "pipeline" / "prepare" / "prepare.py",
+        copied / "pipeline" / "prepare" / "settings.py",
         (
             "from pipeline.prepare.sources import cifar",
             "from pipeline.prepare.sources import arrays, cifar",
@@ -207,7 +207,7 @@ def test_a_data_source_is_a_file_and_a_row(tmp_path: Path) -> None:
         ),
     )
     generator = np.random.default_rng(0)
-    x, y = generator.integers(0, 256, (60, 12, 10, 3), np.uint8), np.arange(60) % 3
+    x, y = generator.integers(0, 256, (60, 12, 12, 3), np.uint8), np.arange(60) % 3
     np.savez(copied / "mine.npz", x=x, y=y)
     told = python(copied, "-m", "stages.prepare", "data/prepared")
     assert "3 classes" in told
