@@ -73,6 +73,10 @@ NOT_RUN = {  # command -> why not
     "for i in 1 2 3 4; do sky jobs launch -y -d -n cache-$i --env NFS=nfs.example:/cakd "
     "docs/launch/sky-cache.yaml; done": "needs a cloud; test_launch.py",
     "sky jobs launch -y --env NFS=nfs.example:/cakd docs/launch/sky-distill.yaml": "needs a cloud",
+    "python -m venv ~/envs/torchdistill && ~/envs/torchdistill/bin/pip install torchdistill timm": "network",
+    'python -m venv ~/envs/lightly && ~/envs/lightly/bin/pip install "lightly-train[timm]"': "network",
+    "python -m benchmarks.peers --env torchdistill=~/envs/torchdistill/bin/python "
+    "--env lightly-train=~/envs/lightly/bin/python": "takes minutes; test_peers.py runs a small one",
     "python -m benchmarks.kernels": "takes minutes; test_benchmarks.py runs its parts",
 }
 HERE_DOCUMENT = "python - <<'EOF'\n"
