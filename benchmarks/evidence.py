@@ -92,8 +92,8 @@ def compared(runs: Mapping[str, BySeed]) -> dict[str, dict[str, Any]]:
         for what in ("clean", "noisy"):
             row[what] = 100 * statistics.fmean(run[what] for run in by_seed.values())
             for other in AGAINST:
-                if other != method and (found := differences(runs, method, other, what)):
-                    mean, half = interval(found)
+                if other != method and (points := differences(runs, method, other, what)):
+                    mean, half = interval(points)
                     row[f"{what}_minus_{other}"] = {"mean": mean, "half_width_95": half}
         if "plain" in runs and "step_ms" in next(iter(by_seed.values())):
             own, plain = (
@@ -123,22 +123,22 @@ def result(entries: Mapping[str, Mapping[int, Mapping[str, Any]]], recipe: str) 
     }
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(summary: Mapping[str, Any]) -> str:
     """The table of a result."""
     heads = [f"minus {name}" for name in AGAINST]
     lines = [
-        f"{'; '.join(found['machines'])}. Command: `python -m benchmarks.evidence {found['recipe']} --table`",
+        f"{'; '.join(summary['machines'])}. Command: `python -m benchmarks.evidence {summary['recipe']} --table`",
         "",
         f"| method | seeds | clean top-1 (%) | {' | '.join(heads)} | noisy top-1 (%) | minus plain | "
         "minus logits | step / plain |",
         "|---|--:|--:|" + "--:|" * (len(heads) + 4),
     ]
-    if (teacher := found["teacher"]) is not None:
+    if (teacher := summary["teacher"]) is not None:
         empty = " | " * len(heads)
         clean, noisy = (f"{100 * teacher[what]:.1f}" for what in ("clean", "noisy"))
         lines.append(f"| teacher | | {clean} | {empty}| {noisy} | | | |")
 
-    for method, row in found["methods"].items():
+    for method, row in summary["methods"].items():
         clean = " | ".join(cell(row, f"clean_minus_{name}") for name in AGAINST)
         cost = f"{row['step_over_plain']:.1f}" if "step_over_plain" in row else ""
         lines.append(
@@ -165,12 +165,12 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(
             f"{ledger.folder}: got no runs; expected one or more; run it without --table, or longer"
         )
-    found = result(entries, args.recipe)
-    print(markdown(found))
+    summary = result(entries, args.recipe)
+    print(markdown(summary))
     out = args.out or FOLDER.parent / f"evidence-{args.recipe}"
-    artifacts.write_json(out.with_suffix(".json"), artifacts.rounded(found))
+    artifacts.write_json(out.with_suffix(".json"), artifacts.rounded(summary))
     with atomic(out.with_suffix(".md")) as temporary:
-        temporary.write_text(markdown(found), encoding="utf-8")
+        temporary.write_text(markdown(summary), encoding="utf-8")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -127,7 +127,7 @@ class Ledger:
 
     def entries(self) -> dict[str, dict[int, dict[str, Any]]]:
         """Every run by method and seed, in the order of their names."""
-        found: dict[str, dict[int, dict[str, Any]]] = {}
+        by_method: dict[str, dict[int, dict[str, Any]]] = {}
         for path in sorted(self.folder.glob("*.json")):
             named = NAME.fullmatch(path.name)
             entry = artifacts.read_json(path, SCHEMA)
@@ -139,8 +139,8 @@ class Ledger:
                     f"{path}: got a run of {entry['method']}, seed {entry['seed']}; expected the one that it is "
                     "named after; name it so"
                 )
-            found.setdefault(entry["method"], {})[entry["seed"]] = entry
-        return found
+            by_method.setdefault(entry["method"], {})[entry["seed"]] = entry
+        return by_method
 
 
 def _difference(entry: Mapping[str, Any], expected: Identity) -> str | None:

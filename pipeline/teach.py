@@ -31,14 +31,14 @@ from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.data.augment import Augment, Augmented
 from pipeline.data.prepared import Prepared
-from pipeline.data.resident import Resident, resident_where_it_fits
+from pipeline.data.resident import resident_where_it_fits, workers_for
 from pipeline.models import guide
 from pipeline.models.checkpoint import create, load_weights, preprocessing, save
 from pipeline.models.guide import Guide
 from pipeline.models.probe import TeacherSpec, in_rows, probe_teacher
 from pipeline.training import compute, loop, resume, seeds
 from pipeline.training.ahead import Ahead
-from pipeline.training.compute import Averaged, Compute, Device
+from pipeline.training.compute import Compute, Device
 from pipeline.training.mixed_loss import mixed_cross_entropy
 from pipeline.training.ranks import SINGLE_PROCESS, Ranks, average_gradients, same_start
 
@@ -182,9 +182,8 @@ class Batch:
     labels: Tensor  # (B,)
     partner_labels: Tensor  # of the image it is mixed with
     shares: Tensor | None  # of the own label; None where no view is mixed
-    weight: (
-        float  # of the part's mean loss, so that the mean over the ranks is that of the whole batch
-    )
+    # of the part's mean loss, so that the mean over the ranks is that of the whole batch
+    weight: float
 
 
 class Views(Dataset[list[Batch]]):
@@ -197,6 +196,7 @@ class Views(Dataset[list[Batch]]):
         self.per_epoch = -(-len(self.rows) // config.batch)
         self.steps = config.epochs * self.per_epoch
         self._order = (-1, self.rows)  # epoch, its permutation
+        self._augment = Augmented(config.augment, config.seed) if config.augment.on else None
 
     def __getitem__(self, step: int) -> list[Batch]:
         config, prepared, size = self.config, self.prepared, self.ranks.size
@@ -211,12 +211,11 @@ class Views(Dataset[list[Batch]]):
         # Negative view numbers: the feature cache counts from 0, so the teacher never labels a view it was trained
         # on, even with the same seed and geometry.
         drawn = (config.geometry, config.seed, part, np.full(len(part), -1 - epoch), self.rows)
-        augment = Augmented(config.augment, config.seed) if config.augment.on else None
         mixed = views.mixed_with(*drawn, prepared.image_size)
         partners = part if mixed is None else mixed.partners
         return [
             Batch(
-                views.view_batch(prepared.images, *drawn, augment),
+                views.view_batch(prepared.images, *drawn, self._augment),
                 torch.from_numpy(prepared.labels[part]),
                 torch.from_numpy(prepared.labels[partners]),
                 None if mixed is None else torch.from_numpy(mixed.shares),
@@ -291,20 +290,19 @@ def _train(
     lesson = Lesson(vit, config, prepared, preprocess).to(device)
     same_start([lesson], ranks)
     optimizer = torch.optim.AdamW(_groups(vit, lesson, config), lr=config.lr)
-    averaged = Averaged(vit, config.ema) if config.ema else None
+    how = Compute(precision=config.precision, ema=config.ema)
+    averaged = how.average(vit)
     trained = [*vit.parameters(), *lesson.trained()]
     prepared = resident_where_it_fits(prepared, device)
     rendered = Views(config, prepared, ranks)
     steps = rendered.steps
-    # What lies on a GPU is rendered there, and a worker has none.
-    workers = 0 if isinstance(prepared.images, Resident) else config.workers
-    ahead = Ahead(rendered, steps, workers, "teach")
+    ahead = Ahead(rendered, steps, workers_for(prepared, config.workers), "teach")
     stream = f"teach {ranks.rank}" if ranks.rank else "teach"
 
     def step(number: int) -> loop.StepFigures:
         (batch,) = ahead(number)
         torch.manual_seed(seeds.step_seed(config.seed, number, stream))  # for dropout
-        with Compute(precision=config.precision).autocast(device):
+        with how.autocast(device):
             losses = lesson(batch.views.to(device, non_blocking=True), batch)
             loss = losses.mean() * batch.weight
         optimizer.zero_grad(set_to_none=True)

@@ -27,12 +27,12 @@ def on_map(tokens):
 def test_deit_is_the_cross_entropy_with_the_teachers_decision_and_sees_nothing_else_of_it():
     term = deit.Deit(deit.DeitConfig(), sizes())
     teacher, logits = taught().logits, seen().logits
-    found = term(seen(), taught())["deit"]
+    result = term(seen(), taught())["deit"]
     decided = teacher.argmax(1)
     by_hand = -logits.log_softmax(1)[torch.arange(B), decided].mean()
-    torch.testing.assert_close(found, by_hand)
-    torch.testing.assert_close(term(seen(), taught(logits=9 * teacher + 3))["deit"], found)
-    assert term(seen(), taught(logits=-teacher))["deit"] != found
+    torch.testing.assert_close(result, by_hand)
+    torch.testing.assert_close(term(seen(), taught(logits=9 * teacher + 3))["deit"], result)
+    assert term(seen(), taught(logits=-teacher))["deit"] != result
 
 
 def test_boundaries_count_the_sign_of_the_teacher_and_the_margin_of_the_student():
@@ -67,12 +67,12 @@ def test_ab_is_zero_where_the_connector_is_on_the_teachers_side():
 def test_the_margin_is_the_mean_of_what_is_negative_in_a_channel():
     mean, std = torch.tensor([0.0, 1.0, -2.0, 5.0]), torch.tensor([1.0, 2.0, 0.5, 1.0])
     samples = mean + std * draw(400_000, 4).float()
-    found = ofd.margins(mean, std)
+    result = ofd.margins(mean, std)
     for channel in range(3):
         x = samples[:, channel]
-        assert found[channel].item() == pytest.approx(x[x < 0].mean().item(), abs=0.02)
-    assert found[0].item() == pytest.approx(-math.sqrt(2 / math.pi), rel=1e-5)
-    assert found[3].item() == -3.0  # nothing is negative: three deviations
+        assert result[channel].item() == pytest.approx(x[x < 0].mean().item(), abs=0.02)
+    assert result[0].item() == pytest.approx(-math.sqrt(2 / math.pi), rel=1e-5)
+    assert result[3].item() == -3.0  # nothing is negative: three deviations
     zero, wide = torch.zeros(D), torch.full((D,), 2.0)
     term = ofd.Ofd(ofd.OfdConfig(), replace(sizes(), space=TeacherSpace(2, D, zero, wide)))
     torch.testing.assert_close(term.margin, ofd.margins(zero, wide))
@@ -88,8 +88,8 @@ def test_the_partial_distance_skips_a_student_below_a_target_that_is_not_positiv
         (2.0, 0.5, 2.25),
         (-3.0, 0.0, 0.0),
     ):
-        found = ofd.partial_l2(torch.tensor([ours]), torch.tensor([theirs])).item()
-        assert found == pytest.approx(cost), (ours, theirs)
+        result = ofd.partial_l2(torch.tensor([ours]), torch.tensor([theirs])).item()
+        assert result == pytest.approx(cost), (ours, theirs)
 
 
 def test_ofd_holds_the_regressor_against_the_teacher_above_its_margin():
@@ -137,10 +137,10 @@ def test_fusion_is_a_sum_by_two_maps_of_weights():
         fusion.attend.weight.zero_()
         for bias, own, other in (((50, -50), 1, 0), ((-50, 50), 0, 1), ((0, 0), 0.5, 0.5)):
             fusion.attend.bias.copy_(torch.tensor(bias))
-            found, passed = fusion(stage, deeper)
+            result, passed = fusion(stage, deeper)
             expected = own * fusion.reduce(stage) + other * deeper
             torch.testing.assert_close(passed, expected)
-            torch.testing.assert_close(found, fusion.expand(expected))
+            torch.testing.assert_close(result, fusion.expand(expected))
 
 
 def test_reviewkd_goes_from_the_deepest_stage_to_the_shallowest():
@@ -148,7 +148,7 @@ def test_reviewkd_goes_from_the_deepest_stage_to_the_shallowest():
     term = reviewkd.Reviewkd(reviewkd.ReviewkdConfig(), sizes()).double()
     outputs = []
     for fusion in term.fusions:
-        fusion.register_forward_hook(lambda _, __, found: outputs.append(found[0]))
+        fusion.register_forward_hook(lambda _, __, result: outputs.append(result[0]))
     stages = [stage.requires_grad_() for stage in seen().stages]
     loss = term(seen(stages=stages), taught())["reviewkd"]
     theirs = on_map(taught().h)
@@ -166,10 +166,10 @@ def test_reviewkd_goes_from_the_deepest_stage_to_the_shallowest():
 def test_the_power_method_gives_the_largest_singular_value_and_its_gradient():
     before, after = draw(B, N, 5), draw(B, N, 7, seed=1)
     leaves = [before.clone().requires_grad_(), before.clone().requires_grad_()]
-    found = london.spectral_norm(leaves[0], after, 300)
+    result = london.spectral_norm(leaves[0], after, 300)
     exact = torch.linalg.matrix_norm(leaves[1].mT @ after / N, ord=2)
-    torch.testing.assert_close(found, exact)
-    for leaf, value in zip(leaves, (found, exact), strict=True):
+    torch.testing.assert_close(result, exact)
+    for leaf, value in zip(leaves, (result, exact), strict=True):
         value.sum().backward()
         assert leaf.grad.abs().sum() > 0
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
@@ -182,14 +182,14 @@ def test_london_compares_the_constants_of_values_and_tokens_with_those_of_two_st
     shallow, deep = seen().stages
     pooled = F.avg_pool2d(shallow, 2).flatten(2)
     ours = torch.linalg.matrix_norm(pooled @ deep.flatten(2).mT / N, ord=2)
-    found = term(seen(), taught())["london"]
-    torch.testing.assert_close(found, ((ours - theirs) / theirs).square().mean())
+    result = term(seen(), taught())["london"]
+    torch.testing.assert_close(result, ((ours - theirs) / theirs).square().mean())
     # The same constant from other features of the same images, twice the constant, and no common scale.
     scaled = term(seen(stages=[shallow, deep * (theirs / ours)[:, None, None, None]]), taught())
     assert scaled["london"].item() == pytest.approx(0, abs=1e-12)
     twice = taught(h=2 * taught().h)
     both = term(seen(stages=[shallow, 2 * deep]), twice)["london"]
-    torch.testing.assert_close(both, found)
+    torch.testing.assert_close(both, result)
 
 
 def test_london_needs_two_feature_maps():
@@ -217,8 +217,8 @@ def test_afd_compares_the_energy_at_every_position_and_learns_which_stage_agrees
     pooled = F.avg_pool2d(stages[0].square().mean(1), 2), stages[1].square().mean(1)
     ours = torch.stack([F.normalize(energy.flatten(1), dim=1) for energy in pooled], dim=1)
     theirs = F.normalize(taught().h.square().mean(2), dim=1)
-    found = term(seen(), taught())["afd"]
-    torch.testing.assert_close(found, afd.matched(ours, theirs, attention))
+    result = term(seen(), taught())["afd"]
+    torch.testing.assert_close(result, afd.matched(ours, theirs, attention))
     agreeing = taught(h=-4 * pooled[1].sqrt().flatten(1)[:, :, None].expand(B, N, D))
     optimizer = torch.optim.Adam(term.parameters(), lr=0.02)
     for _ in range(60):
@@ -256,8 +256,8 @@ def test_the_paraphraser_learns_from_the_teacher_alone_and_the_student_from_its_
     others = [feature, *term.translate.parameters()]
 
     def reached(loss, on):
-        found = torch.autograd.grad(losses[loss], on, retain_graph=True, allow_unused=True)
-        return [g is not None and bool(g.abs().sum() > 0) for g in found]
+        result = torch.autograd.grad(losses[loss], on, retain_graph=True, allow_unused=True)
+        return [g is not None and bool(g.abs().sum() > 0) for g in result]
 
     assert all(reached("ft", others)) and not any(reached("ft", own))
     assert all(reached("ft_reconstruction", own))
@@ -291,12 +291,12 @@ def test_scalekds_views_have_a_projector_each_and_the_second_knows_no_common_vec
     torch.manual_seed(0)
     term = scalekd.Scalekd(scalekd.ScalekdConfig(), sizes()).double()
     feature, h = seen().feature, taught().h
-    found, moved = term(seen(), taught()), term(seen(), taught(h=h + draw(1, 1, D, seed=3)))
-    torch.testing.assert_close(found["scalekd"], scalekd.mimicry(term.whole(feature), h))
+    result, moved = term(seen(), taught()), term(seen(), taught(h=h + draw(1, 1, D, seed=3)))
+    torch.testing.assert_close(result["scalekd"], scalekd.mimicry(term.whole(feature), h))
     views = [x - x.mean(1, keepdim=True) for x in (term.alternating(feature), h)]
-    torch.testing.assert_close(found["scalekd_frequency"], scalekd.mimicry(*views))
-    torch.testing.assert_close(found["scalekd_frequency"], moved["scalekd_frequency"])
-    assert abs(found["scalekd"] - moved["scalekd"]) > 1e-3
+    torch.testing.assert_close(result["scalekd_frequency"], scalekd.mimicry(*views))
+    torch.testing.assert_close(result["scalekd_frequency"], moved["scalekd_frequency"])
+    assert abs(result["scalekd"] - moved["scalekd"]) > 1e-3
 
 
 def test_every_query_reads_all_positions_of_the_students_map():
@@ -306,13 +306,13 @@ def test_every_query_reads_all_positions_of_the_students_map():
         project.attend.in_proj_weight[D : 2 * D] = 0
         project.attend.in_proj_bias[D : 2 * D] = 0
     feature = seen().feature.requires_grad_()
-    found = project(feature)
-    assert found.shape == (B, N, D)
-    torch.testing.assert_close(found[:, 0], found[:, -1])
+    result = project(feature)
+    assert result.shape == (B, N, D)
+    torch.testing.assert_close(result[:, 0], result[:, -1])
     read = project.reduce(feature).flatten(2).mT + project.position
     values = read @ project.attend.in_proj_weight[2 * D :].T + project.attend.in_proj_bias[2 * D :]
     x = project.norm(project.attend.out_proj(values.mean(1)))
-    torch.testing.assert_close(found[:, 0], x + project.mlp(x))
+    torch.testing.assert_close(result[:, 0], x + project.mlp(x))
 
 
 def test_balanced_weights_leave_the_paraphraser_its_own(prepared, teacher_path, features):

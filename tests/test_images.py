@@ -13,8 +13,13 @@ from exporters.device import errors, image
 from pipeline.core.errors import UserError
 from pipeline.data import tree
 from pipeline.data.decoding import decode, square_rgb
-from pipeline.data.images import SUFFIXES, BrokenImage, image_files, square_pixels
+from pipeline.data.images import SUFFIXES, BrokenImage, image_files, read_pixels
 from tests import image_files as files
+
+
+def square_pixels(read, origin, size):
+    """An image as evaluation sees it, read as prepare reads it."""
+    return read_pixels(read, origin, partial(square_rgb, size=size))
 
 
 @pytest.mark.parametrize(

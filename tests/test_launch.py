@@ -273,11 +273,11 @@ def test_the_disk_and_the_hours_of_full_size_are_the_arithmetic_of_what_was_meas
         "`logits`, one view": ("logits", "float32"),
     }.items():
         stored[name] = shards.record_bytes(shards.layout_fields(layout, dtype, spec, 1000))
-    found = dict(rows("prepared images, as arrays"))
-    packed = next(name for name in found if name.startswith("prepared images, packed JPEGs"))
+    result = dict(rows("prepared images, as arrays"))
+    packed = next(name for name in result if name.startswith("prepared images, packed JPEGs"))
     stored[packed] = 35_800  # docs/images.md, of benchmarks/results/cpu-2core-images.json
-    assert set(found) == {"prepared images, as arrays", *stored}
-    for name, (size, *disk) in found.items():
+    assert set(result) == {"prepared images, as arrays", *stored}
+    for name, (size, *disk) in result.items():
         assert size == stored.get(name, 224 * 224 * 3), name
         assert disk == [round(size * n / 1e9) for n in images], name
     results = ROOT / "benchmarks" / "results"

@@ -86,9 +86,9 @@ def test_a_table_compares_over_the_seeds_that_both_methods_have(tmp_path):
             made_of = identity(PARAMS, SETTINGS, method, seed, "t")
             kept.write(method, seed, made_of, run(top, step_ms=10.0 if method == "plain" else 15.0))
     kept.write("teacher", 0, ledger.identity_of_teacher(PARAMS, "t"), {"clean": 0.7, "noisy": 0.3})
-    found = evidence.result(kept.entries(), "few")
-    rows = found["methods"]
-    assert [*rows] == ["plain", "logits", "cakd+logits"] and found["teacher"]["clean"] == 0.7
+    summary = evidence.result(kept.entries(), "few")
+    rows = summary["methods"]
+    assert [*rows] == ["plain", "logits", "cakd+logits"] and summary["teacher"]["clean"] == 0.7
     assert rows["logits"]["clean_minus_plain"]["mean"] == pytest.approx(5.0)
     assert rows["logits"]["clean_minus_plain"]["half_width_95"] == pytest.approx(0, abs=1e-9)
     assert rows["cakd+logits"]["clean_minus_logits"] == {
@@ -96,7 +96,7 @@ def test_a_table_compares_over_the_seeds_that_both_methods_have(tmp_path):
         "half_width_95": None,
     }
     assert rows["logits"]["step_over_plain"] == 1.5
-    text = evidence.markdown(found)
+    text = evidence.markdown(summary)
     assert "| logits | 2 | 56.0 | +5.0 ± 0.0 |" in text and "| teacher | | 70.0 |" in text
 
 
@@ -178,9 +178,9 @@ def test_missing_runs_are_made_in_the_order_of_the_seeds_and_none_twice(tmp_path
     fake.stop = ("logits", 2)
     signal_before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(evidence.threading, "Timer", SoonTimer)
-    found = call("--seeds", "3", "--minutes", "60")
-    assert fake.made == [("plain", 2)] and found["plain"]["seeds"] == [0, 1, 2]
-    assert found["logits"]["seeds"] == [0, 1]
+    summary = call("--seeds", "3", "--minutes", "60")
+    assert fake.made == [("plain", 2)] and summary["plain"]["seeds"] == [0, 1, 2]
+    assert summary["logits"]["seeds"] == [0, 1]
     assert signal.getsignal(signal.SIGINT) == signal_before
     lines = (tmp_path / "evidence-few.md").read_text()
     assert "| logits | 2 |" in lines and "| plain | 3 |" in lines

@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from exporters.artifact import inputs
 from pipeline.core.config import parse
 from pipeline.core.errors import UserError
 from pipeline.data import decoding, pixels, views
@@ -76,7 +78,7 @@ def test_auto_stores_squares_raw_and_packs_what_would_lose_pixels(folder, tmp_pa
         Image.open(path).resize((28, 28)).save(target)
     raw = prepared(squares, tmp_path / "raw")
     assert isinstance(raw.images, Squares) and raw.images.array.shape[1:] == (SIZE, SIZE, 3)
-    # One larger image among them, read last: the squares made so far are given up.
+    # One larger image, read last: the squares made so far are given up.
     photograph(90, 60, 1).save(squares / "train" / "right" / "z.png")
     mixed = prepared(squares, tmp_path / "mixed")
     assert isinstance(mixed.images, Packed)
@@ -91,20 +93,20 @@ def test_auto_stores_squares_raw_and_packs_what_would_lose_pixels(folder, tmp_pa
 
 
 def test_what_is_stored_is_the_image_with_its_shorter_side_reduced(folder, tmp_path):
-    found = prepared(folder, tmp_path / "p", encoding="png", stored_side=48)
-    origins = found.origins()
+    result = prepared(folder, tmp_path / "p", encoding="png", stored_side=48)
+    origins = result.origins()
     for row, origin in enumerate(origins):
         own = Image.open(folder / origin).convert("RGB")
         scale = min(1, 48 / min(own.size))
         size = tuple(round(side * scale) for side in own.size)
         expected = own if scale == 1 else own.resize(size, Image.Resampling.BICUBIC)
-        assert np.array_equal(np.asarray(found.images.image(row)), np.asarray(expected))
+        assert np.array_equal(np.asarray(result.images.image(row)), np.asarray(expected))
     jpeg = prepared(folder, tmp_path / "j", stored_side=48)
     # The order is that of the pixels before encoding: the same rows, a few levels off.
-    assert jpeg.origins() == origins and jpeg.sha256 == found.sha256
+    assert jpeg.origins() == origins and jpeg.sha256 == result.sha256
     off = [
         np.abs(np.asarray(a.image(row), int) - np.asarray(b.image(row), int)).mean()
-        for a, b in [(found.images, jpeg.images)]
+        for a, b in [(result.images, jpeg.images)]
         for row in range(len(origins))
     ]
     assert 0 < max(off) < 4
@@ -113,8 +115,8 @@ def test_what_is_stored_is_the_image_with_its_shorter_side_reduced(folder, tmp_p
 def test_the_index_says_how_images_are_stored_and_the_notes_what_it_takes(folder, tmp_path):
     config = Prepare("imagefolder", str(folder), image_size=SIZE, val=4)
     header = prepare(config, tmp_path / "p")
-    found = Prepared.open(tmp_path / "p")
-    assert (header["stored"], header["crop_mode"], found.crop_mode) == ("jpeg", "center", "center")
+    result = Prepared.open(tmp_path / "p")
+    assert (header["stored"], header["crop_mode"], result.crop_mode) == ("jpeg", "center", "center")
     size = (tmp_path / "p" / "images.bin").stat().st_size
     note = f"images stored as jpeg, aspect kept, shorter side up to 40 px: {size / 1e6:.3g} MB"
     assert header["notes"] == [note]
@@ -158,13 +160,13 @@ def test_each_pixel_of_a_view_is_where_its_map_says(size, geometry, crop_mode):
     centre = (np.arange(SIZE) * 2 + 1) / SIZE - 1
     grid = np.stack([*np.meshgrid(centre, centre), np.ones((SIZE, SIZE))])
     for view in range(6):
-        found = views.view_batch(images, geometry, 5, [0], [view], NONE)[0, :2].double().numpy()
+        result = views.view_batch(images, geometry, 5, [0], [view], NONE)[0, :2].double().numpy()
         at = np.einsum("ij,jyx->iyx", views.affine(geometry, 5, 0, view, ratio), grid)
         expected = (at.clip(-1, 1) + 1) / 2 * 255
         # Half a pixel, of the image or of the view: at an edge there is nothing beyond to average with.
         tolerance = 255 * 0.75 / min(*size, 0.8 * SIZE) + 2
-        assert np.abs(found - expected).max() <= tolerance
-        assert np.abs(found - expected).mean() <= 1.5
+        assert np.abs(result - expected).max() <= tolerance
+        assert np.abs(result - expected).mean() <= 1.5
 
 
 def test_the_maps_of_square_images_are_those_that_were_always_drawn():
@@ -206,23 +208,23 @@ from pipeline.data import views
 from pipeline.data.mixing import Mix
 from pipeline.data.prepared import Prepared
 torch.set_num_threads(2)
-found = Prepared.open(sys.argv[1])
-rows = found.rows("train")
+result = Prepared.open(sys.argv[1])
+rows = result.rows("train")
 geometry = views.Geometry(rotate=15, mix=Mix(mixup=1.0, cutmix=1.0))
-batch = views.view_batch(found.images, geometry, 3, rows, rows * 0 + 2, rows)
+batch = views.view_batch(result.images, geometry, 3, rows, rows * 0 + 2, rows)
 print(*views.view_hashes(batch))
 """
 
 
 def test_a_view_has_the_same_bits_in_any_batch_and_process(folder, tmp_path):
-    found = prepared(folder, tmp_path / "p")
-    rows = found.rows("train")
+    result = prepared(folder, tmp_path / "p")
+    rows = result.rows("train")
     for geometry in (Geometry(), Geometry(rotate=15, mix=Mix(mixup=1.0, cutmix=1.0))):
-        together = views.view_batch(found.images, geometry, 3, rows, rows * 0 + 2, rows)
-        alone = [views.view_batch(found.images, geometry, 3, [r], [2], rows) for r in rows[::-1]]
+        together = views.view_batch(result.images, geometry, 3, rows, rows * 0 + 2, rows)
+        alone = [views.view_batch(result.images, geometry, 3, [r], [2], rows) for r in rows[::-1]]
         assert torch.equal(together, torch.cat(alone[::-1]))
     done = subprocess.run(
-        [sys.executable, "-c", HASHES, str(found.folder)],
+        [sys.executable, "-c", HASHES, str(result.folder)],
         capture_output=True,
         text=True,
         check=True,
@@ -246,15 +248,22 @@ def test_squares_and_packed_images_are_never_taken_for_each_other(folder, tmp_pa
 def test_evaluation_sees_the_middle_or_the_whole_and_crop_pct_of_it(size):
     image = coordinates(*size)
     for crop_mode, crop_pct in (("center", 1.0), ("center", 0.5), ("squash", 1.0), ("squash", 0.8)):
-        found = packed([image], crop_mode).squares([0], crop_pct)[0].astype(float)
+        result = packed([image], crop_mode).squares([0], crop_pct)[0].astype(float)
         sides = np.array(size) if crop_mode == "squash" else np.array([min(size)] * 2)
         kept = sides * crop_pct / np.array(size)  # share of the width, of the height
         for axis, channel in ((1, 0), (0, 1)):
-            line = found[..., channel].mean(axis=1 - axis)
+            line = result[..., channel].mean(axis=1 - axis)
             expected = 255 * (0.5 + kept[channel] * ((np.arange(SIZE) + 0.5) / SIZE - 0.5))
             assert np.abs(line - expected).max() < 3
     square = decoding.square_rgb(image, SIZE)
     assert np.array_equal(packed([image]).squares([0])[0], square)
+
+
+def test_an_artefact_of_another_crop_is_named_before_an_image_is_read(folder):
+    properties = {"image_size": "32", "mean": "0 0 0", "std": "1 1 1", "crop": "stretch"}
+    session = SimpleNamespace(metadata=properties, input_shape=(1, 3, 32, 32))
+    with pytest.raises(UserError, match="metadata crop: got 'stretch'; expected one of"):
+        inputs.labelled_images(folder / "train", session, 4)
 
 
 def test_squares_take_crop_pct_too():
@@ -269,12 +278,12 @@ def test_squares_take_crop_pct_too():
 
 
 def test_a_damaged_or_older_folder_is_named_and_refused(folder, tmp_path):
-    found = prepared(folder, tmp_path / "p")
-    found.verify()
-    file, whole = found.folder / "images.bin", (found.folder / "images.bin").read_bytes()
-    start = int(found.images.starts[3])
+    result = prepared(folder, tmp_path / "p")
+    result.verify()
+    file, whole = result.folder / "images.bin", (result.folder / "images.bin").read_bytes()
+    start = int(result.images.starts[3])
     file.write_bytes(whole[:start] + b"\0" * 40 + whole[start + 40 :])
-    damaged = Prepared.open(found.folder)
+    damaged = Prepared.open(result.folder)
     with pytest.raises(UserError, match=r"images.bin: damaged: SHA-256: got .*run prepare again"):
         damaged.verify()
     with pytest.raises(UserError, match=r"images.bin: damaged: row 3: got .*run prepare again"):
@@ -283,20 +292,20 @@ def test_a_damaged_or_older_folder_is_named_and_refused(folder, tmp_path):
     for rest in (whole[:-1], whole + b"x"):
         file.write_bytes(rest)
         with pytest.raises(UserError, match=r"images.bin: damaged: got \d+ bytes; expected \d+"):
-            Prepared.open(found.folder)
+            Prepared.open(result.folder)
     file.unlink()
     with pytest.raises(UserError, match=r"images.bin: damaged: No such file"):
-        Prepared.open(found.folder)
+        Prepared.open(result.folder)
     file.write_bytes(whole)
-    index = json.loads((found.folder / "index.json").read_text())
+    index = json.loads((result.folder / "index.json").read_text())
     for key, value in (("stored", "webp"), ("crop_mode", "border")):
-        (found.folder / "index.json").write_text(json.dumps(index | {key: value}))
+        (result.folder / "index.json").write_text(json.dumps(index | {key: value}))
         with pytest.raises(UserError, match=f"index.json: damaged: {key}: got '{value}'"):
-            Prepared.open(found.folder)
+            Prepared.open(result.folder)
     older = index | {"schema": "cakd.prepared/2"}
-    (found.folder / "index.json").write_text(json.dumps(older))
+    (result.folder / "index.json").write_text(json.dumps(older))
     with pytest.raises(UserError, match=r"cakd.prepared/2.*prepare"):
-        Prepared.open(found.folder)
+        Prepared.open(result.folder)
 
 
 def test_a_full_disk_is_one_line_and_nothing_stays(folder, tmp_path, monkeypatch):
@@ -329,7 +338,7 @@ def panoramas(root, shape=(96, 32)):
     return root
 
 
-def trained(found: Prepared, folder) -> dict[str, float]:
+def trained(result: Prepared, folder) -> dict[str, float]:
     """A plain student of a few steps, judged on val."""
     from pipeline import teach
     from pipeline.distill.distill import distill
@@ -339,14 +348,14 @@ def trained(found: Prepared, folder) -> dict[str, float]:
     from tests.test_training import QUICK
 
     ours = teach.Teach("vit_tiny_patch16_224", kwargs=VIT, epochs=1)
-    teach.teach(ours, found, folder / "teacher", folder / "work")
+    teach.teach(ours, result, folder / "teacher", folder / "work")
     path = folder / "teacher" / "teacher.safetensors"
     cache = Cache(mode="off", views=1, geometry=Geometry(crop=(0.8, 1.0)))
-    writing.write(cache, found, teacher.load(path), folder / "f", folder / "w", lambda _: None)
+    writing.write(cache, result, teacher.load(path), folder / "f", folder / "w", lambda _: None)
     config = replace(QUICK, methods=("plain",), steps=100, batch=32, lr=0.01)
-    distill(config, "plain", found, path, folder / "f", folder / "plain", folder / "d")
+    distill(config, "plain", result, path, folder / "f", folder / "plain", folder / "d")
     model, description = checkpoint.load(folder / "plain" / "student.safetensors")
-    return score(model, description["preprocess"], found)
+    return score(model, description["preprocess"], result)
 
 
 def test_panoramas_with_their_mark_at_one_end_are_learnt_better_than_by_squares(tmp_path):
@@ -354,7 +363,7 @@ def test_panoramas_with_their_mark_at_one_end_are_learnt_better_than_by_squares(
     root = panoramas(tmp_path / "panoramas")
     top1 = {}
     for stored in ("raw", "auto"):
-        found = prepared(root, tmp_path / stored, stored=stored, val=40)
-        top1[stored] = trained(found, tmp_path / f"trained-{stored}")["top1"]
+        result = prepared(root, tmp_path / stored, stored=stored, val=40)
+        top1[stored] = trained(result, tmp_path / f"trained-{stored}")["top1"]
     assert Prepared.open(tmp_path / "auto").crop_mode == "squash"
     assert top1["raw"] <= 0.75 and top1["auto"] >= 0.95

@@ -32,6 +32,7 @@ from tests import compared, containers, fuzz, hostile
 from tests.browser import Browser, find
 from tests.house import ROOT
 from tests.test_gallery import evidence
+from tests.test_images import square_pixels
 from tests.test_report import Run, accuracy, change_row, run, summary, train_perf  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")
@@ -160,7 +161,7 @@ def test_no_picture_starts_ghostscript(monkeypatch, tmp_path):
     Image.new("RGB", (8, 8)).save(path, "EPS")
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("it ran"))
     with pytest.raises(images.BrokenImage, match="no format that is read here"):
-        images.square_pixels(lambda: decode(path), "a.png", 8)
+        square_pixels(lambda: decode(path), "a.png", 8)
 
 
 @pytest.mark.filterwarnings("error")
@@ -177,14 +178,14 @@ def test_a_picture_too_large_is_refused_and_never_half_decoded(sides, reason, tm
 
     (tmp_path / "bomb.png").write_bytes(png(*sides, bytes(1000)))
     with pytest.raises(images.BrokenImage, match=reason):
-        images.square_pixels(lambda: decode(tmp_path / "bomb.png"), "bomb.png", 8)
+        square_pixels(lambda: decode(tmp_path / "bomb.png"), "bomb.png", 8)
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_large_photograph_is_decoded_whole(tmp_path):
     """Above the size of which Pillow warns: the last rows are there, not grey."""
     Image.new("L", (11_000, 9_000), 200).save(tmp_path / "large.png")
-    found = images.square_pixels(lambda: decode(tmp_path / "large.png"), "large.png", 8)
+    found = square_pixels(lambda: decode(tmp_path / "large.png"), "large.png", 8)
     assert (found == 200).all()
 
 

@@ -193,7 +193,7 @@ def test_images_on_a_device_are_rendered_and_mixed_there_to_the_same_pixels(geom
     drawn = views.mixed_with(geometry, 3, rows, numbers, POOL, 24)
     if drawn is not None:
         own, partner = views.whole(images.array[rows]), views.whole(images.array[rows[::-1]])
-        assert torch.equal(drawn.blend_there(own, partner), drawn.blend(own, partner))
+        assert torch.equal(drawn.blend_on_device(own, partner), drawn.blend(own, partner))
 
 
 def test_images_lie_on_a_gpu_only_where_they_fit(prepared, monkeypatch):

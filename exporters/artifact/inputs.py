@@ -82,6 +82,10 @@ def labelled_images(folder: Path, session: Session, limit: int) -> tuple[Array, 
             )
         print("no preprocessing in the artefact's metadata: ImageNet's mean and std are assumed")
         preprocess = {"image_size": height, "crop": CROPS["center"], **IMAGENET}
+    if preprocess["crop"] not in CROPS.values():
+        raise UserError(
+            f"metadata crop: got {preprocess['crop'][:40]!r}; expected one of {[*CROPS.values()]}; export it again"
+        )
     pixels, names = zip(*read_folder(folder, preprocess, limit), strict=True)
     index = {name: i for i, name in enumerate(metadata.classes(session.metadata))}
     labels = np.array([index.get(name, -1) for name in names], dtype=np.int64)

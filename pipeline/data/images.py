@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.core.errors import UserError
 from pipeline.data import tree
-from pipeline.data.decoding import square_rgb
 
 Converted = TypeVar("Converted")
 
@@ -42,13 +38,6 @@ def read_pixels(
     except Exception as error:  # a decoder raises whatever the bytes lead it to
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise BrokenImage(origin, reason) from None
-
-
-def square_pixels(
-    read: Callable[[], Image.Image], origin: str, size: int, crop_mode: str = "center"
-) -> NDArray[np.uint8]:
-    """Convert what `read` returns to (size, size, 3) uint8 RGB. Raises BrokenImage as `read_pixels`."""
-    return read_pixels(read, origin, partial(square_rgb, size=size, crop_mode=crop_mode))
 
 
 def image_files(folder: Path) -> list[Path]:

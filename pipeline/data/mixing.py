@@ -48,7 +48,7 @@ class Mixture:
     def blend(self, own: Tensor, partner: Tensor) -> Tensor:
         """Mix two batches of views (B, 3, S, S) uint8; elementwise, so a view has the same bits in any batch."""
         if own.device.type != "cpu":
-            return self.blend_there(own, partner)
+            return self.blend_on_device(own, partner)
         a, b = own.numpy(), partner.numpy()
         share = self.shares[:, None, None, None]
         blended = a.astype(np.float32) * share + b.astype(np.float32) * (1 - share)
@@ -59,7 +59,7 @@ class Mixture:
                 mixed[i, :, top:bottom, left:right] = b[i, :, top:bottom, left:right]
         return from_numpy(mixed)
 
-    def blend_there(self, own: Tensor, partner: Tensor) -> Tensor:
+    def blend_on_device(self, own: Tensor, partner: Tensor) -> Tensor:
         """`blend` on the device of the views, for the whole batch at once."""
         share = from_numpy(self.shares).to(own.device)[:, None, None, None]
         blended = (own.float() * share + partner.float() * (1 - share)).round().to(own.dtype)

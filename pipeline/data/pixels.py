@@ -22,12 +22,11 @@ SQUARES_FILE, PACKED_FILE = "images.npy", "images.bin"
 ENCODINGS = ("jpeg", "png")
 QUALITY = 95  # of JPEG; chroma at half the resolution, as cameras store it
 MAX_STORED_SIDE = 8192  # pixels of the longer side: a strip of 100:1 is stored smaller
-OVERSIZE = (
-    1.25  # the stored shorter side over the network's: a crop of 64 % of the area loses nothing
-)
-ELONGATED = (
-    2.0  # longer over shorter side, median: above it a centre crop would leave out most of an image
-)
+# The stored shorter side over the network's: a crop of 64 % of the area loses nothing.
+OVERSIZE = 1.25
+# Longer over shorter side, median: above it a centre crop would leave out most of an image.
+ELONGATED = 2.0
+REMEDY = "run prepare again (`dvc repro prepare`)"
 
 Rows = Sequence[int] | NDArray[np.int64]
 
@@ -80,7 +79,7 @@ class Packed:
         except Exception as error:  # a decoder raises whatever the bytes lead it to
             raise UserError(
                 f"{self.path}: damaged: row {row}: got {type(error).__name__} ({error}); expected an image that "
-                "prepare wrote; run prepare again (`dvc repro prepare`)"
+                f"prepare wrote; {REMEDY}"
             ) from None
         return image if image.mode == "RGB" else image.convert("RGB")
 

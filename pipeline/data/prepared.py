@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError
 from pipeline.data.decoding import CROPS
-from pipeline.data.pixels import ENCODINGS, PACKED_FILE, SQUARES_FILE, Packed, Squares
+from pipeline.data.pixels import ENCODINGS, PACKED_FILE, REMEDY, SQUARES_FILE, Packed, Squares
 
 SCHEMA = "cakd.prepared/3"
 SOURCE_SCHEMA = "cakd.source/1"
 SPLITS = ("train", "val", "test")
 UNLABELLED = -1
 MAX_SIDE = 4096  # pixels of a prepared image
-REMEDY = "run prepare again (`dvc repro prepare`)"
 
 
 @dataclass(frozen=True)

@@ -39,3 +39,8 @@ def resident_where_it_fits(prepared: Prepared, device: torch.device) -> Prepared
         return prepared
     free, _ = torch.cuda.mem_get_info(device)
     return prepared if prepared.images.array.nbytes > SHARE * free else resident(prepared, device)
+
+
+def workers_for(prepared: Prepared, requested: int) -> int:
+    """Return the worker processes that render: none for images on a GPU, which are rendered there."""
+    return 0 if isinstance(prepared.images, Resident) else requested

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.data import views
-from pipeline.data.resident import Resident
+from pipeline.data.resident import workers_for
 from pipeline.distill.batches import Batches, BatchIndices
 from pipeline.distill.features import Features
 from pipeline.models.teacher import TeacherOutputs
@@ -77,10 +77,8 @@ class Feed:
 
     def __init__(self, batches: Views, features: Features | None, workers: int) -> None:
         self.views, self.features = batches, features
-        # What lies on a GPU is rendered there, and a worker has none.
-        on_device = isinstance(batches.batches.prepared.images, Resident)
-        steps = batches.batches.steps
-        self._ahead = Ahead(batches, steps, 0 if on_device else workers, "distill")
+        workers = workers_for(batches.batches.prepared, workers)
+        self._ahead = Ahead(batches, batches.batches.steps, workers, "distill")
 
     @property
     def steps(self) -> int:

@@ -89,10 +89,10 @@ def open_manifest(folder: Path) -> dict[str, Any]:
 
 def as_written(folder: Path, prepared: Prepared, device: torch.device) -> Prepared:
     """Return the prepared images with their squares on the device, where the store's views were rendered there."""
+    if device.type == "cpu":
+        return prepared
     backend = open_manifest(folder)["fingerprint"]["view_backend"]
-    if device.type != "cpu" and backend == views.resident_backend(device):
-        return resident(prepared, device)
-    return prepared
+    return resident(prepared, device) if backend == views.resident_backend(device) else prepared
 
 
 def open_shards(folder: Path, manifest: dict[str, Any]) -> list[Shard]:
