@@ -202,7 +202,7 @@ def quiet_ratio(candidate: Path, baseline: Path, seconds: float) -> float:
     with warmed_runners(
         [Subject("", path, target) for path in (candidate, baseline)] * 3, None
     ) as runners:
-        for order in latency.schedule(len(runners), 10):
+        for order in timing.schedule(len(runners), 10):
             for i in order:
                 runners[i].block(seconds / 10)
     lowest = [np.percentile(latency.Block.join(r.blocks).cpu_ms, 5) for r in runners]

@@ -14,14 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporters.device import timing
-from exporters.device.timing import noise_flags, percentiles, significant
+from exporters.device.timing import median_interval, noise_flags, percentiles, significant
 
 Array = NDArray[np.float32]
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
 Block = timing.Block
-MIN_BLOCKS = 5  # fewer do not give a bootstrap interval of the median
-DRAWS = 1000  # of the bootstrap over blocks
 
 
 def summarise_calls(blocks: Sequence[Block], seed: int = 0) -> dict[str, Any]:
@@ -35,27 +33,6 @@ def summarise_calls(blocks: Sequence[Block], seed: int = 0) -> dict[str, Any]:
         "cpu_ms": {"p50": significant(np.median(calls.cpu_ms))},
         "engine_ms": percentiles(calls.engine_ms) if calls.engine_ms else None,
     }
-
-
-def median_interval(blocks: Sequence[Sequence[float]], seed: int = 0) -> list[float] | None:
-    """[low, high]: bootstrap 95 % interval of the median of all calls; None below MIN_BLOCKS blocks.
-
-    Whole blocks are drawn: calls of one block share its disturbance and are not independent.
-    """
-    if len(blocks) < MIN_BLOCKS:
-        return None
-    values = np.concatenate([np.asarray(block) for block in blocks])
-    of_block = np.repeat(np.arange(len(blocks)), [len(block) for block in blocks])
-    order = np.argsort(values, kind="stable")
-    values, of_block = values[order], of_block[order]
-    generator = np.random.default_rng(seed)
-    medians = []
-    for _ in range(DRAWS):
-        draw = generator.integers(len(blocks), size=len(blocks))
-        # The weighted median of the sorted calls: a block drawn twice counts its calls twice.
-        weights = np.cumsum(np.bincount(draw, minlength=len(blocks))[of_block])
-        medians.append(values[np.searchsorted(weights, weights[-1] / 2)])
-    return [significant(bound) for bound in np.percentile(medians, [2.5, 97.5])]
 
 
 def row_flags(
@@ -78,12 +55,6 @@ def row_flags(
     if throttled:
         reasons.append(f"stopped {throttled} times by the CPU quota")
     return ["NOISY", *reasons] if reasons else []
-
-
-def schedule(runners: int, rounds: int, seed: int = 0) -> list[list[int]]:
-    """`rounds` shuffled orders of the runners' indices, so that a drift of the machine affects all alike."""
-    generator = np.random.default_rng(seed)
-    return [generator.permutation(runners).tolist() for _ in range(rounds)]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from exporters.artifact.session import Target
 from exporters.bench import latency
 from exporters.bench.conditions import conditions
 from exporters.bench.worker import Worker, WorkerFailed, start_worker
-from exporters.device.timing import significant
+from exporters.device.timing import schedule, significant
 from exporters.open import RUNTIMES
 from pipeline.core.atomic import atomic
 from pipeline.core.machine import usable_cores
@@ -98,7 +98,7 @@ def _too_many_threads(subject: Subject) -> str | None:
 
 def run_rounds(runners: Sequence[Runner], rounds: int, seconds: float, seed: int) -> None:
     """A block of `seconds` of every runner in each of the shuffled rounds."""
-    for order in latency.schedule(len(runners), rounds, seed):
+    for order in schedule(len(runners), rounds, seed):
         for i in order:
             runners[i].block(seconds)
 

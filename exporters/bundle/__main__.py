@@ -49,7 +49,10 @@ def _foreign(folder: Path) -> str | None:
     manifest = folder / contents.MANIFEST
     if manifest.is_file():
         try:
-            known = {contents.MANIFEST, *artifacts.read_json(manifest, contents.SCHEMA)["files"]}
+            held = artifacts.read_json(manifest)
+            if held.get("schema") not in contents.KINDS:
+                return contents.MANIFEST
+            known = {contents.MANIFEST, *held["files"]}
         except (UserError, KeyError, TypeError):
             return contents.MANIFEST
     for path in sorted(p for p in folder.rglob("*") if not p.is_dir()):

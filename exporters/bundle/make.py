@@ -146,7 +146,7 @@ def build_bundle(
     np.save(folder / contents.INPUTS, parity.x)
     np.save(folder / contents.LOGITS, logits)
     _write_metadata(folder, names, metadata.preprocessing(session.metadata))
-    _copy_runner(folder)
+    copy_runner(folder)
     manifest = {
         "schema": contents.SCHEMA,
         "name": source.stem,
@@ -210,7 +210,8 @@ def _write_metadata(folder: Path, names: list[str], preprocess: dict[str, Any] |
         (folder / contents.PREPROCESSING).write_text(text, encoding="utf-8")
 
 
-def _copy_runner(folder: Path) -> None:
+def copy_runner(folder: Path) -> None:
+    """Copy the runner into `folder`, with the decoder it needs and its README."""
     (folder / PACKAGE).mkdir()
     for path in (*sorted(RUNNER.glob("*.py")), DECODER):
         shutil.copyfile(path, folder / PACKAGE / path.name)

@@ -54,14 +54,15 @@ class Opened:
 def run_action(bundle: Bundle, args: argparse.Namespace) -> Result:
     """Run the requested action. Raises UserError: a runtime, precision or image is missing."""
     name, library = select_runtime(args.runtime)
-    _check_threads(name, args.threads)
+    check_threads(name, args.threads)
     if args.verify:
         return _verify(bundle, name, library, args)
     opened = Opened(bundle, name, library, args.precision or "fp32", args)
     return _bench(bundle, opened, args) if args.bench else _classify(bundle, opened, args)
 
 
-def _check_threads(name: str, threads: int | None) -> None:
+def check_threads(name: str, threads: int | None) -> None:
+    """Raise UserError: more threads than cores, or threads for a GPU."""
     cores = usable_cores()
     if threads is not None and name == "trt":
         raise UserError(f"--threads: got {threads}, but TensorRT runs on the GPU; leave it out")
@@ -71,23 +72,28 @@ def _check_threads(name: str, threads: int | None) -> None:
 
 def _document(bundle: Bundle, kind: str, **content: Any) -> dict[str, Any]:
     """The JSON document of a result: the content with its bundle and machine."""
+    return {
+        "schema": f"cakd.bundle-{kind}/1",
+        "bundle": {"name": bundle.name, "manifest_sha256": bundle.sha256},
+        **content,
+        "machine": device_machine(),
+    }
+
+
+def device_machine() -> dict[str, Any]:
+    """What a result was measured on, and the load at this moment."""
     try:
         load: float | None = round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):
         load = None
     return {
-        "schema": f"cakd.bundle-{kind}/1",
-        "bundle": {"name": bundle.name, "manifest_sha256": bundle.sha256},
-        **content,
-        "machine": {
-            "board": _read_text(Path("/proc/device-tree/model")),
-            "system": platform.system(),
-            "arch": platform.machine(),
-            "cores": usable_cores(),
-            "load_1m": load,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-        },
+        "board": _read_text(Path("/proc/device-tree/model")),
+        "system": platform.system(),
+        "arch": platform.machine(),
+        "cores": usable_cores(),
+        "load_1m": load,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
     }
 
 

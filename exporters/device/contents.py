@@ -14,12 +14,17 @@ from numpy.typing import NDArray
 from .errors import UserError, one_line
 
 SCHEMA = "cakd.bundle/1"
+PACK_SCHEMA = "cakd.pack/1"
+KINDS = {SCHEMA: "a bundle of one model", PACK_SCHEMA: "a pack of candidates"}
+ACTIONS = {SCHEMA: "--verify, --bench or --image", PACK_SCHEMA: "--bench-all"}
 MANIFEST = "manifest.json"
 INPUTS, LOGITS = "parity-inputs.npy", "parity-logits.npy"
 LABELS, PREPROCESSING = "labels.txt", "preprocessing.json"
 PRECISIONS = ("fp32", "fp16", "int8")
 RUNTIMES = ("ort", "ov", "trt")
 REMEDY = "copy the bundle again"
+# What reading the content of another JSON object raises.
+NOT_A_MANIFEST = (AttributeError, KeyError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -58,48 +63,13 @@ class Bundle:
 
         Raises UserError: no manifest, damaged, of another schema; a file missing, truncated, altered.
         """
-        path = root / MANIFEST
+        manifest, sha256 = read_manifest(root, SCHEMA)
         try:
-            data = path.read_bytes()
-            manifest = json.loads(data.decode("utf-8"))
-        except OSError as error:
-            raise UserError(
-                f"{path}: {error.strerror}; run in the folder that holds {MANIFEST}"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: damaged: not JSON ({one_line(error)}); {REMEDY}") from None
-        schema = manifest.get("schema") if isinstance(manifest, dict) else None
-        if schema != SCHEMA:
-            raise UserError(
-                f"{path}: schema: got {schema!r}; expected {SCHEMA!r}; {REMEDY}, with its runner"
-            )
-        try:
-            bundle = _parse(root, manifest, hashlib.sha256(data).hexdigest())
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            raise UserError(f"{path}: damaged: not a manifest ({reason}); {REMEDY}") from None
-        for name in bundle.files:
-            bundle.check(name)
+            bundle = _parse(root, manifest, sha256)
+        except NOT_A_MANIFEST as error:
+            raise damaged(root, error) from None
+        check_files(root, bundle.files)
         return bundle
-
-    def check(self, name: str) -> None:
-        """Compare one file with the manifest. Raises UserError: missing, truncated, altered."""
-        path, (size, expected) = self.root / name, self.files[name]
-        digest, got = hashlib.sha256(), 0
-        try:
-            with path.open("rb") as file:
-                for block in iter(lambda: file.read(1 << 20), b""):
-                    digest.update(block)
-                    got += len(block)
-        except OSError as error:
-            raise UserError(
-                f"{path}: {error.strerror}, but the manifest lists it; {REMEDY}"
-            ) from None
-        if got != size:
-            raise UserError(f"{path}: damaged: got {got} bytes; expected {size}; {REMEDY}")
-        if digest.hexdigest() != expected:
-            sha256 = f"got SHA-256 {digest.hexdigest()[:12]}...; expected {expected[:12]}..."
-            raise UserError(f"{path}: damaged: {sha256}; {REMEDY}")
 
     def precisions(self, runtime: str) -> list[str]:
         """The precisions the bundle holds for a runtime, from fine to coarse."""
@@ -163,22 +133,73 @@ class Bundle:
         return preprocess
 
 
-def _parse(root: Path, manifest: dict[str, Any], sha256: str) -> Bundle:
-    """The manifest as a Bundle. Raises AttributeError, KeyError, TypeError or ValueError: not a manifest."""
-    files = {
-        _inside(path): (_count(entry["bytes"]), _text(entry["sha256"]))
+def read_manifest(root: Path, schema: str) -> tuple[dict[str, Any], str]:
+    """The manifest of that schema in `root`, and its SHA-256. Raises UserError: missing, damaged, another kind."""
+    path = root / MANIFEST
+    try:
+        data = path.read_bytes()
+        manifest = json.loads(data.decode("utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror}; run in the folder that holds {MANIFEST}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged: not JSON ({one_line(error)}); {REMEDY}") from None
+    got = manifest.get("schema") if isinstance(manifest, dict) else None
+    if got == schema:
+        return manifest, hashlib.sha256(data).hexdigest()
+    if got in ACTIONS:
+        raise UserError(f"{path}: got {KINDS[got]}; expected {KINDS[schema]}; run {ACTIONS[got]}")
+    raise UserError(f"{path}: schema: got {got!r}; expected {schema!r}; {REMEDY}, with its runner")
+
+
+def damaged(root: Path, error: Exception) -> UserError:
+    """The error of a manifest whose content is not that of its schema."""
+    reason = f"{type(error).__name__}: {one_line(error)}"
+    return UserError(f"{root / MANIFEST}: damaged: not a manifest ({reason}); {REMEDY}")
+
+
+def check_files(root: Path, files: dict[str, tuple[int, str]]) -> None:
+    """Compare every file with the manifest. Raises UserError: missing, truncated, altered."""
+    for name, (size, expected) in files.items():
+        path, digest, got = root / name, hashlib.sha256(), 0
+        try:
+            with path.open("rb") as file:
+                for block in iter(lambda: file.read(1 << 20), b""):
+                    digest.update(block)
+                    got += len(block)
+        except OSError as error:
+            raise UserError(
+                f"{path}: {error.strerror}, but the manifest lists it; {REMEDY}"
+            ) from None
+        if got != size:
+            raise UserError(f"{path}: damaged: got {got} bytes; expected {size}; {REMEDY}")
+        if digest.hexdigest() != expected:
+            sha256 = f"got SHA-256 {digest.hexdigest()[:12]}...; expected {expected[:12]}..."
+            raise UserError(f"{path}: damaged: {sha256}; {REMEDY}")
+
+
+def files_of(manifest: dict[str, Any]) -> dict[str, tuple[int, str]]:
+    """Path below the root -> bytes and SHA-256 of every file. Raises one of NOT_A_MANIFEST: no such entries."""
+    return {
+        _inside(path): (_count(entry["bytes"]), text(entry["sha256"]))
         for path, entry in manifest["files"].items()
     }
+
+
+def _parse(root: Path, manifest: dict[str, Any], sha256: str) -> Bundle:
+    """The manifest as a Bundle. Raises AttributeError, KeyError, TypeError or ValueError: not a manifest."""
+    files = files_of(manifest)
     batch, channels, height, width = manifest["input"]["shape"]
     models = tuple(
-        ModelFile(_one_of(m["file"], files), _one_of(m["precision"], PRECISIONS), _runtimes(m))
+        ModelFile(one_of(m["file"], files), one_of(m["precision"], PRECISIONS), _runtimes(m))
         for m in manifest["models"]
     )
     for name in (INPUTS, LOGITS):
-        _one_of(name, files)
+        one_of(name, files)
     return Bundle(
         root=root,
-        name=_text(manifest["name"]),
+        name=text(manifest["name"]),
         sha256=sha256,
         input_shape=(
             None if batch is None else _count(batch),
@@ -188,7 +209,7 @@ def _parse(root: Path, manifest: dict[str, Any], sha256: str) -> Bundle:
         ),
         models=models,
         left_out=tuple(
-            LeftOut(_one_of(e["precision"], PRECISIONS), _runtimes(e), _text(e["reason"]))
+            LeftOut(one_of(e["precision"], PRECISIONS), _runtimes(e), text(e["reason"]))
             for e in manifest["left_out"]
         ),
         files=files,
@@ -196,7 +217,7 @@ def _parse(root: Path, manifest: dict[str, Any], sha256: str) -> Bundle:
 
 
 def _runtimes(entry: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(_one_of(name, RUNTIMES) for name in entry["runtimes"])
+    return tuple(one_of(name, RUNTIMES) for name in entry["runtimes"])
 
 
 def _inside(path: str) -> str:
@@ -213,13 +234,15 @@ def _count(value: Any) -> int:
     return value
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """The value, if it is text. Raises TypeError."""
     if not isinstance(value, str):
         raise TypeError(f"got {value!r}; expected text")
     return value
 
 
-def _one_of(value: Any, allowed: Any) -> str:
+def one_of(value: Any, allowed: Any) -> str:
+    """The value, if it is one of `allowed`. Raises ValueError."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"got {value!r}; expected one of {', '.join(allowed)}")
     return value

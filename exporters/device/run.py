@@ -1,8 +1,8 @@
 """Run this bundle on this device; start it in the folder that holds manifest.json.
 
-`python -m bundle.run --verify`, `--bench` or `--image x.jpg`. Needs NumPy and one of onnxruntime, openvino,
-TensorRT 10.3 or later; `--image` needs Pillow too. Exit codes: 0 done; 1 a bug; 2 a mistake or something missing,
-in one line; 3 a parity gate failed.
+`python -m bundle.run --verify`, `--bench` or `--image x.jpg`; in a pack of candidates `--bench-all`. Needs NumPy
+and one of onnxruntime, openvino, TensorRT 10.3 or later; `--image` needs Pillow too. Exit codes: 0 done; 1 a
+bug; 2 a mistake or something missing, in one line; 3 a parity gate failed.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ def parser() -> Parser:
         help="check every hash, then the outputs for the parity inputs",
     )
     action.add_argument("--bench", action="store_true", help="measure the latency of one precision")
+    action.add_argument(
+        "--bench-all", action="store_true", help="measure every network of a pack of candidates"
+    )
     action.add_argument("--image", type=Path, nargs="+", help="classify these images")
     p.add_argument(
         "--runtime",
@@ -65,7 +68,10 @@ def parser() -> Parser:
     )
     p.add_argument("--threads", type=int, help="of a CPU runtime, default 1")
     p.add_argument(
-        "--seconds", type=_seconds, default=3.0, help="of --bench, after the warm-up, default 3"
+        "--seconds",
+        type=_seconds,
+        default=3.0,
+        help="of a network, after its warm-up, default 3",
     )
     p.add_argument(
         "--cache",
@@ -81,12 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         try:
-            from . import actions, contents
+            from . import actions, contents, pack
         except ImportError as error:
             raise UserError(
                 f"NumPy: not importable ({error}); expected 1.21 or later; `pip install numpy`"
             ) from None
-        result = actions.run_action(contents.Bundle.open(ROOT), args)
+        if args.bench_all:
+            result = pack.bench_all(pack.Pack.open(ROOT), args)
+        else:
+            result = actions.run_action(contents.Bundle.open(ROOT), args)
         text = json.dumps(result.document, indent=1) if args.json else "\n".join(result.lines)
         print(text, flush=True)
         if result.failure:

@@ -17,6 +17,8 @@ WARM_UP_AGREEMENT = 0.03  # three block medians within this share of each other
 # Fewer calls leave less than ten beyond the percentile, too few to estimate it.
 MIN_CALLS_P90, MIN_CALLS_P99 = 100, 1000
 MIN_INPUTS = 4
+MIN_BLOCKS = 5  # fewer do not give a bootstrap interval of the median
+DRAWS = 1000  # of the bootstrap over blocks
 MIN_CPU_SHARE = 0.9  # CPU over wall time below which other work disturbed a single thread
 
 
@@ -142,6 +144,33 @@ def percentiles(milliseconds: Sequence[float]) -> dict[str, Any]:
         "min": significant(float(values.min())),
         "n": len(values),
     }
+
+
+def median_interval(blocks: Sequence[Sequence[float]], seed: int = 0) -> list[float] | None:
+    """[low, high]: bootstrap 95 % interval of the median of all calls; None below MIN_BLOCKS blocks.
+
+    Whole blocks are drawn: calls of one block share its disturbance and are not independent.
+    """
+    if len(blocks) < MIN_BLOCKS:
+        return None
+    values = np.concatenate([np.asarray(block) for block in blocks])
+    of_block = np.repeat(np.arange(len(blocks)), [len(block) for block in blocks])
+    order = np.argsort(values, kind="stable")
+    values, of_block = values[order], of_block[order]
+    generator = np.random.default_rng(seed)
+    medians = []
+    for _ in range(DRAWS):
+        draw = generator.integers(len(blocks), size=len(blocks))
+        # The weighted median of the sorted calls: a block drawn twice counts its calls twice.
+        weights = np.cumsum(np.bincount(draw, minlength=len(blocks))[of_block])
+        medians.append(values[np.searchsorted(weights, weights[-1] / 2)])
+    return [significant(bound) for bound in np.percentile(medians, [2.5, 97.5])]
+
+
+def schedule(runners: int, rounds: int, seed: int = 0) -> list[list[int]]:
+    """`rounds` shuffled orders of the runners' indices, so that a drift of the machine affects all alike."""
+    generator = np.random.default_rng(seed)
+    return [generator.permutation(runners).tolist() for _ in range(rounds)]
 
 
 def noise_flags(cpu_share: float, stable: bool, threads: int | None) -> list[str]:

@@ -1,0 +1,127 @@
+"""An untrained candidate as an artefact of a target: latency needs no training.
+
+The artefact is made as the pipeline makes a trained one (same exporter, branches merged, batch norms folded, int8
+of every node), from seeded random weights, and kept in the work folder by what decides it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporters.artifact import counts, inputs
+from exporters.artifact.reference import Exported
+from exporters.artifact.runtime import Build
+from exporters.artifact.session import TARGETS, Unavailable
+from exporters.candidates.catalogue import Candidate
+from exporters.open import RUNTIMES
+from exporters.ort.export import OPSET, export_model
+from pipeline.core import artifacts
+from pipeline.core.atomic import atomic_dir
+from pipeline.core.errors import GateFailed, UserError
+
+EXPORTERS = Path(__file__).parents[1]
+SEED = 0  # of the random weights
+CALIBRATION_IMAGES = 8  # any range gives the same latency
+MODEL = "student"  # the artefact is named as a trained one
+FACTS = "facts.json"
+CONFIG = Build(
+    int8_search_s=0.0
+)  # every node in int8: random weights cannot tell which to leave in float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all candidates are built for."""
+
+    target: str
+    image_size: int
+    classes: int
+    grid: int  # rows and columns of the teacher's patch tokens
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """A candidate as built; without an artefact `reason` says why.
+
+    params and macs are of the exported float network. tap: where CAKD would read it, `blocks.4 8x8`, or None and
+    `no_tap`, why its losses cannot be used.
+    """
+
+    candidate: Candidate
+    artefact: Path | None = None
+    onnx: Path | None = None
+    params: int | None = None
+    macs: int | None = None
+    tap: str | None = None
+    no_tap: str | None = None
+    reason: str | None = None
+
+
+def build(candidate: Candidate, settings: Settings, work: Path) -> Untrained:
+    """Build a candidate, or read what an earlier call has built. Raises Unavailable: the runtime is missing."""
+    sources = {str(path): artifacts.sha256(path) for path in sorted(EXPORTERS.rglob("*.py"))}
+    versions = artifacts.versions(("torch", "timm", "onnx", "onnxruntime", "openvino"))
+    decides = [asdict(candidate), asdict(settings), SEED, sources, versions]
+    folder = work / f"{candidate.slug}-{artifacts.digest(decides)[:12]}"
+    if not (folder / FACTS).is_file():
+        try:
+            with atomic_dir(folder) as temporary:
+                artifacts.write_json(temporary / FACTS, _build(candidate, settings, temporary))
+        except Unavailable:
+            raise
+        except (UserError, GateFailed) as error:
+            return Untrained(candidate, reason=str(error))
+    facts = artifacts.read_json(folder / FACTS)
+    artefact = folder / "built" / facts.pop("artefact")
+    return Untrained(candidate, artefact, folder / f"{MODEL}.onnx", **facts)
+
+
+def _build(candidate: Candidate, settings: Settings, folder: Path) -> dict[str, Any]:
+    """Write the ONNX file and the artefact into `folder`; returns the facts of it."""
+    import torch
+
+    from pipeline.models import checkpoint
+    from pipeline.models.student import find_tap
+
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        network = checkpoint.create(candidate.model, candidate.kwargs, settings.classes).eval()
+    size = settings.image_size
+    tap = no_tap = None
+    try:
+        found = find_tap(network, size, (settings.grid, settings.grid))
+        tap = f"{found.module} {found.grid[0]}x{found.grid[1]}"
+    except UserError as error:
+        no_tap = str(error)
+    description = {
+        "model": candidate.model,
+        "kwargs": candidate.kwargs,
+        "role": "student",
+        "num_classes": settings.classes,
+        "classes": [str(k) for k in range(settings.classes)],
+        "preprocess": checkpoint.preprocessing(network, size),
+        "weights_sha256": None,
+    }
+    onnx = folder / f"{MODEL}.onnx"
+    export_model(network, description, onnx, OPSET, force=True)
+    target = TARGETS[settings.target]
+    if target.artefact.endswith(".safetensors"):
+        checkpoint.save(folder / f"{MODEL}.safetensors", network, description)
+    images = inputs.smooth(CALIBRATION_IMAGES, size, size)
+    unlabelled = np.full(CALIBRATION_IMAGES, -1)
+    exported = Exported(folder, {MODEL: images}, unlabelled, {}, images)
+    (folder / "built").mkdir()
+    make = RUNTIMES[target.runtime].make
+    artefact = make(target.precision, MODEL, exported, folder / "built", CONFIG)
+    counted = counts.count_model(onnx)
+    return {
+        "artefact": artefact.name,
+        "params": counted.params,
+        "macs": counted.macs,
+        "tap": tap,
+        "no_tap": no_tap,
+    }
