@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 
 from exporters.artifact.formats import BundleManifest, ExportFile
-from pipeline.core import artifacts, candidates, cli, formats
+from pipeline.core import artifacts, cli, formats, students
 from pipeline.core.atomic import atomic
 from pipeline.core.validation import Format, schema_name
 from pipeline.models.description import Description
@@ -32,8 +32,8 @@ TITLES: dict[type[Format], str] = {
     accuracy.TrainPerf: "reports/train_perf.json",
     bench.Bench: "reports/bench/<target>.json",
     bench.BundleBench: "python -m bundle.run --bench --json",
-    candidates.Candidates: "python -m exporters.candidates --json",
-    candidates.PackBench: "python -m bundle.run --bench-all --json",
+    students.Candidates: "python -m exporters.candidates --json",
+    students.PackBench: "python -m bundle.run --bench-all --json",
     edge.Edge: "reports/edge.json",
     formats.Train: "reports/train/<method>.json",
     formats.Selection: "reports/selection.json",

@@ -573,7 +573,7 @@ def test_a_missing_manifest_is_told(copied: Path, runner: Runner) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ((), "one of the arguments --verify --bench --image is required"),
+        ((), "one of the arguments --verify --bench --bench-all --image is required"),
         (("--verify", "--bench"), "not allowed with"),
         (("--bench", "--precision", "fp61"), "invalid choice: 'fp61'"),
         (("--bench", "--runtime", "tflite"), "invalid choice: 'tflite'"),

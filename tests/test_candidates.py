@@ -18,8 +18,8 @@ from exporters.bench.measure import Subject
 from exporters.candidates import ranking, rounds, untrained
 from exporters.candidates.catalogue import FAMILIES, Candidate, candidates
 from pipeline.core import artifacts
-from pipeline.core.candidates import Candidates, PackBench
 from pipeline.core.errors import UserError
+from pipeline.core.students import Candidates, PackBench
 
 TINY = "test_resnet:channels=[8,12,16,24],output_stride=8"
 SMALL = ("--image-size", "32", "--classes", "10", "--rounds", "5", "--seconds", "0.05")
@@ -114,7 +114,8 @@ def test_a_network_is_built_once_and_one_that_cannot_be_built_says_why(
         untrained.build(wrong, settings, tmp_path).reason
     )
     assert not list(tmp_path.glob("*depth*"))
-    monkeypatch.setattr(untrained, "_build", None)
+    monkeypatch.setattr(untrained, "_export", None)
+    monkeypatch.setattr(untrained, "_artefact", None)
     assert untrained.build(tiny, settings, tmp_path) == first
 
 

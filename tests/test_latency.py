@@ -16,11 +16,10 @@ from exporters.bench.latency import (
     Block,
     cpu_ratio,
     row_flags,
-    schedule,
     summarise_calls,
 )
 from exporters.device import timing
-from exporters.device.timing import cycle_inputs, run_block, warm_up
+from exporters.device.timing import cycle_inputs, median_interval, run_block, schedule, warm_up
 
 ROOT = Path(__file__).parents[1]
 PICTURES = [np.full((1, 3, 2, 2), i, dtype=np.float32) for i in range(4)]
@@ -145,21 +144,19 @@ def test_the_interval_of_the_median_is_that_of_pooled_calls_of_drawn_blocks() ->
     generator = np.random.default_rng(1)
     drawn = [generator.integers(20, size=20) for _ in range(2000)]
     slow = [np.median(np.array(blocks)[rows]) for rows in drawn]
-    assert latency.median_interval(blocks) == pytest.approx(
-        np.percentile(slow, [2.5, 97.5]), rel=2e-3
-    )
+    assert median_interval(blocks) == pytest.approx(np.percentile(slow, [2.5, 97.5]), rel=2e-3)
 
 
 def test_the_interval_of_the_median_holds_the_truth_nineteen_times_in_twenty() -> None:
-    found = [latency.median_interval(made_blocks(seed, 0.02)) for seed in range(100)]
+    found = [median_interval(made_blocks(seed, 0.02)) for seed in range(100)]
     assert 85 <= sum(i is not None and i[0] <= 10 <= i[1] for i in found) <= 100
 
 
 def test_blocks_that_differ_widen_the_interval_of_the_median_and_few_give_none() -> None:
-    (a, b), (c, d) = (latency.median_interval(made_blocks(0, s)) or [0, 0] for s in (0.0, 0.05))
+    (a, b), (c, d) = (median_interval(made_blocks(0, s)) or [0, 0] for s in (0.0, 0.05))
     assert d - c > 4 * (b - a) > 0
-    assert latency.median_interval(made_blocks(0, 0.0)[:4]) is None
-    assert latency.median_interval(made_blocks(0, 0.0)) == [a, b]
+    assert median_interval(made_blocks(0, 0.0)[:4]) is None
+    assert median_interval(made_blocks(0, 0.0)) == [a, b]
 
 
 def test_the_worst_of_several_verdicts() -> None:

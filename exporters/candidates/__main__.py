@@ -21,9 +21,9 @@ from exporters.candidates.catalogue import FAMILIES, candidates
 from exporters.candidates.untrained import Settings, Untrained, build
 from exporters.open import RUNTIMES
 from pipeline.core import artifacts, cli, progress
-from pipeline.core.candidates import Candidates
 from pipeline.core.errors import GateFailed, UserError, nearest
 from pipeline.core.machine import machine
+from pipeline.core.students import Candidates
 from pipeline.core.validation import schema_name
 
 PATCH = 16  # of most ViT teachers: the default of --grid is a patch each of these pixels

@@ -21,8 +21,8 @@ from exporters.device import contents
 from exporters.ort import quantize
 from pipeline.core import artifacts
 from pipeline.core.atomic import atomic_dir
-from pipeline.core.candidates import Candidates, PackBench
 from pipeline.core.errors import UserError
+from pipeline.core.students import Candidates, PackBench
 from pipeline.core.validation import schema_name
 
 ON_THE_DEVICE = "on the device: python -m bundle.run --bench-all --json > device.json"

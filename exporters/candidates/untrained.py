@@ -6,7 +6,7 @@ of every node), from seeded random weights, and kept in the work folder by what 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ import numpy as np
 from exporters.artifact import counts, inputs
 from exporters.artifact.reference import Exported
 from exporters.artifact.runtime import Build
-from exporters.artifact.session import TARGETS, Unavailable
+from exporters.artifact.session import TARGETS, Target, Unavailable
 from exporters.candidates.catalogue import Candidate
 from exporters.open import RUNTIMES
-from exporters.ort.export import OPSET, export_model
+from exporters.ort.export import export
 from pipeline.core import artifacts
 from pipeline.core.atomic import atomic_dir
 from pipeline.core.errors import GateFailed, UserError
@@ -63,25 +63,38 @@ class Untrained:
 
 def build(candidate: Candidate, settings: Settings, work: Path) -> Untrained:
     """Build a candidate, or read what an earlier call has built. Raises Unavailable: the runtime is missing."""
+    target = TARGETS[settings.target]
+    try:
+        network = _network(candidate, settings, work)
+        folder = network.with_name(f"{network.name}-{target.name}")
+        if not folder.exists():
+            with atomic_dir(folder) as temporary:
+                _artefact(target, network, settings.image_size, temporary)
+    except Unavailable:
+        raise
+    except (UserError, GateFailed) as error:
+        return Untrained(candidate, reason=str(error))
+    artefact = folder / target.artefact.format(model=MODEL)
+    return Untrained(
+        candidate, artefact, network / f"{MODEL}.onnx", **artifacts.read_json(network / FACTS)
+    )
+
+
+def _network(candidate: Candidate, settings: Settings, work: Path) -> Path:
+    """The folder of the exported network, named after what decides it; made where it is missing."""
     sources = {str(path): artifacts.sha256(path) for path in sorted(EXPORTERS.rglob("*.py"))}
     versions = artifacts.versions(("torch", "timm", "onnx", "onnxruntime", "openvino"))
-    decides = [asdict(candidate), asdict(settings), SEED, sources, versions]
+    sizes = [settings.image_size, settings.classes, settings.grid]
+    decides = [candidate.model, candidate.kwargs, sizes, SEED, sources, versions]
     folder = work / f"{candidate.slug}-{artifacts.digest(decides)[:12]}"
-    if not (folder / FACTS).is_file():
-        try:
-            with atomic_dir(folder) as temporary:
-                artifacts.write_json(temporary / FACTS, _build(candidate, settings, temporary))
-        except Unavailable:
-            raise
-        except (UserError, GateFailed) as error:
-            return Untrained(candidate, reason=str(error))
-    facts = artifacts.read_json(folder / FACTS)
-    artefact = folder / "built" / facts.pop("artefact")
-    return Untrained(candidate, artefact, folder / f"{MODEL}.onnx", **facts)
+    if not folder.exists():
+        with atomic_dir(folder) as temporary:
+            artifacts.write_json(temporary / FACTS, _export(candidate, settings, temporary))
+    return folder
 
 
-def _build(candidate: Candidate, settings: Settings, folder: Path) -> dict[str, Any]:
-    """Write the ONNX file and the artefact into `folder`; returns the facts of it."""
+def _export(candidate: Candidate, settings: Settings, folder: Path) -> dict[str, Any]:
+    """Write checkpoint and ONNX file of seeded random weights into `folder`; returns the facts of the network."""
     import torch
 
     from pipeline.models import checkpoint
@@ -98,30 +111,23 @@ def _build(candidate: Candidate, settings: Settings, folder: Path) -> dict[str, 
     except UserError as error:
         no_tap = str(error)
     description = {
+        "role": "student",
         "model": candidate.model,
         "kwargs": candidate.kwargs,
-        "role": "student",
         "num_classes": settings.classes,
         "classes": [str(k) for k in range(settings.classes)],
         "preprocess": checkpoint.preprocessing(network, size),
-        "weights_sha256": None,
     }
+    checkpoint.save(folder / f"{MODEL}.safetensors", network, description)
     onnx = folder / f"{MODEL}.onnx"
-    export_model(network, description, onnx, OPSET, force=True)
-    target = TARGETS[settings.target]
-    if target.artefact.endswith(".safetensors"):
-        checkpoint.save(folder / f"{MODEL}.safetensors", network, description)
+    export(folder / f"{MODEL}.safetensors", onnx, force=True)
+    counted = counts.count_model(onnx)
+    return {"params": counted.params, "macs": counted.macs, "tap": tap, "no_tap": no_tap}
+
+
+def _artefact(target: Target, network: Path, size: int, out: Path) -> None:
+    """Make the artefact of a target from the network's folder, as the stage build does, every node in int8."""
     images = inputs.smooth(CALIBRATION_IMAGES, size, size)
     unlabelled = np.full(CALIBRATION_IMAGES, -1)
-    exported = Exported(folder, {MODEL: images}, unlabelled, {}, images)
-    (folder / "built").mkdir()
-    make = RUNTIMES[target.runtime].make
-    artefact = make(target.precision, MODEL, exported, folder / "built", CONFIG)
-    counted = counts.count_model(onnx)
-    return {
-        "artefact": artefact.name,
-        "params": counted.params,
-        "macs": counted.macs,
-        "tap": tap,
-        "no_tap": no_tap,
-    }
+    exported = Exported(network, {MODEL: images}, unlabelled, {}, images)
+    RUNTIMES[target.runtime].make(target.precision, MODEL, exported, out, CONFIG)
