@@ -33,6 +33,7 @@ TITLES: dict[type[Format], str] = {
     bench.Bench: "reports/bench/<target>.json",
     bench.BundleBench: "python -m bundle.run --bench --json",
     students.Candidates: "python -m exporters.candidates --json",
+    students.Students: "reports/students.json",
     students.PackBench: "python -m bundle.run --bench-all --json",
     edge.Edge: "reports/edge.json",
     formats.Train: "reports/train/<method>.json",

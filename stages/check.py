@@ -13,10 +13,11 @@ from typing import Any
 
 from exporters.bench.subjects import Bench
 from exporters.build import Build
-from exporters.ort.export import BEST, Export
+from exporters.ort.export import Export
 from pipeline.core import cli, config
 from pipeline.core.atomic import atomic
 from pipeline.core.errors import UserError, nearest
+from pipeline.core.students import BEST, MAIN
 from pipeline.distill import settings
 from pipeline.distill.methods.table import check_stored, reads
 from pipeline.evaluate.accuracy import Evaluate
@@ -74,6 +75,12 @@ def check_params(params: Path) -> str:
             f"export.method: got {export.method!r}, which is not in distill.methods; "
             f"{nearest(export.method, (BEST, *distill.methods))}"
         )
+    names = (BEST, MAIN, *distill.students)
+    if export.student not in names:
+        raise UserError(
+            f"export.student: got {export.student!r}, which is not in distill.students; "
+            f"{nearest(export.student, names)}"
+        )
     check_targets(report.budgets, bench.enabled)
     if "gain_min" in report.budgets and "plain" not in distill.methods:
         raise UserError(
@@ -81,6 +88,11 @@ def check_params(params: Path) -> str:
             "expected plain too; add it"
         )
     tap = check_models(prepare, teach, cache, distill)
+    for name in distill.students:
+        try:
+            check_models(prepare, teach, cache, distill.of_student(name))
+        except UserError as error:
+            raise UserError(f"distill.students.{name}: {error}") from None
     return f"{teach.model} teaches {distill.student} at {prepare.image_size} px, {tap}"
 
 

@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from pipeline.core import artifacts, cli, config, machine
+from pipeline.core.students import MAIN
 from pipeline.data import prepared
 from pipeline.distill import curves, distill
 from pipeline.distill.settings import PERF_SCHEMA, Distill
@@ -19,7 +20,7 @@ from pipeline.training import ranks as training_ranks
 
 def main(args: argparse.Namespace) -> None:
     """Train the student of params.yaml's `distill:` by `--method`."""
-    settings = config.load(Distill, args.params)
+    settings = config.load(Distill, args.params).of_student(args.student)
     with training_ranks.ranks(settings.compute.backend()) as ranks:
         figures = distill.distill(
             settings,
@@ -42,6 +43,7 @@ def main(args: argparse.Namespace) -> None:
             **artifacts.rounded(figures, 4),
             "losses": artifacts.rounded(curves.final(lines)),
             "method": args.method,
+            **({} if args.student == MAIN else {"student": args.student}),
             "teacher_r12": open_manifest(args.features).get("r12"),
             "machine": machine.machine(),
             "provenance": artifacts.provenance(student=args.out / "student.safetensors"),
@@ -62,6 +64,7 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, help="the student's folder to write")
     parser.add_argument("perf", type=Path, help="train/<method>.json to write")
     parser.add_argument("--method", required=True)
+    parser.add_argument("--student", default=MAIN, help="a name of distill.students")
     parser.add_argument("--curves", type=Path, help="CSV of the losses to write")
     parser.add_argument("--work", type=Path, default=Path(".work/distill"), help="unfinished work")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))

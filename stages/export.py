@@ -14,12 +14,13 @@ from exporters.artifact import inputs, onnx_file
 from exporters.artifact.eager import EagerSession
 from exporters.artifact.reference import IMAGES
 from exporters.ort import export as ort_export
-from exporters.ort.export import BEST, Export
+from exporters.ort.export import Export
 from pipeline.core import artifacts, cli, config
 from pipeline.core.atomic import atomic_dir
 from pipeline.core.errors import UserError
 from pipeline.core.formats import Selection
 from pipeline.core.machine import machine, usable_cores
+from pipeline.core.students import BEST, MAIN, folder_of
 from pipeline.data.prepared import Prepared, normalised, spread
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ def main(args: argparse.Namespace) -> None:
     params = config.load(Export, args.params)
     crop_pct = config.value("evaluate.crop_pct", args.params, default=1.0)
     prepared = Prepared.open(args.prepared)
-    method = selected(args.selection, params.method)
-    student = args.students / method / "student.safetensors"
+    method, name = selected(args.selection, params)
+    student = folder_of(args.students, name) / method / "student.safetensors"
     checkpoints = {"student": student, "teacher": args.teacher}
     preprocess = agreed(checkpoints, prepared, method)
     rows = spread(prepared.rows("val"), params.reference_images)
@@ -62,6 +63,7 @@ def main(args: argparse.Namespace) -> None:
         document = {
             "schema": SCHEMA,
             "method": method,
+            **({} if name == MAIN else {"student": name}),
             "opset": params.opset,
             "models": models,
             "reference_images": len(rows),
@@ -79,14 +81,16 @@ def main(args: argparse.Namespace) -> None:
     )
 
 
-def selected(path: Path, requested: str) -> str:
-    """Read the method of selection.json. Raises UserError: it was written for another export.method."""
-    method: str = artifacts.read(path, Selection, "run select again")["selected"]
-    if requested not in (BEST, method):
-        raise UserError(
-            f"{path}: got {method!r}; expected {requested!r}, export.method; run select again"
-        )
-    return method
+def selected(path: Path, requested: Export) -> tuple[str, str]:
+    """Read method and student of selection.json. Raises UserError: written for others than `export:` names."""
+    selection = artifacts.read(path, Selection, "run select again")
+    found = {"method": selection["selected"], "student": selection.get("student", MAIN)}
+    for key, value in found.items():
+        if (wanted := getattr(requested, key)) not in (BEST, value):
+            raise UserError(
+                f"{path}: got {value!r}; expected {wanted!r}, export.{key}; run select again"
+            )
+    return found["method"], found["student"]
 
 
 def export(

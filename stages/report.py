@@ -27,7 +27,15 @@ def main(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     section = config.load(Report, args.params)
     folders = (args.build, args.bench)
-    files = (args.accuracy, args.selection, args.train_perf, *folders, args.device, args.curves)
+    files = (
+        args.accuracy,
+        args.selection,
+        args.train_perf,
+        *folders,
+        args.device,
+        args.curves,
+        args.students,
+    )
     summary = summarise(Sources(*files), config.value("bench.enabled", args.params), section)
     earlier = history.read(args.history)
     artifacts.write_json(args.edge_json, raw.without_raw(summary))
@@ -111,6 +119,7 @@ def run_parser() -> argparse.ArgumentParser:
     add("index_html", type=Path, help="out: the report for people")
     add("--curves", type=Path, metavar="DIR", help="reports/curves, a CSV of losses per method")
     add("--pareto", type=Path, metavar="CSV", help="out: accuracy and latency, for `dvc plots`")
+    add("--students", type=Path, metavar="JSON", help="reports/students.json, of several students")
     add("--params", type=Path, default=Path("params.yaml"))
     _takes_history(parser)
     return parser

@@ -6,6 +6,7 @@ none: `reports/bench`, speeds and seconds in other JSON, and TensorRT's plans, w
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -61,6 +62,12 @@ def stages(folder: Path) -> list[Stage]:
     params = _yaml(folder / "params.yaml")
     found = []
     for name, block in _yaml(folder / "dvc.yaml")["stages"].items():
+        if "matrix" in block:
+            axes = {key: _value(params, of[2:-1]) for key, of in block["matrix"].items()}
+            for values in itertools.product(*axes.values()):
+                item = dict(zip(axes, values, strict=True))
+                found.append(_stage(f"{name}@{'-'.join(values)}", block, {**params, "item": item}))
+            continue
         if "foreach" not in block:
             found.append(_stage(name, block, params))
             continue

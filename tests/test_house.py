@@ -18,8 +18,8 @@ from tests import house
 from tests.house import FLOORS, ROOT
 
 STAGES = ("device", "check", "prepare", "teach", "cache", "distill")
-STAGES += ("evaluate", "select", "export", "build", "bench", "report")
-WITHOUT_SECTION = {"device", "check", "select"}  # they read no section of their own
+STAGES += ("students", "evaluate", "select", "export", "build", "bench", "report")
+WITHOUT_SECTION = {"device", "check", "students", "select"}  # they read no section of their own
 TORCH_FREE = (
     "pipeline.core.machine",
     "exporters.bench.latency",
@@ -54,7 +54,11 @@ UNFINISHED = {
     "cache": "pipeline.store.writing",
     "distill": "pipeline.distill.distill",
 }
-FOREACH = {"distill": "distill.methods", "build": "bench.enabled", "bench": "bench.enabled"}
+FOREACH = {
+    "distill": {"distill.methods", "distill.students"},
+    "build": {"bench.enabled"},
+    "bench": {"bench.enabled"},
+}
 
 
 def yaml(name):
@@ -62,7 +66,10 @@ def yaml(name):
 
 
 def dvc_stages():
-    return {name: stage.get("do", stage) for name, stage in yaml("dvc.yaml")["stages"].items()}
+    """By the name of the stage's file: `family` is stages.distill for further students."""
+    stages = {name: stage.get("do", stage) for name, stage in yaml("dvc.yaml")["stages"].items()}
+    assert stages.pop("family")["deps"] == stages["distill"]["deps"]
+    return stages
 
 
 def test_imports_run_downwards_only():
@@ -189,7 +196,7 @@ def test_every_key_a_stage_reads_is_in_its_params(stage):
     own = {f"{stage}.{key}" for key in yaml("params.yaml").get(stage, {})}
     foreign = {k for k in listed if not k.startswith((f"{stage}.", stage))}
     if stage not in {*listed, *WITHOUT_SECTION}:
-        assert own - listed <= {FOREACH.get(stage)}
+        assert own - listed <= FOREACH.get(stage, set())
     assert foreign == foreign_keys(stage)
 
 

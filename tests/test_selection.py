@@ -94,3 +94,44 @@ def test_the_stage_opens_no_split_but_val(students, digits, command, tmp_path, m
     assert document["selected"] == selection.choose(document["methods"])[0]
     assert [f["n"] for f in document["methods"].values()] == [100, 100]
     assert document["split"] == "val" and set(document["provenance"]["inputs"]) == set(METHODS)
+
+
+ROWS = {
+    "ort-int8": [
+        {"name": "student", "wall_ms": {"p50": 1.0}, "size_mb": 2.0, "params": 100},
+        {"name": "wide", "wall_ms": {"p50": 5.0}, "size_mb": 8.0, "params": 400},
+    ],
+    "ov-fp32": [
+        {"name": "student", "wall_ms": {"p50": 2.0}, "size_mb": 3.0, "params": 100},
+        {"name": "wide", "wall_ms": {"p50": None}, "size_mb": None, "params": 400},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("budgets", "broken"),
+    [
+        ({}, []),
+        ({"wall_ms_max": 5.0, "top1_min": 0.9}, []),
+        ({"wall_ms_max": 4.0}, ["wall_ms_max 4 (5 on ort-int8)"]),
+        ({"ov-fp32.wall_ms_max": 0.1}, []),  # not measured there
+        ({"ort-int8.size_mb_max": 7.0, "params_max": 300}, 2),
+    ],
+)
+def test_a_student_is_over_a_budget_that_its_best_measured_target_breaks(
+    budgets: dict[str, float], broken: Any
+) -> None:
+    found = selection.over_budget("wide", ROWS, budgets)
+    assert found == broken or len(found) == broken
+
+
+def test_the_best_student_within_the_budgets_is_chosen_and_the_reason_names_the_others() -> None:
+    best = {"student": {"top1": 0.8, "nll": 1.0}, "wide": {"top1": 0.9, "nll": 1.0}}
+    fits: dict[str, list[str]] = {"student": [], "wide": []}
+    assert selection.choose_student(best, fits)[0] == "wide"
+    over = {**fits, "wide": ["wall_ms_max 4 (5 on ort-int8)"]}
+    chosen, reason = selection.choose_student(best, over)
+    assert chosen == "student" and reason.endswith("over a budget: wide")
+    chosen, reason = selection.choose_student(best, {**over, "student": ["size_mb_max 1 (2 on x)"]})
+    assert chosen == "wide" and "none keeps the budgets: wall_ms_max 4" in reason
+    assert selection.choose_student(best, over, "wide")[0] == "wide"

@@ -18,6 +18,7 @@ from pipeline.core.validation import (
     Size,
     Text,
     key,
+    optional,
     schema_key,
 )
 from pipeline.models.description import Preprocess
@@ -61,6 +62,7 @@ class ExportFile(Artefact):
 
     schema_: Literal["cakd.export/1"] = schema_key()
     method: Text = key("The method whose student is exported.")
+    student: Text = optional("Its name in distill.students; not of distill.student.")
     opset: Positive = key("ONNX opset of both files.")
     models: ExportedModels = key("The two models that were exported.")
     reference_images: Positive = key("Images of the val split in reference.npz.")

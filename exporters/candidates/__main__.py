@@ -12,14 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exporters.artifact import counts
-from exporters.artifact.session import TARGETS, Target
-from exporters.bench.measure import NO_TIMES, Subject
+from exporters.artifact.session import TARGETS
 from exporters.bench.subjects import Bench
 from exporters.candidates import pack, ranking, rounds, table
 from exporters.candidates.catalogue import FAMILIES, candidates
 from exporters.candidates.untrained import Settings, Untrained, build
-from exporters.open import RUNTIMES
 from pipeline.core import artifacts, cli, progress
 from pipeline.core.errors import GateFailed, UserError, nearest
 from pipeline.core.machine import machine
@@ -27,7 +24,6 @@ from pipeline.core.students import Candidates
 from pipeline.core.validation import schema_name
 
 PATCH = 16  # of most ViT teachers: the default of --grid is a patch each of these pixels
-MEASURED = ("wall_ms", "cpu_ms", "load_ms", "first_ms", "rss_mb", "flags")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -77,40 +73,16 @@ def build_all(args: argparse.Namespace) -> list[Untrained]:
 def measured_here(args: argparse.Namespace, built: Sequence[Untrained]) -> dict[str, Any]:
     """Measure the candidates on this machine; a document with a row each."""
     target = TARGETS[args.target]
-    running = [one for one in built if one.artefact is not None]
-    subjects = [_subject(one, target, args.threads) for one in running]
     protocol = rounds.Protocol(args.rounds, args.seconds / args.rounds)
-    results = rounds.measure(subjects, protocol, args.work) if subjects else []
-    times = {one.candidate.name: result.row for one, result in zip(running, results, strict=True)}
+    subjects = [(one, target) for one in built]
     return {
         "schema": schema_name(Candidates),
         "target": target.name,
         "threads": args.threads,
         "image_size": args.image_size,
-        "rows": [_row(one, times.get(one.candidate.name)) for one in built],
+        "rows": rounds.measured_rows(subjects, args.threads, protocol, args.work),
         "machine": machine(),
         "provenance": artifacts.provenance({**vars(settings_of(args)), **vars(protocol)}),
-    }
-
-
-def _subject(one: Untrained, target: Target, threads: int) -> Subject:
-    """What is measured of one candidate."""
-    assert one.artefact is not None
-    obstacle = RUNTIMES[target.runtime].obstacle(one.artefact)
-    return Subject(one.candidate.name, one.artefact, target, threads, obstacle)
-
-
-def _row(one: Untrained, measured: dict[str, Any] | None) -> dict[str, Any]:
-    """A row of the document: what is known of the network, and its times where it was measured."""
-    size = counts.size_bytes(one.artefact) if one.artefact else None
-    times = measured or {**NO_TIMES, "load_ms": None, "first_ms": None, "rss_mb": None, "flags": []}
-    return {
-        **pack.facts(one),
-        "size_mb": size and size / 1e6,
-        "status": measured["status"] if measured else "skipped",
-        "reason": measured["reason"] if measured else one.reason,
-        "precision": measured["precision_effective"] if measured else None,
-        **{key: times[key] for key in MEASURED},
     }
 
 

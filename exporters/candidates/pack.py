@@ -28,19 +28,6 @@ from pipeline.core.validation import schema_name
 ON_THE_DEVICE = "on the device: python -m bundle.run --bench-all --json > device.json"
 
 
-def facts(one: Untrained) -> dict[str, Any]:
-    """What is known of a candidate without measuring it; the same keys in a document and in a pack."""
-    return {
-        "name": one.candidate.name,
-        "model": one.candidate.model,
-        "kwargs": one.candidate.kwargs,
-        "params": one.params,
-        "macs": one.macs,
-        "tap": one.tap,
-        "no_tap": one.no_tap,
-    }
-
-
 def write(out: Path, built: Sequence[Untrained], settings: Settings) -> None:
     """Write the folder whole or not at all. Raises UserError: files that are no bundle, nothing to pack."""
     if out.suffix == ".tar":
@@ -60,7 +47,7 @@ def write(out: Path, built: Sequence[Untrained], settings: Settings) -> None:
             file = f"{one.candidate.slug}-{precision}.onnx"
             _write_network(one, precision, target.runtime, size, folder / file)
             mb = (folder / file).stat().st_size / 1e6
-            models.append({**facts(one), "file": file, "size_mb": mb})
+            models.append({**one.facts(), "file": file, "size_mb": mb})
         np.save(folder / contents.INPUTS, inputs.smooth(CALIBRATION_IMAGES, size, size))
         copy_runner(folder)
         manifest = {
@@ -71,7 +58,7 @@ def write(out: Path, built: Sequence[Untrained], settings: Settings) -> None:
             "precision": precision,
             "models": models,
             "left_out": [
-                {**facts(one), "reason": one.reason} for one in built if one.artefact is None
+                {**one.facts(), "reason": one.reason} for one in built if one.artefact is None
             ],
             "files": hash_files(folder),
             "provenance": artifacts.provenance(vars(settings)),

@@ -1,4 +1,4 @@
-"""Interleaved rounds over all candidates, each finished round kept, so that a killed measurement goes on."""
+"""Latency of all candidates in interleaved rounds; each is kept, so that a killed measurement goes on."""
 
 from __future__ import annotations
 
@@ -8,19 +8,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporters.artifact import counts
+from exporters.artifact.session import Target
 from exporters.bench.conditions import conditions
 from exporters.bench.latency import Block
 from exporters.bench.measure import (
+    NO_TIMES,
     Measurement,
     Subject,
     finish_measurement,
     run_rounds,
     warmed_runners,
 )
+from exporters.candidates.untrained import Untrained
+from exporters.open import RUNTIMES
 from pipeline.core import artifacts, progress
 from pipeline.core.machine import machine
 
 SCHEMA = "cakd.round/1"
+NOT_MEASURED: dict[str, Any] = {
+    **NO_TIMES,
+    "load_ms": None,
+    "first_ms": None,
+    "rss_mb": None,
+    "flags": [],
+}
 
 
 @dataclass(frozen=True)
@@ -66,3 +78,36 @@ def measure(subjects: Sequence[Subject], protocol: Protocol, work: Path) -> list
         results = [finish_measurement([runner], before, after) for runner in runners]
     shutil.rmtree(folder, ignore_errors=True)
     return results
+
+
+def measured_rows(
+    built: Sequence[tuple[Untrained, Target]], threads: int, protocol: Protocol, work: Path
+) -> list[dict[str, Any]]:
+    """A row for each network in its target: what is known of it, and its times or why there are none."""
+    running = [(one, target) for one, target in built if one.artefact is not None]
+    subjects = [_subject(one, target, threads) for one, target in running]
+    results = iter(measure(subjects, protocol, work) if subjects else [])
+    return [_row(one, next(results).row if one.artefact is not None else None) for one, _ in built]
+
+
+def _subject(one: Untrained, target: Target, threads: int) -> Subject:
+    """What is measured of one network."""
+    assert one.artefact is not None
+    obstacle = RUNTIMES[target.runtime].obstacle(one.artefact)
+    return Subject(one.candidate.name, one.artefact, target, threads, obstacle)
+
+
+def _row(one: Untrained, measured: dict[str, Any] | None) -> dict[str, Any]:
+    size = counts.size_bytes(one.artefact) if one.artefact else None
+    times = measured or NOT_MEASURED
+    return {
+        **one.facts(),
+        "size_mb": size and size / 1e6,
+        "status": measured["status"] if measured else "skipped",
+        "reason": measured["reason"] if measured else one.reason,
+        "precision": measured["precision_effective"] if measured else None,
+        **{
+            key: times[key]
+            for key in ("wall_ms", "cpu_ms", "load_ms", "first_ms", "rss_mb", "flags")
+        },
+    }

@@ -60,6 +60,18 @@ class Untrained:
     no_tap: str | None = None
     reason: str | None = None
 
+    def facts(self) -> dict[str, Any]:
+        """What is known of it without measuring it, the same keys in a document and in a pack."""
+        return {
+            "name": self.candidate.name,
+            "model": self.candidate.model,
+            "kwargs": self.candidate.kwargs,
+            "params": self.params,
+            "macs": self.macs,
+            "tap": self.tap,
+            "no_tap": self.no_tap,
+        }
+
 
 def build(candidate: Candidate, settings: Settings, work: Path) -> Untrained:
     """Build a candidate, or read what an earlier call has built. Raises Unavailable: the runtime is missing."""

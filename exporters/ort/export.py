@@ -18,6 +18,7 @@ from exporters.ort.session import OrtSession, onnxruntime_library
 from pipeline.core.atomic import atomic
 from pipeline.core.config import STRICT
 from pipeline.core.errors import UserError
+from pipeline.core.students import BEST
 from pipeline.data.prepared import normalised
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 # PyTorch's exporter writes opset 18 natively; others are converted from it.
 OPSET = 18
 BATCHES = (1, 2, 7)  # checked after the export: a dynamic batch axis must take them all
-BEST = "best"  # of `method`: whichever has the best top-1 on val (stages/select.py)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -35,6 +35,8 @@ class Export:
     """`export:` the exported student, its ONNX opset, and how many images go with it for the checks."""
 
     method: str = BEST
+    # of several students: the best within the budgets, or a name of distill.students; `student`: distill.student
+    student: str = BEST
     opset: PositiveInt = OPSET
     reference_images: int = Field(default=128, ge=2)
     calibration_images: PositiveInt = 256

@@ -139,6 +139,7 @@ class Train(Artefact, Training):
 
     schema_: Literal["cakd.train/1"] = schema_key()
     method: Text = key("plain, logits, cakd, cakd+logits, ...")
+    student: Text = optional("Its name in distill.students; not of distill.student.")
 
 
 class ValFigures(Format):
@@ -147,6 +148,15 @@ class ValFigures(Format):
     top1: Fraction = key("Share of images whose first answer is right, 0..1.")
     nll: Size = key("Mean negative log-likelihood of the label, nats.")
     n: Positive = key("Images judged.")
+
+
+class StudentFigures(ValFigures):
+    """How one of several students did on val, by its best method, and what it costs too much of."""
+
+    method: Text = key("Its selected method.")
+    over_budget: list[str] = key(
+        "The budgets it does not keep, in words; empty where it keeps all."
+    )
 
 
 class Selection(Artefact):
@@ -160,6 +170,12 @@ class Selection(Artefact):
     methods: dict[str, ValFigures] = key("Method to its figures on val.", min_length=1)
     selected: Text = key("The method whose student is exported.")
     reason: Text = key("Why this one, a sentence.")
+    student: Text = optional(
+        "Of several students the one that is exported; `student`: distill.student."
+    )
+    students: dict[str, StudentFigures] = optional(
+        "Every student of the run, where there are several."
+    )
 
 
 class _Entry(Format):

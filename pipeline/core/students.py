@@ -1,7 +1,8 @@
-"""The JSON of exporters.candidates, and what a device prints of a pack: the networks with their latencies."""
+"""Several students: their latencies as JSON, here or on a device, and where each has its files."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -19,6 +20,9 @@ from pipeline.core.validation import (
     key,
     schema_key,
 )
+
+MAIN = "student"  # how distill.student is named beside those of distill.students
+BEST = "best"  # a value of export.method and export.student: chosen on val
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 Ends = Annotated[list[Milliseconds], Field(min_length=2, max_length=2)]
@@ -96,3 +100,20 @@ class PackBench(Format):
     threads: Positive = key("Threads the runtime may use.")
     rows: list[NetworkRow] = key("The networks, in the order of the pack.", min_length=1)
     machine: dict[str, Any] = key("The device.")
+
+
+class Students(Artefact):
+    """Written by the stage students: every student of the run, untrained, on the targets that decide.
+
+    Without distill.students there is nothing to compare, and no target.
+    """
+
+    schema_: Literal["cakd.students/1"] = schema_key()
+    targets: dict[str, list[NetworkRow]] = key(
+        "Target to its rows, one a student, by the names of distill.students; `student` is distill.student."
+    )
+
+
+def folder_of(folder: Path, student: str) -> Path:
+    """The folder of a student's methods: `folder` for MAIN, else the one of its name in it."""
+    return folder if student == MAIN else folder / student

@@ -25,6 +25,7 @@ from pipeline.training import loop, resume
 from pipeline.training.ranks import SINGLE_PROCESS, Ranks
 from pipeline.training.stopwatch import Stopwatch
 
+OF_OTHERS = ("methods", "students", "tuned", "workers")  # settings that change nothing in this training
 TIMED = 10  # on a GPU one step in so many is timed
 # Rooms of pipeline/ whose code makes a student: an edit there starts an unfinished training anew.
 ROOMS = ("core", "data", "distill", "models", "store", "training")
@@ -50,7 +51,7 @@ def distill(
     """
     terms_of(method)
     config = config.of_method(method)
-    recipe = {k: v for k, v in asdict(config).items() if k not in ("methods", "tuned", "workers")}
+    recipe = {k: v for k, v in asdict(config).items() if k not in OF_OTHERS}
     inputs = {"teacher": teacher_path, "features": features / "manifest.json"}
     made_by = artifacts.provenance(recipe, **inputs) | prepared.hashes() | {"method": method}
     with resume.work_folder(

@@ -19,13 +19,15 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
 from pipeline.core.config import STRICT, BelowOne, Seed, parse
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, nearest
+from pipeline.core.students import BEST, MAIN
 from pipeline.distill.methods.cakd import CakdConfig
 from pipeline.distill.methods.logits import LogitsConfig
 from pipeline.distill.methods.table import METHODS, Terms, terms_of
 from pipeline.training.compute import Compute
 
 PERF_SCHEMA = "cakd.train/1"
+NAME = "^[A-Za-z0-9_.]{1,40}$"  # of a further student: part of paths and of DVC's stage names
 METHOD = "^({0})(\\+({0}))*$".format("|".join(METHODS))  # for params.schema.json
 
 
@@ -38,6 +40,14 @@ class CrossEntropyConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class StudentConfig:
+    """`distill.students.NAME:` a further student, trained from the same features by the same methods."""
+
+    student: str  # timm's name
+    student_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=STRICT)
 class Distill:
     """`distill:` which student, by which methods, with one recipe for all of them."""
 
@@ -45,6 +55,8 @@ class Distill:
     methods: tuple[Annotated[str, Field(json_schema_extra={"pattern": METHOD})], ...]
     student: str
     student_kwargs: dict[str, Any] = Field(default_factory=dict)  # timm's: output_stride, ...
+    # further students by name, of which the best within the budgets is exported (docs/choose.md)
+    students: dict[Annotated[str, Field(pattern=NAME)], StudentConfig] = Field(default_factory=dict)
     steps: PositiveInt | None = None  # of every method; the budget
     # the same in passes over all training images; exactly one of the two is set
     epochs: PositiveInt | None = None
@@ -77,6 +89,17 @@ class Distill:
         for method in methods:
             terms_of(method)
         return methods
+
+    @field_validator("students")
+    @classmethod
+    def _check_students(cls, students: dict[str, StudentConfig]) -> dict[str, StudentConfig]:
+        for name in students:
+            if name in (*METHODS, MAIN, BEST) or set(name) == {"."}:
+                raise ValueError(
+                    f"got a student named {name!r}, which is the name of a method or means distill.student; "
+                    "expected another; rename it"
+                )
+        return students
 
     @model_validator(mode="after")
     def _check_budget_and_balance(self) -> Self:
@@ -112,7 +135,15 @@ class Distill:
     def of_method(self, method: str) -> Distill:
         """Return the settings of one method, with its tuned values."""
         choice = self.tuned.get(method, {})
-        return replace(self.with_choice(choice, method), tuned={})
+        return replace(self.with_choice(choice, method), tuned={}, students={})
+
+    def of_student(self, name: str) -> Distill:
+        """Return the settings of one student by its name in `students`. Raises UserError: no such student."""
+        if name == MAIN:
+            return self
+        if name not in self.students:
+            raise UserError(f"--student: got {name!r}; {nearest(name, (MAIN, *self.students))}")
+        return replace(self, **vars(self.students[name]))
 
     def of_term(self, name: str) -> Any:
         """Return the settings of a term by their name in `distill` or `distill.terms`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,16 @@ Document = dict[str, Any]
 
 @torch.no_grad()
 def evaluate(
-    config: Evaluate, prepared: Prepared, teacher_path: Path, students: Sequence[Path]
+    config: Evaluate,
+    prepared: Prepared,
+    teacher_path: Path,
+    students: Sequence[Path],
+    others: Mapping[str, Sequence[Path]] | None = None,
 ) -> tuple[Document, Document]:
-    """Build accuracy.json and evidence.json of the teacher and every student, without schema and machine."""
+    """Build accuracy.json and evidence.json of the teacher and every student, without schema and machine.
+
+    others: by the name of a student that is not exported its checkpoints, of which only the accuracy is told.
+    """
     device = pick_device(config.device, "evaluate.device", SINGLE_PROCESS)
     live = teacher.load(teacher_path).to(device)
     rows = labelled_rows(prepared, config)
@@ -70,11 +77,30 @@ def evaluate(
     common = {"split": config.split, "classes": list(prepared.classes)}
     inputs = {"teacher": teacher_path} | {p.parent.name: p for p in students}
     provenance = artifacts.provenance(config.__dict__, **inputs) | prepared.hashes()
+    in_brief = {name: brief(config, prepared, listed) for name, listed in (others or {}).items()}
     attention_maps = evidence.attention_maps(maps, list(live.description["grid"]), map_rows)
     return (
-        {**common, "noise": list(NOISE), "models": figures, "provenance": provenance},
+        {
+            **common,
+            "noise": list(NOISE),
+            "models": figures,
+            **({"students": in_brief} if in_brief else {}),
+            "provenance": provenance,
+        },
         {**common, "models": errors, "attention": attention_maps, "provenance": provenance},
     )
+
+
+def brief(config: Evaluate, prepared: Prepared, students: Sequence[Path]) -> Document:
+    """Map the method of each checkpoint to its accuracy, clean and noisy, parameters and MACs."""
+    figures = {}
+    for path in students:
+        model, description = checkpoint.load(path)
+        model.to(pick_device(config.device, "evaluate.device", SINGLE_PROCESS))
+        result, _ = accuracy(model, description["preprocess"], prepared, config)
+        own = {key: result[key] for key in ("clean", "noisy")}
+        figures[description["method"]] = own | checkpoint.count(model, prepared.image_size)
+    return figures
 
 
 def _facts(model: nn.Module, description: Document, prepared: Prepared) -> Document:

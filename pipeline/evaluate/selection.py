@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from pipeline.core import artifacts
+from pipeline.core.students import BEST
 from pipeline.data.prepared import Prepared
 from pipeline.evaluate.accuracy import chunks, figures, predict
 from pipeline.models import checkpoint
 
 SCHEMA = "cakd.selection/1"
 SPLIT = "val"
-BEST = "best"  # a value of export.method beside the methods: select on val
 FIGURES = ("top1", "nll", "n")
 
 
@@ -56,6 +56,90 @@ def select(
         "reason": reason,
         "provenance": provenance | prepared.hashes(),
     }
+
+
+def select_student(
+    prepared: Prepared,
+    students: Mapping[str, Mapping[str, Path]],
+    latency: Mapping[str, Any],
+    budgets: Mapping[str, float],
+    requested: tuple[str, str],
+    crop_pct: float = 1.0,
+) -> dict[str, Any]:
+    """Select the method of every student, and of the students the one that is exported.
+
+    `students`: name -> method -> checkpoint. `latency`: students.json. `requested`: export.student, export.method.
+    Chosen is the best on val of those that keep the budgets of latency, size and parameters; where none does, the
+    best of all, which the report then fails.
+    """
+    student, method = requested
+    found = {
+        name: select(prepared, methods, method, crop_pct) for name, methods in students.items()
+    }
+    best = {name: result["methods"][result["selected"]] for name, result in found.items()}
+    over = {name: over_budget(name, latency["targets"], budgets) for name in found}
+    chosen, reason = choose_student(best, over, student)
+    own = found[chosen]
+    return {
+        **own,
+        "reason": f"{own['reason']}; of {len(found)} students {reason}",
+        "student": chosen,
+        "students": {
+            name: {"method": found[name]["selected"], **best[name], "over_budget": over[name]}
+            for name in found
+        },
+    }
+
+
+def over_budget(
+    name: str, targets: Mapping[str, Sequence[Mapping[str, Any]]], budgets: Mapping[str, float]
+) -> list[str]:
+    """The budgets that a student does not keep, in words: `wall_ms_max 5 (6.21 ms on ort-fp32)`.
+
+    A budget without a target holds the best target. What was not measured breaks nothing.
+    """
+    rows = {
+        target: row for target, listed in targets.items() for row in listed if row["name"] == name
+    }
+    broken = []
+    for budget, limit in budgets.items():
+        wanted, _, quantity = budget.rpartition(".")
+        if quantity not in COSTS:
+            continue
+        costs = [
+            (value, target)
+            for target, row in rows.items()
+            if wanted in ("", target) and (value := COSTS[quantity](row)) is not None
+        ]
+        if costs and min(costs)[0] > limit:
+            value, target = min(costs)
+            broken.append(f"{budget} {limit:g} ({value:.4g} on {target})")
+    return broken
+
+
+COSTS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "wall_ms_max": lambda row: row["wall_ms"]["p50"],
+    "size_mb_max": lambda row: row["size_mb"],
+    "params_max": lambda row: row["params"],
+}
+
+
+def choose_student(
+    best: Mapping[str, Mapping[str, Any]], over: Mapping[str, Sequence[str]], requested: str = BEST
+) -> tuple[str, str]:
+    """Choose the student and give the reason: within the budgets best top-1, then lower NLL, then order."""
+    if requested != BEST:
+        return requested, f"{requested}, which export.student names"
+    within = [name for name in best if not over[name]]
+    chosen = min(within or best, key=lambda name: (-best[name]["top1"], best[name]["nll"]))
+    if not within:
+        return (
+            chosen,
+            f"{chosen}, the best of all, as none keeps the budgets: {'; '.join(over[chosen])}",
+        )
+    out = [name for name in best if over[name]]
+    left = f"; over a budget: {', '.join(out)}" if out else ""
+    return chosen, f"{chosen}, the best on val within the budgets{left}"
 
 
 def choose(scores: Mapping[str, Mapping[str, Any]], requested: str = BEST) -> tuple[str, str]:

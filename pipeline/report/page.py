@@ -11,7 +11,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.report import history, wording
-from pipeline.report.charts import bars, canvas, classes, curves, ecdf, forest, timeline, tradeoff
+from pipeline.report.charts import (
+    bars,
+    canvas,
+    classes,
+    curves,
+    ecdf,
+    forest,
+    students,
+    timeline,
+    tradeoff,
+)
 from pipeline.report.raw import sampled
 from pipeline.report.summary import BASELINES
 from pipeline.report.verdict import MODELS
@@ -139,6 +149,7 @@ def _charts(summary: Summary, name: str) -> dict[str, Any]:
     )
     charts = {
         "tradeoff": tradeoff.draw(summary, f"{name}-tradeoff"),
+        "students": students.draw(summary, f"{name}-students"),
         "ecdf": ecdf.draw(summary, f"{name}-ecdf"),
         "pairs_forest": forest.draw(pairs, f"{name}-pairs", "student time / teacher time"),
         "baseline_forest": forest.draw(compared, f"{name}-baseline", "CPU time / baseline's"),

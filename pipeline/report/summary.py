@@ -18,6 +18,7 @@ from pipeline.core import artifacts
 from pipeline.core.config import STRICT
 from pipeline.core.errors import UserError, nearest
 from pipeline.core.formats import BuildFile, ParityFile, Selection
+from pipeline.core.students import MAIN, Students, folder_of
 from pipeline.core.validation import schema_name
 from pipeline.report.budgets import (
     BUDGET_NAME,
@@ -27,6 +28,7 @@ from pipeline.report.budgets import (
     check_targets,
     judge_budget,
 )
+from pipeline.report.family import family
 from pipeline.report.formats.accuracy import Accuracy, Device, TrainPerf
 from pipeline.report.formats.bench import Bench
 from pipeline.report.formats.edge import Edge
@@ -83,6 +85,7 @@ class Sources:
     bench: Path
     device: Path
     curves: Path | None = None
+    students: Path | None = None  # read where the selection is one of several students
 
 
 def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[str, Any]:
@@ -103,15 +106,22 @@ def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[
     paths = {name: sources.bench / f"{name}.json" for name in targets}
     benches = {n: with_samples(artifacts.read(path, Bench), path) for n, path in paths.items()}
     training = artifacts.read(sources.train_perf, TrainPerf)["methods"]
+    student = selection.get("student", MAIN)
     if sources.curves is not None:
-        training = with_curves(training, sources.curves)
+        training = with_curves(training, folder_of(sources.curves, student))
     files = ("accuracy", "selection", "train_perf", "device")
     inputs = {name: getattr(sources, name) for name in files}
     inputs |= {f"bench/{name}": path for name, path in paths.items()}
+    several: dict[str, Any] = {}
+    if sources.students is not None and "students" in selection:
+        latencies = artifacts.read(sources.students, Students, "run the stage students again")
+        several = {"student": student, "family": family(accuracy, selection, latencies)}
+        inputs["students"] = sources.students
     summary = {
         "schema": SCHEMA,
         "title": config.title,
         "shipped": shipped,
+        **several,
         "selection": {key: selection[key] for key in ("split", "methods", "reason")},
         "teacher_r12": next(filter(None, (t.get("teacher_r12") for t in training.values())), None),
         "noise": accuracy.get("noise", []),

@@ -113,6 +113,14 @@ def named_rows(axis: Any, names: Sequence[str], positions: Sequence[float]) -> N
     axis.tick_params(axis="y", length=0)
 
 
+def write(
+    axis: Any, position: tuple[float, float], offset: tuple[float, float], text: str, **style: Any
+) -> None:
+    """Small text at a position in data coordinates, moved by an offset in points."""
+    defaults = {"textcoords": "offset points", "va": "center", "fontsize": SMALL}
+    axis.annotate(text, position, offset, **defaults, **style)
+
+
 def room_for(names: Sequence[str]) -> float:
     """Pixels left of the axes that the longest of these names needs."""
     return 14 + LETTER * 1.1 * max(len(short(name, 20)) for name in names)

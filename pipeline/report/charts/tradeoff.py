@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.report.charts import canvas
-from pipeline.report.charts.canvas import COLOUR, INK, LETTER, LIMIT, LINE_HEIGHT, SMALL, WIDTH
+from pipeline.report.charts.canvas import COLOUR, INK, LETTER, LIMIT, LINE_HEIGHT, WIDTH
 from pipeline.report.pareto import Point, front, points
 from pipeline.report.verdict import MODELS
 
@@ -122,12 +122,12 @@ def _row(axis: Any, row: Sequence[Point], height: Any, sign: int, edge: float) -
         face = "none" if point.noisy else colour
         shape = MARKER.get(point.precision, "s")
         axis.plot([point.p50], [y], shape, color=colour, markerfacecolor=face, markersize=7)
-        _text(axis, (point.p50, top), (4, 0), _label(point))
+        canvas.write(axis, (point.p50, top), (4, 0), _label(point))
     top = edge + sign * (16 + LINE_HEIGHT * len(row))
     ends = ", ".join(f"{v:.1f}" for v in row[0].top1_ci)
     who = row[0].model + f" {canvas.short(row[0].method, 14)}" * (row[0].model != row[0].method)
     label = f"{who}: {row[0].top1:.1f} % [{ends}]"
-    _text(axis, (axis.get_xlim()[0], top), (4, 0), label, color=colour, fontweight="bold")
+    canvas.write(axis, (axis.get_xlim()[0], top), (4, 0), label, color=colour, fontweight="bold")
 
 
 def _cross(axis: Any, point: Point, y: float, ends: tuple[float, float], colour: str) -> None:
@@ -142,15 +142,8 @@ def _draw_budgets(
     for i, limit in enumerate(sorted(limits, key=lambda b: b.at)):
         y = top - 8 - LINE_HEIGHT * i
         axis.plot([limit.at] * 2, [0, y + 5], color=LIMIT, lw=1.1, ls="--")
-        _text(axis, (limit.at, y), (4, 0), limit.label, color=LIMIT)
+        canvas.write(axis, (limit.at, y), (4, 0), limit.label, color=LIMIT)
     for limit in floor:
         axis.axhline(height(limit.at), color=LIMIT, lw=1.1, ls="--")
         position = (axis.get_xlim()[1], height(limit.at))
-        _text(axis, position, (-2, 7), limit.label, color=LIMIT, ha="right")
-
-
-def _text(
-    axis: Any, position: tuple[float, float], offset: tuple[float, float], text: str, **style: Any
-) -> None:
-    defaults = {"textcoords": "offset points", "va": "center", "fontsize": SMALL}
-    axis.annotate(text, position, offset, **defaults, **style)
+        canvas.write(axis, position, (-2, 7), limit.label, color=LIMIT, ha="right")

@@ -78,6 +78,15 @@ class Models(Format):
     teacher: Model = key("The teacher.")
 
 
+class BriefModel(Format):
+    """The accuracy and size of a student that is not exported, by one method."""
+
+    clean: Figures = key("On the images as they are.")
+    noisy: Figures = key("On every image with every kind of noise.")
+    params: Positive = key("Parameters.")
+    macs: Positive = key("Multiply-accumulates of one image.")
+
+
 class Accuracy(Artefact):
     """Written by the stage evaluate: accuracy of the teacher and of every student, clean and under noise.
 
@@ -89,6 +98,9 @@ class Accuracy(Artefact):
     classes: list[str] = optional("Class names in the order of the logits.", min_length=1)
     noise: list[str] = optional("The kinds of noise behind `noisy`, none of them trained with.")
     models: Models = key("The teacher, and each student by its method.")
+    students: dict[str, dict[str, BriefModel]] = optional(
+        "Of several students those that are not exported, by name and method."
+    )
 
 
 class Mistake(Format):

@@ -44,6 +44,34 @@ class EdgeSelection(Format):
     reason: Text = key("Why this one, a sentence.")
 
 
+class FamilyRow(Format):
+    """One of several students by one method."""
+
+    student: Text = key("Its name in distill.students; `student`: distill.student.")
+    method: Text = key("How it was trained.")
+    top1: Fraction = key("Clean top-1 on test, 0..1.")
+    top1_ci: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = key(
+        "Its Wilson 95 % interval."
+    )
+    noisy: Fraction = key("Noisy top-1 on test, 0..1.")
+    params: Positive = key("Parameters.")
+    p50_ms: Milliseconds | None = key("Latency of the untrained network, ms; null: not measured.")
+    p50_ci: Annotated[list[Milliseconds], Field(min_length=2, max_length=2)] | None = key(
+        "Bootstrap 95 % interval of it; or null."
+    )
+    selected: bool = key("Whether val chose this method for this student.")
+    exported: bool = key("Whether this is the exported student.")
+    over_budget: list[str] = key("The budgets the student does not keep, in words.")
+    front: bool = key("Whether no faster student is as accurate, selected methods compared.")
+
+
+class Family(Format):
+    """Every student of a run that has several."""
+
+    target: Text | None = key("Where they were measured; null: nowhere.")
+    rows: list[FamilyRow] = key("A student by a method each.", min_length=1)
+
+
 class EdgeModel(Model):
     """A model of accuracy.json, compared with the baselines."""
 
@@ -230,6 +258,8 @@ class Edge(Artefact):
     schema_: Literal["cakd.edge/1"] = schema_key()
     title: Text = key("Heading of the report.")
     shipped: Text = key("The method whose student is exported.")
+    student: Text = optional("Which of several students is exported.")
+    family: Family = optional("Every student, where the run has several.")
     selection: EdgeSelection = optional(
         "From selection.json: why this method is exported. Absent in older files."
     )
