@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def ours(args: argparse.Namespace, folder: Path) -> tuple[list[Row], dict[str, f
         seconds[mode] = time.process_time() - start
         for method in args.methods:
             # As with the peers, the teacher's answer is compared for every image of a batch.
-            training = replace(recipe(args, method), labelled_share=0.0)
+            training = recipe(args, method)
             trainer = build(training, method, prepared, path, folder / mode, policy)
             steps = our_steps(trainer)
             steps(1)  # as the peers do: not counted

@@ -77,6 +77,7 @@ def recipe(args: argparse.Namespace, method: str) -> settings.Distill:
         batch=args.batch,
         steps=1_000_000,
         workers=args.workers,
+        labelled_share=0.0,  # every image meets the teacher, as in the arithmetic of docs/store.md
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -20,12 +21,14 @@ from exporters.artifact.session import TARGETS
 from exporters.bench import __main__ as bench_command
 from exporters.bench import compare
 from exporters.bundle import make
+from exporters.candidates import __main__ as candidates_command
 from exporters.device import timing
 from pipeline.core import artifacts, formats
 from pipeline.core.errors import GateFailed, UserError
+from pipeline.core.students import MAIN
 from pipeline.core.validation import schema_name
 from pipeline.report.raw import without_raw
-from stages import build, device, distill, evaluate, select
+from stages import build, device, distill, evaluate, select, students
 from tests.conftest import CNN
 from tests.test_report import Run, summary
 
@@ -101,6 +104,15 @@ CONTRACT = {
         "": f"{FILE} split methods selected reason",
         "methods.cakd": "top1 nll n",
     },
+    "candidates.json": {
+        "": f"{FILE} target threads image_size budget_ms rows",
+        "rows.0": "name model kwargs params macs tap no_tap status reason wall_ms fits front",
+    },
+    "pack-bench.json": {
+        "": "schema pack runtime precision image_size threads rows machine",
+        "rows.0": "name status reason wall_ms flags",
+    },
+    "students.json": {"": f"{FILE} targets"},
     "edge.json": {"": FILE},
     "build/build.json": {"": FILE},
     "export.json": {"": FILE},
@@ -161,6 +173,14 @@ WRONG = {  # file -> (where, a value that must be refused)
         ("losses.gram", "0.1"),
     ],
     "judged/selection.json": [("split", "test"), ("methods", {}), ("methods.cakd.top1", 98.3)],
+    "candidates.json": [
+        ("rows", []),
+        ("rows.0.fits", "perhaps"),
+        ("rows.0.wall_ms.p50", 0),
+        ("rows.0.status", "ok"),
+    ],
+    "pack-bench.json": [("rows.0.status", "ok"), ("pack.manifest_sha256", "0")],
+    "students.json": [("targets.ort-fp32.0.name", ""), ("targets.ort-fp32.0.flags", "NOISY")],
     "edge.json": [("verdict.status", "FAIL"), ("budgets.0.value", None), ("models.cakd.points", 1)],
     "build/build.json": [("models.student.artefact", None), ("models.student.status", "skipped")],
     "bundle/manifest.json": [
@@ -219,6 +239,7 @@ def made(
     make.build_bundle(student, edge, None, None)
     (folder / "bundle-bench.json").write_text(bench_on_device(edge))
     train_and_evaluate(folder, digits, teacher_path, features)
+    measure_untrained(folder, digits)
     report = summary(Run(tmp_path_factory.mktemp("run"), digits), {"top1_min": 0.8})
     artifacts.write_json(folder / "edge.json", without_raw(report))
     committed = {path.relative_to(ROOT / "reports").as_posix(): path for path in REPORTS}
@@ -245,6 +266,7 @@ def train_and_evaluate(folder: Path, digits: Path, teacher: Path, features: Path
     for method in methods:
         args = {"prepared": digits, "teacher": teacher, "features": features, "method": method}
         args |= {"out": folder / "students" / method, "work": folder / "work", "params": params}
+        args |= {"student": MAIN}
         args |= {"perf": folder / "train" / f"{method}.json", "curves": folder / f"{method}.csv"}
         distill.main(Namespace(**args))
     outs = {name: folder / "judged" / f"{name}.json" for name in ("accuracy", "evidence", "perf")}
@@ -254,9 +276,31 @@ def train_and_evaluate(folder: Path, digits: Path, teacher: Path, features: Path
     select.main(Namespace(**chosen, out=folder / "judged" / "selection.json"))
 
 
-def bench_on_device(edge: Path) -> str:
+def measure_untrained(folder: Path, digits: Path) -> None:
+    """candidates.json, what a device prints of a pack of them, and students.json of the stage students."""
+    work = ("--work", folder / "candidates")
+    name = "test_resnet:channels=[8,12,16,24]"
+    listed = ("--students", name, "--image-size", "32", "--classes", "10", *work)
+    quick = ("--rounds", "5", "--seconds", "0.05")
+    for more in (("--json", folder / "candidates.json"), ("--pack", folder / "pack")):
+        argv = [str(a) for a in (*listed, *quick, *more)]
+        candidates_command.main(candidates_command.parser().parse_args(argv))
+    (folder / "pack-bench.json").write_text(bench_on_device(folder / "pack", "--bench-all"))
+    params = folder / "params-of-students.yaml"
+    small = {"student": "test_resnet", "student_kwargs": CNN}
+    bench = {"enabled": ["ort-fp32"], "rounds": 5, "seconds_per_row": 0.05}
+    params.write_text(
+        json.dumps({"distill": {**small, "students": {"same": small}}, "bench": bench})
+    )
+    paths = {"prepared": digits, "out": folder / "students.json", "work": folder / "candidates"}
+    students.main(Namespace(**paths, params=params))
+    shutil.rmtree(folder / "candidates")
+    shutil.rmtree(folder / "pack")
+
+
+def bench_on_device(edge: Path, action: str = "--bench") -> str:
     """What the runner of a bundle prints of its quickest bench."""
-    line = [sys.executable, "-m", "bundle.run", "--bench", "--seconds", "0.05", "--json"]
+    line = [sys.executable, "-m", "bundle.run", action, "--seconds", "0.05", "--json"]
     return subprocess.run(line, cwd=edge, capture_output=True, text=True, check=True).stdout
 
 

@@ -131,6 +131,7 @@ def _worded(summary: Summary) -> dict[str, Any]:
                 [*BASELINES, *(b for m in summary["models"].values() for b in m.get("against", {}))]
             )
         ),
+        "family": summary.get("family"),
         "choice": wording.choice(summary),
         "cosines": wording.cosines(summary["models"]),
         "circumstances": wording.circumstances(summary["targets"]),
