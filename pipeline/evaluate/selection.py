@@ -82,7 +82,7 @@ def select_student(
     own = found[chosen]
     return {
         **own,
-        "reason": f"{own['reason']}; of {len(found)} students {reason}",
+        "reason": f"{own['reason']}; of {len(found)} students: {reason}",
         "student": chosen,
         "students": {
             name: {"method": found[name]["selected"], **best[name], "over_budget": over[name]}
