@@ -35,6 +35,7 @@ FOLDER = ROOT / "recipes"
 NAMES = recipes.names(FOLDER)
 TAPS = {
     "digits": "layer4 4x4 for 8x8 tokens",
+    "students": "layer4 4x4 for 8x8 tokens",
     "few-labels": "layer4 4x4 for 8x8 tokens",
     "function-matching": "no method reads a tap",
     "cifar10-mini": "layer4 4x4 for 8x8 tokens",
@@ -46,7 +47,15 @@ TAPS = {
     "imagenet": "layer3 14x14 for 14x14 tokens",
     "imagenette": "layer4 4x4 for 8x8 tokens",
 }
+OFFLINE = ("digits", "students")  # the images come with scikit-learn
 QUICK = ("digits", "cifar10-mini")
+FREE = (
+    "teach.kwargs",
+    "distill.student_kwargs",
+    "distill.students",
+    "distill.tuned",
+    "report.budgets",
+)
 LARGE = ("cifar100-ofa", "imagenet")  # 224 px
 FOLDERS = ("imagefolder", "imagefolder-mini")  # class folders without a split
 
@@ -89,11 +98,12 @@ def test_digits_restores_the_committed_params_yaml_byte_for_byte(tmp_path):
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "digits"])
 def test_a_recipe_holds_only_what_differs_from_the_default(name):
     overlay, default = config.read(FOLDER / f"{name}.yaml"), config.read(FOLDER / "digits.yaml")
-    merged = whole(name, None if overlay["prepare"].get("path") else "/data/pictures")
+    has_path = name in OFFLINE or overlay["prepare"].get("path")
+    merged = whole(name, None if has_path else "/data/pictures")
     changed = set(recipes.differences(merged, default))
     for key in leaves(overlay):
         free = ".".join(key.split(".")[:2])
-        if free in ("teach.kwargs", "distill.student_kwargs", "distill.tuned", "report.budgets"):
+        if free in FREE:
             assert any(c.startswith(free) for c in changed), key
         else:
             assert key in changed, key
@@ -107,7 +117,9 @@ def test_a_recipes_header_says_command_paper_and_hours(name):
     assert f"make repro RECIPE={name}" in "\n".join(header)
     for word in ("Paper", "easured", "Hours: not measured"):
         assert word in "\n".join(header), word
-    asks = config.read(FOLDER / f"{name}.yaml")["prepare"].get("path") is None and name != "digits"
+    asks = (
+        name not in OFFLINE and config.read(FOLDER / f"{name}.yaml")["prepare"].get("path") is None
+    )
     assert f"RECIPE={name} DATA=" in text or not asks
     assert "{" not in text.replace("kwargs: {}", "").replace("tuned: {}", "")  # block style
 
@@ -169,7 +181,7 @@ def begin(name, folder, steps):
     """The first `steps` steps of the recipe by two methods, its batch and its store made small -> their terms."""
     path = made_pictures(name, folder / "pictures")
     wanted = section(Prepare, name, path)
-    if name not in ("digits", *FOLDERS):
+    if name not in (*OFFLINE, *FOLDERS):
         labels = wanted.student_labels if wanted.student_labels == "all" else 1
         wanted = replace(wanted, val=4, student_labels=labels)
     prepare(wanted, folder / "prepared")
