@@ -31,7 +31,16 @@ FOLDER = Path("benchmarks/results/runs")
 NAME = re.compile(r"(?P<method>.+)-(?P<seed>\d+)\.json")
 Run = dict[str, float]
 # Of `distill`: which methods, their terms (kept beside), and what changes no figure.
-NOT_OF_A_RUN = ("methods", "students", "tuned", "logits", "cakd", "terms", "workers", "checkpoint_every")
+NOT_OF_A_RUN = (
+    "methods",
+    "students",
+    "tuned",
+    "logits",
+    "cakd",
+    "terms",
+    "workers",
+    "checkpoint_every",
+)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from pipeline.training import loop, resume
 from pipeline.training.ranks import SINGLE_PROCESS, Ranks
 from pipeline.training.stopwatch import Stopwatch
 
-OF_OTHERS = ("methods", "students", "tuned", "workers")  # settings that change nothing in this training
+# Settings that change nothing in this training.
+OF_OTHERS = ("methods", "students", "tuned", "workers")
 TIMED = 10  # on a GPU one step in so many is timed
 # Rooms of pipeline/ whose code makes a student: an edit there starts an unfinished training anew.
 ROOMS = ("core", "data", "distill", "models", "store", "training")
