@@ -11,24 +11,35 @@ FAST := -m "not slow and not chaos and not gpu and not ci"
 CI := -m "ci and not slow and not chaos and not gpu"
 CPU := -m "not slow and not chaos and not gpu"
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -X faulthandler -m pytest $(SHARED) --max-worker-restart 0
+EXTRAS := train,openvino,nncf,trt-rtx,parquet,dev
+# The versions the project was tested with; LATEST=1 takes the newest that pyproject.toml allows.
+PINNED := $(if $(LATEST),,-c constraints.txt)
 ROUNDS ?= 100
 MINUTES ?= 8
 OUT ?= .work/gpu
 export RECIPE DATA OUT # the shell reads them as variables: a path may hold any character
+comma := ,
 PACKAGES := pipeline exporters stages benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help venv repro test test-ci test-all gpu coverage chaos check format size clean
+.PHONY: help venv constraints repro test test-ci test-all gpu coverage chaos check format size clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[openvino,nncf,trt-rtx,parquet,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINNED) -e '.[$(EXTRAS)]'
 	@touch $@
 
-venv: $(VENV)/.installed  ## .venv with everything installed
+venv: $(VENV)/.installed  ## .venv with everything installed, LATEST=1 without constraints.txt
+
+constraints: $(VENV)/.installed  ## constraints.txt from what .venv holds, for every Python and system (uv resolves them)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/python -m pip freeze --exclude-editable --exclude uv > constraints.txt
+	@$(BIN)/uv pip compile pyproject.toml $(addprefix --extra ,$(subst $(comma), ,$(EXTRAS))) --extra kernels --extra benchmarks \
+	  --universal --python-version 3.10 --no-header --no-annotate --quiet --output-file constraints.txt
+	@$(BIN)/python -m pip uninstall --quiet --yes uv
 
 repro: $(VENV)/.installed  ## the whole chain on params.yaml, or on RECIPE=name [DATA=path]; prints where the report is
 	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "repro: not a git repository; run 'git init' here first (DVC needs it)" >&2; exit 2; }

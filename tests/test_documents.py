@@ -58,6 +58,9 @@ ELSEWHERE = {  # command -> the test that runs it, or all of it that can run
 }
 NOT_RUN = {  # command -> why not
     "make test": "these tests",
+    "make venv LATEST=1": "network",
+    "make constraints": "network",
+    "pip install -c constraints.txt -e '.[edge]'": "network",
     ". .venv/bin/activate": "makes nothing",
     "hf download uoft-cs/cifar100 --repo-type dataset --local-dir data/downloads/cifar100": "network",
     "mkdir -p data/downloads && curl -L https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz "

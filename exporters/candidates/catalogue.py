@@ -15,6 +15,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from exporters.artifact.session import import_package
 from pipeline.core.errors import UserError, nearest
 
 # Small CNNs of timm in common use on edge devices, each family from small to large: what is measured by default.
@@ -53,8 +54,9 @@ def candidates(names: Sequence[str], strides: Sequence[int] = ()) -> list[Candid
     """The networks of `names`, of families and networks in any mixture, each once; all families without any.
 
     strides: each network with each of these output strides (timm's `output_stride`) instead of its own.
-    Raises UserError: neither a family nor a network of timm, arguments that are not key=value.
+    Raises UserError: neither a family nor a network of timm, arguments not key=value; Unavailable: no timm.
     """
+    import_package("timm", "exporters.candidates: timm", "`pip install -e '.[train]'`")
     listed = [one for name in names or FAMILIES for one in _named(name)]
     if strides:
         listed = [_strided(one, stride) for one in listed for stride in strides]
