@@ -34,6 +34,7 @@ FILTERS = (
     *("figure", "percent", "millions", "top1"),
     *("labels", "p50", "speedup", "precision", "parity", "status", "flat"),
     *("ratio", "interval", "clock", "day", "counted", "p50_interval", "details", "left_out"),
+    *("p99", "over_deadline"),
 )
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 
@@ -136,6 +137,7 @@ def _worded(summary: Summary) -> dict[str, Any]:
         "cosines": wording.cosines(summary["models"]),
         "circumstances": wording.circumstances(summary["targets"]),
         "labels": wording.labels_in_words(summary["models"]),
+        "deadline": wording.deadline(summary),
         "rows": [(t["target"], row) for t in summary["targets"] for row in wording.measured(t)],
         "forest_clocks": list(dict.fromkeys(wording.clock(pair) for pair in summary["pairs"])),
     }

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.core.errors import UserError
+from pipeline.report.deadline import over_deadline
 
 KEPT_SAMPLES = 61  # latencies kept of each row, evenly spaced in rank, both extremes included
 MAX_CALLS = 10_000_000  # of a row: a file from elsewhere must not fill the memory
@@ -21,9 +23,12 @@ DAMAGED = (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, Valu
 Curves = dict[str, list[list[float]]]  # loss term -> [[step, mean], ...]
 
 
-def with_samples(bench: dict[str, Any], path: Path) -> dict[str, Any]:
+def with_samples(
+    bench: dict[str, Any], path: Path, deadline_ms: float | None = None
+) -> dict[str, Any]:
     """The content of the bench JSON at `path`; `samples_ms` in its rows where an .npz with them stands beside it.
 
+    With a deadline the rows have `over_deadline` too (`deadline.over_deadline`), of every call.
     Raises UserError: an .npz that is damaged or of another run.
     """
     beside = path.with_suffix(".npz")
@@ -32,7 +37,7 @@ def with_samples(bench: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(beside) as archive, np.load(beside, allow_pickle=False) as arrays:
             rows = [
-                {**row, "samples_ms": thin(_calls(archive, arrays, number, row))}
+                {**row, **_of_calls(archive, arrays, number, row, deadline_ms)}
                 if row["status"] == "measured"
                 else row
                 for number, row in enumerate(bench["rows"])
@@ -44,19 +49,47 @@ def with_samples(bench: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**bench, "rows": rows}
 
 
+def _of_calls(
+    archive: zipfile.ZipFile,
+    arrays: Any,
+    number: int,
+    row: Mapping[str, Any],
+    deadline_ms: float | None,
+) -> dict[str, Any]:
+    """`samples_ms` of a row, and with a deadline `over_deadline`. Raises one of DAMAGED: not of its figures."""
+    calls = _calls(archive, arrays, number, row)
+    samples = {"samples_ms": thin(calls.tolist())}
+    if deadline_ms is None:
+        return samples
+    starts = _block_starts(archive, arrays, number, len(calls))
+    return {**samples, "over_deadline": over_deadline(calls, starts, deadline_ms)}
+
+
 def _calls(
     archive: zipfile.ZipFile, arrays: Any, number: int, row: Mapping[str, Any]
-) -> list[float]:
+) -> NDArray[np.float64]:
     """Wall times of a row's calls, ms. Raises one of DAMAGED: not those of its figures."""
     name, wall = f"{number}.wall_ms", row["wall_ms"]
     if archive.getinfo(f"{name}.npy").file_size > HEADER + 8 * min(wall["n"], MAX_CALLS):
         raise ValueError(f"row {number} has more than its {wall['n']} calls, or than {MAX_CALLS}")
-    calls = np.asarray(arrays[name], dtype=np.float64)
+    calls: NDArray[np.float64] = np.asarray(arrays[name], dtype=np.float64)
     own = calls.shape == (wall["n"],) and math.isclose(np.median(calls), wall["p50"], rel_tol=1e-3)
     if not own or not (np.isfinite(calls) & (calls > 0)).all():
         raise ValueError(f"row {number} has not {wall['n']} calls with a p50 of {wall['p50']} ms")
-    samples: list[float] = calls.tolist()
-    return samples
+    return calls
+
+
+def _block_starts(
+    archive: zipfile.ZipFile, arrays: Any, number: int, calls: int
+) -> NDArray[np.int64]:
+    """Index of the first call of each block. Raises one of DAMAGED: not in a row of so many calls."""
+    name = f"{number}.block_start"
+    if archive.getinfo(f"{name}.npy").file_size > HEADER + 8 * calls:
+        raise ValueError(f"row {number} has more blocks than its {calls} calls")
+    starts: NDArray[np.int64] = np.asarray(arrays[name], dtype=np.int64)
+    if starts.ndim != 1 or starts[:1].tolist() != [0] or (np.diff(starts, append=calls) < 1).any():
+        raise ValueError(f"row {number} has blocks that do not divide its {calls} calls")
+    return starts
 
 
 def thin(samples: Sequence[float]) -> list[float]:

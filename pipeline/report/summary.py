@@ -19,7 +19,7 @@ from pipeline.core.config import STRICT
 from pipeline.core.errors import UserError, nearest
 from pipeline.core.formats import BuildFile, ParityFile, Selection
 from pipeline.core.students import MAIN, Students, folder_of
-from pipeline.core.validation import schema_name
+from pipeline.core.validation import Milliseconds, schema_name
 from pipeline.report.budgets import (
     BUDGET_NAME,
     BUDGETS,
@@ -41,7 +41,7 @@ BASELINES = ("plain", "logits")  # every method is compared with these two, in p
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Report:
-    """`report:` the title, and the budgets the exported student must keep.
+    """`report:` the title, the budgets the exported student must keep, and the deadline of a call.
 
     A budget is `top1_min`, `gain_min` (points of clean top-1 above `plain`), `params_max`, `wall_ms_max` or
     `size_mb_max`. The last two may name a target (`ort-fp32.wall_ms_max`); without one they hold the best measured
@@ -52,6 +52,8 @@ class Report:
     budgets: dict[str, float] = Field(
         default_factory=dict, json_schema_extra={"propertyNames": {"pattern": BUDGET_NAME}}
     )
+    # ms; the report shows the share of calls that took longer. It judges nothing
+    deadline_ms: Milliseconds | None = None
 
     @field_validator("budgets")
     @classmethod
@@ -104,7 +106,10 @@ def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[
         )
     parity = read_parity(sources.build, targets)
     paths = {name: sources.bench / f"{name}.json" for name in targets}
-    benches = {n: with_samples(artifacts.read(path, Bench), path) for n, path in paths.items()}
+    benches = {
+        name: with_samples(artifacts.read(path, Bench), path, config.deadline_ms)
+        for name, path in paths.items()
+    }
     training = artifacts.read(sources.train_perf, TrainPerf)["methods"]
     student = selection.get("student", MAIN)
     if sources.curves is not None:
@@ -139,6 +144,7 @@ def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[
         "parity": parity,
         "pairs": [pair for name in targets for pair in benches[name].get("pairs", [])],
         "comparisons": [],
+        **({} if config.deadline_ms is None else {"deadline_ms": config.deadline_ms}),
     }
     summary["budgets"] = [judge_budget(summary, n, limit) for n, limit in config.budgets.items()]
     return {

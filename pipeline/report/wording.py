@@ -131,10 +131,30 @@ def p50_interval(row: Section) -> str:
     return f"[{figure(ends[0])}, {figure(ends[1])}]" if ends else "–"
 
 
+def p99(row: Section) -> str:
+    """The 99th percentile in ms, or how few calls there are: "n/a (400 calls)"."""
+    wall = row["wall_ms"]
+    return f"n/a ({wall['n']:,} calls)" if wall["p99"] is None else figure(wall["p99"])
+
+
+def deadline(summary: Section) -> str:
+    """`report.deadline_ms` of a run: "16.7 ms"; empty where none was set."""
+    return f"{summary['deadline_ms']:g} ms" if summary.get("deadline_ms") else ""
+
+
+def over_deadline(row: Section) -> str:
+    """The share of calls over the deadline in percent with its interval: "0.42 [0.11, 0.90]"."""
+    over = row.get("over_deadline")
+    if not over:
+        return "n/a (no single calls)"
+    share, *ends = (figure(100 * value) for value in (over["share"], *(over["ci"] or ())))
+    return f"{share} [{', '.join(ends)}]" if ends else share
+
+
 def details(row: Section) -> list[str]:
-    """p90, p99, CPU and engine p50, load, first call (ms) and memory (MB) of a row; a dash for a gap."""
-    wall, engine = row["wall_ms"], row.get("engine_ms") or {}
-    values = [wall["p90"], wall["p99"], row["cpu_ms"]["p50"], engine.get("p50")]
+    """p90, CPU and engine p50, load, first call (ms) and memory (MB) of a row; a dash for a gap."""
+    engine = row.get("engine_ms") or {}
+    values = [row["wall_ms"]["p90"], row["cpu_ms"]["p50"], engine.get("p50")]
     values += [row[key] for key in ("load_ms", "first_ms", "rss_mb")]
     return ["–" if value is None else figure(value) for value in values]
 

@@ -276,6 +276,7 @@ class Edge(Artefact):
     comparisons: list[EdgeComparison] = optional(
         "A model against its baseline, of a bench JSON after --against; empty in a summary of the stage."
     )
+    deadline_ms: Milliseconds = optional("report.deadline_ms, where it is set.")
     verdict: Outcome = key("The verdict of the run.")
 
     @model_validator(mode="after")

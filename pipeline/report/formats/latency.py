@@ -10,6 +10,7 @@ from pipeline.core.formats import Requested
 from pipeline.core.validation import (
     Count,
     Format,
+    Fraction,
     Milliseconds,
     Positive,
     Precision,
@@ -71,6 +72,15 @@ class Conditions(Format):
     )
 
 
+class OverDeadline(Format):
+    """The calls that took longer than `report.deadline_ms`."""
+
+    share: Fraction = key("Of all calls of the row, a fraction 0..1.")
+    ci: Annotated[list[Fraction], Field(min_length=2, max_length=2)] | None = key(
+        "Bootstrap 95 % interval over blocks; null below 5 blocks and where the share is 0 or 1."
+    )
+
+
 class Row(Format):
     """A model in a target at a thread count: measured with its figures, or skipped with a reason."""
 
@@ -96,6 +106,7 @@ class Row(Format):
     warm_up_seconds: Size | None = optional("Time until three block medians agreed, or the limit.")
     flags: list[str] = key("NOISY and why, where the machine was disturbed; empty for a quiet row.")
     conditions: Conditions = optional("The moment of the measurement.")
+    over_deadline: OverDeadline = optional("In edge.json, where report.deadline_ms is set.")
     samples_ms: list[Milliseconds] = optional(
         "Wall times of calls, ms. Only in older files: every call is in the .npz beside the bench JSON."
     )
