@@ -14,6 +14,9 @@ from typing import Any
 
 from pipeline.core.machine import ROOT, TOOL_SECONDS, cgroups, cpuinfo, nvidia_smi, quota, read_text
 
+# Of the whole board in a line of tegrastats, in mW: now, then the mean since its start.
+BOARD_POWER = re.compile(r"(?:VDD_IN|POM_5V_IN) (\d+)(?:mW)?/")
+
 
 def conditions(root: Path = ROOT) -> dict[str, Any]:
     """Time, kernel, load, limits of the cgroup, governor, clocks, power and throttling at this moment.
@@ -79,7 +82,7 @@ def _tegrastats() -> dict[str, Any]:
     """`gpu_mhz`, `power_w` of the board, `celsius` of the GPU from one line of tegrastats; None where absent."""
     line = _first_line("tegrastats", "--interval", "100")
     clock = re.search(r"GR3D_FREQ \d+%@\[?(\d+)", line)
-    power = re.search(r"(?:VDD_IN|POM_5V_IN) (\d+)(?:mW)?/", line)
+    power = BOARD_POWER.search(line)
     temperature = re.search(r"gpu@(-?[\d.]+)C", line, re.IGNORECASE)
     return {
         "gpu_mhz": int(clock[1]) if clock else None,

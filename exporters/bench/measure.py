@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from exporters.artifact import counts
 from exporters.artifact.session import Target
 from exporters.bench import latency
 from exporters.bench.conditions import conditions
+from exporters.bench.energy import Meter, energy_of, find_meter
 from exporters.bench.worker import Worker, WorkerFailed, start_worker
 from exporters.device.timing import schedule, significant
 from exporters.open import RUNTIMES
@@ -48,13 +49,18 @@ class Subject:
 
 @dataclass
 class Runner:
-    """One worker of a subject with its answers so far. `reason` is set once it has failed."""
+    """One worker of a subject with its answers so far. `reason` is set once it has failed.
+
+    watts: mean power during each block by the meter, None where it was not read.
+    """
 
     subject: Subject
     worker: Worker | None
     reason: str | None
+    meter: Meter
     facts: dict[str, Any] = field(default_factory=dict)
     blocks: list[latency.Block] = field(default_factory=list)
+    watts: list[float | None] = field(default_factory=list)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """The worker's answer; empty once it has failed: the failure is recorded in `reason`, not raised."""
@@ -68,7 +74,9 @@ class Runner:
 
     def block(self, seconds: float) -> None:
         """Run one block and record it."""
+        self.meter.begin()
         if answer := self.ask("block", seconds=seconds):
+            self.watts.append(self.meter.watts())
             self.blocks.append(latency.Block(**answer))
 
 
@@ -76,16 +84,19 @@ class Runner:
 def warmed_runners(subjects: Sequence[Subject], reference: Path | None) -> Iterator[list[Runner]]:
     """One runner per subject, loaded and warmed up one after the other; the processes end with the block."""
     with ExitStack() as stack:
+        meter = stack.enter_context(closing(find_meter()))
         runners = []
         for subject in subjects:
             reason = subject.skip or _too_many_threads(subject)
             process = start_worker(
                 subject.artefact, subject.target, subject.threads, reference, subject.batch
             )
-            runner = Runner(subject, None if reason else stack.enter_context(process), reason)
+            worker = None if reason else stack.enter_context(process)
+            runner = Runner(subject, worker, reason, meter)
             runner.facts |= runner.ask("open")
             runner.facts |= runner.ask("warm_up")
             runners.append(runner)
+        meter.measure_idle()
         yield runners
 
 
@@ -148,6 +159,8 @@ def finish_measurement(
     p50 = summary["wall_ms"]["p50"]
     batch = facts[0].get("batch", subject.batch or 1)
     size = counts.size_bytes(subject.artefact)
+    watts = [w for runner in runners for w in runner.watts]
+    on_gpu = RUNTIMES[subject.target.runtime].needs_gpu
     row = {
         "model": subject.model,
         "artefact": subject.artefact.name,
@@ -168,6 +181,7 @@ def finish_measurement(
         "params": facts[0].get("params", model_counts.params),
         "macs": facts[0].get("macs", model_counts.macs),
         "warm_up_seconds": median("seconds"),
+        "energy": energy_of(runners[0].meter, blocks, watts, on_gpu) if blocks else None,
         "flags": _flags(subject, latency.Block.join(blocks), facts, before, after)
         if blocks
         else [],

@@ -151,6 +151,22 @@ def over_deadline(row: Section) -> str:
     return f"{share} [{', '.join(ends)}]" if ends else share
 
 
+def energy(row: Section) -> str:
+    """Energy of a call in mJ with the share that idle power has in it: "12.3 (71 % idle)"."""
+    used = row.get("energy") or {}
+    if used.get("joules_per_call") is None:
+        return "n/a"
+    text = figure(1000 * used["joules_per_call"])
+    idle = used["idle_watts"]
+    return text if idle is None else f"{text} ({100 * min(1, idle / used['watts']):.0f} % idle)"
+
+
+def without_energy(rows: Sequence[tuple[str, Section]]) -> str:
+    """Why rows have no energy, each reason once; empty where all have one."""
+    reasons = [(row.get("energy") or {"reason": "not in this file"})["reason"] for _, row in rows]
+    return "; ".join(dict.fromkeys(filter(None, reasons)))
+
+
 def details(row: Section) -> list[str]:
     """p90, CPU and engine p50, load, first call (ms) and memory (MB) of a row; a dash for a gap."""
     engine = row.get("engine_ms") or {}

@@ -72,6 +72,16 @@ class Conditions(Format):
     )
 
 
+class Energy(Format):
+    """Energy of a call by a meter of the whole package or board, idle power included."""
+
+    source: Text | None = key("The meter and what it sees; null where there is none to read.")
+    watts: Size | None = key("Mean power during the blocks, W.")
+    idle_watts: Size | None = key("Power while all workers are loaded and wait, W; or null.")
+    joules_per_call: Size | None = key("watts times the mean wall time of a call, J.")
+    reason: Text | None = key("Why there is no figure; null where there is one.")
+
+
 class OverDeadline(Format):
     """The calls that took longer than `report.deadline_ms`."""
 
@@ -104,6 +114,7 @@ class Row(Format):
     size_mb: Size | None = key("The artefact with its weights, in 1e6 bytes; null without a file.")
     rss_mb: Size | None = optional("Memory of the process after the warm-up, in 1e6 bytes.")
     warm_up_seconds: Size | None = optional("Time until three block medians agreed, or the limit.")
+    energy: Energy | None = optional("Energy of a call; null in a skipped row.")
     flags: list[str] = key("NOISY and why, where the machine was disturbed; empty for a quiet row.")
     conditions: Conditions = optional("The moment of the measurement.")
     over_deadline: OverDeadline = optional("In edge.json, where report.deadline_ms is set.")
