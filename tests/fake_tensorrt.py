@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import json
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +39,18 @@ class ILogger:
 Flags = enum.IntEnum("Flags", ["TF32", "VERSION_COMPATIBLE"])
 Level = enum.Enum("Level", ["NONE", "AMPERE_PLUS"])
 Mode = enum.Enum("Mode", ["INPUT", "OUTPUT"])
+Verbosity = enum.Enum("Verbosity", ["LAYER_NAMES_ONLY", "DETAILED"])
 Kind = enum.Enum("Kind", ["FLOAT", "HALF", "INT32", "INT64", "BOOL"])
+
+
+LAYERS = [  # operator, format of the first input once the shape is known
+    ("Reformat", "Row major linear FP32"),
+    ("CaskConvolution", "Channel major FP16 format where channel % 8 == 0"),
+    ("CaskConvolution", "Half NHWC"),
+    ("kgen", "Thirty-two wide channel vectorized row major Int8 format."),
+    ("kgen", "BFloat16"),
+    ("Shape", "Int64"),
+]
 
 
 class Fake:
@@ -49,6 +61,7 @@ class Fake:
         self.fails = set(fails)
         self.cuda = Cudart(self.fails, self.asked)
         self.logits = np.dtype(np.float32)  # the type of the first output
+        self.layers: Any = LAYERS  # of every engine, as its inspector lists them
         self.tensorrt = SimpleNamespace(
             __version__=version,
             ILogger=ILogger,
@@ -58,6 +71,8 @@ class Fake:
             CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph"),
             DataType=Kind,
             NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
+            ProfilingVerbosity=Verbosity,
+            LayerInformationFormat=SimpleNamespace(JSON="json"),
             MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
             Builder=lambda log: Builder(self, log),
             OnnxParser=lambda network, log: Parser(self, log, network),
@@ -106,6 +121,9 @@ class Builder(Part):
         return self.fake.gives("build", self._log, PLAN)
 
 
+SETTINGS = ("hardware_compatibility_level", "builder_optimization_level", "profiling_verbosity")
+
+
 class Config(Part):
     def __init__(self, fake: Fake, log: Any) -> None:
         super().__init__(fake, log)
@@ -113,7 +131,7 @@ class Config(Part):
         self.cache: Any = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("hardware_compatibility_level", "builder_optimization_level"):
+        if name in SETTINGS:
             setattr(self.settings, name, value)
         else:
             super().__setattr__(name, value)
@@ -210,12 +228,34 @@ class Engine(Part):
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return {"image": (-1, 3, 8, 8), "logits": (-1, 4), "index": (-1,)}[name]
 
+    def create_engine_inspector(self) -> Any:
+        return self.fake.gives("inspector", self._log, Inspector(self.fake, self._log))
+
     def create_runtime_config(self) -> Any:
         return self.fake.gives("runtime_config", self._log, SimpleNamespace())
 
     def create_execution_context(self, config: Any = None) -> Any:
         self.fake.asked.append(("strategy", getattr(config, "cuda_graph_strategy", None)))
         return self.fake.gives("context", self._log, Context(self.fake, self._log))
+
+
+class Inspector(Part):
+    """Tells formats of the shape that an execution context has."""
+
+    execution_context: Any = None
+
+    def get_engine_information(self, form: str) -> str:
+        assert form == "json"
+        layers = self.fake.layers
+        if layers and isinstance(layers[0], tuple):
+            known = self.execution_context is not None and self.execution_context.shape
+            layers = [
+                {"Name": f"{i}", "LayerType": kind, "Inputs": [{"Format/Datatype": text}]}
+                for i, (kind, text) in enumerate(
+                    (kind, text if known else "N/A due to dynamic shapes") for kind, text in layers
+                )
+            ]
+        return json.dumps({"Layers": layers, "Bindings": ["image", "logits"]})
 
 
 class Context(Part):

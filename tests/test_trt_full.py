@@ -23,7 +23,7 @@ from exporters.trt.plan import read_sidecar
 from exporters.trt.session import TrtSession
 from pipeline.core.errors import GateFailed, UserError
 from tests import fake_tensorrt
-from tests.fake_tensorrt import GPU, Fake, Flags, Level
+from tests.fake_tensorrt import GPU, Fake, Flags, Level, Verbosity
 
 Make = Callable[..., dict[str, Any]]
 
@@ -79,7 +79,9 @@ def test_the_network_is_strongly_typed_without_tf32_and_with_the_profile(
     assert ("flags", 1 << 1) in fake.asked
     profile = ("profile", "image", (1, 3, 8, 8), (2, 3, 8, 8), (16, 3, 8, 8))
     assert profile in fake.asked
-    assert ("settings", {"flags": set(), "workspace": builder.WORKSPACE}) in fake.asked
+    settings = {"flags": set(), "workspace": builder.WORKSPACE}
+    settings["profiling_verbosity"] = Verbosity.DETAILED
+    assert ("settings", settings) in fake.asked
     assert sidecar["tf32"] is False and sidecar["shapes"] == [1, 2, 16]
     assert sidecar["gpu"]["sm"] == "90" and sidecar["version"] == "11.4.0.106"
 
@@ -560,3 +562,45 @@ def test_a_plan_of_the_older_schema_is_refused(machine: Callable[..., Fake], sou
     sidecar.write_text(sidecar.read_text().replace("cakd.plan/2", "cakd.plan/1"))
     with pytest.raises(UserError, match="schema: got 'cakd.plan/1'"):
         TrtSession(source.with_suffix(".plan"))
+
+
+def placed(fake: Fake, source: Path) -> dict[str, Any]:
+    """Placement of a plan whose engine has run once."""
+    made(source)
+    session = TrtSession(source.with_suffix(".plan"))
+    session.run(images(1))
+    return session.placement()
+
+
+def test_the_layers_of_the_engine_are_counted_by_the_type_of_their_first_input(
+    machine: Callable[..., Fake], source: Path
+) -> None:
+    told = placed(machine(), source)
+    assert (told["source"], told["reason"]) == ("the engine inspector", None)
+    assert {group["location"] for group in told["groups"]} == {"GPU"}
+    assert {group["precision"]: group["operators"] for group in told["groups"]} == {
+        "fp16": {"CaskConvolution": 2},
+        "bf16": {"kgen": 1},
+        "conversion": {"Reformat": 1},
+        "int8": {"kgen": 1},
+        "other": {"Shape": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    "layers", [["conv + relu", "head"], [], None, [{"LayerType": "kgen"}], [{"Inputs": [{}]}]]
+)
+def test_layers_without_types_are_a_reason_not_an_error(
+    machine: Callable[..., Fake], source: Path, layers: Any
+) -> None:
+    fake = machine()
+    fake.layers = layers
+    told = placed(fake, source)
+    assert told["groups"] == [] and "tells no types of layers; build the plan" in told["reason"]
+
+
+def test_an_engine_without_an_inspector_says_why(
+    machine: Callable[..., Fake], source: Path
+) -> None:
+    told = placed(machine("inspector"), source)
+    assert told["reason"] == "the engine inspector gives nothing: inspector went wrong"

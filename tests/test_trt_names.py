@@ -21,6 +21,7 @@ HELD = {  # the names our code gives to TensorRT's objects
     "_engine": "ICudaEngine",
     "context": "IExecutionContext",
     "config": "IBuilderConfig",
+    "inspector": "EngineInspector",
     "own": "IRuntimeConfig",
 }
 MODULES = ("trt/plan", "trt/build", "trt/session", "device/builder", "device/engine", "device/trt")
@@ -67,6 +68,7 @@ def test_the_names_that_are_looked_for_are_the_ones_in_use() -> None:
         "IExecutionContext.execute_async_v3",
         "Runtime.engine_host_code_allowed",
         "ICudaEngine.get_tensor_dtype",
+        "EngineInspector.execution_context",
     } <= names
 
 

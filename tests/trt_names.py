@@ -18,7 +18,8 @@ from pathlib import Path
 
 FILE = Path(__file__).with_suffix(".json")
 CLASSES = (
-    *("Builder", "BuilderFlag", "DataType", "HardwareCompatibilityLevel", "IBuilderConfig"),
+    *("Builder", "BuilderFlag", "DataType", "EngineInspector", "HardwareCompatibilityLevel"),
+    *("IBuilderConfig", "LayerInformationFormat", "ProfilingVerbosity"),
     *("ICudaEngine", "IExecutionContext", "ILogger", "INetworkDefinition", "IOptimizationProfile"),
     *("IRuntimeConfig", "ITimingCache", "MemoryPoolType", "NetworkDefinitionCreationFlag"),
     *("OnnxParser", "ParserError", "Runtime", "TensorIOMode"),

@@ -70,7 +70,7 @@ class Rapl(Meter):
         folder = root / POWERCAP
         if not folder.is_dir():
             raise Unreadable(f"RAPL: /{POWERCAP}: not there")
-        # `intel-rapl:0` is a package, on AMD too; `intel-rapl:0:0` a part of it, `intel-rapl-mmio:0` a second view.
+        # `intel-rapl:0` is a package, on AMD too; `intel-rapl:0:0` a part of it, `intel-rapl-mmio:0` it again.
         domains = [p for p in folder.iterdir() if re.fullmatch(r"intel-rapl:\d+", p.name)]
         packages = [p for p in domains if (read_text(p / "name") or "").startswith("package")]
         if not packages:

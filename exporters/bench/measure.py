@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from exporters.artifact import counts
+from exporters.artifact.placement import unplaced
 from exporters.artifact.session import Target
 from exporters.bench import latency
 from exporters.bench.conditions import conditions
@@ -71,6 +72,14 @@ class Runner:
         except WorkerFailed as failure:
             self.reason = str(failure)
             return {}
+
+    def placement(self) -> dict[str, Any]:
+        """Which operators ran where; a worker that fails over it has answered everything else."""
+        assert self.worker
+        try:
+            return self.worker.ask("placement")
+        except WorkerFailed as failure:
+            return unplaced(str(failure))
 
     def block(self, seconds: float) -> None:
         """Run one block and record it."""
@@ -181,6 +190,7 @@ def finish_measurement(
         "params": facts[0].get("params", model_counts.params),
         "macs": facts[0].get("macs", model_counts.macs),
         "warm_up_seconds": median("seconds"),
+        "placed_on": runners[0].placement() if blocks else None,
         "energy": energy_of(runners[0].meter, blocks, watts, on_gpu) if blocks else None,
         "flags": _flags(subject, latency.Block.join(blocks), facts, before, after)
         if blocks

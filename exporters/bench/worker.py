@@ -28,6 +28,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from exporters.artifact import inputs
+from exporters.artifact.placement import unplaced
 from exporters.artifact.session import TARGETS, Array, Session, Target
 from exporters.device import timing
 from exporters.open import RUNTIMES, open_session
@@ -177,6 +178,13 @@ class RequestHandler:
             "metadata": dict(self.session.metadata),
             **getattr(self.session, "counted", {}),
         }
+
+    def placement(self) -> dict[str, Any]:
+        """Which operators ran where, if the runtime says so."""
+        if not hasattr(self.session, "placement"):
+            return unplaced(f"{self.session.runtime} lists no operators")
+        result: dict[str, Any] = self.session.placement()
+        return result
 
 
 def input_batches(

@@ -26,6 +26,13 @@ PRODUCTS = ("Conv", "Gemm", "MatMul", "Attention")
 WRONG_PAD_FUSION = ("1.19", "1.20")
 
 
+def computes_in(nodes: Sequence[tuple[str, str, str | None]]) -> str:
+    """Precision of most convolutions and matrix products of `OrtModel.profiled_nodes`; without any, fp32."""
+    products = [n for n in nodes if any(word in n[1] for word in PRODUCTS)]
+    counts = Counter(precision or "fp32" for _, _, precision in products)
+    return counts.most_common(1)[0][0] if counts else "fp32"
+
+
 class OrtModel(Named):
     """One model in ONNX Runtime on the CPU, on `threads` intra-op threads."""
 
@@ -65,21 +72,24 @@ class OrtModel(Named):
         logits: NDArray[np.float32] = self._session.run([self._output], {self._input.name: x})[0]
         return logits
 
-    def computes_in(self, shape: Sequence[int] | None = None) -> str:
-        """Precision of most convolutions and matrix products, from a profile of one run in a second session.
+    def computes_in(self) -> str:
+        """Precision of most convolutions and matrix products, by `profiled_nodes` at a batch of 1."""
+        shape = [d if isinstance(d, int) else 1 for d in self._input.shape]
+        return computes_in(self.profiled_nodes(shape))
 
-        shape: of the input; None takes 1 for each dynamic dimension.
+    def profiled_nodes(self, shape: Sequence[int]) -> list[tuple[str, str, str | None]]:
+        """(Execution provider, operator, precision) of each node, from a profile of one run in a second session.
+
+        shape: of the input. The precision is that of the node's first input; None where that is neither
+        floating-point nor int8.
         """
-        shape = shape or [d if isinstance(d, int) else 1 for d in self._input.shape]
         with tempfile.TemporaryDirectory() as folder:
             session = self._open(1, Path(folder) / "profile")
             session.run([self._output], {self._input.name: np.zeros(shape, np.float32)})
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        input_types = [
-            e["args"]["input_type_shape"][0]
-            for e in events
-            if any(word in e.get("args", {}).get("op_name", "") for word in PRODUCTS)
-            and e["args"].get("input_type_shape")
-        ]
-        counts = Counter(PRECISION_OF_TYPE.get(next(iter(t)), "fp32") for t in input_types)
-        return counts.most_common(1)[0][0] if counts else "fp32"
+        nodes = []
+        for facts in (event.get("args", {}) for event in events):
+            if facts.get("input_type_shape"):
+                kind = next(iter(facts["input_type_shape"][0]), "")
+                nodes.append((facts["provider"], facts["op_name"], PRECISION_OF_TYPE.get(kind)))
+        return nodes

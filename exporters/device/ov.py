@@ -52,14 +52,21 @@ def compile_model(core: Any, version: str, model: Path, options: Any, cache: Pat
     return result
 
 
-def computes_in(compiled: Any) -> str:
-    """Precision of most convolutions and matrix products of a compiled model; without any, its hint."""
-    types: Counter[str] = Counter()
+def compiled_nodes(compiled: Any) -> list[tuple[str, str, str]]:
+    """(Kernel, layer type, element type) of each node of a compiled model: jit_avx512, Convolution, bf16."""
+    nodes = []
     for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()
-        if "layerType" in info and info["layerType"].astype(str) in PRODUCTS:
-            # The kernel, `brgconv_avx512_1x1_bf16`: `runtimePrecision` would name the stored weights.
-            types[info["primitiveType"].astype(str).split("_")[-1].lower()] += 1
+        if "layerType" in info:
+            # `runtimePrecision` would name the type of the stored weights.
+            kernel, _, kind = info["primitiveType"].astype(str).rpartition("_")
+            nodes.append((kernel, info["layerType"].astype(str), kind.lower()))
+    return nodes
+
+
+def computes_in(compiled: Any) -> str:
+    """Precision of most convolutions and matrix products of a compiled model; without any, its hint."""
+    types = Counter(kind for _, layer, kind in compiled_nodes(compiled) if layer in PRODUCTS)
     if not types:
         types[compiled.get_property("INFERENCE_PRECISION_HINT").to_string()] = 1
     name = types.most_common(1)[0][0]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from exporters.artifact.placement import Node, placement
 from exporters.artifact.session import (
     PipelineErrors,
     import_package,
@@ -33,9 +35,17 @@ class OrtSession(PipelineErrors, ort.OrtModel):
         validate_output(output.type, _dims(output), self.input_shape, path)
 
     @cached_property
+    def _nodes(self) -> list[tuple[str, str, str | None]]:
+        return self.profiled_nodes([self.input_shape[0] or 1, *self.input_shape[1:]])
+
+    @cached_property
     def precision_effective(self) -> str:
         """Precision of most convolutions and matrix products, from a profile of one run in a second session."""
-        return self.computes_in([self.input_shape[0] or 1, *self.input_shape[1:]])
+        return ort.computes_in(self._nodes)
+
+    def placement(self) -> dict[str, Any]:
+        """The nodes of the same profile by execution provider and precision."""
+        return placement("a profile of one run", itertools.starmap(Node, self._nodes))
 
 
 def onnxruntime_library() -> Any:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from exporters.artifact.placement import Node, placement
 from exporters.artifact.session import (
     PipelineErrors,
     import_package,
@@ -22,6 +23,7 @@ HINTS = {"bf16": "bf16", "default": None}
 # No telemetry, whoever imports openvino: without the sender it falls back to its own stub.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 METADATA_BRANCH = "cakd"  # of rt_info
+NOT_RUN = ("Const", "Input", "Output")  # nodes of the execution graph that only hold a tensor
 
 
 def openvino_library() -> Any:
@@ -67,6 +69,17 @@ class OvSession(PipelineErrors, ov.OvModel):
     def precision_effective(self) -> str:
         """Precision of most convolutions and matrix products of the compiled graph."""
         return self.computes_in()
+
+    def placement(self) -> dict[str, Any]:
+        """The nodes of the execution graph by precision, and which of them run in reference kernels."""
+        nodes = ov.compiled_nodes(self._compiled)
+        return placement("the execution graph", (_node(*n) for n in nodes if n[1] not in NOT_RUN))
+
+
+def _node(kernel: str, layer: str, kind: str) -> Node:
+    """A node of the execution graph; a reference kernel (`ref_any`) is plain C++, made for no CPU."""
+    location = "CPU, reference kernel" if kernel.startswith("ref") else "CPU"
+    return Node(location, layer, ov.PRECISION_OF_TYPE.get(kind))
 
 
 def _dims(port: Any, path: Path) -> list[int | None]:

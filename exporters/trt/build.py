@@ -98,6 +98,8 @@ class EngineBuilder(PipelineErrors, Builder):
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         if options.optimization_level is not None:
             config.builder_optimization_level = options.optimization_level
+        # The default keeps no more than the names of the layers, and `TrtSession.placement` needs their types.
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         if options.timing_cache:
             _load_timing(trt, config, options.timing_cache, self._log)
         with super().configured(config):

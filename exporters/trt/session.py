@@ -5,11 +5,15 @@ CAKD_CUDA_GRAPH=0, or `cuda_graph=False`, runs the engine without graphs.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from exporters.artifact.placement import Node, placement, unplaced
 from exporters.artifact.session import Array, PipelineErrors, Unavailable
 from exporters.device import cudart
 from exporters.device.builder import logger
@@ -18,6 +22,8 @@ from exporters.trt.plan import MODULES, backend, command, obstacle, read_sidecar
 from pipeline.core.errors import UserError
 
 GRAPH_VARIABLE = "CAKD_CUDA_GRAPH"
+# In a format of the engine inspector: "Row major linear FP16 format", "Half", "Int8 NCHW".
+WORDS = {"int8": "int8", "bf16": "bf16|bfloat16", "fp16": "fp16|half", "fp32": "fp32|float"}
 
 
 def cuda_graphs_enabled() -> bool:
@@ -66,6 +72,21 @@ class TrtSession(PipelineErrors, Engine):
         b, c, h, w = sidecar["input_shape"]
         self.input_shape: tuple[int | None, int, int, int] = (b, c, h, w)
 
+    def placement(self) -> dict[str, Any]:
+        """The layers that the engine inspector lists, fused as they run, by the type of their first input."""
+        inspector = self._engine.create_engine_inspector()
+        if inspector is None:
+            return unplaced(f"the engine inspector gives nothing: {self._log.text()}")
+        # Without a context the types of a dynamic shape are unknown.
+        inspector.execution_context = next(iter(self._bound.values())).context
+        text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
+        nodes: list[Node] = []
+        with suppress(ValueError, KeyError, TypeError):
+            nodes = [_node(layer) for layer in json.loads(text)["Layers"]]
+        if not nodes:
+            return unplaced("the engine inspector tells no types of layers; build the plan again")
+        return placement("the engine inspector", nodes)
+
     def engine_ms(self) -> float:
         """GPU time in ms of the runs since the last call, by CUDA events, without the copies."""
         elapsed, self._engine_ms = self._engine_ms, 0.0
@@ -98,3 +119,11 @@ class TrtSession(PipelineErrors, Engine):
             runtime_config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             config = (runtime_config,)
         return super()._new_context(*config)
+
+
+def _node(layer: Mapping[str, Any]) -> Node:
+    """A layer of the inspector's JSON. Raises KeyError, TypeError: one of a plan that holds its name only."""
+    inputs = layer["Inputs"]
+    kind = str(inputs[0]["Format/Datatype"]) if inputs else ""
+    precision = next((p for p, words in WORDS.items() if re.search(words, kind, re.I)), None)
+    return Node("GPU", str(layer["LayerType"]), precision)

@@ -34,7 +34,7 @@ FILTERS = (
     *("figure", "percent", "millions", "top1"),
     *("labels", "p50", "speedup", "precision", "parity", "status", "flat"),
     *("ratio", "interval", "clock", "day", "counted", "p50_interval", "details", "left_out"),
-    *("p99", "over_deadline", "energy", "without_energy"),
+    *("p99", "over_deadline", "energy", "without_energy", "placed_on"),
 )
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 

@@ -167,6 +167,18 @@ def without_energy(rows: Sequence[tuple[str, Section]]) -> str:
     return "; ".join(dict.fromkeys(filter(None, reasons)))
 
 
+def placed_on(row: Section) -> str:
+    """Nodes by location and precision: "CPUExecutionProvider: 12 int8, 2 fp32"; or why that is not known."""
+    placed = row.get("placed_on") or {"groups": [], "reason": None}
+    places: dict[str, list[str]] = {}
+    for group in placed["groups"]:
+        count = sum(group["operators"].values())
+        precision = group["precision"] + "s" * (group["precision"] == "conversion" and count > 1)
+        places.setdefault(group["location"], []).append(f"{count:,} {precision}")
+    text = "; ".join(f"{where}: {', '.join(counts)}" for where, counts in places.items())
+    return text or f"n/a: {placed['reason'] or 'not in this file'}"
+
+
 def details(row: Section) -> list[str]:
     """p90, CPU and engine p50, load, first call (ms) and memory (MB) of a row; a dash for a gap."""
     engine = row.get("engine_ms") or {}

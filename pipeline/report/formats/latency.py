@@ -72,6 +72,25 @@ class Conditions(Format):
     )
 
 
+class NodeGroup(Format):
+    """The nodes of one location and precision."""
+
+    location: Text = key("Execution provider or device: CPUExecutionProvider, CPU, GPU.")
+    precision: Literal["fp32", "fp16", "bf16", "int8", "conversion", "other"] = key(
+        "Of the first input; conversion: a node that only changes type or layout; other: neither "
+        "floating-point nor int8, or not known."
+    )
+    operators: dict[str, Positive] = key("Operator or layer type to the number of its nodes.")
+
+
+class Placement(Format):
+    """Which operators of an artefact ran where."""
+
+    source: Text | None = key("What the runtime was asked for; null where it does not say.")
+    groups: list[NodeGroup] = key("The largest group first; empty where the runtime does not say.")
+    reason: Text | None = key("Why it is not known; null where it is.")
+
+
 class Energy(Format):
     """Energy of a call by a meter of the whole package or board, idle power included."""
 
@@ -114,6 +133,7 @@ class Row(Format):
     size_mb: Size | None = key("The artefact with its weights, in 1e6 bytes; null without a file.")
     rss_mb: Size | None = optional("Memory of the process after the warm-up, in 1e6 bytes.")
     warm_up_seconds: Size | None = optional("Time until three block medians agreed, or the limit.")
+    placed_on: Placement | None = optional("Which operators ran where; null in a skipped row.")
     energy: Energy | None = optional("Energy of a call; null in a skipped row.")
     flags: list[str] = key("NOISY and why, where the machine was disturbed; empty for a quiet row.")
     conditions: Conditions = optional("The moment of the measurement.")
