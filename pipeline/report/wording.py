@@ -132,9 +132,11 @@ def p50_interval(row: Section) -> str:
 
 
 def p99(row: Section) -> str:
-    """The 99th percentile in ms, or how few calls there are: "n/a (400 calls)"."""
+    """The 99th percentile in ms, NOISY rows marked, or how few calls there are: "n/a (400 calls)"."""
     wall = row["wall_ms"]
-    return f"n/a ({wall['n']:,} calls)" if wall["p99"] is None else figure(wall["p99"])
+    if wall["p99"] is None:
+        return f"n/a ({wall['n']:,} calls)"
+    return figure(wall["p99"]) + " NOISY" * noisy(row)
 
 
 def deadline(summary: Section) -> str:
