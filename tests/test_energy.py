@@ -95,6 +95,11 @@ def test_counters_that_stand_still_or_vanish_are_no_figure(
     assert meter.watts() is None
 
 
+def endless(root: Path, _: pytest.MonkeyPatch) -> None:
+    for path in (two_packages(root) / energy.POWERCAP).glob("*/max_energy_range_uj"):
+        path.write_text("0\n")
+
+
 def locked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counters as the kernel makes them, for a process that is not root."""
     real = Path.read_text
@@ -115,6 +120,11 @@ def locked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (
             lambda root, _: powercap(root, {"intel-rapl:0": "psys", "dtpm": "package-0"}),
             "RAPL: /sys/class/powercap: no package domain",
+        ),
+        (
+            endless,
+            "RAPL: /sys/class/powercap: not readable "
+            "(max_energy_range_uj: got [0, 0]; expected above 0)",
         ),
         (locked, "RAPL: /sys/class/powercap/intel-rapl:0/energy_uj: not readable without root"),
         (

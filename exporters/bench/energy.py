@@ -80,6 +80,8 @@ class Rapl(Meter):
             self._limits = [
                 _microjoules(p.with_name("max_energy_range_uj")) for p in self._counters
             ]
+            if not all(self._limits):
+                raise ValueError(f"max_energy_range_uj: got {self._limits}; expected above 0")
             self._read()
         except PermissionError as error:
             path = Path(error.filename).relative_to(root)

@@ -91,5 +91,6 @@ class OrtModel(Named):
         for facts in (event.get("args", {}) for event in events):
             if facts.get("input_type_shape"):
                 kind = next(iter(facts["input_type_shape"][0]), "")
-                nodes.append((facts["provider"], facts["op_name"], PRECISION_OF_TYPE.get(kind)))
+                provider = facts.get("provider", "unnamed provider")
+                nodes.append((provider, facts["op_name"], PRECISION_OF_TYPE.get(kind)))
         return nodes
