@@ -1,7 +1,8 @@
 """Stage check: validate params.yaml as a whole, in seconds, before any stage that takes time.
 
 Every section is parsed strictly, the sections are compared with each other, and teacher and student are built once
-without weights. With `--recipe NAME` params.yaml is written from that recipe first.
+without weights. With `--recipe NAME` params.yaml is written from that recipe first; with
+`--data PATH` alone from the recipe that fits these images.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from exporters.bench.subjects import Bench
 from exporters.build import Build
@@ -24,7 +27,9 @@ from pipeline.evaluate.accuracy import Evaluate
 from pipeline.models import checkpoint
 from pipeline.models.student import check_feature_maps, find_tap, probe_student
 from pipeline.prepare.settings import Prepare
+from pipeline.prepare.survey import survey
 from pipeline.project import recipes
+from pipeline.project.choosing import choose
 from pipeline.report.budgets import check_targets
 from pipeline.report.summary import Report
 from pipeline.store.policy import Cache, check_layout
@@ -44,19 +49,34 @@ CLASSES = 10  # any number: the shapes that are checked do not depend on it
 
 def main(args: argparse.Namespace) -> None:
     """Write params.yaml from the recipe where one is named, check it, and write `args.out` where it is named."""
-    params = args.params
-    if args.recipe is not None:
-        arguments = (args.recipe, args.recipes, params, SECTIONS, args.data, args.force)
+    params, recipe = args.params, args.recipe
+    values: dict[str, dict[str, Any]] = {}
+    if recipe is None and args.data is not None:
+        recipe, values = chosen(args.data)
+    if recipe is not None:
+        arguments = (recipe, args.recipes, params, SECTIONS, args.data, args.force, values)
         print(recipes.apply(*arguments))
-    elif args.data is not None or args.force:
+    elif args.force:
         raise UserError(
-            f"--data, --force: got --recipe {args.recipe} beside them; expected a recipe's name; pass "
-            f"RECIPE=NAME, or set prepare.path in {params}"
+            f"--force: got --recipe {args.recipe} beside it; expected a recipe's name; pass RECIPE=NAME"
         )
     print(f"{params}: correct; {check_params(params)}")
     if args.out is not None:
         with atomic(args.out) as file:
             file.write_text(CHECKED)
+
+
+def chosen(data: str) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Choose a recipe for these images, say why, and return it with the values that they need beside it."""
+    found = survey(Path(data).expanduser())
+    gpu = torch.cuda.is_available()
+    choice = choose(found.images, found.labelled, found.classes, found.side, gpu)
+    print(f"{data}: recipe {choice.recipe}, for {choice.reason}; another one: RECIPE=NAME")
+    values = {
+        **choice.values,
+        "prepare": {**choice.values.get("prepare", {}), "source": found.source},
+    }
+    return choice.recipe, values
 
 
 def check_params(params: Path) -> str:
@@ -142,7 +162,9 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, nargs="?", help="a file to write where all is correct")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument("--recipe", metavar="NAME", help="write params.yaml from recipes/NAME.yaml")
-    parser.add_argument("--data", metavar="PATH", help="images of the recipe (prepare.path)")
+    parser.add_argument(
+        "--data", metavar="PATH", help="images (prepare.path); without --recipe it chooses one"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite edits of params.yaml")
     parser.add_argument("--recipes", type=Path, default=Path("recipes"), help="folder of recipes")
     cli.run(main, parser)

@@ -43,6 +43,7 @@ RUN = (
 ELSEWHERE = {  # command -> the test that runs it, or all of it that can run
     "make repro": "test_repro.py",
     "make repro RECIPE=students": "test_recipes.py",
+    "make repro DATA=/data/flowers": "test_choosing.py",
     "python -m exporters.candidates --target ort-int8 --budget-ms 5 --image-size 128": "test_candidates.py",
     "python -m exporters.candidates --target ort-int8 --image-size 128 --pack candidates/": "test_candidates.py",
     "python -m bundle.run --bench-all --json > device.json": "test_candidates.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import subprocess
 from argparse import Namespace
@@ -121,7 +122,7 @@ def test_a_recipes_header_says_command_paper_and_hours(name):
         name not in OFFLINE and config.read(FOLDER / f"{name}.yaml")["prepare"].get("path") is None
     )
     assert f"RECIPE={name} DATA=" in text or not asks
-    assert "{" not in text.replace("kwargs: {}", "").replace("tuned: {}", "")  # block style
+    assert "{" not in re.sub(r"(kwargs|tuned|students): {}", "", text)  # block style
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -295,9 +296,9 @@ def test_an_unknown_recipe_is_told_with_the_names_that_there_are(command, tmp_pa
     )
 
 
-def test_data_without_a_recipe_is_told():
-    with pytest.raises(UserError, match="--data, --force: got --recipe None beside them"):
-        main(asked(ROOT / "params.yaml", None, "/data/flowers"))
+def test_force_without_a_recipe_is_told():
+    with pytest.raises(UserError, match="--force: got --recipe None beside it"):
+        main(asked(ROOT / "params.yaml", None, None, force=True))
 
 
 def test_what_was_edited_by_hand_is_not_replaced_unless_forced(tmp_path):

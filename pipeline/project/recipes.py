@@ -20,6 +20,7 @@ WITHOUT_PATH = ("digits",)  # sources that need no path
 
 Params = dict[str, Any]
 SCHEMA = "# yaml-language-server: $schema=params.schema.json\n"  # for editors
+Values = Mapping[str, Mapping[str, Any]]
 Sections = Mapping[str, type]  # name of a section of params.yaml -> its dataclass
 
 
@@ -28,8 +29,16 @@ def names(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def merged(name: str, folder: Path, sections: Sections, data: str | None = None) -> Params:
+def merged(
+    name: str,
+    folder: Path,
+    sections: Sections,
+    data: str | None = None,
+    values: Values | None = None,
+) -> Params:
     """Merge the recipe `folder/name.yaml` into a complete, checked params.yaml; `data` replaces prepare.path.
+
+    values: section -> key -> what these images need beside the recipe.
 
     A value that is a list, or whose keys are free (`teach.kwargs`), is replaced as a whole; all others are merged
     key by key.
@@ -49,6 +58,8 @@ def merged(name: str, folder: Path, sections: Sections, data: str | None = None)
     if choices.is_file():
         params["distill"]["tuned"] = params["distill"].get("tuned", {}) | config.read(choices)
         config.parse(sections["distill"], params["distill"], f"{choices}: distill")
+    for section, own in (values or {}).items():
+        params[section] = {**params[section], **own}
     if data is not None:
         params["prepare"]["path"] = data
     path = params["prepare"]["path"]
@@ -99,6 +110,7 @@ def apply(
     sections: Sections,
     data: str | None = None,
     force: bool = False,
+    values: Values | None = None,
 ) -> str:
     """Write a recipe to `params` atomically and return a line for the user.
 
@@ -106,7 +118,10 @@ def apply(
     since. `force` overwrites edits.
     Raises UserError: as `merged`; edits that would be lost.
     """
-    default, requested = merged(DEFAULT, folder, sections), merged(name, folder, sections, data)
+    default, requested = (
+        merged(DEFAULT, folder, sections),
+        merged(name, folder, sections, data, values),
+    )
     last = params.parent / ".work" / "recipe.yaml"
     present = config.read(params) if params.is_file() and not force else None
     if present == requested:
