@@ -59,30 +59,39 @@ def distill(
         work, artifacts.digest([made_by, artifacts.code(ROOMS)]), ranks
     ) as folder:
         trainer = build(config, method, prepared, teacher_path, features, policy, ranks)
-        timer = Stopwatch(trainer.device, every=TIMED)
-        steps = trainer.feed.steps
-        bar = progress.Progress(
-            f"distill {method}",
-            steps,
-            batch=config.batch,
-            epoch=-(-len(prepared.rows("train")) // config.batch),
-            quiet=ranks.rank > 0,
-        )
-        with trainer.feed.watched(), closing(trainer.feed):
-            curves = loop.run_steps(
-                bar,
-                config.checkpoint_every,
-                folder / "checkpoint.safetensors",
-                trainer.modules,
-                trainer.optimizers,
-                lambda step: train_step(trainer, step, timer),
-                ranks,
-            )
-        figures = summarise(trainer, timer, curves)
+        figures = train(trainer, f"distill {method}", folder / "checkpoint.safetensors")
         if ranks.rank == 0:
             with atomic_dir(out) as finished:
                 _publish(trainer, prepared, finished, made_by)
     return figures
+
+
+def train(trainer: Trainer, what: str, saved: Path) -> dict[str, Any]:
+    """Run the steps of a training from its last checkpoint, `saved`, on; return its figures and curves.
+
+    `what` names it in the progress line and begins with its section of params.yaml.
+    Raises UserError: a killed worker, a loss that is not finite.
+    """
+    timer = Stopwatch(trainer.device, every=TIMED)
+    batches = trainer.feed.views.batches
+    bar = progress.Progress(
+        what,
+        trainer.feed.steps,
+        batch=trainer.config.batch,
+        epoch=-(-len(batches.train) // trainer.config.batch),
+        quiet=trainer.ranks.rank > 0,
+    )
+    with trainer.feed.watched(), closing(trainer.feed):
+        curves = loop.run_steps(
+            bar,
+            trainer.config.checkpoint_every,
+            saved,
+            trainer.modules,
+            trainer.optimizers,
+            lambda step: train_step(trainer, step, timer),
+            trainer.ranks,
+        )
+    return summarise(trainer, timer, curves)
 
 
 def _publish(trainer: Trainer, prepared: Prepared, folder: Path, made_by: dict[str, Any]) -> None:

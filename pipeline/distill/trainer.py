@@ -135,15 +135,17 @@ def build(
     features: Path,
     policy: Cache | None = None,
     ranks: Ranks = SINGLE_PROCESS,
+    network: nn.Module | None = None,
 ) -> Trainer:
     """Put together student, objective, feed and optimizers; `policy` None takes that of the features.
 
-    Student and objective each begin at the run's seed, so that neither depends on what the other draws.
+    `network`: a student to train further; None creates a new one. Student and objective each begin at the run's
+    seed, so that neither depends on what the other draws.
     Raises UserError: an unknown or unfit student, a stale store, a method that reads what the store lacks.
     """
     device = compute.pick_device(config.compute.device, "distill.compute.device", ranks)
     torch.manual_seed(config.seed)
-    network = checkpoint.create(
+    network = network or checkpoint.create(
         config.student, config.student_kwargs, len(prepared.classes), "distill"
     )
     preprocess = checkpoint.preprocessing(network, prepared.image_size, prepared.crop_mode)
