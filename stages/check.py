@@ -30,6 +30,7 @@ from pipeline.prepare.settings import Prepare
 from pipeline.prepare.survey import survey
 from pipeline.project import recipes
 from pipeline.project.choosing import choose
+from pipeline.quantize.settings import Quantize
 from pipeline.report.budgets import check_targets
 from pipeline.report.summary import Report
 from pipeline.store.policy import Cache, check_layout
@@ -38,7 +39,7 @@ from pipeline.teach import Teach, check_fits
 SECTIONS: dict[str, type[Any]] = {
     section.__name__.lower(): section
     for section in (
-        *(Prepare, Teach, Cache, settings.Distill),
+        *(Prepare, Teach, Cache, settings.Distill, Quantize),
         *(Evaluate, Export, Build, Bench, Report),
     )
 }
@@ -88,7 +89,7 @@ def check_params(params: Path) -> str:
     bench = config.load(Bench, params)
     report = config.load(Report, params)
     cache = config.load(Cache, params)
-    for section in (Evaluate, Build):
+    for section in (Evaluate, Build, Quantize):
         config.load(section, params)
     if export.method not in (BEST, *distill.methods):
         raise UserError(

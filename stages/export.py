@@ -22,6 +22,7 @@ from pipeline.core.formats import Selection
 from pipeline.core.machine import machine, usable_cores
 from pipeline.core.students import BEST, MAIN, folder_of
 from pipeline.data.prepared import Prepared, normalised, spread
+from pipeline.models.ranges import SUFFIX
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +39,8 @@ def main(args: argparse.Namespace) -> None:
     crop_pct = config.value("evaluate.crop_pct", args.params, default=1.0)
     prepared = Prepared.open(args.prepared)
     method, name = selected(args.selection, params)
-    student = folder_of(args.students, name) / method / "student.safetensors"
+    distilled = folder_of(args.students, name) / method / "student.safetensors"
+    student = fine_tuned(args.quantized) or distilled
     checkpoints = {"student": student, "teacher": args.teacher}
     preprocess = agreed(checkpoints, prepared, method)
     rows = spread(prepared.rows("val"), params.reference_images)
@@ -51,6 +53,9 @@ def main(args: argparse.Namespace) -> None:
             name: export(path, *loaded[name], folder / f"{name}.onnx", params.opset)
             for name, path in checkpoints.items()
         }
+        ranges = student.with_name(f"{student.stem}{SUFFIX}")
+        if ranges.is_file():
+            shutil.copyfile(ranges, folder / f"student{SUFFIX}")
         reference = {"labels": prepared.labels[rows]}
         for name in checkpoints:
             x = normalised(prepared.images.squares(rows, crop_pct), preprocess[name])
@@ -91,6 +96,12 @@ def selected(path: Path, requested: Export) -> tuple[str, str]:
                 f"{path}: got {value!r}; expected {wanted!r}, export.{key}; run select again"
             )
     return found["method"], found["student"]
+
+
+def fine_tuned(folder: Path) -> Path | None:
+    """The student that the stage quantize wrote; None where it left the distilled one as it is."""
+    student = folder / "student.safetensors"
+    return student if student.is_file() else None
 
 
 def export(
@@ -148,6 +159,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m stages.export", description=__doc__)
     parser.add_argument("students", type=Path, help="the folder of the students, one per method")
     parser.add_argument("selection", type=Path, help="reports/selection.json")
+    parser.add_argument("quantized", type=Path, help="the folder of the stage quantize")
     parser.add_argument("teacher", type=Path, help="teacher.safetensors")
     parser.add_argument("prepared", type=Path, help="data/prepared")
     parser.add_argument("out", type=Path, help="artifacts/export")

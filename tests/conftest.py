@@ -127,7 +127,8 @@ def export(digits: Path, folder: Path) -> None:
     )
     selection = folder / "selection.json"
     selection.write_text(json.dumps(artefacts.selection("cakd")))
-    models = [folder / "students", selection, folder / "teacher.safetensors"]
+    (folder / "quantized").mkdir()
+    models = [folder / "students", selection, folder / "quantized", folder / "teacher.safetensors"]
     paths = [*models, digits, folder / "out"]
     done = command_line.process("stages.export", *paths, "--params", params)
     assert done.returncode == 0, done.stderr

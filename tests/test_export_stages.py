@@ -95,8 +95,8 @@ def test_images_of_another_size_than_the_models_are_exit_2(
 
 
 def chosen(exported: Path) -> list[Path]:
-    """The folder of students and the selection that `exported` was made of."""
-    return [exported.parent / "students", exported.parent / "selection.json"]
+    """The folders of students and the selection that `exported` was made of."""
+    return [exported.parent / name for name in ("students", "selection.json", "quantized")]
 
 
 def test_a_selection_or_student_of_another_method_is_exit_2(
@@ -105,7 +105,15 @@ def test_a_selection_or_student_of_another_method_is_exit_2(
     params, selection, students = (tmp_path / n for n in ("params.yaml", "selection.json", "s"))
     shutil.copytree(exported.parent / "students" / "cakd", students / "logits")
     selection.write_text(json.dumps(artefacts.selection("logits")))
-    paths = [students, selection, exported / "teacher.safetensors", digits, tmp_path / "out"]
+    quantized = tmp_path / "quantized"
+    paths = [
+        students,
+        selection,
+        quantized,
+        exported / "teacher.safetensors",
+        digits,
+        tmp_path / "out",
+    ]
     for method, message in (
         ("cakd", f"{selection}: got 'logits'; expected 'cakd', export.method; run select again"),
         ("best", "got a student of cakd; expected one of logits, which is selected; run distill"),

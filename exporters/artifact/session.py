@@ -98,6 +98,7 @@ TARGETS: dict[str, Target] = {
         Target("ov-int8", "ov", "int8", "{model}-int8.xml"),
         Target("rtx-fp32", "rtx", "fp32", "{model}.plan"),
         Target("rtx-fp16", "rtx", "fp16", "{model}.plan"),
+        Target("rtx-int8", "rtx", "int8", "{model}.plan"),
         Target("trt-fp32", "trt", "fp32", "{model}.plan"),
         Target("trt-fp16", "trt", "fp16", "{model}.plan"),
         Target("trt-int8", "trt", "int8", "{model}.plan"),

@@ -16,7 +16,7 @@ import numpy as np
 from exporters.artifact import agreement, inputs, metadata, onnx_file
 from exporters.artifact.session import Array
 from exporters.device import contents, image
-from exporters.ort import int8, quantize
+from exporters.ort import int8, quantize, trained
 from exporters.ort.session import OrtSession
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError
@@ -196,7 +196,7 @@ def convert_variant(
     if images is None:
         raise UserError(NO_CALIB)
     if variant.symmetric:
-        return quantize.at_precision(proto, "int8", images.calibration)
+        return quantize.at_precision(proto, "int8", images.calibration, trained.beside(source))
     return int8.quantize_within_gates(source, images, int8.Settings(), agreement.Thresholds())
 
 

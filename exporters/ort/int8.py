@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from exporters.artifact import agreement, inputs, metadata, onnx_file
 from exporters.artifact.runtime import Calibration
 from exporters.artifact.session import Array
-from exporters.ort import quantize, sensitive
+from exporters.ort import quantize, sensitive, trained
 from exporters.ort.session import OrtSession
 from pipeline.core.errors import UserError
 
@@ -97,7 +97,16 @@ def quantize_within_gates(
     settings: Settings,
     thresholds: agreement.Thresholds,
 ) -> onnx.ModelProto:
-    """fp32 ONNX -> int8 for CPUs; the metadata entry `int8` says what stayed in float to pass the gates."""
+    """fp32 ONNX -> int8 for CPUs; the metadata entry `int8` says what stayed in float to pass the gates.
+
+    With the trained ranges beside `source`, where there are any: those are not searched.
+    """
+    if (ranges := trained.beside(source)) is not None:
+        proto = onnx_file.read_onnx(source)
+        with quantize.Calibrated(proto, images.calibration) as network:
+            return onnx_file.add_metadata(
+                network.quantized(ranges=ranges), int8=trained.summary(ranges)
+            )
     reference = OrtSession(source, 1)
     expected = inputs.run_batches(reference, images.held_out)
 

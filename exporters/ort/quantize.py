@@ -7,7 +7,7 @@ both and a float bias; it rejects ONNX Runtime's default, and x86 runs s8 activa
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from exporters.artifact import inputs, onnx_file
 from exporters.artifact.quiet import quiet
 from exporters.artifact.session import Array
+from exporters.ort import trained
 from pipeline.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,11 +47,19 @@ def to_int8(
         return calibrated.quantized()
 
 
-def at_precision(model: onnx.ModelProto, precision: str, x: Array | None) -> onnx.ModelProto:
-    """The network at a precision; int8 as TensorRT takes it, with ranges from x (N, 3, S, S)."""
+def at_precision(
+    model: onnx.ModelProto,
+    precision: str,
+    x: Array | None,
+    ranges: Mapping[str, Any] | None = None,
+) -> onnx.ModelProto:
+    """The network at a precision; int8 as TensorRT takes it, with trained ranges, or those of x (N, 3, S, S)."""
     if precision == "fp16":
         return to_fp16(model)
-    return model if x is None or precision != "int8" else to_int8(model, x, symmetric=True)
+    if x is None or precision != "int8":
+        return model
+    with Calibrated(model, x, symmetric=True) as calibrated:
+        return calibrated.quantized(ranges=ranges)
 
 
 class Calibrated:
@@ -72,18 +81,24 @@ class Calibrated:
     def __exit__(self, *_: object) -> None:
         self._folder.cleanup()
 
-    def quantized(self, floating: Sequence[str] = ()) -> onnx.ModelProto:
-        """The network in int8, except the groups named in `floating`."""
+    def quantized(
+        self, floating: Sequence[str] = (), ranges: Mapping[str, Any] | None = None
+    ) -> onnx.ModelProto:
+        """The network in int8, except the groups named in `floating`; with the `ranges` of a training."""
         from onnxruntime import quantization as q
 
         kind = q.QuantType.QInt8 if self.symmetric else q.QuantType.QUInt8
-        options = {
+        options: dict[str, Any] = {
             "ActivationSymmetric": self.symmetric,
             "WeightSymmetric": True,
             "QuantizeBias": not self.symmetric,
         }
         excluded = [node for group in floating for node in self.groups[group]]
         excluded += _constant_operands(self.folded) if self.symmetric else []
+        if ranges is not None:
+            options["TensorQuantOverrides"] = trained.overrides(self.folded, ranges, self.symmetric)
+            options["QuantizeBias"] = not self.symmetric and ranges["bias"] == "int32"
+            excluded += ranges["floating"]
         path = Path(self._folder.name) / "int8.onnx"
         # A copy, because the quantizer moves its weights into files that are gone afterwards.
         copy = type(self.folded)()
@@ -96,7 +111,7 @@ class Calibrated:
                 per_channel=True,
                 activation_type=kind,
                 weight_type=q.QuantType.QInt8,
-                op_types_to_quantize=_quantizable(),
+                op_types_to_quantize=quantizable(),
                 nodes_to_exclude=excluded,
                 calibrate_method=q.CalibrationMethod[self._method],
                 calibration_cache_path=Path(self._folder.name) / "ranges.json",
@@ -203,7 +218,7 @@ def _constant_operands(model: onnx.ModelProto) -> list[str]:
     return [n.name for n in model.graph.node if n.op_type in kinds and constants & set(n.input)]
 
 
-def _quantizable() -> list[str]:
+def quantizable() -> list[str]:
     """Operators to quantize: all that ONNX Runtime can, except Softmax and Pad."""
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 

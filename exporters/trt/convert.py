@@ -11,7 +11,7 @@ from typing import Any
 from exporters.artifact import onnx_file
 from exporters.artifact.session import Array
 from exporters.device.compiled_cache import sidecar_path
-from exporters.ort import int8, quantize
+from exporters.ort import int8, quantize, trained
 from exporters.trt import build, driver
 from exporters.trt import plan as trt_plan
 from exporters.trt.build import Options
@@ -53,7 +53,8 @@ def build_plan(
     make_parent(plan)
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / source.name
-        onnx_file.write_onnx(quantize.at_precision(proto, precision, calibration), graph)
+        ranges = trained.beside(source)
+        onnx_file.write_onnx(quantize.at_precision(proto, precision, calibration, ranges), graph)
         built = build.EngineBuilder(trt, graph, shape[1:], options).build()
     batch, cache = shape[0], options.timing_cache
     sidecar = {

@@ -22,6 +22,7 @@ SECTIONS = (
     "teach",
     "cache",
     "distill",
+    "quantize",
     "evaluate",
     "export",
     "build",

@@ -1,0 +1,381 @@
+"""Quantization-aware distillation: folding, learned ranges, simulation against exported network, resuming."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from exporters.artifact import agreement, inputs, onnx_file
+from exporters.artifact.eager import EagerSession
+from exporters.ort import export, int8, placement, quantize, simulated, trained
+from exporters.ort.session import OrtSession
+from pipeline.core import artifacts
+from pipeline.core.errors import UserError
+from pipeline.data.prepared import Prepared, normalised
+from pipeline.distill import distill
+from pipeline.distill.settings import Distill
+from pipeline.models import checkpoint
+from pipeline.models.ranges import symmetric
+from pipeline.quantize import fine_tune, folding, simulation
+from pipeline.quantize.lsq import Quantizer
+from pipeline.quantize.settings import Quantize
+from tests.conftest import CNN, Once
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+SETTINGS = Quantize(steps=12)
+# With a convolution in front of every batch norm: residuals, hard-swish and squeeze-excite, relu6, branches, GELU.
+FAMILIES = (
+    "test_resnet",
+    "mobilenetv3_small_050",
+    "efficientnet_lite0",
+    "repvgg_a0",
+    "convnext_atto",
+)
+
+
+def reactive(name: str) -> nn.Module:
+    """A student of 10 classes whose batch norms and layer scales do something."""
+    torch.manual_seed(0)
+    network = checkpoint.create(name, {}, 10)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+        if isinstance(getattr(module, "gamma", None), nn.Parameter):
+            nn.init.uniform_(module.gamma, 0.5, 1.5)
+    return network.eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_folded_student_and_the_plain_one_it_is_written_back_to_compute_the_same(
+    name: str,
+) -> None:
+    network, x = reactive(name), torch.from_numpy(inputs.smooth(4, 64, 64))
+    folded = folding.merge_branches(copy.deepcopy(network))
+    norms = folding.fold(folded, 64)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    plain = folding.unfold(folded, copy.deepcopy(network), norms)
+    with torch.no_grad():
+        reference = network(x)
+        for other in (folded, folded.train(), plain):
+            assert (other(x) - reference).abs().max() <= 2e-4 * reference.std()
+    assert plain.state_dict().keys() == network.state_dict().keys()
+    again = folding.merge_branches(copy.deepcopy(plain))
+    folding.fold(again, 64)
+    for key, value in folded.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_networks_that_cannot_be_folded_are_refused() -> None:
+    with pytest.raises(UserError, match="whose batch norm .* follows no convolution; expected"):
+        folding.fold(checkpoint.create("densenet121", {}, 10), 64)
+    with pytest.raises(UserError, match="which merges .* at its export; expected"):
+        folding.merge_branches(checkpoint.create("mobileone_s0", {}, 10))
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_the_gradients_are_those_of_pytorchs_learnable_quantizer(axis: int | None) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, 4, requires_grad=True)
+    scales = (
+        torch.full((6,), 0.005) + 0.01 * torch.rand(6) if axis is not None else torch.tensor(0.01)
+    )
+    own = Quantizer(scales, -127, 127, axis)
+    assert (x / own.scale.max()).abs().max() > 127  # some are cut off
+    weights = torch.randn(6, 5, 4)
+    (own(x) * weights).sum().backward()
+    mine, to_x = own.log_scale.grad, x.grad
+    x.grad, scale = None, scales.clone().requires_grad_()
+    factor = 1 / np.sqrt((x.numel() if axis is None else 20) * 127)
+    if axis is None:
+        call = torch._fake_quantize_learnable_per_tensor_affine
+        y = call(x, scale.view(1), torch.zeros(1), -127, 127, factor)
+    else:
+        call = torch._fake_quantize_learnable_per_channel_affine
+        y = call(x, scale, torch.zeros(6), 0, -127, 127, factor)
+    (y * weights).sum().backward()
+    assert torch.allclose(own(x), y, atol=1e-6) and torch.allclose(to_x, x.grad)
+    assert torch.allclose(mine, scale.grad * scales, rtol=1e-3, atol=1e-5)
+
+
+def test_a_range_does_not_pass_the_clip_that_int8_takes_over() -> None:
+    quantizer = Quantizer(torch.tensor(6 / 255), 0, 255, ceiling=6.0)
+    with torch.no_grad():
+        quantizer.log_scale.add_(1)
+    assert quantizer.scale.item() * 255 == pytest.approx(6, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def chain(digits: Path, teacher_path: Path, features: Path, once: Once) -> Path:
+    """A student distilled by `logits` for 150 steps, fine-tuned for 12: checkpoints, ONNX, simulated logits."""
+
+    def make(folder: Path) -> None:
+        prepared = Prepared.open(digits)
+        config = Distill(("logits",), "test_resnet", CNN, steps=150)
+        shared = (prepared, teacher_path, features)
+        distill.distill(config, "logits", *shared, folder / "distilled", folder / "work")
+        x = calibration(prepared, folder)
+        student, simulated_by = started(folder, x)
+        fine_tune.fine_tune(
+            config, SETTINGS, student, simulated_by, *shared, folder / "trained", folder / "work"
+        )
+        with torch.no_grad():
+            np.save(folder / "simulated.npy", student.folded.eval()(torch.from_numpy(x)).numpy())
+        export.export(folder / "trained" / "student.safetensors", folder / "student.onnx")
+        shutil.copy(folder / "trained" / "student-ranges.json", folder)
+
+    return once("quantized", make)
+
+
+def calibration(prepared: Prepared, folder: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
+    preprocess = checkpoint.describe(folder / "distilled" / "student.safetensors")["preprocess"]
+    return normalised(prepared.images.squares(prepared.rows("train")[:400]), preprocess)
+
+
+def started(folder: Path, x: Any) -> tuple[fine_tune.Student, simulation.Simulation]:
+    student = fine_tune.Student.load(folder / "distilled" / "student.safetensors")
+    found, layers = simulated.simulate(student, x, SETTINGS, 18, "minmax", judge=False)
+    assert layers == []
+    return student, found
+
+
+def images(chain: Path, digits: Path) -> int8.CalibrationImages:
+    x = calibration(Prepared.open(digits), chain)
+    return int8.CalibrationImages(x, x, np.full(len(x), -1))
+
+
+def test_the_exported_network_computes_its_simulation(
+    chain: Path, digits: Path, tmp_path: Path
+) -> None:
+    held = images(chain, digits)
+    proto = int8.quantize_within_gates(
+        chain / "student.onnx", held, int8.Settings(), agreement.Thresholds()
+    )
+    onnx_file.write_onnx(proto, tmp_path / "int8.onnx")
+    session = OrtSession(tmp_path / "int8.onnx", 1)
+    assert session.metadata["int8"] == "trained ranges, every node in int8"
+    logits = inputs.run_batches(session, held.calibration)
+    metrics, *_ = agreement.compare_outputs(
+        np.load(chain / "simulated.npy"), logits, "int8", agreement.Thresholds()
+    )
+    assert metrics["top1_agreement"] >= 0.995 and metrics["sqnr_centered_db"] > 30
+    calibrated = quantize.to_int8(onnx_file.read_onnx(chain / "student.onnx"), held.calibration)
+    assert proto.SerializeToString() != calibrated.SerializeToString()
+
+
+def test_the_scales_of_the_exported_network_are_the_trained_ones(chain: Path, digits: Path) -> None:
+    ranges = json.loads((chain / "student-ranges.json").read_text())
+    x = images(chain, digits).calibration[:8]
+    source = onnx_file.read_onnx(chain / "student.onnx")
+    with quantize.Calibrated(source, x) as network:
+        found, _ = trained.read(network.quantized(ranges=ranges))
+    assert found["activations"] == ranges["activations"] and found["weights"] == ranges["weights"]
+    first = json.loads((chain / "trained" / "student.json").read_text())["weights_sha256"]
+    assert ranges["weights_sha256"] == first
+
+
+def test_tensorrt_gets_the_trained_ranges_on_signed_grids(chain: Path, digits: Path) -> None:
+    ranges = json.loads((chain / "student-ranges.json").read_text())
+    source = onnx_file.read_onnx(chain / "student.onnx")
+    x = images(chain, digits).calibration[:8]
+    proto = quantize.at_precision(source, "int8", x, ranges)
+    constants = {w.name: onnx.numpy_helper.to_array(w) for w in proto.graph.initializer}
+    for name, grid in ranges["activations"].items():
+        assert constants[f"{name}_scale"] == np.float32(symmetric(grid))
+        assert constants[f"{name}_zero_point"] == 0
+        assert constants[f"{name}_zero_point"].dtype == np.int8
+
+
+def test_what_one_operator_of_pytorch_computes_stays_in_one_piece() -> None:
+    """GELU is five nodes in ONNX: none of them is quantized, the layers around it are."""
+    network = reactive("convnext_atto")
+    folding.fold(network, 32)
+    x = inputs.smooth(8, 32, 32)
+    proto = export._trace(network, 32, 18)
+    sites = simulation.Sites(network, torch.from_numpy(x[:1]))
+    with quantize.Calibrated(proto, x) as calibrated:
+        placed = placement.place(calibrated, x[:1], sites.computed, [], "int32")
+        nodes = {n.name: n.op_type for n in calibrated.folded.graph.node}
+    kinds = {nodes[name] for name in placed.ranges["floating"]}
+    assert kinds == {"Add", "Mul", "LayerNormalization"}  # ONNX Runtime has no int8 Div and Erf
+    assert len(placed.weights) == sum(kind in quantize.PRODUCTS for kind in nodes.values())
+    assert set(sites.find(placed.values, placed.owners).values()) == set(
+        placed.ranges["activations"]
+    )
+
+
+def test_first_last_and_the_most_sensitive_layers_stay_in_float_by_the_settings() -> None:
+    groups = ["stem", "a", "b", "c", "head"]
+    alone = dict(zip(groups, (10.0, 30.0, 12.0, 20.0, 5.0), strict=True))
+    chosen = simulated.floating_groups
+    assert chosen(groups, alone, Quantize()) == []
+    ends = Quantize(first="float", last="float", floating=2)
+    assert chosen(groups, alone, ends) == ["stem", "head", "b", "c"]
+
+
+def test_ranges_of_other_weights_or_of_another_network_are_refused(
+    chain: Path, tmp_path: Path
+) -> None:
+    shutil.copy(chain / "student.onnx", tmp_path)
+    ranges = json.loads((chain / "student-ranges.json").read_text())
+    path = tmp_path / "student-ranges.json"
+    artifacts.write_json(path, {**ranges, "weights_sha256": "0" * 64})
+    with pytest.raises(
+        UserError, match="got ranges of the weights 000000000000; expected those of"
+    ):
+        trained.beside(tmp_path / "student.onnx")
+    artifacts.write_json(path, {**ranges, "floating": ["no such node"]})
+    found = trained.beside(tmp_path / "student.onnx")
+    assert found is not None
+    with pytest.raises(UserError, match="got 'no such node', which the network does not have"):
+        trained.overrides(onnx_file.read_onnx(tmp_path / "student.onnx"), found, symmetric=False)
+
+
+PARAMS = {
+    "distill": {
+        "methods": ["logits"],
+        "student": "test_resnet",
+        "student_kwargs": CNN,
+        "steps": 150,
+        "checkpoint_every": 3,
+    },
+    "cache": {"dtype": "float32", "views": 2, "shard_mb": 9},
+    "export": {"calibration_images": 64, "reference_images": 32},
+    "build": {},
+    "evaluate": {"split": "test", "crop_pct": 1.0},
+}
+
+
+@pytest.fixture
+def stage(
+    chain: Path, digits: Path, teacher_path: Path, features: Path, tmp_path: Path, command: Command
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`stage(steps)`: the stage on the chain's student, into tmp_path / out."""
+    from tests import artefacts
+
+    shutil.copytree(chain / "distilled", tmp_path / "students" / "logits")
+    (tmp_path / "selection.json").write_text(json.dumps(artefacts.selection("logits")))
+
+    def run(steps: int, out: str = "out") -> subprocess.CompletedProcess[str]:
+        params = tmp_path / "params.yaml"
+        params.write_text(json.dumps({**PARAMS, "quantize": {"steps": steps}}))
+        paths = [digits, teacher_path, features, tmp_path / "students", tmp_path / "selection.json"]
+        outs = [tmp_path / out, tmp_path / f"{out}.json"]
+        options = ["--params", params, "--work", tmp_path / "work"]
+        return command("stages.quantize", *paths, *outs, *options)
+
+    return run
+
+
+def test_the_stage_measures_both_kinds_of_int8_in_every_runtime(stage: Any, tmp_path: Path) -> None:
+    done = stage(12)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "out.json").read_text())
+    rows = {(row["target"], row["ranges"]): row for row in figures["rows"]}
+    for by in ("calibration", "training"):
+        assert abs(rows["ort-int8", by]["top1"] - figures["fp32_top1"]) <= 0.1
+        assert rows["ort-int8", by]["sqnr_centered_db"] > 15
+    assert len(figures["layers"]) == 17 and figures["training"]["steps"] == 12
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        *("student.safetensors", "student.json", "student-ranges.json")
+    }
+    assert "fp32" in done.stdout and "ort-int8 by training" in done.stdout
+
+
+def test_with_0_steps_the_export_is_that_of_the_distilled_student_to_the_byte(
+    stage: Any, digits: Path, teacher_path: Path, tmp_path: Path, command: Command
+) -> None:
+    done = stage(0)
+    assert done.returncode == 0 and "stays as it was distilled" in done.stdout
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["quantized.json"]
+    hashes = []
+    for quantized in (tmp_path / "out", tmp_path / "nothing"):
+        paths = [
+            tmp_path / "students",
+            tmp_path / "selection.json",
+            quantized,
+            teacher_path,
+            digits,
+        ]
+        out = tmp_path / f"export-{quantized.name}"
+        done = command("stages.export", *paths, out, "--params", tmp_path / "params.yaml")
+        assert done.returncode == 0, done.stderr
+        hashes.append({p.name: artifacts.sha256(p) for p in out.iterdir()})
+    assert hashes[0] == hashes[1] and "student-ranges.json" not in hashes[0]
+
+
+def test_stopped_and_run_again_the_student_is_the_same(
+    stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stage(12, "whole").returncode == 0
+    step, calls = distill.train_step, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(arguments[1])
+        if len(calls) == 8:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(distill, "train_step", interrupted)
+    assert stage(12).returncode == 128 + signal.SIGTERM
+    assert stage(12).returncode == 0 and calls == list(range(12))
+    for name in ("student.safetensors", "student-ranges.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_stage_goes_on_with_the_projectors_of_the_distillation(
+    digits: Path, teacher_path: Path, features: Path, tmp_path: Path
+) -> None:
+    from pipeline.distill.trainer import build
+
+    prepared = Prepared.open(digits)
+    config = Distill(("cakd",), "test_resnet", CNN, steps=3)
+    shared = (prepared, teacher_path, features)
+    distill.distill(config, "cakd", *shared, tmp_path / "s", tmp_path / "work")
+    trainer = build(config, "cakd", *shared)
+    fine_tune.load_projectors(trainer.objective, tmp_path / "s" / "projectors.safetensors")
+    saved = checkpoint.load_file(tmp_path / "s" / "projectors.safetensors")
+    own = trainer.objective.projectors()
+    assert own is not None and all(torch.equal(own[key], value) for key, value in saved.items())
+
+
+def test_a_bundle_of_it_holds_the_trained_ranges_and_verifies(
+    chain: Path, digits: Path, tmp_path: Path, command: Command
+) -> None:
+    done = command("exporters.bundle", chain / "student.onnx", tmp_path / "b", "--calib", digits)
+    assert done.returncode == 0, done.stderr
+    proto = onnx_file.read_onnx(tmp_path / "b" / "model-int8-cpu.onnx")
+    assert onnx_file.read_metadata(proto)["int8"].startswith("trained ranges")
+    for runtime in ("ort", "ov"):
+        verified = command_in(tmp_path / "b", runtime)
+        assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+def command_in(bundle: Path, runtime: str) -> subprocess.CompletedProcess[str]:
+    import sys
+
+    argv = [sys.executable, "-m", "bundle.run", "--verify", "--runtime", runtime]
+    return subprocess.run(argv, cwd=bundle, capture_output=True, text=True)
+
+
+def test_the_simulated_student_is_a_session_like_any_other(chain: Path, digits: Path) -> None:
+    x = calibration(Prepared.open(digits), chain)
+    student, found = started(chain, x)
+    before = inputs.run_batches(EagerSession(student.folded, student.description, 1), x[:32])
+    found.attach(student.folded)
+    after = inputs.run_batches(EagerSession(student.folded, student.description, 1), x[:32])
+    assert 0 < np.abs(after - before).max() < 0.5 * before.std()
