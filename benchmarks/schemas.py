@@ -17,8 +17,9 @@ from exporters.artifact.formats import BundleManifest, ExportFile
 from pipeline.core import artifacts, cli, formats, students
 from pipeline.core.atomic import atomic
 from pipeline.core.validation import Format, schema_name
+from pipeline.models import ranges
 from pipeline.models.description import Description
-from pipeline.report.formats import accuracy, bench, edge
+from pipeline.report.formats import accuracy, bench, edge, quantize
 from pipeline.store.manifest import Manifest
 from stages.check import SECTIONS
 
@@ -38,6 +39,8 @@ TITLES: dict[type[Format], str] = {
     edge.Edge: "reports/edge.json",
     formats.Train: "reports/train/<method>.json",
     formats.Selection: "reports/selection.json",
+    quantize.Quantized: "reports/quantize.json",
+    ranges.Ranges: "STEM-ranges.json beside a student's checkpoint or ONNX",
     formats.BuildFile: "artifacts/build/<target>/build.json",
     formats.ParityFile: "artifacts/build/<target>/parity.json and reports/parity.json",
     Description: "The JSON beside a checkpoint",

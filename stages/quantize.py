@@ -68,7 +68,9 @@ def quantize(args: argparse.Namespace, settings: Quantize) -> dict[str, Any]:
     selection = artifacts.read(args.selection, Selection, "run select again")
     method, name = selection["selected"], selection.get("student", MAIN)
     export, build = config.load(Export, args.params), config.load(Build, args.params)
-    student = fine_tune.Student.load(folder_of(args.students, name) / method / "student.safetensors")
+    student = fine_tune.Student.load(
+        folder_of(args.students, name) / method / "student.safetensors"
+    )
     preprocess = student.description["preprocess"]
     preprocess["crop_pct"] = config.value("evaluate.crop_pct", args.params, default=1.0)
 

@@ -35,6 +35,7 @@ def main(args: argparse.Namespace) -> None:
         args.device,
         args.curves,
         args.students,
+        args.quantize,
     )
     summary = summarise(Sources(*files), config.value("bench.enabled", args.params), section)
     earlier = history.read(args.history)
@@ -118,6 +119,7 @@ def run_parser() -> argparse.ArgumentParser:
     add("edge_md", type=Path, help="out: the report for CI")
     add("index_html", type=Path, help="out: the report for people")
     add("--curves", type=Path, metavar="DIR", help="reports/curves, a CSV of losses per method")
+    add("--quantize", type=Path, metavar="JSON", help="reports/quantize.json")
     add("--pareto", type=Path, metavar="CSV", help="out: accuracy and latency, for `dvc plots`")
     add("--students", type=Path, metavar="JSON", help="reports/students.json, of several students")
     add("--params", type=Path, default=Path("params.yaml"))

@@ -11,7 +11,7 @@ from pipeline.core.validation import Format, Sha256, Text, key, schema_key, sche
 Scale = Annotated[float, Field(gt=0, le=1e15)]
 Bias = Literal["int32", "float"]
 LEVELS = (0, 255)  # of an activation in int8 for CPUs: unsigned
-WEIGHT_LEVELS = (-127, 127)  # symmetric, a scale per output channel
+WEIGHT_LEVELS = (-128, 127)  # a scale per output channel, no zero point
 SUFFIX = "-ranges.json"  # behind the stem of the checkpoint, and of its fp32 ONNX
 
 
@@ -23,7 +23,7 @@ class ActivationRange(Format):
 
 
 class WeightRange(Format):
-    """The grid of a weight: value = scale of its channel * level, level -127 to 127."""
+    """The grid of a weight: value = scale of its channel * level, level -128 to 127."""
 
     scales: list[Scale] = key("One per output channel.", min_length=1)
     axis: Annotated[int, Field(ge=0, le=3)] = key("Axis of the output channels in the ONNX.")
@@ -47,6 +47,6 @@ SCHEMA = schema_name(Ranges)
 
 
 def symmetric(grid: dict[str, Any]) -> float:
-    """The scale of the signed symmetric grid, -127 to 127, that covers an activation's range."""
+    """The scale of the signed symmetric grid that covers an activation's range."""
     low, high = (level - grid["zero_point"] for level in LEVELS)
     return float(max(-low, high) * grid["scale"] / WEIGHT_LEVELS[1])

@@ -18,6 +18,7 @@ from pipeline.report.charts import (
     curves,
     ecdf,
     forest,
+    layers,
     students,
     timeline,
     tradeoff,
@@ -35,6 +36,7 @@ FILTERS = (
     *("labels", "p50", "speedup", "precision", "parity", "status", "flat"),
     *("ratio", "interval", "clock", "day", "counted", "p50_interval", "details", "left_out"),
     *("p99", "over_deadline", "energy", "without_energy", "placed_on"),
+    "lost",
 )
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 
@@ -138,6 +140,7 @@ def _worded(summary: Summary) -> dict[str, Any]:
         "circumstances": wording.circumstances(summary["targets"]),
         "labels": wording.labels_in_words(summary["models"]),
         "deadline": wording.deadline(summary),
+        "int8_rows": wording.int8_rows(summary),
         "rows": [(t["target"], row) for t in summary["targets"] for row in wording.measured(t)],
         "forest_clocks": list(dict.fromkeys(wording.clock(pair) for pair in summary["pairs"])),
     }
@@ -158,6 +161,7 @@ def _charts(summary: Summary, name: str) -> dict[str, Any]:
         "baseline_forest": forest.draw(compared, f"{name}-baseline", "CPU time / baseline's"),
         "sizes": bars.draw(summary, "size_mb", f"{name}-sizes"),
         "memory": bars.draw(summary, "rss_mb", f"{name}-memory"),
+        "layers": layers.draw(summary.get("int8", {}).get("layers", []), f"{name}-layers"),
         "past_p50": past and timeline.latencies(past, f"{name}-past-p50"),
         "past_top1": past and timeline.accuracies(past, f"{name}-past-top1"),
     }

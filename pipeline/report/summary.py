@@ -32,10 +32,12 @@ from pipeline.report.family import family
 from pipeline.report.formats.accuracy import Accuracy, Device, TrainPerf
 from pipeline.report.formats.bench import Bench
 from pipeline.report.formats.edge import Edge
+from pipeline.report.formats.quantize import Quantized
 from pipeline.report.raw import thin, with_curves, with_samples
 from pipeline.report.verdict import MODELS, judge
 
 SCHEMA = schema_name(Edge)
+INT8 = ("steps", "method", "images", "fp32_top1", "rows", "layers")  # keys of quantize.json
 BASELINES = ("plain", "logits")  # every method is compared with these two, in points
 
 
@@ -77,7 +79,8 @@ class Report:
 class Sources:
     """The files of one run. `build` and `bench` are folders that hold one entry a target.
 
-    `curves` holds a CSV a method; without it the summary has no training curves.
+    `curves` holds a CSV a method; without it the summary has no training curves. `quantize` is quantize.json;
+    without it, or without steps in it, the summary has no int8.
     """
 
     accuracy: Path
@@ -88,6 +91,7 @@ class Sources:
     device: Path
     curves: Path | None = None
     students: Path | None = None  # read where the selection is one of several students
+    quantize: Path | None = None
 
 
 def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[str, Any]:
@@ -122,7 +126,8 @@ def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[
         latencies = artifacts.read(sources.students, Students, "run the stage students again")
         several = {"student": student, "family": family(accuracy, selection, latencies)}
         inputs["students"] = sources.students
-    summary = {
+    quantized = artifacts.read(sources.quantize, Quantized) if sources.quantize else {"steps": 0}
+    summary: dict[str, Any] = {
         "schema": SCHEMA,
         "title": config.title,
         "shipped": shipped,
@@ -146,6 +151,8 @@ def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[
         "comparisons": [],
         **({} if config.deadline_ms is None else {"deadline_ms": config.deadline_ms}),
     }
+    if quantized["steps"]:
+        summary["int8"] = {key: quantized[key] for key in INT8}
     summary["budgets"] = [judge_budget(summary, n, limit) for n, limit in config.budgets.items()]
     return {
         **summary,

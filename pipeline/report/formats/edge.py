@@ -32,6 +32,7 @@ from pipeline.report.budgets import BUDGET_NAME
 from pipeline.report.formats.accuracy import Model, Points
 from pipeline.report.formats.bench import Interval, Verdict
 from pipeline.report.formats.latency import LatencyRow, Measured, Skipped
+from pipeline.report.formats.quantize import Int8Row, Layer
 
 Bound = Annotated[float, Field(ge=-100, le=1e15)]
 
@@ -249,6 +250,17 @@ class Outcome(Format):
         return self
 
 
+class EdgeInt8(Format):
+    """What int8 costs the exported student, by calibration and after its fine-tuning."""
+
+    steps: Positive = key("Steps of the fine-tuning.")
+    method: Text = key("The method whose student was fine-tuned.")
+    images: Positive = key("Images of val behind the figures.")
+    fp32_top1: Fraction = key("Top-1 of the distilled student in float32.")
+    rows: list[Int8Row] = key("A row for each target and origin of the ranges.")
+    layers: list[Layer] = key("The layers of the student in graph order.")
+
+
 class Edge(Artefact):
     """Written by the stage report: one run in one file, with its verdicts.
 
@@ -277,6 +289,7 @@ class Edge(Artefact):
         "A model against its baseline, of a bench JSON after --against; empty in a summary of the stage."
     )
     deadline_ms: Milliseconds = optional("report.deadline_ms, where it is set.")
+    int8: EdgeInt8 = optional("From quantize.json; absent with quantize.steps 0.")
     verdict: Outcome = key("The verdict of the run.")
 
     @model_validator(mode="after")
