@@ -28,7 +28,7 @@ from pipeline.core.errors import GateFailed, UserError
 from pipeline.core.students import MAIN
 from pipeline.core.validation import schema_name
 from pipeline.report.raw import without_raw
-from stages import build, device, distill, evaluate, select, students
+from stages import build, device, distill, evaluate, quantize, select, students
 from tests.conftest import CNN
 from tests.test_report import Run, summary
 
@@ -261,7 +261,8 @@ def train_and_evaluate(folder: Path, digits: Path, teacher: Path, features: Path
     cache = {"dtype": "float32", "views": 2, "shard_mb": 9}  # as the fixture `features`
     params = folder / "params-of-training.yaml"
     settings = {"distill": {"methods": methods, **student}, "cache": cache}
-    settings |= {"evaluate": {"crop_pct": 1.0}, "export": {"method": "best"}}
+    settings |= {"evaluate": {"crop_pct": 1.0}, "export": {"method": "best"}, "build": {}}
+    settings |= {"quantize": {"steps": 3}}
     params.write_text(json.dumps(settings))
     for method in methods:
         args = {"prepared": digits, "teacher": teacher, "features": features, "method": method}
@@ -273,7 +274,11 @@ def train_and_evaluate(folder: Path, digits: Path, teacher: Path, features: Path
     inputs = {"prepared": digits, "teacher": teacher, "students": folder / "students"}
     evaluate.main(Namespace(**inputs, train=folder / "train", **outs, params=params))
     chosen = {"prepared": digits, "students": folder / "students", "params": params}
-    select.main(Namespace(**chosen, out=folder / "judged" / "selection.json"))
+    selection = folder / "judged" / "selection.json"
+    select.main(Namespace(**chosen, out=selection))
+    outs = {"out": folder / "quantized", "figures": folder / "judged" / "quantize.json"}
+    shared = {"teacher": teacher, "features": features, "work": folder / "work"}
+    quantize.main(Namespace(**chosen, **shared, **outs, selection=selection))
 
 
 def measure_untrained(folder: Path, digits: Path) -> None:
