@@ -19,8 +19,6 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.runs import Runs, command, merged
-from exporters.artifact import inputs
-from exporters.artifact.eager import EagerSession
 from exporters.artifact.reference import Exported
 from exporters.artifact.session import TARGETS
 from exporters.bench.compare import compare_artefacts
@@ -30,7 +28,7 @@ from exporters.open import RUNTIMES
 from exporters.ort import simulated
 from exporters.ort.export import Export, export_model
 from exporters.parity import int8
-from pipeline.core import artifacts, cli, machine
+from pipeline.core import artifacts, cli
 from pipeline.data.prepared import normalised, spread
 from pipeline.distill import distill, trainer
 from pipeline.distill.settings import Distill
@@ -104,8 +102,7 @@ def trained(
     simulation, _ = simulated.simulate(
         student, calibration, quantize, export.opset, build.int8_calibration, judge=False
     )
-    plain = EagerSession(student.plain, student.description, machine.usable_cores())
-    fp32 = int8.top1(inputs.run_batches(plain, held_out[0]), held_out[1])
+    fp32 = int8.top1(int8.in_float64(student.plain, held_out[0]), held_out[1])
     arguments = (held_out, calibration, export.opset, build)
     models = (student.plain, student.plain)
     measured = int8.measure(models, student.description, *arguments)

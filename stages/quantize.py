@@ -51,8 +51,6 @@ def quantize(args: argparse.Namespace, settings: Quantize) -> dict[str, Any]:
 
     Raises UserError: a student that cannot be folded or exported, a stale feature cache; GateFailed: ONNX parity.
     """
-    from exporters.artifact import inputs
-    from exporters.artifact.eager import EagerSession
     from exporters.build import Build
     from exporters.ort.export import Export
     from exporters.ort.simulated import simulate
@@ -92,9 +90,7 @@ def quantize(args: argparse.Namespace, settings: Quantize) -> dict[str, Any]:
         opset=export.opset,
         settings=build,
     )
-    logits = inputs.run_batches(
-        EagerSession(student.plain, student.description, machine.usable_cores()), held_out[0]
-    )
+    logits = int8.in_float64(student.plain, held_out[0])
     rows = measure((student.plain, student.plain))
     trained = fine_tune.fine_tune(
         config.load(Distill, args.params).of_student(name),

@@ -35,7 +35,7 @@ from pipeline.report import gallery, page, summary  # noqa: F401
 from pipeline.store import writing  # noqa: F401
 
 CLOCKED = {"img_per_s", "stage_ms", "stall_fraction", "peak_mb", "seconds"}
-WITH_CLOCKS = re.compile(r"reports/(train|parity\.json)|artifacts/build/.*\.json$")
+WITH_CLOCKS = re.compile(r"reports/(train|parity\.json|quantize\.json)|artifacts/build/.*\.json$")
 PLANS = (".plan", ".plan.json")  # TensorRT's, with its hash
 OF_A_BENCH = ("edge.json", "edge.md", "index.html", "pareto.csv")  # the same from the same bench
 
@@ -52,7 +52,7 @@ class Stage:
         """The same with its outs and its work folder below another folder."""
         argv = [f"{below}/{a}" if a in self.outs else a for a in self.argv]
         module = self.argv[0]
-        if module in ("stages.teach", "stages.cache", "stages.distill"):
+        if module in ("stages.teach", "stages.cache", "stages.distill", "stages.quantize"):
             argv += ["--work", f"{below}/.work/{module.removeprefix('stages.')}"]
         return Stage(self.name, tuple(argv), tuple(f"{below}/{o}" for o in self.outs))
 

@@ -70,11 +70,7 @@ def place(
         owners,
         values,
         {name: numpy_helper.to_array(constants[name]) for name in ranges["weights"]},
-        {
-            n.input[1]: owners[n.input[0]]
-            for n in _biased(calibrated.folded, ranges)
-            if bias == "int32"
-        },
+        _biased(calibrated.folded, ranges, owners) if bias == "int32" else {},
         _ceilings(calibrated.folded),
     )
 
@@ -86,9 +82,12 @@ def _reads_float(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]
     return any(constants[i].data_type == TensorProto.FLOAT for i in node.input if i in constants)
 
 
-def _biased(model: onnx.ModelProto, ranges: Mapping[str, Any]) -> list[onnx.NodeProto]:
-    """Quantized products with a bias of their own."""
-    return [n for n in model.graph.node if len(n.input) == 3 and n.input[1] in ranges["weights"]]
+def _biased(
+    model: onnx.ModelProto, ranges: Mapping[str, Any], owners: Mapping[str, str]
+) -> dict[str, str]:
+    """Weight of a quantized product with a bias of its own -> tensor whose range its input has."""
+    products = (n for n in model.graph.node if len(n.input) == 3)
+    return {n.input[1]: owners[n.input[0]] for n in products if n.input[1] in ranges["weights"]}
 
 
 def _ceilings(model: onnx.ModelProto) -> dict[str, float]:

@@ -164,11 +164,8 @@ class Simulation(nn.Module):
         ceilings: Mapping[str, float],
     ) -> None:
         super().__init__()
-        self._numbers, self._behind, self._inputs = (
-            dict(numbers),
-            dict(parameters),
-            dict(inputs),
-        )
+        self._numbers, self._inputs = dict(numbers), dict(inputs)
+        self._behind = dict(parameters)
         self._fixed = {"floating": list(ranges["floating"]), "bias": ranges["bias"]}
         self._zero_points = {n: g["zero_point"] for n, g in ranges["activations"].items()}
         self._axes = {n: g["axis"] for n, g in ranges["weights"].items()}
