@@ -143,6 +143,26 @@ def test_int8_is_asymmetric_u8_for_cpus_and_symmetric_s8_for_tensorrt(exported: 
     assert gpu == {"activation": {"int8 per tensor"}, "weight": {"int8 per channel"}}
 
 
+def test_int8_weights_are_a_quarter_of_the_size_and_compute_in_float32(
+    exported: Path, tmp_path: Path, command: Command
+) -> None:
+    source, out = exported / "student.onnx", tmp_path / "s.onnx"
+    done = command("exporters.ort", source, out, "--precision", "int8-weights")
+    assert done.returncode == 0 and "computes in fp32, weights only" in done.stdout, done.stderr
+    proto = onnx_file.read_onnx(tmp_path / "s-int8-weights.onnx")
+    assert [n.op_type for n in proto.graph.node].count("DequantizeLinear") == 17
+    held = {w.name: onnx.numpy_helper.to_array(w) for w in proto.graph.initializer}
+    for weight in quantize.fold(onnx_file.read_onnx(source)).graph.initializer:
+        if f"{weight.name}_quantized" in held:
+            levels = np.moveaxis(held[f"{weight.name}_quantized"].astype(np.float32), 0, -1)
+            exact = np.moveaxis(onnx.numpy_helper.to_array(weight), 0, -1)
+            scale = held[f"{weight.name}_scale"]
+            assert (np.abs(levels * scale - exact) <= 0.501 * scale).all()
+    assert sum(w.ByteSize() for w in proto.graph.initializer) < 0.35 * sum(
+        w.ByteSize() for w in onnx_file.read_onnx(source).graph.initializer
+    )
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

@@ -1,7 +1,7 @@
 """Checkpoint -> ONNX, checked in ONNX Runtime; its fp16 and int8 versions.
 
-`python -m exporters.ort CHECKPOINT student.onnx [--opset N] [--precision fp32,fp16,int8] [--calib DIR]
-[--force] [--shape B,C,H,W]`
+`python -m exporters.ort CHECKPOINT student.onnx [--opset N] [--precision fp32,fp16,int8,int8-weights]
+[--calib DIR] [--force] [--shape B,C,H,W]`
 CHECKPOINT may be any .onnx file: it is checked, copied and converted without torch. A precision that fails its
 gate is not written; one that parity cannot decide only with --force.
 """
@@ -16,12 +16,13 @@ from pathlib import Path
 from exporters.artifact import agreement
 from exporters.artifact.input_shape import add_shape_option, fixed_input
 from exporters.artifact.precision import (
+    PRECISIONS,
     add_conversion_options,
     parse_precisions,
     precision_path,
     run_all,
 )
-from exporters.ort import int8
+from exporters.ort import int8, quantize
 from exporters.ort.export import OPSET, convert_onnx, export, write_embedded
 from pipeline.core import cli
 from pipeline.core.errors import UserError
@@ -29,7 +30,7 @@ from pipeline.core.errors import UserError
 
 def main(args: argparse.Namespace) -> None:
     """Write each precision beside `out` and print one line a file; a failed gate is raised after the last."""
-    precisions = parse_precisions(args.precision)
+    precisions = parse_precisions(args.precision, (*PRECISIONS, quantize.WEIGHTS))
     is_onnx = args.checkpoint.suffix == ".onnx"
     if args.out.suffix != ".onnx":
         raise UserError(

@@ -124,7 +124,9 @@ def convert_onnx(
     settings: int8.Settings,
     force: bool = False,
 ) -> dict[str, Any]:
-    """fp32 ONNX `source` -> `out` at fp32 (a checked copy), fp16 or int8 (from `images`); returns its parity row.
+    """fp32 ONNX `source` -> `out` at fp32 (a checked copy), fp16, int8 (from `images`) or with int8 weights.
+
+    Returns its parity row.
 
     Raises GateFailed, and leaves `out` as it was, where the verdict is FAIL, or UNDECIDED without `force`.
     """
@@ -133,6 +135,8 @@ def convert_onnx(
     x, labels = inputs.probe_images(reference), None
     if precision == "fp16":
         proto = quantize.to_fp16(proto)
+    elif precision == quantize.WEIGHTS:
+        proto = quantize.with_int8_weights(proto)
     elif precision == "int8":
         assert images is not None
         proto = int8.quantize_within_gates(source, images, settings, agreement.Thresholds())

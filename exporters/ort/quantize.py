@@ -22,6 +22,7 @@ from pipeline.core.errors import UserError
 if TYPE_CHECKING:
     import onnx
 
+WEIGHTS = "int8-weights"  # the precision of `with_int8_weights`
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 PER_CHANNEL_OPSET = 13  # the first whose QuantizeLinear takes an axis
@@ -37,6 +38,39 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
         half = convert_float_to_float16(fold(model), keep_io_types=True)
         OnnxModel.graph_topological_sort(half.graph)  # the converter appends the input's Cast last
     return _with_metadata(half, model, "fp16")
+
+
+def with_int8_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Weights of convolutions and products as s8, a scale per output channel; arithmetic stays in float32."""
+    from onnx import helper, numpy_helper
+
+    with onnx_file.library_errors(model, "int8-weights"):
+        folded = fold(model)
+    graph = folded.graph
+    weights = {w.name: numpy_helper.to_array(w) for w in graph.initializer}
+    axes = {n.input[1]: _channel_axis(n) for n in graph.node if n.op_type in PRODUCTS}
+    nodes, kept = [], [w for w in graph.initializer if w.name not in axes]
+    for name, axis in axes.items():
+        if name not in weights or weights[name].dtype != np.float32:
+            continue
+        others = tuple(d for d in range(weights[name].ndim) if d != axis)
+        scales = np.maximum(np.abs(weights[name]).max(axis=others), 1e-30) / np.float32(127)
+        shape = [-1 if d == axis else 1 for d in range(weights[name].ndim)]
+        levels = np.rint(weights[name] / scales.reshape(shape)).astype(np.int8)
+        parts = {f"{name}_quantized": levels, f"{name}_scale": scales}
+        kept += [numpy_helper.from_array(value, part) for part, value in parts.items()]
+        nodes.append(helper.make_node("DequantizeLinear", [*parts], [name], f"{name}_d", axis=axis))
+    nodes += graph.node
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(kept)
+    return onnx_file.add_metadata(_with_metadata(folded, model, "int8"), int8="weights only")
+
+
+def _channel_axis(node: onnx.NodeProto) -> int:
+    """The axis of the output channels in the weight of a convolution or product."""
+    transposed = any(a.name == "transB" and a.i for a in node.attribute)
+    return 0 if node.op_type == "Conv" or transposed else 1
 
 
 def to_int8(
