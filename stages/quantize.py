@@ -92,8 +92,9 @@ def quantize(args: argparse.Namespace, settings: Quantize) -> dict[str, Any]:
     )
     logits = int8.in_float64(student.plain, held_out[0])
     rows = measure((student.plain, student.plain))
+    distill = config.load(Distill, args.params)
     trained = fine_tune.fine_tune(
-        config.load(Distill, args.params).of_student(name),
+        distill.of_student(name),
         settings,
         student,
         simulation,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import UserError
-from pipeline.report import page, summary, wording
+from pipeline.report import page, summary
 from pipeline.report.charts import layers
 from tests.test_charts import said
 from tests.test_report import ENABLED, HEAD, Run, cells, run, stage  # noqa: F401 - the fixture
@@ -46,7 +46,7 @@ def test_both_reports_show_what_int8_loses_by_calibration_and_after_training(run
     whole = page.page([edge])
     assert "by calibration" in whole and "200 steps of fine-tuning" in whole
     assert "Sensitivity of the layers" in whole
-    (row,) = wording.int8_rows(edge)
+    (row,) = int8.int8_rows(edge)
     assert row["time"] is None or row["time"] > 0
 
 

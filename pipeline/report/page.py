@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.report import history, wording
+from pipeline.report import history, int8, wording
 from pipeline.report.charts import (
     bars,
     canvas,
@@ -140,7 +140,7 @@ def _worded(summary: Summary) -> dict[str, Any]:
         "circumstances": wording.circumstances(summary["targets"]),
         "labels": wording.labels_in_words(summary["models"]),
         "deadline": wording.deadline(summary),
-        "int8_rows": wording.int8_rows(summary),
+        "int8_rows": int8.int8_rows(summary),
         "rows": [(t["target"], row) for t in summary["targets"] for row in wording.measured(t)],
         "forest_clocks": list(dict.fromkeys(wording.clock(pair) for pair in summary["pairs"])),
     }
