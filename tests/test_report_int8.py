@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import UserError
-from pipeline.report import page, summary
+from pipeline.report import int8, page, summary
 from pipeline.report.charts import layers
 from tests.test_charts import said
 from tests.test_report import ENABLED, HEAD, Run, cells, run, stage  # noqa: F401 - the fixture
