@@ -36,9 +36,9 @@ def main(args: argparse.Namespace) -> None:
         )
         text = summary(figures)
     else:
-        with atomic_dir(args.out) as folder:
-            artifacts.write_json(folder / "quantized.json", {"schema": SCHEMA, "steps": 0})
         text = "the student stays as it was distilled (quantize.steps: 0)"
+        with atomic_dir(args.out) as folder:
+            (folder / "nothing.txt").write_text(f"{text}\n")
     document = {"schema": SCHEMA, **artifacts.rounded(figures, 4)}
     artifacts.write_json(
         args.figures, {**document, "machine": machine.machine(), "provenance": provenance}

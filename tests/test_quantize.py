@@ -301,7 +301,7 @@ def test_with_0_steps_the_export_is_that_of_the_distilled_student_to_the_byte(
 ) -> None:
     done = stage(0)
     assert done.returncode == 0 and "stays as it was distilled" in done.stdout
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["quantized.json"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["nothing.txt"]
     hashes = []
     for quantized in (tmp_path / "out", tmp_path / "nothing"):
         paths = [
