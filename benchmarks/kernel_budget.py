@@ -19,7 +19,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pipeline.core import artifacts, cli
-from pipeline.distill.kernels import dropout, flash, gram, group_linear, small, swap_mix
+from pipeline.distill.kernels import (
+    dropout,
+    flash,
+    flash_gradient,
+    gram,
+    group_linear,
+    small,
+    swap_mix,
+)
 from pipeline.distill.kernels.configs import ARCHITECTURES, SHARED_KB, Config, config
 
 BUDGET = Path(__file__).parent / "results" / "kernel-budget.json"
@@ -29,13 +37,13 @@ KERNELS: dict[str, Any] = {
     "swap_mix": swap_mix.swap_mix_kernel,
     "dropout": dropout.dropout_kernel,
     "gram": gram.gram_kernel,
-    "small": small.small_kernel,
-    "flash_forward": flash.flash_forward_kernel,
-    "flash_queries": flash.flash_queries_kernel,
-    "flash_keys": flash.flash_keys_kernel,
+    "small_losses": small.small_losses_kernel,
+    "small_gradient": small.small_gradient_kernel,
+    "flash_losses": flash.flash_losses_kernel,
+    "flash_queries": flash_gradient.flash_queries_kernel,
+    "flash_keys": flash_gradient.flash_keys_kernel,
     "gl_project": group_linear.project_kernel,
-    "gl_input": group_linear.input_kernel,
-    "gl_weight": group_linear.weight_kernel,
+    "gl_gradients": group_linear.gradients_kernel,
 }
 CONSTANTS = {  # of ViT's heads, 64 wide, and the mask of every element
     "SCALE": 0.125,
@@ -45,16 +53,27 @@ CONSTANTS = {  # of ViT's heads, 64 wide, and the mask of every element
     "ZERO": False,
     "PRECISION": "ieee",
     "TARGET": True,
+    "LOSS": True,
+    "OUT": True,
+    "DROP": True,
 }
 TYPES = {  # of the arguments that are not strides or counts
     **dict.fromkeys(("student", "teacher", "out", "gradient", "doubled", "tokens"), "*bf16"),
-    **dict.fromkeys(("weight", "bias", "target", "residual", "upstream"), "*bf16"),
-    **dict.fromkeys(("d_weight", "d_bias"), "*bf16"),
-    **dict.fromkeys(("losses", "log_sums", "deltas"), "*fp32"),
+    **dict.fromkeys(("weight", "bias", "target", "residual", "up_out"), "*bf16"),
+    **dict.fromkeys(("d_tokens", "d_weight", "d_bias"), "*bf16"),
+    **dict.fromkeys(("partial", "loss", "loss_gram", "log_sums", "deltas"), "*fp32"),
+    **dict.fromkeys(("up_attention", "up_gram", "up_loss"), "*fp32"),
+    "arrived": "*i32",
     **dict.fromkeys(("ids", "stream", "order", "tiles", "groups"), "*i64"),
-    **dict.fromkeys(("scale", "count"), "fp32"),
+    **dict.fromkeys(("scale", "kept", "of_attention", "of_gram"), "fp32"),
 }
 ALIGNED = re.compile(r"[stgox]_[bnmh]$|channels$|width$")
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # of a kernel, with other constants
+    **{name: (name, {}) for name in KERNELS},
+    "small_losses, d 80": ("small_losses", {"WIDTH": 80, "COLUMNS": 128}),
+    "small_gradient, d 80": ("small_gradient", {"WIDTH": 80, "COLUMNS": 128}),
+    "gl_gradients, loss alone": ("gl_gradients", {"OUT": False}),
+}
 PRODUCT = {
     8: "HMMA",
     9: "HGMMA",
@@ -74,16 +93,22 @@ class CompiledKernel:
     products: int  # tensor-core instructions
 
 
-def build(kernel: str, architecture: int, settings: Config | None = None) -> CompiledKernel:
-    """Compile a kernel in bfloat16 with the table's configuration, or with `settings`."""
-    settings = settings or config(kernel, architecture)
+def build(
+    variant: str, architecture: int, settings: Config | None = None, kind: str = "bf16"
+) -> CompiledKernel:
+    """Compile a variant of a kernel, in bfloat16 or fp32, with the table's configuration or with `settings`."""
+    kernel, others = VARIANTS[variant]
+    table = config(kernel, architecture, others.get("WIDTH", 64)).of(4 if kind == "fp32" else 2)
+    settings = settings or table
     function = KERNELS[kernel]
     tiles = {"BLOCK": settings.block, "KEYS": settings.inner, "DEPTH": settings.inner}
     if settings.columns:
         tiles["COLUMNS"] = settings.columns
-    constants = {k: v for k, v in {**CONSTANTS, **tiles}.items() if k in function.arg_names}
+    constants = {
+        k: v for k, v in {**CONSTANTS, **others, **tiles}.items() if k in function.arg_names
+    }
     signature = {
-        name: "constexpr" if name in constants else TYPES.get(name, "i32")
+        name: "constexpr" if name in constants else TYPES.get(name, "i32").replace("bf16", kind)
         for name in function.arg_names
     }
     aligned = [["tt.divisibility", 16]]  # as at a real launch: without it no load is vectorised
@@ -158,7 +183,7 @@ def faults(
 
 def write_budget() -> dict[str, dict[str, int]]:
     """Build everything and write the budget file; the builds by `kernel sm_xx`."""
-    builds = {f"{k} sm_{a}": asdict(build(k, a)) for k in KERNELS for a in ARCHITECTURES}
+    builds = {f"{k} sm_{a}": asdict(build(k, a)) for k in VARIANTS for a in ARCHITECTURES}
     made_by = artifacts.versions(("triton",))
     artifacts.write_json(BUDGET, {"schema": SCHEMA, "versions": made_by, "builds": builds})
     return builds

@@ -12,7 +12,7 @@ GRAM_BFLOAT16 = 6e-3  # however near the student is
 
 def bound(name: str, kind: str) -> float:
     """The bound of one error by its name."""
-    if (name, kind) == ("gram gradient", "bfloat16"):
+    if name.endswith("gram gradient") and kind == "bfloat16":
         return GRAM_BFLOAT16
     of_loss, of_tensor = BOUNDS[kind]
     return of_tensor if re.search("gradient|out|residual", name) else of_loss

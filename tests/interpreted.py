@@ -17,7 +17,6 @@ import json
 import os
 import textwrap
 from collections.abc import Callable
-from functools import partial
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -27,10 +26,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from pipeline.distill import projectors
 from pipeline.distill.kernels import (
     dropout,
     eager,
     flash,
+    flash_gradient,
+    fused_gl,
+    fused_pca,
+    gl,
     gram,
     group_linear,
     reference,
@@ -40,7 +44,6 @@ from pipeline.distill.kernels import (
 )
 from pipeline.distill.kernels.configs import MAX_TOKENS
 from pipeline.distill.kernels.philox import Key
-from pipeline.distill.projectors import token_groups
 from tests.mutants import MUTANTS
 
 SHAPES = (
@@ -49,6 +52,7 @@ SHAPES = (
     (1, 64, 2, 32),
     (2, 65, 1, 32),
     (1, 196, 1, 64),
+    (1, 33, 2, 80),
 )  # B N H d
 DRAWS = (
     ("element", 0.5),
@@ -68,19 +72,23 @@ GROUPED = (  # B, grid, c, D: groups of 16 and 4; 16, 12, 12 and 9; 16; 16 and 4
 NEAR = (1.0, 0.1, 0.01)  # ||student - teacher|| / ||teacher||
 
 
+MODULES = (tiles, swap_mix, dropout, gram, small, flash, flash_gradient, group_linear)
+
+
 def plant(name: str) -> None:
     """Rebuild one jitted function from its source with the fault in it."""
     function, before, after = MUTANTS[name]
-    for module in (tiles, swap_mix, dropout, gram, small, flash, group_linear):
+    for module in MODULES:
         if not hasattr(module, function):
             continue
         jitted = getattr(module, function)
         source = textwrap.dedent(inspect.getsource(jitted.fn))
         assert source.count(before) >= 1, f"{name}: {before!r} is not in {function}"
         _rebuild(module, function, source.replace(before, after))
-    if function == "swap_mask":  # imported by name elsewhere
-        tiles.mixed_tile.fn.__globals__[function] = tiles.swap_mask
-        swap_mix.swap_mask = dropout.swap_mask = tiles.swap_mask
+        for other in MODULES:  # that import it by name
+            if getattr(other, function, None) is jitted:
+                setattr(other, function, getattr(module, function))
+        return
 
 
 def _rebuild(module: object, function: str, source: str) -> None:
@@ -93,9 +101,12 @@ def _rebuild(module: object, function: str, source: str) -> None:
 
 
 def relative(got: Tensor, exact: Tensor) -> float:
-    """||got - exact|| / ||exact||; where the exact one is 0, the norm of what was got."""
+    """||got - exact|| / ||exact||; where the exact one is 0, the norm of what was got.
+
+    Below 1e-20 it is 0: the rounding of two equal float64 values on some CPUs.
+    """
     size = exact.norm().item()
-    return ((got.double() - exact).norm() / (size or 1.0)).item()
+    return ((got.double() - exact).norm() / (size if size > 1e-20 else 1.0)).item()
 
 
 def true_bfloat16() -> None:
@@ -163,21 +174,45 @@ def attention_case(
     ):
         found["gram"] = relative(loss_and_gradient[0], vv)
         found["gram gradient"] = relative(loss_and_gradient[1].double() / count, d_gram[:, :, 2])
-    kernels: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"flash": flash.flash}
-    if n <= MAX_TOKENS:
-        kernels["small"] = small.small
-    for name, kernel in kernels.items():
-        loss, gradient = kernel(s, t, *told)
-        again, same = kernel(s, t, *told)
-        errors[name] = relative(loss, attention)
-        errors[f"{name} gradient"] = relative(gradient.double() / count, d_attention)
-        errors[f"{name} again"] = float(
-            not (torch.equal(loss, again) and torch.equal(gradient, same))
+    loss, gradient = eager.attention_loss(s, t, key, p, granularity)
+    plain_attention = relative(loss, attention), relative(gradient.double() / count, d_attention)
+    plain_gram = plain["gram"], plain["gram gradient"]
+    impls = [impl for impl, fits in (("small", n <= MAX_TOKENS), ("flash", width <= 64)) if fits]
+    for impl in impls:
+        runs = [fused(s, t, told, impl, count) for _ in range(1 + (shape == SHAPES[0]))]
+        same = (torch.equal(a, b) for a, b in zip(runs[0], runs[-1], strict=True))
+        errors[f"{impl} again"] = float(not all(same))
+        loss, vv_loss, of_attention, of_gram, of_both = runs[0]
+        exact = d_attention, d_gram, 2 * d_attention + 3 * d_gram
+        names = (
+            impl,
+            f"{impl} gram",
+            f"{impl} gradient",
+            f"{impl} gram gradient",
+            f"{impl} gradient of both",
         )
-        loss, gradient = eager.attention_loss(s, t, key, p, granularity)
-        plain[name] = relative(loss, attention)
-        plain[f"{name} gradient"] = relative(gradient.double() / count, d_attention)
+        found = (loss, vv_loss, of_attention, of_gram, of_both)
+        for name, got, right in zip(names, found, (attention, vv, *exact), strict=True):
+            errors[name] = relative(got.double(), right)
+        plain |= dict(zip(names[0:3:2], plain_attention, strict=True))
+        plain |= dict(zip(names[1:4:2], plain_gram, strict=True))
     return errors, plain
+
+
+def fused(
+    s: Tensor, t: Tensor, told: tuple[Tensor, Tensor, float, str], impl: str, count: int
+) -> list[Tensor]:
+    """By the operator and its autograd: both losses; the gradient of each alone, and of 2 and 3 times them.
+
+    Backwards in units of 1 / count, which float16 would lose.
+    """
+    leaf = s.clone().requires_grad_()
+    attention, gram_loss, *_ = fused_pca.fused_pca_op(leaf, t, *told, impl)
+    found = [attention.detach(), gram_loss.detach()]
+    for total in (attention, gram_loss, 2 * attention + 3 * gram_loss):
+        (gradient,) = torch.autograd.grad(total, leaf, torch.tensor(1.0 * count), retain_graph=True)
+        found.append(gradient.double() / count)
+    return found
 
 
 def gram_case(near: float, kind: torch.dtype) -> tuple[Errors, Errors]:
@@ -207,7 +242,7 @@ def group_case(
     """The kernels of L_proj2 on one input, the target `near` the projection, and plain torch in the same dtype."""
     batch, grid, channels, width = shape
     draw = torch.Generator().manual_seed(sum(grid))
-    n, groups = grid[0] * grid[1], token_groups(*grid)
+    n, groups = grid[0] * grid[1], projectors.token_groups(*grid)
     order, sizes = [t for g in groups for t in g], [len(g) for g in groups]
     x = torch.randn(batch, n, channels + 16 * (layout == "strided"), generator=draw).to(kind)
     x = x[..., :channels]
@@ -224,39 +259,108 @@ def group_case(
         "dropout mask": float(not torch.equal(dropped == 0, kept == 0)),
     }
     plain: Errors = {"dropout": relative(kept, reference.dropout(x.double(), key, 0.3))}
-    exact = [v.double().requires_grad_() for v in (x, weight, bias)]
-    out = reference.gl_project(*exact, groups)
-    wanted = torch.autograd.grad(out, exact, upstream.double(), retain_graph=True)
-    for found, forward, backward in (
-        (errors, group_linear.project, group_linear.gradients),
-        (
-            plain,
-            partial(eager.group_linear, grouped=False),
-            partial(eager.group_linear_backward, grouped=False),
-        ),
-    ):
-        loss, projected, residual = forward(x, weight, bias, target, order, sizes)
-        found["gl"] = relative(loss, (out - target.double()).square().mean())
-        found["gl out"] = relative(projected, out.detach())
-        found["gl residual"] = relative(residual, (out - target.double()).detach())
-        for name, got, right in zip(
-            ("tokens", "weight", "bias"),
-            backward(x, weight, upstream, order, sizes),
-            wanted,
-            strict=True,
-        ):
-            found[f"gl gradient of {name}"] = relative(got, right)
-    alone = group_linear.project(x, weight, bias, None, order, sizes)[1]
+    layout = order, sizes
+    for name, dropped_by in (("gl", 0.0), ("gl dropped", 0.3)):
+        exact = by_reference(x, weight, bias, target, upstream, key, dropped_by, groups)
+        ours = by_operator(
+            lambda *leaves, p=dropped_by: fused_gl.fused_gl_op(
+                *leaves, target, key.ids, key.stream(), *layout, p
+            ),
+            *(x, weight, bias, upstream),
+        )
+        theirs = by_operator(
+            lambda *leaves, p=dropped_by: gl.group_linear_op(
+                reference.dropout(leaves[0], key, p), *leaves[1:], target, *layout, False
+            ),
+            *(x, weight, bias, upstream),
+        )
+        for part, right in exact.items():
+            errors[f"{name} {part}".strip()] = relative(ours[part], right)
+            plain[f"{name} {part}".strip()] = relative(theirs[part], right)
+    nothing = torch.zeros(2, dtype=torch.int64)
+    alone = fused_gl.fused_gl_op(x, weight, bias, None, nothing, nothing, *layout, 0.0)[1]
     errors["gl alone"] = float(
-        not torch.equal(alone, group_linear.project(x, weight, bias, target, order, sizes)[1])
+        not torch.equal(alone, group_linear.project(x, weight, bias, target, *layout)[1])
     )
     return errors, plain
+
+
+Parts = dict[str, Tensor]
+
+
+def by_operator(
+    operator: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    upstream: Tensor,
+) -> Parts:
+    """Loss, projection, residual; and the gradients of each of the first two alone and of both."""
+    leaves = [v.clone().requires_grad_() for v in (x, weight, bias)]
+    loss, out, residual, *_ = operator(*leaves)
+    return parts_of(loss, out, residual, leaves, upstream)
+
+
+def by_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    upstream: Tensor,
+    key: Key,
+    p: float,
+    groups: projectors.Groups,
+) -> Parts:
+    """The same in float64 by `reference.gl_mse`."""
+    leaves = [v.double().requires_grad_() for v in (x, weight, bias)]
+    loss, out = reference.gl_mse(*leaves, target.double(), groups, p, key)
+    return parts_of(loss, out, out - target.double(), leaves, upstream.double())
+
+
+def parts_of(
+    loss: Tensor, out: Tensor, residual: Tensor, leaves: list[Tensor], upstream: Tensor
+) -> Parts:
+    """Loss, projection, residual, gradients by name; the loss times its count, which float16 would lose."""
+    count = torch.tensor(1.0 * out.numel(), dtype=loss.dtype)
+    parts = {"": loss.detach(), "out": out.detach(), "residual": residual.detach()}
+    sent = {"loss": ((loss,), (count,)), "out": ((out,), (upstream,))}
+    sent["both"] = (loss, out), (count, upstream)
+    for source, (outputs, gradients) in sent.items():
+        found = torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+        for leaf, gradient in zip(("tokens", "weight", "bias"), found, strict=True):
+            parts[f"gradient of {leaf} by {source}"] = gradient
+    return parts
+
+
+def check_operators() -> None:
+    """Schema, fake, autograd and compilation of the two operators, as torch checks its own."""
+    draw = torch.Generator().manual_seed(0)
+    s, t = (packed((2, 20, 2, 16), draw, "dense") for _ in range(2))
+    ids, stream = torch.tensor([900, 7]), torch.tensor([5, 41])
+    for impl in ("small", "flash"):
+        leaf = s.clone().requires_grad_()
+        torch.library.opcheck(fused_pca.fused_pca_op, (leaf, t, ids, stream, 0.5, "token", impl))
+    groups = projectors.token_groups(5, 4)
+    layout = [t for g in groups for t in g], [len(g) for g in groups]
+    x, weight, bias = (
+        torch.randn(size, generator=draw).requires_grad_()
+        for size in ((2, 20, 24), (2, 40, 24), (2, 40))
+    )
+    for target, p in ((torch.randn(2, 20, 40, generator=draw), 0.3), (None, 0.0)):
+        torch.library.opcheck(
+            fused_gl.fused_gl_op, (x, weight, bias, target, ids, stream, *layout, p)
+        )
 
 
 def main(args: argparse.Namespace) -> None:
     """All shapes with an even draw, and every draw on the smallest; quick, or with a mutant, three of them."""
     empty = torch.empty
-    torch.empty = lambda *shape, **kind: empty(*shape, **kind).fill_(float("nan"))
+
+    def poisoned(*shape, **options):
+        made = empty(*shape, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    torch.empty = poisoned
     kind = getattr(torch, args.dtype)
     if kind == torch.bfloat16:
         true_bfloat16()
@@ -272,6 +376,8 @@ def main(args: argparse.Namespace) -> None:
         grouped = [(s, 1.0, "strided") for s in GROUPED]
         if kind != torch.float32:  # there the product's own rounding is what a near target shows
             grouped += [(GROUPED[1], near, "dense") for near in NEAR]
+        if kind == torch.float32:
+            check_operators()
     cases = [("attention", attention_case, one) for one in attention]
     cases += [("groups", group_case, one) for one in grouped]
     cases += [("gram", gram_case, (near,)) for near in (NEAR if whole else ())]

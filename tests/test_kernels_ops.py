@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import runpy
 import sys
 from dataclasses import replace
@@ -13,12 +14,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.core import artifacts
 from pipeline.core.errors import UserError
-from pipeline.distill.kernels import choice, eager, gl, pca, reference
+from pipeline.distill.kernels import (
+    choice,
+    eager,
+    fused_gl,
+    fused_pca,
+    gl,
+    measured,
+    pca,
+    reference,
+)
 from pipeline.distill.kernels.philox import Key
 from pipeline.distill.projectors import token_groups
 from pipeline.distill.trainer import build, train_step
 from pipeline.training import stopwatch
+from tests.conftest import ROOT
 from tests.test_training import QUICK, loss_terms
 
 B, N, H, D = 2, 20, 2, 8
@@ -57,7 +69,7 @@ def operands():
     return {
         "swap_mix": (pca.swap_mix_op, (s, t, *drawn)),
         "swap_mix without a teacher": (pca.swap_mix_op, (s, None, *drawn)),
-        "attention_loss": (pca.attention_loss_op, (s, t, *drawn, "eager")),
+        "attention_loss": (pca.attention_loss_op, (s, t, *drawn)),
         "gram_loss": (pca.gram_loss_op, (s[:, :, 2], t[:, :, 2])),
         "dropout": (gl.dropout_op, (tokens(), *drawn[:2], 0.25)),
         "group_linear": (gl.group_linear_op, grouped()),
@@ -65,7 +77,7 @@ def operands():
             gl.group_linear_op,
             (*grouped()[:3], None, *grouped()[4:]),
         ),
-        "group_linear, grouped_mm": (gl.group_linear_op, (*grouped()[:-1], "grouped")),
+        "group_linear, grouped_mm": (gl.group_linear_op, (*grouped()[:-1], True)),
         "group_linear_backward": (
             gl.group_linear_backward_op,
             tuple(
@@ -83,11 +95,11 @@ def tokens(dtype=torch.float32):
 
 
 def grouped(dtype=torch.float32):
-    """x, weight, bias, target, order, sizes, impl."""
+    """x, weight, bias, target, order, sizes, grouped."""
     weight, bias = packed(3, dtype, (2, 16, 8)), packed(4, dtype, (2, 16))
     leaves = (tokens(dtype), weight.requires_grad_(), bias.requires_grad_())
     order = [t for g in GROUPS for t in g]
-    return (*leaves, packed(5, dtype, (B, N, 16)), order, [len(g) for g in GROUPS], "eager")
+    return (*leaves, packed(5, dtype, (B, N, 16)), order, [len(g) for g in GROUPS], False)
 
 
 @pytest.mark.parametrize("name", operands())
@@ -185,12 +197,18 @@ def test_compiled_as_one_graph_the_losses_are_the_same(impl, dynamic):
         torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
-def test_on_the_meta_device_shapes_come_out_without_a_number():
-    s = torch.empty(4, 196, 3, 12, 64, device="meta", dtype=torch.bfloat16)
+@pytest.mark.parametrize(("impl", "n", "saved"), [("small", 64, 0), ("flash", 196, 4 * 12 * 196)])
+def test_on_the_meta_device_shapes_come_out_without_a_number(impl, n, saved):
+    s = torch.empty(4, n, 3, 12, 64, device="meta", dtype=torch.bfloat16).requires_grad_()
     ids, stream = (torch.empty(n, device="meta", dtype=torch.int64) for n in (4, 2))
-    loss, gradient = pca.attention_loss_op(s, s, ids, stream, 0.5, "element", "flash")
-    assert loss.shape == () and loss.dtype == torch.float32
-    assert gradient.shape == s.shape and gradient.dtype == torch.bfloat16
+    *losses, doubled, log_sums, deltas = fused_pca.fused_pca_op(
+        s, s, ids, stream, 0.5, "element", impl
+    )
+    assert [(v.shape, v.dtype) for v in losses] == [((), torch.float32)] * 2
+    assert doubled.numel() == 64 * saved and doubled.dtype == torch.bfloat16
+    assert log_sums.numel() == deltas.numel() == saved and deltas.dtype == torch.float32
+    sum(losses).backward()
+    assert s.grad.shape == s.shape and s.grad.dtype == torch.bfloat16
 
 
 def test_flops_are_counted_by_formula():
@@ -300,6 +318,133 @@ def test_twenty_steps_of_training_are_the_same_by_either_implementation(
     assert loss_terms(trainer)["attention"].requires_grad
 
 
+class CountedKernel:
+    """In the place of a Triton kernel: its launches, by name."""
+
+    def __init__(self, name, launches):
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid):
+        return lambda *_, **__: self.launches.append(self.name)
+
+
+class Launches(TorchDispatchMode):
+    """Every operation that would start something on a device; our operators are followed into their bodies."""
+
+    WITHOUT_KERNEL = ("empty", "new_empty", "empty_like", "detach", "alias")
+
+    def __init__(self, launches):
+        super().__init__()
+        self.launches = launches
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "cakd":
+            body = getattr(FUSED[func._opname.startswith("fused_gl")], f"{func._opname}_op")
+            with self:
+                return body._init_fn(*args, **(kwargs or {}))
+        if not func.is_view and func._opname not in self.WITHOUT_KERNEL:
+            self.launches.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+FUSED = (fused_pca, fused_gl)
+KERNELS = {
+    "small": ("small_losses_kernel", "small_gradient_kernel"),
+    "flash": ("flash_losses_kernel",),
+    "flash_gradient": ("flash_queries_kernel", "flash_keys_kernel"),
+    "dropout": ("dropout_kernel",),
+    "group_linear": ("project_kernel", "gradients_kernel"),
+}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What a call starts, with every kernel stubbed; the choice is made as on a device."""
+    pytest.importorskip("triton")
+    found: list[str] = []
+    for module, names in KERNELS.items():
+        loaded = importlib.import_module(f"pipeline.distill.kernels.{module}")
+        for name in names:
+            assert hasattr(loaded, name)
+            monkeypatch.setattr(loaded, name, CountedKernel(name, found))
+    monkeypatch.setattr(choice, "_cannot", lambda *_: None)
+    monkeypatch.setattr(gl, "choose_gl", lambda *_: ("triton", "as the test asks"))
+    return found
+
+
+def counted(call, launches):
+    """The launches of a second call: the first makes what stays on the device."""
+    call()
+    launches.clear()
+    with Launches(launches):
+        call()
+    return launches
+
+
+@pytest.mark.parametrize(
+    ("impl", "n", "expected"),
+    [
+        ("small", 64, ["small_losses_kernel", "small_gradient_kernel"]),
+        ("flash", 196, ["flash_losses_kernel", "flash_queries_kernel", "flash_keys_kernel"]),
+    ],
+)
+def test_attention_and_gram_take_two_launches_with_their_gradient_or_three(
+    impl, n, expected, launches
+):
+    s, t = (packed(i, torch.bfloat16, (B, n, 3, H, 64)) for i in (0, 1))
+    s.requires_grad_()
+    weights, drawn = (torch.tensor(1.0), torch.tensor(0.05)), key().on(CPU)
+
+    def call():
+        torch.autograd.grad(pca.pca_loss(s, t, drawn, impl=impl), s, weights)
+
+    assert counted(call, launches) == expected
+
+
+@pytest.mark.parametrize("weighted", [(1.0, None), (None, 0.05)])
+def test_a_term_that_nobody_derives_starts_nothing(weighted, launches):
+    s, t = (packed(i, torch.bfloat16, (B, N, 3, H, 64)) for i in (0, 1))
+    s.requires_grad_()
+    drawn = key().on(CPU)
+
+    def call():
+        losses = pca.pca_loss(s, t, drawn, impl="small")
+        (loss, up), *_ = [
+            (a, torch.tensor(w)) for a, w in zip(losses, weighted, strict=True) if w is not None
+        ]
+        torch.autograd.grad(loss, s, up)
+
+    assert counted(call, launches) == ["small_losses_kernel", "small_gradient_kernel"]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_the_token_term_takes_three_launches_with_all_gradients(p, launches):
+    x, weight, bias, target, *_ = grouped(torch.bfloat16)
+    drawn, upstream = key().on(CPU), (torch.tensor(1.0), torch.ones(B, N, 16).bfloat16())
+
+    def call():
+        outputs = gl.gl_mse(x, weight, bias, target, GROUPS, p, drawn)
+        torch.autograd.grad(outputs, (x, weight, bias), upstream)
+
+    expected = ["dropout_kernel"] * (p > 0) + ["project_kernel", "gradients_kernel"]
+    assert counted(call, launches) == expected
+
+
+def test_196_tokens_of_12_heads_keep_at_most_350_mb_beside_the_inputs():
+    """By arithmetic, from the shapes made on the meta device: the gradient, 2 E, two numbers a row."""
+    s, t = (torch.empty(256, 196, 3, 12, 64, device="meta", dtype=torch.bfloat16) for _ in "st")
+    s.requires_grad_()
+    ids, stream = (torch.empty(n, device="meta", dtype=torch.int64) for n in (256, 2))
+    *losses, doubled, log_sums, deltas = fused_pca.fused_pca_op(
+        s, t, ids, stream, 0.5, "element", "flash"
+    )
+    (gradient,) = torch.autograd.grad(losses, s, [torch.empty((), device="meta")] * 2)
+    kept = sum(v.numel() * v.element_size() for v in (gradient, doubled, log_sums, deltas))
+    assert kept == 256 * 196 * 12 * (4 * 64 * 2 + 2 * 4) == 313_098_240
+    partial = 2 * 256 * 12 * 3 * 4  # of the sums, two to three blocks a head
+    assert kept + partial <= 350e6
+
+
 @pytest.mark.parametrize(
     ("impl", "n", "message"),
     [
@@ -328,25 +473,42 @@ def test_the_choice_on_a_gpu_follows_tokens_and_generation(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert choice.choose_pca("auto", cuda, n, 64)[0] == expected
     for capability, dtype, channels, impl, expected in (
-        ((9, 0), torch.bfloat16, 512, "auto", "grouped"),
+        ((9, 0), torch.bfloat16, 512, "auto", "triton"),
         ((10, 0), torch.bfloat16, 512, "sdpa", "grouped"),
         ((9, 0), torch.bfloat16, 512, "small", "triton"),
-        ((9, 0), torch.bfloat16, 20, "auto", "triton"),
+        ((9, 0), torch.bfloat16, 20, "sdpa", "eager"),
         ((9, 0), torch.float32, 512, "auto", "triton"),
         ((8, 6), torch.bfloat16, 512, "auto", "triton"),
         ((8, 6), torch.bfloat16, 512, "sdpa", "eager"),
         ((9, 0), torch.bfloat16, 512, "eager", "eager"),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert choice.choose_gl(impl, cuda, dtype, channels, 768)[0] == expected
-    assert choice.choose_gl("auto", cuda, torch.bfloat16, 512, 100)[0] == "triton"
+        assert choice.choose_gl(impl, cuda, dtype, channels, 768, 196)[0] == expected
     monkeypatch.setattr(choice, "has_triton", lambda: False)
-    assert choice.choose_gl("auto", cuda, torch.float32, 512, 768)[0] == "eager"
+    assert choice.choose_gl("auto", cuda, torch.float32, 512, 768, 64)[0] == "eager"
     monkeypatch.undo()
     with pytest.raises(UserError, match="there are 65 tokens: it takes 64 at most"):
         choice.choose_pca("small", cuda, 65, 64)
     with pytest.raises(UserError, match="a head is 160 wide: it takes 128 at most"):
-        choice.choose_pca("flash", cuda, 65, 160)
+        choice.choose_pca("small", cuda, 64, 160)
+    with pytest.raises(UserError, match="a head is 80 wide: it takes 64 at most"):
+        choice.choose_pca("flash", cuda, 65, 80)
+
+
+def test_auto_takes_what_was_fastest_in_the_committed_table():
+    table = artifacts.read_json(ROOT / "benchmarks/results/h100-kernels.json")["work"]
+    names = {"grouped": "grouped_mm"}
+    for part, by_tokens in (("attention", measured.ATTENTION), ("tokens", measured.TOKENS)):
+        for n, times in by_tokens[90].items():
+            (rows,) = (
+                r for title, r in table.items() if title.startswith(part) and f"N {n} " in title
+            )
+            for impl, ms in times.items():
+                assert ms == pytest.approx(rows[names.get(impl, impl)]["ms"]["median"], abs=5e-4)
+            name, why = measured.fastest(by_tokens, 90, n, lambda _: True)
+            assert times[name] == min(times.values()) and f"at {n} tokens on sm_90" in why
+    assert measured.fastest(measured.ATTENTION, 86, 64, lambda _: True) is None
+    assert measured.fastest(measured.ATTENTION, 100, 300, lambda name: name != "sdpa")[0] == "flash"
 
 
 @pytest.mark.parametrize(

@@ -326,7 +326,7 @@ def _losses(trainer: Trainer, step: int, batch: Batch, timer: Stopwatch) -> Loss
     outputs = None
     if batch.teacher is not None:
         cached = indices.cached
-        key = Key(trainer.config.seed, torch.from_numpy(cached.records).to(device), step)
+        key = Key(trainer.config.seed, torch.from_numpy(cached.records), step).on(device)
         shown = np.where(cached.shares >= 0.5, cached.labels, cached.partner_labels)
         labels = torch.from_numpy(shown).to(device)
         outputs = reader.outputs(logits, labels, key, step / trainer.feed.steps, indices.fresh)

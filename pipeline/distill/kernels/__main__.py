@@ -16,7 +16,8 @@ def main(args: argparse.Namespace) -> None:
     choices = {
         "pca_loss": choose_pca(args.impl, device, args.tokens, args.width),
         "gl_mse": choose_gl(
-            args.impl, device, getattr(torch, args.dtype), args.channels, args.teacher
+            *(args.impl, device, getattr(torch, args.dtype), args.channels, args.teacher),
+            args.tokens,
         ),
     }
     for loss, (name, why) in choices.items():

@@ -7,7 +7,13 @@ import importlib.util
 import torch
 
 from pipeline.core.errors import UserError, nearest
-from pipeline.distill.kernels.configs import LARGE_REGISTER_FILE, MAX_TOKENS, WIDEST_HEAD
+from pipeline.distill.kernels.configs import (
+    LARGE_REGISTER_FILE,
+    MAX_TOKENS,
+    WIDEST_GRAM,
+    WIDEST_HEAD,
+)
+from pipeline.distill.kernels.measured import ATTENTION, TOKENS, fastest
 
 IMPLS = ("auto", "eager", "sdpa", "small", "flash")
 Choice = tuple[str, str]
@@ -31,18 +37,17 @@ def choose_pca(impl: str, device: torch.device, n: int, width: int) -> Choice:
         return impl, "set by name"
     if device.type == "cpu":
         return "eager", "a CPU: gradients in closed form, in plain torch"
-    why_not = _cannot("small", device, n, width)
     architecture = _architecture(device)
-    # From arithmetic, not from a table of ours: no GPU has run these kernels yet.
-    if why_not is None and architecture in LARGE_REGISTER_FILE:
-        return "small", f"{n} tokens on sm_{architecture}: one launch a step"
-    return "sdpa", why_not or f"sm_{architecture}: fused attention of PyTorch, no N x N tensor"
+    measured = fastest(
+        ATTENTION, architecture, n, lambda name: _cannot(name, device, n, width) is None
+    )
+    return measured or ("sdpa", f"nothing was measured on sm_{architecture}: PyTorch's attention")
 
 
 def choose_gl(
-    impl: str, device: torch.device, dtype: torch.dtype, channels: int, width: int
+    impl: str, device: torch.device, dtype: torch.dtype, channels: int, width: int, n: int
 ) -> Choice:
-    """Select the implementation of L_proj2 (`eager`, `grouped`, `triton`) for c channels and D width.
+    """Select the implementation of L_proj2 (`eager`, `grouped`, `triton`) for c channels, D width and N tokens.
 
     Returns its name and the reason. `impl` is that of L_proj1: `sdpa` means PyTorch's operators, `small` and
     `flash` Triton's. Raises UserError: unknown.
@@ -55,13 +60,18 @@ def choose_gl(
     architecture = _architecture(device)
     # Below sm_90 torch's grouped_mm is a loop that waits for the device; rows of 16 bytes are its own condition.
     fits = dtype == torch.bfloat16 and channels % 8 == width % 8 == 0
-    if fits and architecture in LARGE_REGISTER_FILE and impl in ("auto", "sdpa"):
-        return "grouped", f"bfloat16 on sm_{architecture}: grouped_mm of PyTorch"
-    if has_triton() and impl != "sdpa":
-        return (
-            "triton",
-            f"{str(dtype).removeprefix('torch.')} on sm_{architecture}: one launch for all groups",
-        )
+    runs = {
+        "eager": True,
+        "grouped": fits and architecture in LARGE_REGISTER_FILE and impl in ("auto", "sdpa"),
+        "triton": has_triton() and impl != "sdpa",
+    }
+    if impl in ("small", "flash") and runs["triton"]:
+        return "triton", "set by name"
+    measured = fastest(TOKENS, architecture, n, runs.__getitem__)
+    if measured:
+        return measured
+    if runs["triton"]:
+        return "triton", f"nothing was measured on sm_{architecture}: one launch for all groups"
     return "eager", "no grouped_mm for this GPU and dtype: one product a group"
 
 
@@ -87,4 +97,6 @@ def _cannot(impl: str, device: torch.device, n: int, width: int) -> str | None:
         return f"a head is {width} wide: it takes {WIDEST_HEAD} at most"
     if impl == "small" and n > MAX_TOKENS:
         return f"there are {n} tokens: it takes {MAX_TOKENS} at most"
+    if impl == "flash" and width > WIDEST_GRAM:
+        return f"a head is {width} wide: it takes {WIDEST_GRAM} at most"
     return None

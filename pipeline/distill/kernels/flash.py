@@ -1,33 +1,51 @@
-"""Both attentions and the student's gradients for any N, no N x N tensor in memory: three kernels, g() on the fly.
+"""L_proj1 of eq. 4 for any N with no N x N tensor in memory: the losses, in one launch.
 
-`forward` runs the two softmaxes side by side and leaves what the gradients need: 2 E, the student's log-sum-exp
-and delta = rowsum(2 E * O_S). `queries` and `keys` are the halves of the backward, each tile owned by one program,
-so that nothing is added atomically. Gradients are in units of 1 / count, as in `small`.
+The softmaxes of student and teacher run side by side, a block of queries a program, with g() on the fly; what
+`flash_gradient` needs stays in memory: 2 E, the student's log-sum-exp and delta = rowsum(2 E * O_S). One program
+more for each head takes its Gram term (`gram.py`).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.distill.kernels.tiles import draws, mixed_tile, padded, settings
+from pipeline.distill.kernels.configs import Config
+from pipeline.distill.kernels.gram import gram_of, gram_products
+from pipeline.distill.kernels.tiles import (
+    GRANULARITIES,
+    arrivals,
+    draws,
+    finish_sums,
+    mixed_tile,
+    padded,
+    settings,
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)  # a GPU's exponential has base 2
 
 
 @triton.jit(do_not_specialize=["digits", "first"])
-def flash_forward_kernel(
+def flash_losses_kernel(
     student,
     teacher,
     doubled,
     log_sums,
     deltas,
-    losses,
+    partial,
+    loss,
+    loss_gram,
+    arrived,
     ids,
     stream,
     digits,
     first,
-    count,
+    of_attention,
+    of_gram,
     n,
     s_b,
     s_n,
@@ -45,17 +63,61 @@ def flash_forward_kernel(
     GRAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Packed qkv of both -> 2 E (B, H, N, d), log_sums and deltas (B, H, N), losses (programs,) to be summed."""
+    """Packed qkv of both -> the two losses, 2 E (B, H, N, d), log_sums to the base 2 and deltas (B, H, N)."""
     block, head, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     student += slot * s_b + head * s_h
     teacher += slot * t_b + head * t_h
-    index = slot * tl.num_programs(1) + head
-    rows, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
-    inside = (rows < n)[:, None] & (columns < WIDTH)[None, :]
-    identity, now, key = tl.load(ids + slot), tl.load(stream + 1), tl.load(stream)
-    kind = student.dtype.element_ty
+    of_head = slot * tl.num_programs(1) + head
+    index = of_head * tl.num_programs(0) + block
+    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    if block == tl.num_programs(0) - 1:
+        rr, mm, mr = gram_products(
+            *(student + 2 * s_m, teacher + 2 * t_m, n, s_n, t_n),
+            *(WIDTH, COLUMNS, KEYS, PRECISION),
+        )
+        tl.store(partial + index, 0.0)
+        tl.store(partial + programs + index, gram_of(rr, mm, mr) * of_gram)
+    else:
+        drawn = (head, n, tl.load(ids + slot), tl.load(stream + 1), tl.load(stream), digits, first)
+        rows, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
+        inside = (rows < n)[:, None] & (columns < WIDTH)[None, :]
+        out_s, out_t, log_sum = _attentions(
+            *(student, teacher, s_n, s_m, t_n, t_m, rows, columns, inside, drawn),
+            *(SCALE, WIDTH, COLUMNS, BLOCK, KEYS, GRAN, PRECISION),
+        )
+        e = tl.where(inside, out_s - out_t, 0.0)
+        tl.store(partial + index, tl.sum(e * e) * of_attention)
+        tl.store(partial + programs + index, 0.0)
+        at = of_head * n * WIDTH + rows[:, None] * WIDTH + columns[None, :]
+        tl.store(doubled + at, (2 * e).to(doubled.dtype.element_ty), mask=inside)
+        tl.store(log_sums + of_head * n + rows, log_sum, mask=rows < n)
+        tl.store(deltas + of_head * n + rows, tl.sum(2 * e * out_s, axis=1), mask=rows < n)
+    finish_sums(partial, loss, loss_gram, arrived, programs, 2)
 
-    q, q_t, took_q = mixed_tile(
+
+@triton.jit
+def _attentions(
+    student,
+    teacher,
+    s_n,
+    s_m,
+    t_n,
+    t_m,
+    rows,
+    columns,
+    inside,
+    drawn,
+    SCALE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+    GRAN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """O_S and O_T (BLOCK, COLUMNS) of these queries, and the student's log-sum-exp (BLOCK,) to the base 2."""
+    head, n, identity, now, key, digits, first = drawn
+    q, q_t, _ = mixed_tile(
         *(student, teacher, s_n, t_n, rows, columns, inside),
         *(head, n, 0, identity, now, key, digits, first, GRAN),
     )
@@ -65,241 +127,78 @@ def flash_forward_kernel(
     top_t, sum_t, out_t = top_s, sum_s, out_s
     for start in range(0, n, KEYS):
         others = start + tl.arange(0, KEYS)
-        here = (others < n)[:, None] & (columns < WIDTH)[None, :]
-        k, k_t, took_k = mixed_tile(
+        real = others < n
+        here = real[:, None] & (columns < WIDTH)[None, :]
+        keys = mixed_tile(
             *(student + s_m, teacher + t_m, s_n, t_n, others, columns, here),
             *(head, n, 1, identity, now, key, digits, first, GRAN),
         )
-        v, v_t, took_v = mixed_tile(
+        values = mixed_tile(
             *(student + 2 * s_m, teacher + 2 * t_m, s_n, t_n, others, columns, here),
             *(head, n, 2, identity, now, key, digits, first, GRAN),
         )
-        real = (others < n)[None, :]
-        top_s, sum_s, out_s = _add_keys(q, k, v, real, top_s, sum_s, out_s, SCALE, PRECISION)
-        top_t, sum_t, out_t = _add_keys(q_t, k_t, v_t, real, top_t, sum_t, out_t, SCALE, PRECISION)
-    out_s = out_s / sum_s[:, None]
-    e = tl.where(inside, out_s - out_t / sum_t[:, None], 0.0)
-    tl.store(losses + index * tl.num_programs(0) + block, tl.sum(e * e) / count)
-    at = index * n * WIDTH + rows[:, None] * WIDTH + columns[None, :]
-    tl.store(doubled + at, (2 * e).to(kind), mask=inside)
-    tl.store(log_sums + index * n + rows, top_s + tl.log(sum_s), mask=rows < n)
-    tl.store(deltas + index * n + rows, tl.sum(2 * e * out_s, axis=1), mask=rows < n)
+        top_s, sum_s, out_s = _add_keys(
+            q, keys[0], values[0], real, top_s, sum_s, out_s, SCALE, PRECISION
+        )
+        top_t, sum_t, out_t = _add_keys(
+            q_t, keys[1], values[1], real, top_t, sum_t, out_t, SCALE, PRECISION
+        )
+    return out_s / sum_s[:, None], out_t / sum_t[:, None], top_s + tl.log2(sum_s)
 
 
 @triton.jit
 def _add_keys(q, k, v, real, top, total, out, SCALE: tl.constexpr, PRECISION: tl.constexpr):
     """One step of the online softmax: running maximum, sum and weighted values with these keys taken in."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
-    scores = tl.where(real, scores, float("-inf"))
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * LOG2_E)
+    scores = tl.where(real[None, :], scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, axis=1))
-    weights = tl.exp(scores - higher[:, None])
-    shrink = tl.exp(top - higher)
+    weights = tl.exp2(scores - higher[:, None])
+    shrink = tl.exp2(top - higher)
     out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
     return higher, total * shrink + tl.sum(weights, axis=1), out
 
 
-@triton.jit(do_not_specialize=["digits", "first"])
-def flash_queries_kernel(
-    student,
-    teacher,
-    doubled,
-    log_sums,
-    deltas,
-    gradient,
-    ids,
-    stream,
-    digits,
-    first,
-    n,
-    s_b,
-    s_n,
-    s_m,
-    s_h,
-    t_b,
-    t_n,
-    t_m,
-    t_h,
-    g_b,
-    g_n,
-    g_h,
-    SCALE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KEYS: tl.constexpr,
-    GRAN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The gradient of BLOCK queries: dQ = s sum over the keys of P * (2 E g(V)^T - delta) g(K)."""
-    block, head, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    student += slot * s_b + head * s_h
-    teacher += slot * t_b + head * t_h
-    gradient += slot * g_b + head * g_h
-    index = slot * tl.num_programs(1) + head
-    rows, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
-    inside = (rows < n)[:, None] & (columns < WIDTH)[None, :]
-    identity, now, key = tl.load(ids + slot), tl.load(stream + 1), tl.load(stream)
-    q, q_t, took_q = mixed_tile(
-        *(student, teacher, s_n, t_n, rows, columns, inside),
-        *(head, n, 0, identity, now, key, digits, first, GRAN),
-    )
-    at = index * n * WIDTH + rows[:, None] * WIDTH + columns[None, :]
-    d_o = tl.load(doubled + at, mask=inside, other=0.0)
-    log_sum = tl.load(log_sums + index * n + rows, mask=rows < n, other=0.0)
-    delta = tl.load(deltas + index * n + rows, mask=rows < n, other=0.0)
-    d_q = tl.zeros((BLOCK, COLUMNS), tl.float32)
-    for start in range(0, n, KEYS):
-        others = start + tl.arange(0, KEYS)
-        here = (others < n)[:, None] & (columns < WIDTH)[None, :]
-        k, k_t, took_k = mixed_tile(
-            *(student + s_m, teacher + t_m, s_n, t_n, others, columns, here),
-            *(head, n, 1, identity, now, key, digits, first, GRAN),
-        )
-        v, v_t, took_v = mixed_tile(
-            *(student + 2 * s_m, teacher + 2 * t_m, s_n, t_n, others, columns, here),
-            *(head, n, 2, identity, now, key, digits, first, GRAN),
-        )
-        p, d_s = _weights(q, k, v, d_o, log_sum, delta, rows < n, others < n, SCALE, PRECISION)
-        d_q = tl.dot(d_s.to(k.dtype), k, d_q, input_precision=PRECISION)
-    d_q = tl.where(took_q, 0.0, d_q * SCALE).to(gradient.dtype.element_ty)
-    tl.store(gradient + rows[:, None] * g_n + columns[None, :], d_q, mask=inside)
+Saved = tuple[Tensor, Tensor, Tensor]  # 2 E (B, H, N, d); log-sum-exp and delta (B, H, N) float32
 
 
-@triton.jit(do_not_specialize=["digits", "first"])
-def flash_keys_kernel(
-    student,
-    teacher,
-    doubled,
-    log_sums,
-    deltas,
-    gradient,
-    ids,
-    stream,
-    digits,
-    first,
-    n,
-    s_b,
-    s_n,
-    s_m,
-    s_h,
-    t_b,
-    t_n,
-    t_m,
-    t_h,
-    g_b,
-    g_n,
-    g_m,
-    g_h,
-    SCALE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KEYS: tl.constexpr,
-    GRAN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The gradients of KEYS keys and values: dV = sum over the queries of P^T 2 E, dK = s dS^T g(Q)."""
-    block, head, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    student += slot * s_b + head * s_h
-    teacher += slot * t_b + head * t_h
-    gradient += slot * g_b + head * g_h
-    index = slot * tl.num_programs(1) + head
-    others, columns = block * KEYS + tl.arange(0, KEYS), tl.arange(0, COLUMNS)
-    here = (others < n)[:, None] & (columns < WIDTH)[None, :]
-    identity, now, key = tl.load(ids + slot), tl.load(stream + 1), tl.load(stream)
-    k, k_t, took_k = mixed_tile(
-        *(student + s_m, teacher + t_m, s_n, t_n, others, columns, here),
-        *(head, n, 1, identity, now, key, digits, first, GRAN),
-    )
-    v, v_t, took_v = mixed_tile(
-        *(student + 2 * s_m, teacher + 2 * t_m, s_n, t_n, others, columns, here),
-        *(head, n, 2, identity, now, key, digits, first, GRAN),
-    )
-    d_k = tl.zeros((KEYS, COLUMNS), tl.float32)
-    d_v = tl.zeros((KEYS, COLUMNS), tl.float32)
-    for start in range(0, n, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        inside = (rows < n)[:, None] & (columns < WIDTH)[None, :]
-        q, q_t, took_q = mixed_tile(
-            *(student, teacher, s_n, t_n, rows, columns, inside),
-            *(head, n, 0, identity, now, key, digits, first, GRAN),
-        )
-        at = index * n * WIDTH + rows[:, None] * WIDTH + columns[None, :]
-        d_o = tl.load(doubled + at, mask=inside, other=0.0)
-        log_sum = tl.load(log_sums + index * n + rows, mask=rows < n, other=0.0)
-        delta = tl.load(deltas + index * n + rows, mask=rows < n, other=0.0)
-        p, d_s = _weights(q, k, v, d_o, log_sum, delta, rows < n, others < n, SCALE, PRECISION)
-        d_v = tl.dot(tl.trans(p.to(d_o.dtype)), d_o, d_v, input_precision=PRECISION)
-        d_k = tl.dot(tl.trans(d_s.to(q.dtype)), q, d_k, input_precision=PRECISION)
-    at = others[:, None] * g_n + columns[None, :]
-    kind = gradient.dtype.element_ty
-    d_k = tl.where(took_k, 0.0, d_k * SCALE).to(kind)
-    d_v = tl.where(took_v, 0.0, d_v).to(kind)
-    tl.store(gradient + g_m + at, d_k, mask=here)
-    tl.store(gradient + 2 * g_m + at, d_v, mask=here)
-
-
-@triton.jit
-def _weights(
-    q,
-    k,
-    v,
-    d_o,
-    log_sum,
-    delta,
-    real_rows,
-    real_keys,
-    SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """P and dS (queries, keys) float32 of one tile, from the log-sum-exp of its rows."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
-    real = real_rows[:, None] & real_keys[None, :]
-    p = tl.where(real, tl.exp(scores - log_sum[:, None]), 0.0)
-    d_p = tl.dot(d_o, tl.trans(v), input_precision=PRECISION)
-    return p, p * (d_p - delta[:, None])
-
-
-def flash(
+def losses(
     qkv_s: Tensor, qkv_t: Tensor, ids: Tensor, stream: Tensor, p: float, granularity: str
-) -> tuple[Tensor, Tensor]:
-    """The attention term of `reference.pca_loss`, float32 scalar, and its gradient times B H N d. Any N."""
+) -> tuple[tuple[Tensor, Tensor], Saved]:
+    """Both terms of `reference.pca_loss`, float32 scalars, and what `gradient` reads. Any N, d <= 64."""
     batch, n, _, n_heads, width = qkv_s.shape
-    gradient = torch.empty(qkv_s.shape, dtype=qkv_s.dtype, device=qkv_s.device)
-    tiling, options, precision = settings("flash_forward", qkv_s)
-    blocks = triton.cdiv(n, tiling.block)
-    losses, log_sums, deltas = (
-        torch.empty(batch * n_heads * count, dtype=torch.float32, device=qkv_s.device)
-        for count in (blocks, n, n)
+    device = qkv_s.device
+    tiling, fixed = fixed_arguments("flash_losses", qkv_s, granularity)
+    programs = triton.cdiv(n, tiling.block) + 1
+    doubled = torch.empty(batch, n_heads, n, width, dtype=qkv_s.dtype, device=device)
+    log_sums, deltas = (torch.empty(batch, n_heads, n, device=device) for _ in range(2))
+    partial = torch.empty(2, batch * n_heads * programs, device=device)
+    attention, gram = (torch.empty((), device=device) for _ in range(2))
+    drawn, _ = draws(ids, stream, p, granularity)
+    flash_losses_kernel[(programs, n_heads, batch)](
+        *(qkv_s, qkv_t, doubled, log_sums, deltas, partial, attention, gram, arrivals(device)),
+        *(*drawn, *factors(qkv_s), n, *qkv_s.stride()[:4], *qkv_t.stride()[:4]),
+        **fixed,
     )
-    doubled = torch.empty(batch, n_heads, n, width, dtype=qkv_s.dtype, device=qkv_s.device)
-    drawn, granular = draws(ids, stream, p, granularity)
-    count, common = (
-        float(batch * n_heads * n * width),
-        (n, *qkv_s.stride()[:4], *qkv_t.stride()[:4]),
-    )
+    return (attention, gram), (doubled, log_sums, deltas)
+
+
+def factors(qkv: Tensor) -> tuple[float, float]:
+    """1 / (B H N d) of the attention term and 1 / (B H N^2 d) of the Gram term."""
+    batch, n, _, n_heads, width = qkv.shape
+    return 1 / (batch * n_heads * n * width), 1 / (batch * n_heads * n * n * width)
+
+
+def fixed_arguments(kernel: str, qkv: Tensor, granularity: str) -> tuple[Config, dict[str, Any]]:
+    """The configuration of a kernel, and its constants and launch options."""
+    width = qkv.shape[-1]
+    tiling, options, precision = settings(kernel, qkv)
     fixed = {
         "SCALE": width**-0.5,
         "WIDTH": width,
         "COLUMNS": padded(width),
-        "GRAN": granular,
+        "BLOCK": tiling.block,
+        "KEYS": tiling.inner,
+        "GRAN": min(GRANULARITIES[granularity], 2),
         "PRECISION": precision,
     }
-    flash_forward_kernel[(blocks, n_heads, batch)](
-        *(qkv_s, qkv_t, doubled, log_sums, deltas, losses, *drawn, count, *common),
-        BLOCK=tiling.block,
-        KEYS=tiling.inner,
-        **fixed,
-        **options,
-    )
-    saved = (qkv_s, qkv_t, doubled, log_sums, deltas, gradient, *drawn, *common)
-    g_b, g_n, g_m, g_h = gradient.stride()[:4]
-    tiling, options, _ = settings("flash_queries", qkv_s)
-    flash_queries_kernel[(triton.cdiv(n, tiling.block), n_heads, batch)](
-        *(*saved, g_b, g_n, g_h), BLOCK=tiling.block, KEYS=tiling.inner, **fixed, **options
-    )
-    tiling, options, _ = settings("flash_keys", qkv_s)
-    flash_keys_kernel[(triton.cdiv(n, tiling.inner), n_heads, batch)](
-        *(*saved, g_b, g_n, g_m, g_h), BLOCK=tiling.block, KEYS=tiling.inner, **fixed, **options
-    )
-    return losses.sum(), gradient
+    return tiling, fixed | options

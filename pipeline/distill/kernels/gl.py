@@ -1,7 +1,7 @@
-"""L_proj2 of eq. 5 and 6 as torch operators, with fake, autograd, autocast and FLOP formulas.
+"""L_proj2 of eq. 5 and 6 by the selected implementation; those in plain torch as operators.
 
-The forward returns the residual Proj2(x) - target beside the loss; the backward is two products a group of it and
-of what the adversarial term sends back.
+`fused_gl` has the operator of the Triton kernels. In plain torch the forward returns Proj2(x) - target; the
+backward is two products a group of it and of what the adversarial term sends back.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from pipeline.distill.kernels import eager, reference
 from pipeline.distill.kernels.choice import choose_gl, has_triton
+from pipeline.distill.kernels.fused_gl import fused_gl_op
 from pipeline.distill.kernels.philox import Key
 
 
@@ -36,17 +37,13 @@ def group_linear_op(
     target: Tensor | None,
     order: Sequence[int],
     sizes: Sequence[int],
-    impl: str,
+    grouped: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of x (B, N, c): the loss of eq. 6, float32 scalar; Proj2(x) (B, N, D); Proj2(x) - target.
 
     Group g has the next sizes[g] tokens of `order`. Without a target the loss is 0, the residual empty.
     """
-    if impl == "triton":
-        from pipeline.distill.kernels import group_linear
-
-        return group_linear.project(x, weight, bias, target, order, sizes)
-    return eager.group_linear(x, weight, bias, target, order, sizes, impl == "grouped")
+    return eager.group_linear(x, weight, bias, target, order, sizes, grouped)
 
 
 @torch.library.custom_op("cakd::group_linear_backward", mutates_args=())
@@ -56,14 +53,10 @@ def group_linear_backward_op(
     upstream: Tensor,
     order: Sequence[int],
     sizes: Sequence[int],
-    impl: str,
+    grouped: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of the gradient of Proj2(x) (B, N, D): those of x (B, N, c), weight (G, D, c) and bias (G, D)."""
-    if impl == "triton":
-        from pipeline.distill.kernels import group_linear
-
-        return group_linear.gradients(x, weight, upstream, order, sizes)
-    return eager.group_linear_backward(x, weight, upstream, order, sizes, impl == "grouped")
+    return eager.group_linear_backward(x, weight, upstream, order, sizes, grouped)
 
 
 @dropout_op.register_fake
@@ -99,7 +92,7 @@ def _drop_upstream(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
 
 
 def _keep_products(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, _, ctx.order, ctx.sizes, ctx.impl = inputs
+    x, weight, _, _, *ctx.layout = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(x, weight, output[2])
@@ -115,7 +108,7 @@ def _to_operands(
         upstream = upstream if of_out is None else upstream + of_out
     if upstream is None:
         return (None,) * 7
-    gradients = group_linear_backward_op(x, weight, upstream, ctx.order, ctx.sizes, ctx.impl)
+    gradients = group_linear_backward_op(x, weight, upstream, *ctx.layout)
     return (*gradients, None, None, None, None)
 
 
@@ -150,8 +143,14 @@ def gl_project(
     impl: str = "auto",
 ) -> Tensor:
     """Group-wise linear by the selected implementation: see `reference.gl_project`."""
-    name, _ = choose_gl(impl, x.device, x.dtype, x.shape[2], weight.shape[1])
-    projected: Tensor = group_linear_op(x, weight, bias, None, *_layout(groups), name)[1]
+    name, _ = choose_gl(impl, x.device, x.dtype, x.shape[2], weight.shape[1], x.shape[1])
+    order, sizes = _layout(groups)
+    projected: Tensor
+    if name == "triton":
+        nothing = eager.constant(x.device, 0, 0)
+        projected = fused_gl_op(x, weight, bias, None, nothing, nothing, order, sizes, 0.0)[1]
+    else:
+        projected = group_linear_op(x, weight, bias, None, order, sizes, name == "grouped")[1]
     return projected
 
 
@@ -166,11 +165,17 @@ def gl_mse(
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """L_proj2 of eq. 6 and its projection by the selected implementation: see `reference.gl_mse`."""
-    name, _ = choose_gl(impl, x.device, x.dtype, x.shape[2], weight.shape[1])
+    name, _ = choose_gl(impl, x.device, x.dtype, x.shape[2], weight.shape[1], x.shape[1])
+    order, sizes = _layout(groups)
+    target = target.to(x.dtype)
+    ids = key.ids.to(torch.int64)
+    if name == "triton":
+        drawn, layout = (ids, key.stream()), (order, sizes, dropout_p)
+        loss, projected, _, _ = fused_gl_op(x, weight, bias, target, *drawn, *layout)
+        return loss, projected
     if dropout_p and x.is_cuda and has_triton():
-        x = dropout_op(x, key.ids.to(torch.int64), key.stream(), dropout_p)
+        x = dropout_op(x, ids, key.stream(), dropout_p)
     else:  # autograd keeps the mask, which a CPU would take as long to draw again as the products take
         x = reference.dropout(x, key, dropout_p)
-    target = target.to(x.dtype)
-    loss, projected, _ = group_linear_op(x, weight, bias, target, *_layout(groups), name)
+    loss, projected, _ = group_linear_op(x, weight, bias, target, order, sizes, name == "grouped")
     return loss, projected

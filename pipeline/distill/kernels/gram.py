@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.distill.kernels.tiles import padded, settings
+from pipeline.distill.kernels.tiles import arrivals, finish_sums, padded, settings
 
 
 @triton.jit
@@ -20,8 +20,10 @@ def gram_kernel(
     student,
     teacher,
     gradient,
-    losses,
-    scale,
+    partial,
+    loss,
+    arrived,
+    of_gram,
     n,
     s_b,
     s_n,
@@ -37,11 +39,35 @@ def gram_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """V (B, N, H, d) of both -> losses (B * H,) to be summed, and B H N d times d loss / d V_S."""
+    """V (B, N, H, d) of both -> the loss, scalar, and B H N d times d loss / d V_S."""
     head, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     student += sample * s_b + head * s_h
     teacher += sample * t_b + head * t_h
     gradient += sample * g_b + head * g_h
+    rr, mm, mr = gram_products(student, teacher, n, s_n, t_n, WIDTH, COLUMNS, BLOCK, PRECISION)
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    index = tl.program_id(1) * tl.num_programs(0) + head
+    tl.store(partial + index, gram_of(rr, mm, mr) * of_gram)
+    gram_gradient(
+        *(student, teacher, gradient, rr, mm, mr, -4.0 / n, n, s_n, t_n, g_n),
+        *(WIDTH, COLUMNS, BLOCK, PRECISION),
+    )
+    finish_sums(partial, loss, loss, arrived, programs, 1)
+
+
+@triton.jit
+def gram_products(
+    student,
+    teacher,
+    n,
+    s_n,
+    t_n,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """R^T R, M^T M and M^T R (COLUMNS, COLUMNS) float32 of the V of one head."""
     columns = tl.arange(0, COLUMNS)
     rr = tl.zeros((COLUMNS, COLUMNS), tl.float32)
     mm = tl.zeros((COLUMNS, COLUMNS), tl.float32)
@@ -51,16 +77,43 @@ def gram_kernel(
         rr = tl.dot(tl.trans(r), r, rr, input_precision=PRECISION)
         mm = tl.dot(tl.trans(m), m, mm, input_precision=PRECISION)
         mr = tl.dot(tl.trans(m), r, mr, input_precision=PRECISION)
-    rm = tl.trans(mr)
-    loss = 2 * scale * (tl.sum(rr * mm) + tl.sum(mr * rm))
-    tl.store(losses + tl.program_id(1) * tl.num_programs(0) + head, loss)
+    return rr, mm, mr
+
+
+@triton.jit
+def gram_of(rr, mm, mr):
+    """The squared distance of the two Gram matrices of one head."""
+    return 2 * (tl.sum(rr * mm) + tl.sum(mr * tl.trans(mr)))
+
+
+@triton.jit
+def gram_gradient(
+    student,
+    teacher,
+    gradient,
+    rr,
+    mm,
+    mr,
+    factor,
+    n,
+    s_n,
+    t_n,
+    g_n,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write `factor` times R (M^T M - G / 2) + M (G^T - R^T R / 2) of one head."""
+    columns = tl.arange(0, COLUMNS)
     kind = student.dtype.element_ty
-    first = ((mm - mr / 2) * (-4 / n)).to(kind)
-    second = ((rm - rr / 2) * (-4 / n)).to(kind)
+    # Over N before the cast, as a mean is: a sum over the tokens would leave the range of float16.
+    first = ((mm - mr / 2) / n).to(kind)
+    second = ((tl.trans(mr) - rr / 2) / n).to(kind)
     for start in range(0, n, BLOCK):
         r, m = _difference_and_mean(student, teacher, start, n, s_n, t_n, columns, WIDTH, BLOCK)
         value = tl.dot(r, first, input_precision=PRECISION)
-        value = tl.dot(m, second, value, input_precision=PRECISION)
+        value = tl.dot(m, second, value, input_precision=PRECISION) * (factor * n)
         rows = start + tl.arange(0, BLOCK)
         inside = (rows < n)[:, None] & (columns < WIDTH)[None, :]
         tl.store(gradient + rows[:, None] * g_n + columns[None, :], value.to(kind), mask=inside)
@@ -83,10 +136,12 @@ def gram(v_s: Tensor, v_t: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.gram_loss` of V (B, N, H, d): the loss, float32 scalar, and its gradient times B H N d."""
     batch, n, n_heads, width = v_s.shape
     gradient = torch.empty(v_s.shape, dtype=v_s.dtype, device=v_s.device)
-    losses = torch.empty(batch * n_heads, dtype=torch.float32, device=v_s.device)
+    partial = torch.empty(batch * n_heads, device=v_s.device)
+    loss = torch.empty((), device=v_s.device)
     tiling, options, precision = settings("gram", v_s)
     gram_kernel[(n_heads, batch)](
-        *(v_s, v_t, gradient, losses, 1 / (batch * n_heads * n * n * width), n),
+        *(v_s, v_t, gradient, partial, loss, arrivals(v_s.device)),
+        *(1 / (batch * n_heads * n * n * width), n),
         *(*v_s.stride()[:3], *v_t.stride()[:3], *gradient.stride()[:3]),
         WIDTH=width,
         COLUMNS=padded(width),
@@ -94,4 +149,4 @@ def gram(v_s: Tensor, v_t: Tensor) -> tuple[Tensor, Tensor]:
         PRECISION=precision,
         **options,
     )
-    return losses.sum(), gradient
+    return loss, gradient

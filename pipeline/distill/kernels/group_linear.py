@@ -1,8 +1,11 @@
-"""The group-wise linear layer of eq. 5 and the residual of eq. 6: one launch for all groups, forward and backward.
+"""L_proj2 of eq. 5 and 6 in two launches: the loss with its projection, then all gradients.
 
-The rows of a group are its tokens in every sample. A program reads a tile of them where they lie, so that nothing
-is permuted in memory, and writes each result to its token. The forward subtracts the target from the float32
-product before anything is rounded: the residual keeps its digits when the student is near.
+The rows of a group are its tokens in every sample. A program reads a tile of them where they lie, so that
+nothing is permuted in memory, and writes each result to its token. The first launch subtracts the target from
+the float32 product before anything is rounded: the residual keeps its digits when the student is near. The
+second has programs of two kinds, for the weights and for the tokens, so that the few long ones of the weights
+never run alone. It scales the residual by the upstream scalar, adds what the projection's other readers send
+back, and takes the gradient of the tokens through the dropout that `dropout.py` drew before the product.
 """
 
 from __future__ import annotations
@@ -16,8 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pipeline.distill.kernels.configs import WIDEST_HEAD
 from pipeline.distill.kernels.eager import constant
-from pipeline.distill.kernels.tiles import settings
+from pipeline.distill.kernels.philox import rounded
+from pipeline.distill.kernels.reference import DROPOUT_TENSOR
+from pipeline.distill.kernels.tiles import arrivals, draws, finish_sums, settings, swap_mask
+
+DRAW = tl.constexpr(DROPOUT_TENSOR)
+CHUNK = tl.constexpr(WIDEST_HEAD)
 
 
 @triton.jit
@@ -28,7 +37,9 @@ def project_kernel(
     target,
     out,
     residual,
-    losses,
+    partial,
+    loss,
+    arrived,
     order,
     tiles,
     scale,
@@ -45,7 +56,7 @@ def project_kernel(
     TARGET: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """tokens (B, N, c), weight (G, D, c), bias (G, D) -> out, residual (B, N, D), losses to be summed."""
+    """tokens (B, N, c), weight (G, D, c), bias (G, D) -> out, residual (B, N, D), the loss."""
     group, sample, token, real = _rows(order, tiles, tl.program_id(1), BLOCK)
     columns, depths = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     x_at = tokens + (sample * x_b + token * x_n)[:, None]
@@ -73,53 +84,32 @@ def project_kernel(
         e = tl.where(inside, product - theirs.to(tl.float32), 0.0)
         tl.store(residual + at, e.to(residual.dtype.element_ty), mask=inside)
         index = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(losses + index, tl.sum(e * e) * scale)
+        tl.store(partial + index, tl.sum(e * e) * scale)
+        finish_sums(partial, loss, loss, arrived, tl.num_programs(0) * tl.num_programs(1), 1)
+    else:
+        tl.store(loss, 0.0)
 
 
-@triton.jit
-def input_kernel(
-    upstream,
-    weight,
-    gradient,
-    order,
-    tiles,
-    n,
-    channels,
-    width,
-    BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """upstream (B, N, D) -> gradient (B, N, c) of the tokens: dY W of each token's group."""
-    group, sample, token, real = _rows(order, tiles, tl.program_id(1), BLOCK)
-    columns, depths = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
-    row = (sample * n + token)[:, None]
-    product = tl.zeros((BLOCK, COLUMNS), tl.float32)
-    for start in range(0, width, DEPTH):
-        depth = start + depths
-        here = real[:, None] & (depth < width)[None, :]
-        d_y = tl.load(upstream + row * width + depth[None, :], mask=here, other=0.0)
-        there = (depth < width)[:, None] & (columns < channels)[None, :]
-        w_at = (group * width + depth).to(tl.int64)[:, None] * channels + columns[None, :]
-        w = tl.load(weight + w_at, mask=there, other=0.0)
-        product = tl.dot(d_y, w, product, input_precision=PRECISION)
-    inside = real[:, None] & (columns < channels)[None, :]
-    tl.store(
-        gradient + row * channels + columns[None, :],
-        product.to(gradient.dtype.element_ty),
-        mask=inside,
-    )
-
-
-@triton.jit
-def weight_kernel(
+@triton.jit(do_not_specialize=["digits", "first", "of_weights"])
+def gradients_kernel(
     tokens,
-    upstream,
+    weight,
+    residual,
+    up_loss,
+    up_out,
+    d_tokens,
     d_weight,
     d_bias,
     order,
+    tiles,
     groups,
+    ids,
+    stream,
+    digits,
+    first,
+    kept,
+    scale,
+    of_weights,
     batch,
     n,
     channels,
@@ -129,25 +119,130 @@ def weight_kernel(
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    LOSS: tl.constexpr,
+    OUT: tl.constexpr,
+    DROP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dW = dY^T X (G, D, c) and db = sum dY (G, D), over all rows of a group, by one program: no atomics."""
-    group = tl.program_id(2)
-    first, size = tl.load(groups + 2 * group), tl.load(groups + 2 * group + 1)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    outs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """dY = scale up_loss residual + up_out -> dX = dY W through the dropout, dW = dY^T X, db = sum dY.
+
+    The first `of_weights` programs take a tile of the weights each, the others one of the tokens.
+    """
+    factor = 1.0
+    if LOSS:
+        factor = tl.load(up_loss).to(tl.float32) * scale
+    program = tl.program_id(0)
+    across = tl.cdiv(channels, COLUMNS)
+    if program < of_weights:
+        _of_weights(
+            *(tokens, residual, up_out, factor, d_weight, d_bias, order, groups, program, across),
+            *(batch, n, channels, width, x_b, x_n, BLOCK, COLUMNS, DEPTH, LOSS, OUT, PRECISION),
+        )
+    else:
+        _of_tokens(
+            *(weight, residual, up_out, factor, d_tokens, order, tiles, program - of_weights),
+            *(across, ids, stream, digits, first, kept, n, channels, width),
+            *(BLOCK, COLUMNS, DEPTH, LOSS, OUT, DROP, PRECISION),
+        )
+
+
+@triton.jit
+def _of_tokens(
+    weight,
+    residual,
+    up_out,
+    factor,
+    d_tokens,
+    order,
+    tiles,
+    program,
+    across,
+    ids,
+    stream,
+    digits,
+    first,
+    kept,
+    n,
+    channels,
+    width,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LOSS: tl.constexpr,
+    OUT: tl.constexpr,
+    DROP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dY W of one tile of tokens, by the weights of their group, through the dropout."""
+    group, sample, token, real = _rows(order, tiles, program // across, BLOCK)
+    begin, depths = program % across * COLUMNS, tl.arange(0, DEPTH)
+    columns = begin + tl.arange(0, COLUMNS)
+    row = (sample * n + token)[:, None]
+    product = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    for start in range(0, width, DEPTH):
+        depth = start + depths
+        here = real[:, None] & (depth < width)[None, :]
+        d_y = _upstream(residual, up_out, row * width + depth[None, :], here, factor, LOSS, OUT)
+        there = (depth < width)[:, None] & (columns < channels)[None, :]
+        w_at = (group * width + depth).to(tl.int64)[:, None] * channels + columns[None, :]
+        w = tl.load(weight + w_at, mask=there, other=0.0)
+        product = tl.dot(d_y, w, product, input_precision=PRECISION)
+    if not OUT:
+        product *= factor
+    if DROP:
+        identity = tl.load(ids + sample, mask=real, other=0)
+        now, key = tl.load(stream + 1), tl.load(stream)
+        keep = swap_mask(
+            *(token, begin % CHUNK + tl.arange(0, COLUMNS), 0, n, DRAW, identity, now, key),
+            *(digits, first, 0, begin // CHUNK),
+        )
+        product = tl.where(keep, product * kept, 0.0)
+    inside = real[:, None] & (columns < channels)[None, :]
+    at = row * channels + columns[None, :]
+    tl.store(d_tokens + at, product.to(d_tokens.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _of_weights(
+    tokens,
+    residual,
+    up_out,
+    factor,
+    d_weight,
+    d_bias,
+    order,
+    groups,
+    program,
+    across,
+    batch,
+    n,
+    channels,
+    width,
+    x_b,
+    x_n,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LOSS: tl.constexpr,
+    OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dY^T X of one tile of a group's weights and the sum of dY, over all rows of the group: no atomics."""
+    columns = program % across * COLUMNS + tl.arange(0, COLUMNS)
+    down = tl.cdiv(width, BLOCK)
+    group = program // across // down
+    outs = program // across % down * BLOCK + tl.arange(0, BLOCK)
+    offset, size = tl.load(groups + 2 * group), tl.load(groups + 2 * group + 1)
     product = tl.zeros((BLOCK, COLUMNS), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, batch * size, DEPTH):
         row = start + tl.arange(0, DEPTH)
         real = row < batch * size
         sample = (row // size).to(tl.int64)
-        token = tl.load(order + first + row % size, mask=real, other=0)
-        d_y = tl.load(
-            upstream + ((sample * n + token) * width)[None, :] + outs[:, None],
-            mask=real[None, :] & (outs < width)[:, None],
-            other=0.0,
-        )
+        token = tl.load(order + offset + row % size, mask=real, other=0)
+        at = ((sample * n + token) * width)[None, :] + outs[:, None]
+        here = real[None, :] & (outs < width)[:, None]
+        d_y = _upstream(residual, up_out, at, here, factor, LOSS, OUT)
         x = tl.load(
             tokens + (sample * x_b + token * x_n)[:, None] + columns[None, :],
             mask=real[:, None] & (columns < channels)[None, :],
@@ -155,12 +250,27 @@ def weight_kernel(
         )
         product = tl.dot(d_y, x, product, input_precision=PRECISION)
         total += tl.sum(d_y.to(tl.float32), axis=1)
-    row = (group * width + outs).to(tl.int64)
+    if not OUT:
+        product, total = product * factor, total * factor
+    out = (group * width + outs).to(tl.int64)
     inside = (outs < width)[:, None] & (columns < channels)[None, :]
-    at = row[:, None] * channels + columns[None, :]
+    at = out[:, None] * channels + columns[None, :]
     tl.store(d_weight + at, product.to(d_weight.dtype.element_ty), mask=inside)
-    alone = (outs < width) & (tl.program_id(0) == 0)
-    tl.store(d_bias + row, total.to(d_bias.dtype.element_ty), mask=alone)
+    alone = (outs < width) & (program % across == 0)
+    tl.store(d_bias + out, total.to(d_bias.dtype.element_ty), mask=alone)
+
+
+@triton.jit
+def _upstream(residual, up_out, at, mask, factor, LOSS: tl.constexpr, OUT: tl.constexpr):
+    """A tile of dY in the operand's dtype; of the residual alone it is unscaled, which keeps its digits."""
+    if OUT:
+        d_y = tl.load(up_out + at, mask=mask, other=0.0)
+        if LOSS:
+            e = tl.load(residual + at, mask=mask, other=0.0)
+            d_y = (e.to(tl.float32) * factor + d_y.to(tl.float32)).to(d_y.dtype)
+    else:
+        d_y = tl.load(residual + at, mask=mask, other=0.0)
+    return d_y
 
 
 @triton.jit
@@ -193,21 +303,22 @@ def project(
     order: Sequence[int],
     sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """mse(Proj2(x), target), float32 scalar; Proj2(x) (B, N, D); their difference, empty without a target."""
+    """mse(Proj2(x), target), float32; Proj2(x) (B, N, D); their difference. Without a target 0 and empty."""
     batch, n, channels = x.shape
     width = weight.shape[1]
     x, weight = _unit(x), weight.contiguous()
-    goal = None if target is None else _unit(target)
     out = torch.empty(batch, n, width, dtype=x.dtype, device=x.device)
     residual = torch.empty_like(out) if target is not None else out.new_empty(0)
+    goal = out if target is None else _unit(target)
     tiling, options, precision = settings("gl_project", x)
     tiles = _tiles(x.device, tuple(sizes), batch, tiling.block)
     grid = (triton.cdiv(width, tiling.columns), len(tiles))
-    losses = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=x.device)
+    partial = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=x.device)
+    loss = torch.empty((), dtype=torch.float32, device=x.device)
     project_kernel[grid](
-        *(x, weight, bias, out if goal is None else goal, out, residual, losses),
+        *(x, weight, bias, goal, out, residual, partial, loss, arrivals(x.device)),
         *(constant(x.device, *order), tiles, 1 / out.numel(), n, channels, width),
-        *(*x.stride()[:2], *(out if goal is None else goal).stride()[:2]),
+        *(*x.stride()[:2], *goal.stride()[:2]),
         BLOCK=tiling.block,
         COLUMNS=tiling.columns,
         DEPTH=tiling.inner,
@@ -215,51 +326,50 @@ def project(
         PRECISION=precision,
         **options,
     )
-    return losses.sum() if target is not None else losses.new_zeros(()), out, residual
+    return loss, out, residual
 
 
 def gradients(
-    x: Tensor, weight: Tensor, upstream: Tensor, order: Sequence[int], sizes: Sequence[int]
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    up_loss: Tensor | None,
+    up_out: Tensor | None,
+    order: Sequence[int],
+    sizes: Sequence[int],
+    ids: Tensor,
+    stream: Tensor,
+    p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of upstream (B, N, D): d x (B, N, c), d weight (G, D, c), d bias (G, D)."""
+    """d x (B, N, c) before its dropout `p`, d weight (G, D, c), d bias (G, D).
+
+    x is what the product read, behind the dropout. The upstream gradients are of the loss (scalar) and of the
+    projection (B, N, D): one of them at least.
+    """
     batch, n, channels = x.shape
     width = weight.shape[1]
-    x, weight, upstream = _unit(x), weight.contiguous(), upstream.contiguous()
-    indices = constant(x.device, *order)
+    x, weight = _unit(x), weight.contiguous()
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tiling, options, precision = settings("gl_input", x)
-    tiles = _tiles(x.device, tuple(sizes), batch, tiling.block)
-    input_kernel[(triton.cdiv(channels, tiling.columns), len(tiles))](
-        *(upstream, weight, d_x, indices, tiles, n, channels, width),
-        BLOCK=tiling.block,
-        COLUMNS=tiling.columns,
-        DEPTH=tiling.inner,
-        PRECISION=precision,
-        **options,
-    )
     d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
     d_bias = torch.empty(weight.shape[:2], dtype=weight.dtype, device=x.device)
     starts = accumulate(sizes[:-1], initial=0)
     groups = constant(x.device, *(v for pair in zip(starts, sizes, strict=True) for v in pair))
-    tiling, options, _ = settings("gl_weight", x)
-    grid = (triton.cdiv(channels, tiling.columns), triton.cdiv(width, tiling.block), len(sizes))
-    weight_kernel[grid](
-        *(
-            x,
-            upstream,
-            d_weight,
-            d_bias,
-            indices,
-            groups,
-            batch,
-            n,
-            channels,
-            width,
-            *x.stride()[:2],
-        ),
+    tiling, options, precision = settings("gl_gradients", x)
+    tiles = _tiles(x.device, tuple(sizes), batch, tiling.block)
+    across = triton.cdiv(channels, tiling.columns)
+    of_weights = across * triton.cdiv(width, tiling.block) * len(sizes)
+    drawn, _ = draws(ids, stream, 1 - p, "element")
+    gradients_kernel[(of_weights + across * len(tiles),)](
+        *(x, weight, residual, residual if up_loss is None else up_loss),
+        *(residual if up_out is None else up_out.contiguous(), d_x, d_weight, d_bias),
+        *(constant(x.device, *order), tiles, groups, *drawn, 1 / rounded(1 - p)),
+        *(2 / (batch * n * width), of_weights, batch, n, channels, width, *x.stride()[:2]),
         BLOCK=tiling.block,
         COLUMNS=tiling.columns,
         DEPTH=tiling.inner,
+        LOSS=up_loss is not None,
+        OUT=up_out is not None,
+        DROP=p > 0,
         PRECISION=precision,
         **options,
     )

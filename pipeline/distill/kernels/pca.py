@@ -1,7 +1,7 @@
-"""L_proj1 of eq. 4 as torch operators, with fake, autograd, autocast and FLOP formulas.
+"""L_proj1 of eq. 4 by the selected implementation; those beside `fused_pca` as operators.
 
-An operator returns its loss and the gradient that the forward computed along the way, in units of 1 / (B H N d);
-the backward multiplies by the upstream scalar, without a wait for the device.
+`fused_pca` has the operator of `small` and `flash`. Those of this file return a loss and the gradient that the
+forward computed along the way, in units of 1 / (B H N d); the backward multiplies it by the upstream scalar.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from pipeline.distill.kernels import eager, reference
 from pipeline.distill.kernels.choice import choose_pca, has_triton
+from pipeline.distill.kernels.configs import WIDEST_GRAM
+from pipeline.distill.kernels.fused_pca import fused_pca_op
 from pipeline.distill.kernels.philox import Key
 from pipeline.distill.kernels.reference import Granularity
 
@@ -41,22 +43,15 @@ def attention_loss_op(
     stream: Tensor,
     p: float,
     granularity: str,
-    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """The attention term of eq. 4, float32 scalar, and its gradient times B H N d, packed."""
-    if impl == "eager":
-        key: Any = Key.of(ids, stream)
-        return eager.attention_loss(qkv_s, qkv_t, key, p, granularity)  # type: ignore[arg-type]
-    from pipeline.distill.kernels import flash, small
-
-    fused = small.small if impl == "small" else flash.flash
-    return fused(qkv_s, qkv_t, ids, stream, p, granularity)
+    return eager.attention_loss(qkv_s, qkv_t, Key.of(ids, stream), p, granularity)  # type: ignore[arg-type]
 
 
 @torch.library.custom_op("cakd::gram_loss", mutates_args=())
 def gram_loss_op(v_s: Tensor, v_t: Tensor) -> tuple[Tensor, Tensor]:
     """The Gram term of eq. 4 of V (B, N, H, d), float32 scalar, and its gradient times B H N d."""
-    if v_s.is_cuda and has_triton():
+    if v_s.is_cuda and has_triton() and v_s.shape[-1] <= WIDEST_GRAM:
         from pipeline.distill.kernels import gram as kernels_gram
 
         return kernels_gram.gram(v_s, v_t)
@@ -119,11 +114,10 @@ for _op in (swap_mix_op, attention_loss_op, gram_loss_op):
 
 
 @register_flop_formula(torch.ops.cakd.attention_loss)
-def _attention_flops(qkv: Any, *args: Any, **_: Any) -> int:
-    """Eight products of N x N x d a head; `flash` computes the student's scores and dP once more each half."""
+def _attention_flops(qkv: Any, *_: Any, **__: Any) -> int:
+    """Eight products of N x N x d a head."""
     batch, n, _three, n_heads, width = qkv
-    products = 11 if args[5] == "flash" else 8
-    return int(2 * products * batch * n_heads * n * n * width)
+    return int(2 * 8 * batch * n_heads * n * n * width)
 
 
 @register_flop_formula(torch.ops.cakd.gram_loss)
@@ -146,11 +140,14 @@ def pca_loss(
     qkv_t = qkv_t.to(qkv_s.dtype)
     if qkv_s.is_cuda:  # the kernels read a head's columns side by side
         qkv_s, qkv_t = (v if v.stride(-1) == 1 else v.contiguous() for v in (qkv_s, qkv_t))
+    drawn = (key.ids.to(torch.int64), key.stream(), p, granularity)
+    if name in ("small", "flash"):
+        attention, gram, *_ = fused_pca_op(qkv_s, qkv_t, *drawn, name)
+        return attention, gram
     gram, _ = gram_loss_op(qkv_s[:, :, 2], qkv_t[:, :, 2])
-    ids, stream = key.ids.to(torch.int64), key.stream()
-    if name != "sdpa":
-        return attention_loss_op(qkv_s, qkv_t, ids, stream, p, granularity, name)[0], gram
-    mixed = swap_mix_op(qkv_s, qkv_t, ids, stream, p, granularity)
+    if name == "eager":
+        return attention_loss_op(qkv_s, qkv_t, *drawn)[0], gram
+    mixed = swap_mix_op(qkv_s, qkv_t, *drawn)
     student = F.scaled_dot_product_attention(*reference.heads(mixed))
     with torch.no_grad():
         teacher = F.scaled_dot_product_attention(*reference.heads(qkv_t))

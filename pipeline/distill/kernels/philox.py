@@ -21,11 +21,15 @@ PLANES = 8  # binary digits of a probability
 
 @dataclass(frozen=True)
 class Key:
-    """What a random draw is keyed by: the run's seed, each sample's id (B,) int64, the optimiser step."""
+    """What a random draw is keyed by: the run's seed, each sample's id (B,) int64, the optimiser step.
+
+    `words` (2,) int64 holds seed and step on the device of the ids, where they were copied with them.
+    """
 
     seed: int
     ids: Tensor
     step: int
+    words: Tensor | None = None
 
     @classmethod
     def of(cls, ids: Tensor, stream: Tensor) -> Key:
@@ -33,8 +37,16 @@ class Key:
         seed, step = stream.tolist()
         return cls(seed, ids, step)
 
+    def on(self, device: torch.device) -> Key:
+        """The key on a device: ids, seed and step in one copy."""
+        words = torch.cat([torch.tensor([self.seed, self.step]), self.ids.to(torch.int64)])
+        words = words.to(device, non_blocking=True)
+        return Key(self.seed, words[2:], self.step, words[:2])
+
     def stream(self) -> Tensor:
-        """(2,) int64: seed and step beside the ids, filled in on their device without a copy from the host."""
+        """(2,) int64: seed and step beside the ids, filled in on their device if not copied with them."""
+        if self.words is not None:
+            return self.words
         words = [
             torch.full((1,), v, dtype=torch.int64, device=self.ids.device)
             for v in (self.seed, self.step)
