@@ -1,4 +1,4 @@
-"""What the kernel benchmark measures: shapes, and every provider of the projector losses as a call."""
+"""What the kernel benchmark measures: every provider of the projector losses as a call."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.kernel_floors import attention_floor, tokens_floor
+from benchmarks.shapes import Shape
 from pipeline.distill import projectors
 from pipeline.distill.kernels import choice, gl, pca, reference
 from pipeline.distill.kernels.philox import Key
@@ -33,37 +35,6 @@ BACKENDS = {
 Call = Callable[[], Any]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """B samples, a grid of N tokens, H heads, d wide; c channels of the student's tap."""
-
-    batch: int
-    grid: tuple[int, int]
-    n_heads: int
-    width: int
-    channels: int = 0
-
-    def __str__(self) -> str:
-        heads = f"H {self.n_heads} d {self.width}"
-        return f"B {self.batch} N {self.n} {heads} c {self.channels}"
-
-    @property
-    def n(self) -> int:
-        """Tokens."""
-        return self.grid[0] * self.grid[1]
-
-
-ON_GPU = (
-    Shape(256, (14, 14), 12, 64, 1024),
-    Shape(512, (7, 7), 12, 64, 2048),
-    Shape(512, (8, 8), 6, 64, 512),
-    Shape(1024, (8, 8), 3, 64, 512),
-)
-ON_CPU = (
-    Shape(16, (14, 14), 12, 64, 256),
-    Shape(32, (7, 7), 12, 64, 512),
-    Shape(64, (8, 8), 4, 16, 64),
-)
 Student = tuple[str, int, int, Shape]  # timm's name, image size, output stride, the teacher's shape
 STUDENTS: tuple[Student, ...] = (  # of a training step
     ("resnet50", 224, 32, Shape(256, (14, 14), 12, 64)),
@@ -80,16 +51,22 @@ class Work:
     flops: float = 0.0
     bytes: float = 0.0
     providers: dict[str, Call] = field(default_factory=dict)
+    capturable: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, call: Call) -> None:
-        """Add a provider, called once; one that cannot run here, for whatever reason, is a row with the reason."""
+    def add(self, name: str, call: Call, captured: bool = True) -> None:
+        """Add a provider, called once; one that cannot run here, for whatever reason, is a row with the reason.
+
+        One that waits for the device, or has graphs of its own, is not `captured` as a CUDA graph.
+        """
         try:
             call()
         except Exception as error:  # Triton and the compilers raise classes of their own
             self.refused[name] = (str(error).splitlines() or [type(error).__name__])[0]
             return
         self.providers[name] = call
+        if captured:
+            self.capturable.add(name)
 
 
 def naive_attention(s: Tensor, t: Tensor, _: Key) -> tuple[Tensor, Tensor]:
@@ -112,15 +89,46 @@ def naive_tokens(
     return F.mse_loss(out, target), out
 
 
+@torch.library.custom_op("cakd::nothing", mutates_args=())
+def nothing_op(x: Tensor) -> Tensor:
+    """An operator with no body, to see what torch takes for one call of it."""
+    return torch.empty_like(x)
+
+
+@nothing_op.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+nothing_op.register_autograd(lambda _, upstream: nothing_op(upstream))
+
+
+def host_work(where: torch.device) -> Work:
+    """What the host takes for a call that does nothing: operators of torch and of ours, an empty Triton kernel."""
+    x = torch.ones(16, device=where, requires_grad=True)
+    plain = x.detach()
+    work = Work("host, nothing to do")
+    work.add("torch, add", lambda: plain + 1)
+    work.add("torch, add with its gradient", lambda: torch.autograd.grad(x + 1, x, plain))
+    work.add("custom operator", lambda: nothing_op(plain))
+    work.add(
+        "custom operator with its gradient", lambda: torch.autograd.grad(nothing_op(x), x, plain)
+    )
+    if where.type == "cuda":
+        from benchmarks.kernel_nothing import launch
+
+        work.add("Triton kernel, 24 arguments", lambda: launch(plain))
+    return work
+
+
 def attention_work(shape: Shape, kind: torch.dtype, where: torch.device, compiled: bool) -> Work:
-    """PCA and Gram with their gradient. Least bytes: both qkv read, one gradient written."""
+    """PCA and Gram with their gradient."""
     size = (shape.batch, shape.n, 3, shape.n_heads, shape.width)
     s, t = (torch.randn(size, device=where, dtype=kind) for _ in range(2))
     s.requires_grad_()
-    key = Key(1, torch.arange(shape.batch, device=where), 3)
-    heads = shape.batch * shape.n_heads
-    flops = 2.0 * heads * shape.n * shape.width * (8 * shape.n + 5 * shape.width)
-    work = Work(f"attention, {shape}", flops, 3.0 * s.numel() * s.element_size())
+    key = Key(1, torch.arange(shape.batch), 3).on(where)
+    floor = attention_floor(shape, s.element_size())
+    work = Work(f"attention, {shape}", floor.flops, floor.bytes)
 
     def call(loss: Callable[..., tuple[Tensor, Tensor]]) -> None:
         s.grad = None
@@ -133,11 +141,11 @@ def attention_work(shape: Shape, kind: torch.dtype, where: torch.device, compile
 
     work.add("plain PyTorch", partial(call, naive_attention))
     if compiled:
-        work.add(
-            "plain, torch.compile", partial(call, torch.compile(naive_attention, dynamic=False))
-        )
-    for impl in choice.IMPLS[1:]:
-        work.add(impl, partial(call, partial(pca.pca_loss, impl=impl)))
+        naive = torch.compile(naive_attention, dynamic=False)
+        work.add("plain, torch.compile", partial(call, naive), captured=False)
+    for impl in choice.IMPLS:
+        loss = partial(pca.pca_loss, impl=impl)
+        work.add(impl, partial(call, loss), captured=impl != "eager")
     if where.type == "cuda":
         for name, backend in BACKENDS.items():
             work.add(f"sdpa, {name}", partial(forced, backend))
@@ -145,17 +153,16 @@ def attention_work(shape: Shape, kind: torch.dtype, where: torch.device, compile
 
 
 def tokens_work(shape: Shape, kind: torch.dtype, where: torch.device, compiled: bool) -> Work:
-    """Dropout, group-wise linear and mse with all gradients. Least bytes: x, target in, the rest out."""
+    """Dropout, group-wise linear and mse with all gradients."""
     groups = projectors.token_groups(*shape.grid)
     width = shape.n_heads * shape.width
     make = partial(torch.randn, device=where, dtype=kind)
     x, target = make(shape.batch, shape.n, shape.channels), make(shape.batch, shape.n, width)
     weight, bias = make(len(groups), width, shape.channels), make(len(groups), width)
     leaves = [v.requires_grad_() for v in (x, weight, bias)]
-    key = Key(1, torch.arange(shape.batch, device=where), 3)
-    moved = 2.0 * x.numel() + 2 * target.numel() + 2 * weight.numel()
-    flops = 6.0 * x.numel() * width
-    work = Work(f"tokens, {shape} G {len(groups)}", flops, moved * x.element_size())
+    key = Key(1, torch.arange(shape.batch), 3).on(where)
+    floor = tokens_floor(shape, x.element_size())
+    work = Work(f"tokens, {shape} G {len(groups)}", floor.flops, floor.bytes)
 
     def call(loss: Callable[..., tuple[Tensor, Tensor]]) -> None:
         for leaf in leaves:
@@ -167,8 +174,9 @@ def tokens_work(shape: Shape, kind: torch.dtype, where: torch.device, compiled: 
 
     work.add("loop over groups", partial(call, naive_tokens))
     if compiled:
-        work.add("loop, torch.compile", partial(call, torch.compile(naive_tokens, dynamic=False)))
-    impls = {"eager": "eager"}
+        naive = torch.compile(naive_tokens, dynamic=False)
+        work.add("loop, torch.compile", partial(call, naive), captured=False)
+    impls = {"auto": "auto", "eager": "eager"}
     if (
         where.type == "cuda"
     ):  # as the switch names them: PyTorch's grouped_mm, and the Triton kernels
@@ -200,7 +208,7 @@ def step_work(
     make = partial(torch.randn, device=where, dtype=kind)
     qkv = make(batch, n, 3, shape.n_heads, shape.width)
     teacher = TeacherOutputs(qkv, make(batch, n, width), make(batch, 100))
-    key = Key(1, torch.arange(batch, device=where), 3)
+    key = Key(1, torch.arange(batch), 3).on(where)
     net = net.to(where).to(memory_format=torch.channels_last)
     images = images.contiguous(memory_format=torch.channels_last)
     work = Work(f"step, {name} {size} px B {batch} N {n} D {width}")
@@ -225,9 +233,10 @@ def step_work(
     impls: tuple[Literal["eager", "auto"], ...] = ("eager", "auto")
     for impl in impls:
         objective = make_objective(impl)
-        work.add(f"impl {impl}", partial(call, objective, objective.weights(1.0), taps))
+        measured = partial(call, objective, objective.weights(1.0), taps)
+        work.add(f"impl {impl}", measured, captured=False)
     if compiled:
         plain = make_objective("auto")
         compiled_terms = partial(call, torch.compile(plain), plain.weights(1.0), taps)
-        work.add("impl auto, torch.compile", compiled_terms)
+        work.add("impl auto, torch.compile", compiled_terms, captured=False)
     return work

@@ -1,9 +1,10 @@
 """The projector losses, measured: `python -m benchmarks.kernels`. A table and its JSON; on a GPU the ceilings too.
 
-Three parts: `attention` (both terms of eq. 4), `tokens` (eq. 5 and 6) and `step` (a whole step of a student with
-both projectors). Every provider computes losses and gradients. Times are medians of a call; on a GPU in
-milliseconds, with the L2 cache flushed, beside the time of its kernels alone (by the profiler, L2 warm), peak
-memory, launches and the share of the roofline; on a CPU as ratios, taken in turns.
+Four parts: `host` (an operator and a kernel that do nothing), `attention` (both terms of eq. 4), `tokens` (eq. 5
+and 6) and `step` (a whole step of a student with both projectors). Every provider computes losses and gradients.
+Times are medians of a call; on a GPU in milliseconds, with the L2 cache flushed, beside the device's own time: the
+call replayed as a CUDA graph, and the sum over its kernels by the profiler (L2 warm). A row says what bounds it:
+the host, the bytes at the measured copy rate, or the products. On a CPU times are ratios, taken in turns.
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ from torch.autograd.profiler_util import DeviceType  # type: ignore[attr-defined
 
 from benchmarks import record
 from benchmarks.kernel_works import (
-    ON_CPU,
-    ON_GPU,
     STUDENTS,
     STUDENTS_ON_CPU,
     Call,
-    Shape,
     Student,
     Work,
     attention_work,
+    host_work,
     step_work,
     tokens_work,
 )
+from benchmarks.shapes import ON_CPU, ON_GPU, Shape
 from pipeline.core import artifacts, cli
 from pipeline.core.errors import UserError, nearest
 
 SCHEMA = "cakd.benchmark.kernels/2"
-PARTS = ("attention", "tokens", "step")
+PARTS = ("host", "attention", "tokens", "step")
 DTYPES = ("bfloat16", "float16", "float32")
 TURNS = 7
 MIN_CALLS = 5  # of which a median and fifths are drawn
+HOST_BOUND = 1.25  # a call over its own device time, above which the device was waiting
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class Selection:
     def works(self) -> Iterator[Work]:
         """Build the row groups one by one."""
         for part in self.parts:
+            if part == "host":
+                yield host_work(self.device)
+                continue
             if part == "step":
                 for student in self.students:
                     yield step_work(student, self.dtype, self.device, self.compiled)
@@ -68,7 +72,7 @@ class Selection:
 
 
 def measure(work: Work, where: torch.device, ceilings: dict[str, float] | None) -> dict[str, Any]:
-    """Of every provider milliseconds (median, p20, p80); on a GPU peak MB above the inputs, launches, roofline."""
+    """Of every provider milliseconds (median, p20, p80); on a GPU peak MB above the inputs, launches, bound."""
     gpu = where.type == "cuda"
     times = _on_gpu(work.providers) if gpu else _in_turns(work.providers)
     rows: dict[str, Any] = {}
@@ -76,15 +80,34 @@ def measure(work: Work, where: torch.device, ceilings: dict[str, float] | None) 
         row: dict[str, Any] = {"ms": spread(values)}
         if gpu:
             row["peak_mb"] = _peak_mb(work.providers[name])
-            row |= _profiled(work.providers[name])
-        if ceilings and work.flops:
-            least = max(
-                work.flops / ceilings["tflop_per_s"] / 1e9,
-                work.bytes / ceilings["copy_gb_per_s"] / 1e6,
-            )
-            row["roofline_percent"] = 100 * least / row["ms"]["median"]
+            row |= profiled(work.providers[name])
         rows[name] = row
+    for name in rows:
+        if gpu and name in work.capturable:
+            rows[name] |= _replayed(work.providers[name])
+        if ceilings:
+            rows[name] |= bounds(rows[name], work, ceilings)
     return rows | {name: {"reason": why} for name, why in work.refused.items()}
+
+
+def bounds(row: dict[str, Any], work: Work, ceilings: dict[str, float]) -> dict[str, Any]:
+    """Least milliseconds by bytes and by products, their share of the call and of the device's time; the bound.
+
+    The device's own time is that of the replayed graph, else the profiler's. A call that takes HOST_BOUND times as
+    long is bound by the host, any other by the slower of bytes and products.
+    """
+    device, call = row.get("graph_ms", row["device_ms"]), row["ms"]["median"]
+    found: dict[str, Any] = {"bound": "host"} if call > HOST_BOUND * device else {}
+    if work.flops:
+        by_bytes = work.bytes / ceilings["copy_gb_per_s"] / 1e6
+        by_products = work.flops / ceilings["tflop_per_s"] / 1e9
+        least = max(by_bytes, by_products)
+        found = {"bound": "bytes" if by_bytes >= by_products else "products", **found}
+        found |= {"bytes_ms": by_bytes, "products_ms": by_products}
+        found["roofline_percent"] = 100 * least / call
+        if device:
+            found["device_roofline_percent"] = 100 * least / device
+    return found
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -129,7 +152,7 @@ def _peak_mb(call: Call) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def _profiled(call: Call) -> dict[str, float]:
+def profiled(call: Call) -> dict[str, float]:
     """Kernels, copies and fills that one call starts on the device, and the sum of their times."""
     cuda = torch.profiler.ProfilerActivity.CUDA
     with torch.profiler.profile(activities=[cuda]) as profile:
@@ -138,6 +161,25 @@ def _profiled(call: Call) -> dict[str, float]:
     events = [e for e in profile.events() or () if e.device_type == DeviceType.CUDA]
     device_us = sum(event.time_range.elapsed_us() for event in events)
     return {"launches": len(events), "device_ms": device_us / 1e3}
+
+
+def _replayed(call: Call) -> dict[str, Any]:
+    """Milliseconds of the call as a CUDA graph: no host in it. With the reason where it cannot be captured."""
+    from triton.testing import do_bench
+
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    try:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            call()
+        return {"graph_ms": statistics.median(timed(graph.replay, do_bench))}
+    except Exception as error:  # a provider may wait for the device, which ends a capture
+        torch.cuda.synchronize()
+        return {"graph_reason": (str(error).splitlines() or [type(error).__name__])[0]}
 
 
 def measured_ceilings(kind: torch.dtype) -> dict[str, float]:
@@ -151,10 +193,22 @@ def measured_ceilings(kind: torch.dtype) -> dict[str, float]:
     return {"copy_gb_per_s": copied, "tflop_per_s": 2 * 8192**3 / do_bench(lambda: a @ b) / 1e9}
 
 
+COLUMNS = (
+    "ms",
+    "graph ms",
+    "device ms",
+    "launches",
+    "peak MB",
+    "bound",
+    "% of roofline",
+    "% of it on the device",
+)
+
+
 def table(result: dict[str, Any]) -> str:
-    """The Markdown table: ratios to the first provider; on a GPU milliseconds, memory, launches, roofline too."""
+    """The Markdown table: ratios to the first provider; on a GPU times, launches, memory and bound too."""
     ceilings = result["ceilings"]
-    more = " ms | device ms | peak MB | launches | % of roofline |" if ceilings else ""
+    more = "".join(f" {name} |" for name in COLUMNS) if ceilings else ""
     lines = [f"| work | provider | speed |{more}", "|---|---|--:|" + "--:|" * more.count("|")]
     for title, rows in result["work"].items():
         base = next((row["ms"]["median"] for row in rows.values() if "ms" in row), 0.0)
@@ -163,14 +217,8 @@ def table(result: dict[str, Any]) -> str:
                 cells = " |" * more.count("|")
                 lines.append(f"| {title} | {name} | not measured: {row['reason']} |{cells}")
                 continue
-            ms, cells = row["ms"]["median"], ""
-            if ceilings:
-                share = f"{row['roofline_percent']:.0f}" if "roofline_percent" in row else ""
-                cells = (
-                    f" {ms:.3f} | {row['device_ms']:.3f} | {row['peak_mb']:.0f} | "
-                    f"{row['launches']} | {share} |"
-                )
-            lines.append(f"| {title} | {name} | {base / ms:.2f}× |{cells}")
+            cells = " " + " | ".join(_cells(row)) + " |" if ceilings else ""
+            lines.append(f"| {title} | {name} | {base / row['ms']['median']:.2f}× |{cells}")
     if ceilings:
         rate, products = ceilings["copy_gb_per_s"], ceilings["tflop_per_s"]
         lines += [
@@ -180,6 +228,20 @@ def table(result: dict[str, Any]) -> str:
     else:
         lines += ["", "GPU: not measured."]
     return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """The cells of COLUMNS; empty where a row has no such figure."""
+    graph, shares = row.get("graph_ms"), ("roofline_percent", "device_roofline_percent")
+    return [
+        f"{row['ms']['median']:.3f}",
+        "" if graph is None else f"{graph:.3f}",
+        f"{row['device_ms']:.3f}",
+        str(row["launches"]),
+        f"{row['peak_mb']:.0f}",
+        row.get("bound", ""),
+        *(f"{row[share]:.0f}" if share in row else "" for share in shares),
+    ]
 
 
 def run(selection: Selection, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ RUN = (
     "reports/bench/*.json",
     "jq -r '.models | to_entries[] | [.key, .value.clean.top1, .value.noisy.top1] | @tsv' reports/accuracy.json",
     "python -m pipeline.distill.kernels --tokens 196 --width 64",
+    "python -m benchmarks.kernel_floors",
     "dvc repro --allow-missing --dry",
     "python -m stages.cache data/prepared artifacts/teacher/teacher.safetensors data/features",
     "dvc commit -f cache",

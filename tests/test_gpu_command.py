@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -194,10 +195,84 @@ def test_whatever_a_provider_raises_is_a_row_with_its_reason():
     assert work.refused == {"small": "out of resource: shared memory"}
 
 
+@pytest.mark.parametrize(
+    ("ms", "graph", "gigabytes", "teraflops", "bound", "shares"),
+    [
+        (1.5, 0.2, 0.3, 0.05, "host", (20 / 3, 50)),
+        (0.22, 0.2, 0.3, 0.05, "bytes", (100 / 2.2, 50)),
+        (0.55, 0.5, 0.3, 0.2, "products", (400 / 11, 40)),
+        (0.45, None, 0.3, 0.2, "products", (400 / 9, 50)),
+    ],
+)
+def test_a_row_says_whether_host_bytes_or_products_bound_it(
+    ms, graph, gigabytes, teraflops, bound, shares
+):
+    row = {"ms": {"median": ms}, "device_ms": 0.4, **({"graph_ms": graph} if graph else {})}
+    if bound == "bytes":
+        row["device_ms"] = 0.1  # with the cache warm: not what the graph took
+    work = kernels.Work("work", flops=teraflops * 1e12, bytes=gigabytes * 1e9)
+    found = kernels.bounds(row, work, {"copy_gb_per_s": 3000, "tflop_per_s": 1000})
+    assert found["bound"] == bound
+    assert (found["bytes_ms"], found["products_ms"]) == pytest.approx((0.1, teraflops))
+    assert (found["roofline_percent"], found["device_roofline_percent"]) == pytest.approx(shares)
+
+
+class Device:
+    """torch.cuda as far as a captured call needs it, without a device; `graph` fails where asked."""
+
+    def __init__(self, fails=False):
+        self.fails, self.replays = fails, 0
+        self.CUDAGraph = self.Stream = self.current_stream = lambda: self
+        self.stream = lambda _: nullcontext()
+
+    def graph(self, _):
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return nullcontext()
+
+    def replay(self):
+        self.replays += 1
+
+    def wait_stream(self, _):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_on_a_gpu_a_call_is_also_replayed_as_a_graph_or_the_row_says_why_not(fails, monkeypatch):
+    pytest.importorskip("triton")
+    device, calls = Device(fails), []
+
+    def bench(call, **_):
+        call()
+        return [0.3] * kernels.MIN_CALLS
+
+    monkeypatch.setattr(kernels.torch, "cuda", device)
+    monkeypatch.setattr("triton.testing.do_bench", bench)
+    monkeypatch.setattr(kernels, "_peak_mb", lambda _: 5.0)
+    monkeypatch.setattr(kernels, "profiled", lambda _: {"launches": 2, "device_ms": 0.2})
+    work = kernels.Work("work", flops=1e9, bytes=1e8)
+    work.add("ours", lambda: calls.append("ours"))
+    work.add("compiled", lambda: calls.append("compiled"), captured=False)
+    ceilings = {"copy_gb_per_s": 3000.0, "tflop_per_s": 1000.0}
+    rows = kernels.measure(work, torch.device("cuda"), ceilings)
+    assert "graph_ms" not in rows["compiled"] and rows["compiled"]["bound"] == "host"
+    assert calls.count("ours") == (3 if fails else 4) and device.replays == (not fails)
+    if fails:
+        assert rows["ours"]["graph_reason"] == "operation not permitted when stream is capturing"
+    else:
+        assert rows["ours"]["graph_ms"] == 0.3 and rows["ours"]["bound"] == "bytes"
+    result = {"ceilings": ceilings, "work": {"work": rows}}
+    (line,) = (one for one in kernels.table(result).splitlines() if "| ours |" in one)
+    assert line.count("|") == kernels.table(result).splitlines()[0].count("|")
+
+
 def test_the_shapes_can_be_cut_to_some_numbers_of_tokens():
     assert {shape.n for shape in kernels.selected_shapes(True, [64, 196], None)} == {64, 196}
     assert len(kernels.selected_shapes(False, [], 2)) == 2
-    with pytest.raises(UserError, match="--tokens: got 65; allowed: 49, 64, 196"):
+    with pytest.raises(UserError, match="--tokens: got 65; allowed: 49, 64, 144, 196, 256, 576"):
         kernels.selected_shapes(True, [65], None)
 
 

@@ -46,6 +46,16 @@ def test_philox_gives_the_published_known_answers(counter, seed, words):
     assert tuple(int(w) for w in found) == words
 
 
+def test_a_key_copied_to_a_device_draws_the_same():
+    plain = Key(2**62 + 5, torch.tensor([11, 7, 900], dtype=torch.int32), 4)
+    moved = plain.on(torch.device("cpu"))
+    assert torch.equal(moved.stream(), plain.stream()) and torch.equal(moved.ids, plain.ids.long())
+    assert (
+        moved.stream().data_ptr() % 16 == moved.ids.data_ptr() % 16 == 0
+    )  # as the kernels load them
+    assert torch.equal(bernoulli(moved, 4, 40, 0, 0.3), bernoulli(plain, 4, 40, 0, 0.3))
+
+
 @pytest.mark.parametrize("p", [0.5, 0.25, 0.3, 0.9])
 def test_mask_mean_is_p_within_the_binomial_bound(p):
     mask = bernoulli(Key(1, torch.arange(50), 3), rows=64, width=24, tensor=0, p=p)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import kernels
 from pipeline.distill.kernels import gl, pca, reference
 from pipeline.distill.kernels.philox import Key
 from pipeline.distill.projectors import token_groups
@@ -128,16 +129,43 @@ def test_three_runs_have_the_same_bits_and_never_wait_for_the_device(impl):
 
 @pytest.mark.parametrize("impl", ["small", "flash"])
 def test_captured_in_a_cuda_graph_the_step_is_still_read_on_the_device(impl):
-    s, t = qkv((8, 8), torch.bfloat16, 0), qkv((8, 8), torch.bfloat16, 1)
-    ids, stream = key().ids, key().stream()
-    told = (0.5, "element", impl)
-    pca.attention_loss_op(s, t, ids, stream, *told)
+    s, t = qkv((8, 8), torch.bfloat16, 0).requires_grad_(), qkv((8, 8), torch.bfloat16, 1)
+    drawn = key().on(torch.device("cuda"))
+    weights = [torch.tensor(w, device="cuda") for w in (1.0, 0.05)]
+
+    def once(at: Key) -> list[Tensor]:
+        losses = pca.pca_loss(s, t, at, impl=impl)
+        return [*losses, *torch.autograd.grad(losses, s, weights)]
+
+    once(drawn)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = pca.attention_loss_op(s, t, ids, stream, *told)
-    for now in (4, 5):
-        stream[1] = now
+        captured = once(drawn)
+    for now in (4, 5, 6):  # the counter of arrivals is 0 again each time
+        drawn.stream()[1] = now
         graph.replay()
         torch.cuda.synchronize()
-        wanted = pca.attention_loss_op(s, t, ids, key(now).stream(), *told)
-        assert all(torch.equal(a, b) for a, b in zip(captured, wanted, strict=True))
+        for a, b in zip(captured, once(key(now)), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("impl", "grid", "launches"), [("small", (8, 8), 2), ("flash", (14, 14), 3)]
+)
+def test_a_device_starts_as_many_kernels_as_the_operators_ask_for(impl, grid, launches):
+    s, t = qkv(grid, torch.bfloat16, 0).requires_grad_(), qkv(grid, torch.bfloat16, 1)
+    leaves, target = operands(grid, torch.bfloat16)
+    drawn = key().on(torch.device("cuda"))
+    weights = [torch.tensor(w, device="cuda") for w in (1.0, 0.05)]
+    upstream = weights[0], torch.ones_like(target)
+
+    def attention() -> None:
+        torch.autograd.grad(pca.pca_loss(s, t, drawn, impl=impl), s, weights)
+
+    def tokens() -> None:
+        outputs = gl.gl_mse(*leaves, target, token_groups(*grid), 0.1, drawn, impl)
+        torch.autograd.grad(outputs, leaves, upstream)
+
+    for call, expected in ((attention, launches), (tokens, 3)):
+        call()
+        assert kernels.profiled(call)["launches"] == expected

@@ -10,12 +10,12 @@ import torch
 
 from benchmarks import kernels
 from benchmarks.gpu_parts.part import COMMAND, Part, Row, parser
-from benchmarks.kernel_works import Shape
+from benchmarks.shapes import Shape
 from pipeline.core import cli
 
 TOKENS = (64, 196)
 DTYPES = ("bfloat16", "float32")
-PARTS = ("attention", "tokens")
+PARTS = ("host", "attention", "tokens")
 DRY = (Shape(2, (8, 8), 2, 16, 16), Shape(1, (14, 14), 2, 16, 16))
 RESULTS = [f"kernels-{dtype}" for dtype in DTYPES]
 
@@ -60,7 +60,10 @@ def summary(name: str, row: dict[str, Any]) -> str:
     if "roofline_percent" in row:
         text += f", {row['roofline_percent']:.0f} % of the roofline"
     if "peak_mb" in row:
-        text += f", {row['peak_mb']:.0f} MB, device {row['device_ms']:.3f} ms"
+        device = row.get("graph_ms", row["device_ms"])
+        text += f", {row['peak_mb']:.0f} MB, device {device:.3f} ms"
+    if "bound" in row:
+        text += f", bound by {row['bound']}"
     return text
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from pipeline.distill.kernels.configs import Config
 from pipeline.distill.kernels.gram import gram_of, gram_products
 from pipeline.distill.kernels.tiles import (
-    GRANULARITIES,
     arrivals,
     draws,
     finish_sums,
@@ -167,13 +166,13 @@ def losses(
     """Both terms of `reference.pca_loss`, float32 scalars, and what `gradient` reads. Any N, d <= 64."""
     batch, n, _, n_heads, width = qkv_s.shape
     device = qkv_s.device
-    tiling, fixed = fixed_arguments("flash_losses", qkv_s, granularity)
+    drawn, granular = draws(ids, stream, p, granularity)
+    tiling, fixed = fixed_arguments("flash_losses", qkv_s, granular)
     programs = triton.cdiv(n, tiling.block) + 1
     doubled = torch.empty(batch, n_heads, n, width, dtype=qkv_s.dtype, device=device)
     log_sums, deltas = (torch.empty(batch, n_heads, n, device=device) for _ in range(2))
     partial = torch.empty(2, batch * n_heads * programs, device=device)
     attention, gram = (torch.empty((), device=device) for _ in range(2))
-    drawn, _ = draws(ids, stream, p, granularity)
     flash_losses_kernel[(programs, n_heads, batch)](
         *(qkv_s, qkv_t, doubled, log_sums, deltas, partial, attention, gram, arrivals(device)),
         *(*drawn, *factors(qkv_s), n, *qkv_s.stride()[:4], *qkv_t.stride()[:4]),
@@ -188,7 +187,7 @@ def factors(qkv: Tensor) -> tuple[float, float]:
     return 1 / (batch * n_heads * n * width), 1 / (batch * n_heads * n * n * width)
 
 
-def fixed_arguments(kernel: str, qkv: Tensor, granularity: str) -> tuple[Config, dict[str, Any]]:
+def fixed_arguments(kernel: str, qkv: Tensor, granular: int) -> tuple[Config, dict[str, Any]]:
     """The configuration of a kernel, and its constants and launch options."""
     width = qkv.shape[-1]
     tiling, options, precision = settings(kernel, qkv)
@@ -198,7 +197,7 @@ def fixed_arguments(kernel: str, qkv: Tensor, granularity: str) -> tuple[Config,
         "COLUMNS": padded(width),
         "BLOCK": tiling.block,
         "KEYS": tiling.inner,
-        "GRAN": min(GRANULARITIES[granularity], 2),
+        "GRAN": granular,
         "PRECISION": precision,
     }
     return tiling, fixed | options

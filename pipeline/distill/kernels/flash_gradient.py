@@ -220,16 +220,16 @@ def gradient(
     """The gradient of packed qkv_S, contiguous, by the upstream scalars of both terms."""
     batch, n, _, n_heads, _ = qkv_s.shape
     found = torch.empty(qkv_s.shape, dtype=qkv_s.dtype, device=qkv_s.device)
-    drawn, _ = draws(ids, stream, p, granularity)
+    drawn, granular = draws(ids, stream, p, granularity)
     of_attention, of_gram = factors(qkv_s)
     strides = (*qkv_s.stride()[:4], *qkv_t.stride()[:4], *found.stride()[:4])
-    tiling, fixed = fixed_arguments("flash_queries", qkv_s, granularity)
+    tiling, fixed = fixed_arguments("flash_queries", qkv_s, granular)
     flash_queries_kernel[(triton.cdiv(n, tiling.block) + 1, n_heads, batch)](
         *(qkv_s, qkv_t, *saved, up_attention, up_gram, found, *drawn),
         *(of_attention, of_gram, n, *strides),
         **fixed,
     )
-    tiling, fixed = fixed_arguments("flash_keys", qkv_s, granularity)
+    tiling, fixed = fixed_arguments("flash_keys", qkv_s, granular)
     flash_keys_kernel[(triton.cdiv(n, tiling.inner), n_heads, batch)](
         *(qkv_s, qkv_t, *saved, up_attention, found, *drawn, of_attention, n, *strides), **fixed
     )

@@ -138,12 +138,12 @@ def small_gradient_kernel(
     d_k = tl.dot(tl.trans(d_s), q, input_precision=PRECISION) * (SCALE * attention)
     d_k = through_mask(d_k, rows, columns, head, n, 1, *again, GRAN)
     tl.store(at + g_m, d_k.to(kind), mask=inside)
-    d_v = tl.dot(tl.trans(weights), d_o, input_precision=PRECISION) * attention
-    d_v = through_mask(d_v, rows, columns, head, n, 2, *again, GRAN)
     d, v_s = _gram_difference(
         *(student + 2 * s_m, teacher + 2 * t_m, s_n, t_n, rows, columns, inside),
         *(SCALE, PRECISION),
     )
+    d_v = tl.dot(tl.trans(weights), d_o, input_precision=PRECISION) * attention
+    d_v = through_mask(d_v, rows, columns, head, n, 2, *again, GRAN)
     gram = tl.load(up_gram).to(tl.float32) * (-4 * of_gram)
     d_v += tl.dot((d * SCALE).to(kind), v_s, input_precision=PRECISION) * gram
     tl.store(at + 2 * g_m, d_v.to(kind), mask=inside)
