@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.distill.kernels.configs import WIDEST_HEAD
 from pipeline.distill.kernels.philox import rounded
 from pipeline.distill.kernels.reference import DROPOUT_TENSOR
-from pipeline.distill.kernels.tiles import draws, settings, swap_mask
+from pipeline.distill.kernels.tiles import blocks, draws, settings, swap_mask
 
 DRAW = tl.constexpr(DROPOUT_TENSOR)
 COLUMNS = tl.constexpr(WIDEST_HEAD)
@@ -57,7 +57,7 @@ def dropout(x: Tensor, ids: Tensor, stream: Tensor, p: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tiling, options, _ = settings("dropout", x)
     drawn, _ = draws(ids, stream, 1 - p, "element")
-    dropout_kernel[(triton.cdiv(n, tiling.block), triton.cdiv(channels, WIDEST_HEAD), batch)](
+    dropout_kernel[(blocks(n, tiling.block), blocks(channels, WIDEST_HEAD), batch)](
         *(x, out, *drawn, 1 / rounded(1 - p), n, channels),
         *(*x.stride()[:2], *out.stride()[:2]),
         BLOCK=tiling.block,

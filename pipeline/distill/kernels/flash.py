@@ -18,6 +18,7 @@ from pipeline.distill.kernels.configs import Config
 from pipeline.distill.kernels.gram import gram_of, gram_products
 from pipeline.distill.kernels.tiles import (
     arrivals,
+    blocks,
     draws,
     finish_sums,
     mixed_tile,
@@ -168,7 +169,7 @@ def losses(
     device = qkv_s.device
     drawn, granular = draws(ids, stream, p, granularity)
     tiling, fixed = fixed_arguments("flash_losses", qkv_s, granular)
-    programs = triton.cdiv(n, tiling.block) + 1
+    programs = blocks(n, tiling.block) + 1
     doubled = torch.empty(batch, n_heads, n, width, dtype=qkv_s.dtype, device=device)
     log_sums, deltas = (torch.empty(batch, n_heads, n, device=device) for _ in range(2))
     partial = torch.empty(2, batch * n_heads * programs, device=device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.distill.kernels.flash import LOG2_E, Saved, factors, fixed_arguments
 from pipeline.distill.kernels.gram import gram_gradient, gram_products
-from pipeline.distill.kernels.tiles import draws, mixed_tile, through_mask
+from pipeline.distill.kernels.tiles import blocks, draws, mixed_tile, through_mask
 
 
 @triton.jit(do_not_specialize=["digits", "first"])
@@ -224,13 +224,13 @@ def gradient(
     of_attention, of_gram = factors(qkv_s)
     strides = (*qkv_s.stride()[:4], *qkv_t.stride()[:4], *found.stride()[:4])
     tiling, fixed = fixed_arguments("flash_queries", qkv_s, granular)
-    flash_queries_kernel[(triton.cdiv(n, tiling.block) + 1, n_heads, batch)](
+    flash_queries_kernel[(blocks(n, tiling.block) + 1, n_heads, batch)](
         *(qkv_s, qkv_t, *saved, up_attention, up_gram, found, *drawn),
         *(of_attention, of_gram, n, *strides),
         **fixed,
     )
     tiling, fixed = fixed_arguments("flash_keys", qkv_s, granular)
-    flash_keys_kernel[(triton.cdiv(n, tiling.inner), n_heads, batch)](
+    flash_keys_kernel[(blocks(n, tiling.inner), n_heads, batch)](
         *(qkv_s, qkv_t, *saved, up_attention, found, *drawn, of_attention, n, *strides), **fixed
     )
     return found

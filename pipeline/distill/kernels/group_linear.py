@@ -23,7 +23,7 @@ from pipeline.distill.kernels.configs import WIDEST_HEAD
 from pipeline.distill.kernels.eager import constant
 from pipeline.distill.kernels.philox import rounded
 from pipeline.distill.kernels.reference import DROPOUT_TENSOR
-from pipeline.distill.kernels.tiles import arrivals, draws, finish_sums, settings, swap_mask
+from pipeline.distill.kernels.tiles import arrivals, blocks, draws, finish_sums, settings, swap_mask
 
 DRAW = tl.constexpr(DROPOUT_TENSOR)
 CHUNK = tl.constexpr(WIDEST_HEAD)
@@ -312,7 +312,7 @@ def project(
     goal = out if target is None else _unit(target)
     tiling, options, precision = settings("gl_project", x)
     tiles = _tiles(x.device, tuple(sizes), batch, tiling.block)
-    grid = (triton.cdiv(width, tiling.columns), len(tiles))
+    grid = (blocks(width, tiling.columns), len(tiles))
     partial = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=x.device)
     loss = torch.empty((), dtype=torch.float32, device=x.device)
     project_kernel[grid](
@@ -356,8 +356,8 @@ def gradients(
     groups = constant(x.device, *(v for pair in zip(starts, sizes, strict=True) for v in pair))
     tiling, options, precision = settings("gl_gradients", x)
     tiles = _tiles(x.device, tuple(sizes), batch, tiling.block)
-    across = triton.cdiv(channels, tiling.columns)
-    of_weights = across * triton.cdiv(width, tiling.block) * len(sizes)
+    across = blocks(channels, tiling.columns)
+    of_weights = across * blocks(width, tiling.block) * len(sizes)
     drawn, _ = draws(ids, stream, 1 - p, "element")
     gradients_kernel[(of_weights + across * len(tiles),)](
         *(x, weight, residual, residual if up_loss is None else up_loss),

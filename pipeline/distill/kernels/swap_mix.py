@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.distill.kernels.tiles import draws, padded, settings, swap_mask
+from pipeline.distill.kernels.tiles import blocks, draws, padded, settings, swap_mask
 
 
 @triton.jit(do_not_specialize=["digits", "first"])
@@ -75,7 +75,7 @@ def swap_mix(
     out = torch.empty(qkv_s.shape, dtype=qkv_s.dtype, device=qkv_s.device)
     tiling, options, _ = settings("swap_mix", qkv_s)
     drawn, granular = draws(ids, stream, p, granularity)
-    swap_mix_kernel[(triton.cdiv(n, tiling.block), batch, 3 * n_heads)](
+    swap_mix_kernel[(blocks(n, tiling.block), batch, 3 * n_heads)](
         *(qkv_s, other, out, *drawn, n, n_heads),
         *(*qkv_s.stride()[:4], *other.stride()[:4], *out.stride()[:4]),
         WIDTH=width,
