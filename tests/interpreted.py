@@ -216,24 +216,32 @@ def fused(
 
 
 def gram_case(near: float, kind: torch.dtype) -> tuple[Errors, Errors]:
-    """The Gram kernel with the student `near` the teacher, and plain torch in the same dtype."""
+    """Every Gram kernel with the student `near` the teacher, and plain torch in the same dtype."""
     draw = torch.Generator().manual_seed(0)
-    t = torch.randn(2, 49, 2, 64, generator=draw)
+    t = torch.randn(2, 49, 3, 2, 64, generator=draw)
     s = (t + near * torch.randn(t.shape, generator=draw)).to(kind)
     t = t.to(kind)
-    exact = s.double().requires_grad_()
-    vv = reference.gram_loss(exact.transpose(1, 2), t.double().transpose(1, 2))
+    v_s, v_t = s[:, :, 2], t[:, :, 2]
+    exact = v_s.double().requires_grad_()
+    vv = reference.gram_loss(exact.transpose(1, 2), v_t.double().transpose(1, 2))
     (d_gram,) = torch.autograd.grad(vv, exact)
-    found = []
-    for by in (gram.gram, eager.gram_loss):
-        loss, gradient = by(s, t)
-        found.append(
-            {
-                "gram": relative(loss, vv),
-                "gram gradient": relative(gradient.double() / s.numel(), d_gram),
-            }
-        )
-    return found[0], found[1]
+
+    def found(loss: Tensor, gradient: Tensor) -> tuple[float, float]:
+        return relative(loss, vv), relative(gradient.double(), d_gram)
+
+    names = ("gram", "gram gradient")
+    loss, gradient = gram.gram(v_s, v_t)
+    errors = dict(zip(names, found(loss, gradient.double() / v_s.numel()), strict=True))
+    loss, gradient = eager.gram_loss(v_s, v_t)
+    of_plain = found(loss, gradient.double() / v_s.numel())
+    plain = dict(zip(names, of_plain, strict=True))
+    told = torch.tensor([900, 7]), torch.tensor([5, 41]), 0.5, "element"
+    for impl in ("small", "flash"):
+        _, loss, _, gradient, _ = fused(s, t, told, impl, v_s.numel())
+        named = [f"{impl} {name}" for name in names]
+        errors |= dict(zip(named, found(loss, gradient[:, :, 2]), strict=True))
+        plain |= dict(zip(named, of_plain, strict=True))
+    return errors, plain
 
 
 def group_case(
