@@ -67,19 +67,13 @@ def test_in_the_interpreter_every_kernel_is_the_reference(scope, kind):
         *("dropout", "gl", "gl gradient of weight by loss", "gl dropped gradient of tokens by both")
     } <= set(of(cases, "groups")[0]["errors"])
     if scope == "all":
-        assert {one["case"][1][1] for one in of(cases, "attention")} == {
-            20,
-            33,
-            49,
-            64,
-            65,
-            196,
-            256,
-        }
+        assert {one["case"][1][1] for one in of(cases, "attention")} == {20, 33, 49, 64, 65, 196}
         assert {one["case"][2] for one in of(cases, "attention")} == {"element", "token", "matrix"}
         assert [one["case"][1] for one in of(cases, "gram")] == [1.0, 0.1, 0.01]
         certain = next(one for one in of(cases, "attention") if one["case"][3] == 1.0)["errors"]
-        assert certain["flash"] == certain["small"] == certain["flash gradient"] == 0
+        assert (
+            max(certain[n] for n in ("small", "flash")) < 1e-20 and certain["flash gradient"] == 0
+        )
 
 
 @pytest.mark.slow
