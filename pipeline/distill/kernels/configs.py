@@ -46,7 +46,7 @@ TABLE: dict[str, tuple[Config, Config]] = {  # on sm_90 and sm_100; elsewhere
 }
 WIDE_HEADS: dict[str, tuple[Config, Config]] = {  # wider than 64
     "small_losses": (Config(64, 64, 4, 1), Config(64, 64, 8, 1)),
-    "small_gradient": (Config(64, 64, 4, 1), Config(64, 64, 8, 1)),
+    "small_gradient": (Config(64, 64, 8, 1), Config(64, 64, 8, 1)),
 }
 
 
