@@ -105,8 +105,9 @@ def test_compiled_ahead_a_kernel_spills_nothing_and_keeps_its_budget(variant, ar
 @pytest.mark.parametrize("architecture", [86, 90])
 @pytest.mark.parametrize("kernel", ["small_gradient", "flash_losses", "flash_keys", "gl_gradients"])
 def test_in_float32_a_program_finds_enough_shared_memory(kernel, architecture):
-    """There is no tensor core for exact float32; registers spill."""
+    """There is no tensor core for exact float32; registers spill, some kilobytes."""
     found = kernel_budget.build(kernel, architecture, kind="fp32")
+    assert found.spilled_bytes <= 16 * 1024
     assert found.shared_bytes <= SHARED_KB[architecture] * 1024
 
 

@@ -28,8 +28,15 @@ class Config:
     columns: int = 0  # 0: those of a head, or of one Philox counter
 
     def of(self, element_size: int) -> Config:
-        """The sizes for elements of so many bytes. The table's are for 2; with 4 a deep tile does not fit."""
-        return replace(self, inner=self.inner // 2) if self.columns and element_size == 4 else self
+        """The sizes for elements of so many bytes; the table's are for 2.
+
+        With 4 a deep tile of a product does not fit the shared memory, nor a head the registers of four warps.
+        """
+        if element_size != 4:
+            return self
+        if self.columns:
+            return replace(self, inner=self.inner // 2)
+        return replace(self, block=min(self.block, 64), warps=8)
 
 
 TABLE: dict[str, tuple[Config, Config]] = {  # on sm_90 and sm_100; elsewhere
