@@ -29,6 +29,7 @@ from exporters.ort import simulated
 from exporters.ort.export import Export, export_model
 from exporters.parity import int8
 from pipeline.core import artifacts, cli
+from pipeline.core.errors import GateFailed, UserError
 from pipeline.data.prepared import normalised, spread
 from pipeline.distill import distill, trainer
 from pipeline.distill.settings import Distill
@@ -48,8 +49,8 @@ PAIRS = 12  # of steps
 RATIOS = ("ort-int8", "ov-int8")
 
 
-def family(runs: Runs, name: str, method: str) -> dict[str, Any]:
-    """Distil one student, measure its calibrated int8, fine-tune it and measure that; a finished one is read."""
+def folder_of(runs: Runs, name: str, method: str) -> Path:
+    """The folder of a family at these settings."""
     settings = student_settings(runs, name, method)
     quantize = runs.section(Quantize)
     features = runs.folder / "features"
@@ -61,11 +62,17 @@ def family(runs: Runs, name: str, method: str) -> dict[str, Any]:
             artifacts.code(fine_tune.ROOMS),
         ]
     )[:12]
-    folder = runs.folder / "int8" / f"{name}-{mark}"
+    return runs.folder / "int8" / f"{name}-{mark}"
+
+
+def family(runs: Runs, name: str, method: str) -> dict[str, Any]:
+    """Distil one student, measure its calibrated int8, fine-tune it and measure that; a finished one is read."""
+    folder = folder_of(runs, name, method)
     finished = folder / "result.json"
     if finished.exists():
         return artifacts.read_json(finished)
-    shared = (runs.prepared, runs.teacher, features)
+    settings, quantize = student_settings(runs, name, method), runs.section(Quantize)
+    shared = (runs.prepared, runs.teacher, runs.folder / "features")
     work = runs.folder / "work"
     distilled = folder / "distilled"
     began = time.monotonic()
@@ -102,7 +109,7 @@ def trained(
     simulation, _ = simulated.simulate(
         student, calibration, quantize, export.opset, build.int8_calibration, judge=False
     )
-    fp32 = int8.top1(int8.in_float64(student.plain, held_out[0]), held_out[1])
+    fp32 = int8.top1(int8.logits_of(student.plain, student.description, held_out[0]), held_out[1])
     arguments = (held_out, calibration, export.opset, build)
     models = (student.plain, student.plain)
     measured = int8.measure(models, student.description, *arguments)
@@ -195,7 +202,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     for name, figures in result["families"].items():
         if "reason" in figures:
-            lines.append(f"| {name} | | not finished: {figures['reason']} | | | | | |")
+            lines.append(f"| {name} | | {figures['reason']} | | | | | |")
             continue
         fp32 = figures["fp32_top1"]
         by = {(row["target"], row["ranges"]): row for row in figures["rows"]}
@@ -246,17 +253,25 @@ def main(args: argparse.Namespace) -> None:
     """Measure each family, print the table after each, write `<out>.json` and `<out>.md`."""
     runs = Runs.of(args.recipe, merged(args.recipe, args.data, args.set))
     result: dict[str, Any] = {"families": {}, "latency": {}}
+    method = args.methods[0]
     for name in args.families:
-        result["families"][name] = family(runs, name, args.methods[0])
+        folder = folder_of(runs, name, method)
+        if args.stored and not (folder / "result.json").exists():
+            result["families"][name] = {"reason": "not run"}
+            continue
+        try:
+            result["families"][name] = family(runs, name, method)
+        except (UserError, GateFailed) as error:
+            result["families"][name] = {"reason": str(error)}
+            continue
         if args.latency:
-            (folder,) = (runs.folder / "int8").glob(f"{name}-*")
             result["latency"][name] = latency(runs, folder)
         print(table(result), flush=True)
-        if args.out:
-            own = ("--families " + " ".join(args.families), "--latency" * args.latency)
-            made_by = artifacts.provenance(dict.fromkeys(args.families, args.methods[0]))
-            words = command("int8_families", args, *filter(None, own))
-            record.write(args.out, SCHEMA, result, made_by, words, table(result))
+    if args.out:
+        own = ("--families " + " ".join(args.families), "--latency" * args.latency)
+        made_by = artifacts.provenance(dict.fromkeys(args.families, method))
+        words = command("int8_families", args, *filter(None, own))
+        record.write(args.out, SCHEMA, result, made_by, words, table(result))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -267,6 +282,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", help="images of the recipe (prepare.path)")
     add("--methods", nargs=1, default=["logits"], metavar="METHOD", help="default: logits")
     add("--families", nargs="+", default=list(FAMILIES), metavar="NAME", help="timm models")
+    add("--stored", action="store_true", help="tabulate the finished families, train nothing")
     add("--latency", action="store_true", help="measure CPU time too, on a quiet machine")
     add(
         "-S",

@@ -90,7 +90,7 @@ def quantize(args: argparse.Namespace, settings: Quantize) -> dict[str, Any]:
         opset=export.opset,
         settings=build,
     )
-    logits = int8.in_float64(student.plain, held_out[0])
+    logits = int8.logits_of(student.plain, student.description, held_out[0])
     rows = measure((student.plain, student.plain))
     distill = config.load(Distill, args.params)
     trained = fine_tune.fine_tune(

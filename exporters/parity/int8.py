@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporters.artifact import agreement, counts, inputs
+from exporters.artifact.eager import EagerSession
 from exporters.artifact.reference import Exported
 from exporters.artifact.runtime import Build
 from exporters.artifact.session import TARGETS, Array, Target, Unavailable
 from exporters.open import RUNTIMES, open_session
 from exporters.ort import export
+from pipeline.core.machine import usable_cores
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,22 +32,9 @@ def top1(logits: Array, labels: NDArray[np.int64]) -> float:
     return float((logits.argmax(axis=1) == labels)[known].mean())
 
 
-def in_float64(network: nn.Module, x: Array) -> Array:
-    """Logits (N, K) of x (N, 3, S, S), computed in float64.
-
-    A runtime adds int8 products exactly. Float32 does not, and a sum near the middle between two levels then
-    rounds to the other one.
-    """
-    import torch
-
-    network.double()  # in place: a copy would not be simulated
-    with torch.no_grad():
-        parts = [
-            network(torch.from_numpy(part).double()) for part in np.array_split(x, len(x) // 64 + 1)
-        ]
-    network.float()
-    logits: Array = torch.cat(parts).float().numpy()
-    return logits
+def logits_of(network: nn.Module, description: dict[str, Any], x: Array) -> Array:
+    """Logits (N, K) of a PyTorch network for x (N, 3, S, S)."""
+    return inputs.run_batches(EagerSession(network, description, usable_cores()), x)
 
 
 def measure(
@@ -69,7 +58,7 @@ def measure(
         export.export_model(networks[0], description, folder / "student.onnx", opset)
         if ranges is not None:
             shutil.copyfile(ranges, folder / ranges.name)
-        logits = in_float64(networks[1], x)
+        logits = logits_of(networks[1], description, x)
         exported = Exported(folder, {"student": x}, labels, {"student": logits}, calibration)
         by = "calibration" if ranges is None else "training"
         return [_row(TARGETS[target], exported, by, settings) for target in INT8]

@@ -65,9 +65,8 @@ class Quantizer(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """The scales, as the exported network gets them: of float32, whatever the network computes in."""
-        scale = self.log_scale.float().clamp(max=self.limit).exp()
-        return scale.to(self.log_scale.dtype)
+        """The scales, as the exported network gets them."""
+        return self.log_scale.clamp(max=self.limit).exp()
 
     def forward(self, x: Tensor) -> Tensor:
         """Round x, any shape, to the grid."""
