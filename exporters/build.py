@@ -67,7 +67,8 @@ def artefact_parity(
         return agreement.skipped_row(artefact.name, precision, str(error))
     reference = exported.logits[model]
     logits = inputs.run_batches(session, exported.x[model])
-    row = agreement.parity_row(artefact, session, reference, logits, settings)
+    gates = agreement.fair_thresholds(session, settings)
+    row = agreement.parity_row(artefact, session, reference, logits, gates)
     if row["precision_effective"] == "int8":
         row = agreement.add_accuracy(row, reference, logits, exported.labels, settings.int8_drop)
     return row

@@ -184,6 +184,7 @@ def test_the_scales_of_the_exported_network_are_the_trained_ones(chain: Path, di
     with quantize.Calibrated(source, x) as network:
         found, _ = trained.read(network.quantized(ranges=ranges))
     assert found["activations"] == ranges["activations"] and found["weights"] == ranges["weights"]
+    assert 15 < ranges["sqnr_db"] < 60
     first = json.loads((chain / "trained" / "student.json").read_text())["weights_sha256"]
     assert ranges["weights_sha256"] == first
 
@@ -243,6 +244,19 @@ def test_ranges_of_other_weights_or_of_another_network_are_refused(
     assert found is not None
     with pytest.raises(UserError, match="got 'no such node', which the network does not have"):
         trained.overrides(onnx_file.read_onnx(tmp_path / "student.onnx"), found, symmetric=False)
+
+
+def test_a_trained_network_may_be_as_far_from_float32_as_its_simulation_was() -> None:
+    class Trained:
+        def __init__(self, **metadata: str) -> None:
+            self.metadata = metadata
+
+    def gate(**metadata: str) -> float:
+        session: Any = Trained(**metadata)
+        return agreement.fair_thresholds(session, agreement.Thresholds()).int8_db
+
+    assert gate() == gate(int8_sqnr_db="31.5") == gate(int8_sqnr_db="not a number") == 15.0
+    assert gate(int8_sqnr_db="10.5") == 7.5
 
 
 PARAMS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ Thresholds = parity.Thresholds
 BIT_EQUAL_DB = parity.BIT_EQUAL_DB
 ACCURACY_EPS = 1e-9  # float error of a difference of two accuracies
 IMAGES = 64
+TRAINED = (
+    "int8_sqnr_db"  # metadata of a network that was trained under int8: SQNR of its simulation
+)
+MARGIN_DB = 3.0  # that its export may lie below it
 
 
 def compare_outputs(
@@ -67,6 +72,15 @@ def parity_row(
         "verdict": verdict,
         "reason": reason,
     }
+
+
+def fair_thresholds(session: Session, thresholds: Thresholds) -> Thresholds:
+    """The gates of an artefact: int8 that was trained may be as far from float32 as its simulation was."""
+    try:
+        expected = float(session.metadata[TRAINED])
+    except (KeyError, ValueError):
+        return thresholds
+    return replace(thresholds, int8_db=min(thresholds.int8_db, expected - MARGIN_DB))
 
 
 def skipped_row(artefact: str, precision: str, reason: str) -> dict[str, Any]:
@@ -127,7 +141,8 @@ def gated_row(
     """
     whole = slice(_whole_batches(len(x), *sessions))
     reference, converted = (inputs.run_batches(session, x[whole]) for session in sessions)
-    row = parity_row(out, sessions[1], reference, converted, Thresholds())
+    gates = fair_thresholds(sessions[1], Thresholds())
+    row = parity_row(out, sessions[1], reference, converted, gates)
     if labels is not None:
         row = add_accuracy(row, reference, converted, labels[whole], max_drop)
     require_pass(out, row, force)

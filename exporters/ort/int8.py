@@ -105,7 +105,9 @@ def quantize_within_gates(
         proto = onnx_file.read_onnx(source)
         with quantize.Calibrated(proto, images.calibration) as network:
             return onnx_file.add_metadata(
-                network.quantized(ranges=ranges), int8=trained.summary(ranges)
+                network.quantized(ranges=ranges),
+                int8=trained.summary(ranges),
+                **{agreement.TRAINED: repr(ranges["sqnr_db"])},
             )
     reference = OrtSession(source, 1)
     expected = inputs.run_batches(reference, images.held_out)

@@ -40,6 +40,9 @@ class Ranges(Format):
     activations: dict[Text, ActivationRange] = key("Tensor to its grid, per tensor.")
     weights: dict[Text, WeightRange] = key("Weight to its grid, per channel.")
     floating: list[Text] = key("Nodes that stay in float.")
+    sqnr_db: float = key(
+        "Of the simulated int8 against the same student in float32, val images, dB."
+    )
     bias: Bias = key("Type of the biases in int8 for CPUs.")
 
 

@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.core import artifacts
 from pipeline.core.atomic import atomic_dir
-from pipeline.data.prepared import Prepared
+from pipeline.data.prepared import Prepared, normalised, spread
 from pipeline.distill.distill import train
 from pipeline.distill.objective import PROJECTORS, Objective
 from pipeline.distill.settings import Distill
@@ -29,6 +30,7 @@ from pipeline.training import resume
 
 # Rooms of pipeline/ whose code makes a student: an edit there starts an unfinished training anew.
 ROOMS = ("core", "data", "distill", "models", "quantize", "store", "training")
+IMAGES = 256  # of val, that the SQNR of the published student is measured on
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def fine_tune(
         load_projectors(trainer.objective, student.path.with_name("projectors.safetensors"))
         figures = train(trainer, f"quantize {method}", folder / "checkpoint.safetensors")
         with atomic_dir(out) as finished:
-            publish(student, simulation, finished / "student.safetensors", made_by)
+            publish(student, simulation, prepared, finished / "student.safetensors", made_by)
     return figures
 
 
@@ -110,10 +112,32 @@ def load_projectors(objective: Objective, path: Path) -> None:
     both.load_state_dict(load_file(path))
 
 
-def publish(student: Student, simulation: Simulation, path: Path, made_by: dict[str, Any]) -> None:
+def publish(
+    student: Student,
+    simulation: Simulation,
+    prepared: Prepared,
+    path: Path,
+    made_by: dict[str, Any],
+) -> None:
     """Write the fine-tuned student as plain timm, and its ranges beside it."""
-    plain = folding.unfold(student.folded, student.plain, student.norms)
+    plain = folding.unfold(student.folded.cpu(), student.plain, student.norms)
+    preprocess = student.description["preprocess"]
+    rows = spread(prepared.rows("val"), IMAGES)
+    x = torch.from_numpy(normalised(prepared.images.squares(rows), preprocess))
+    decibel = sqnr_db(_logits(plain, x), _logits(student.folded, x))
     checkpoint.save(path, plain, {**student.description, "provenance": made_by})
     weights = {"weights_sha256": artifacts.sha256(path)}
-    document = {"schema": ranges.SCHEMA, **weights, **simulation.ranges()}
+    document = {"schema": ranges.SCHEMA, **weights, "sqnr_db": decibel, **simulation.ranges()}
     artifacts.write_json(path.with_name(f"{path.stem}{ranges.SUFFIX}"), document)
+
+
+def sqnr_db(reference: Tensor, other: Tensor) -> float:
+    """SQNR of logits (N, K) with the mean over the images removed from the signal, dB; 200 where they are equal."""
+    signal = (reference - reference.mean(dim=0)).double().square().sum()
+    noise = (reference - other).double().square().sum()
+    return float(10 * torch.log10(signal / noise)) if noise and signal else 200.0
+
+
+@torch.no_grad()
+def _logits(network: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([network(part) for part in x.split(64)])
