@@ -132,7 +132,7 @@ def publish(
 
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:
-    """SQNR of logits (N, K) with the mean over the images removed from the signal, dB; 200 where they are equal."""
+    """SQNR of logits (N, K), their mean over the images taken from the signal, dB; 200 where they are equal."""
     signal = (reference - reference.mean(dim=0)).double().square().sum()
     noise = (reference - other).double().square().sum()
     return float(10 * torch.log10(signal / noise)) if noise and signal else 200.0
