@@ -47,7 +47,7 @@ class Settings:
 class Untrained:
     """A candidate as built; without an artefact `reason` says why.
 
-    params and macs are of the exported float network. tap: where CAKD would read it, `blocks.4 8x8`, or None and
+    params are those of the exported float network, macs PyTorch's count. tap: where CAKD would read it, `blocks.4 8x8`, or None and
     `no_tap`, why its losses cannot be used.
     """
 
@@ -133,8 +133,12 @@ def _export(candidate: Candidate, settings: Settings, folder: Path) -> dict[str,
     checkpoint.save(folder / f"{MODEL}.safetensors", network, description)
     onnx = folder / f"{MODEL}.onnx"
     export(folder / f"{MODEL}.safetensors", onnx, force=True)
-    counted = counts.count_model(onnx)
-    return {"params": counted.params, "macs": counted.macs, "tap": tap, "no_tap": no_tap}
+    return {
+        "params": counts.count_model(onnx).params,
+        "macs": checkpoint.count(network, size)["macs"],
+        "tap": tap,
+        "no_tap": no_tap,
+    }
 
 
 def _artefact(target: Target, network: Path, size: int, out: Path) -> None:
