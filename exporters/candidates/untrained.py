@@ -47,8 +47,8 @@ class Settings:
 class Untrained:
     """A candidate as built; without an artefact `reason` says why.
 
-    params are those of the exported float network, macs PyTorch's count. tap: where CAKD would read it, `blocks.4 8x8`,
-    or None and `no_tap`, why its losses cannot be used.
+    params are those of the exported float network, macs PyTorch's count. tap: where CAKD would read it,
+    `blocks.4 8x8`, or None and `no_tap`, why its losses cannot be used.
     """
 
     candidate: Candidate
