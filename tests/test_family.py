@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.core import artifacts
+from pipeline.core import artifacts, config
 from pipeline.core.students import MAIN, folder_of
 from pipeline.report import page as report_page
 from pipeline.report.family import family
 from pipeline.report.page import markdown
 from pipeline.report.summary import Report, Sources, summarise
 from tests.browser import Browser, find
+from tests.house import ROOT
 from tests.test_browser import CLIPPED, EMPTY, SMALLEST, VIEWS
 from tests.test_report import ENABLED, HEAD, Run, run, score, stage  # noqa: F401 - the fixture
 from tests.test_schemas import problems
@@ -139,3 +140,32 @@ def test_the_chart_is_whole_in_a_browser(view: str, run: Run) -> None:  # noqa: 
         assert page.evaluate(CLIPPED) == []
         assert page.evaluate(SMALLEST) >= 9
         assert not page.requests and not page.errors
+
+
+@pytest.mark.parametrize(
+    ("students", "exported", "said"),
+    [
+        (
+            {"coarse": {"student": "resnet18"}},
+            "best",
+            "distill.students.coarse: distill.student: got",
+        ),
+        (
+            {"x": {"student": "resnet99"}},
+            "best",
+            "distill.students.x: distill.student: got 'resnet99'",
+        ),
+        ({"cakd": {"student": "resnet18"}}, "best", "got a student named 'cakd'"),
+        ({"a/b": {"student": "resnet18"}}, "best", "distill.students"),
+        ({}, "narrow", "export.student: got 'narrow', which is not in distill.students"),
+    ],
+)
+def test_a_further_student_that_does_not_fit_is_named_before_any_training(
+    students: dict[str, Any], exported: str, said: str, tmp_path: Path, command: Any
+) -> None:
+    params = config.read(ROOT / "params.yaml")
+    params["distill"]["students"], params["export"]["student"] = students, exported
+    path = tmp_path / "params.yaml"
+    path.write_text(json.dumps(params))
+    done = command("stages.check", "--params", path)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
