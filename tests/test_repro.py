@@ -130,8 +130,8 @@ def test_what_a_killed_dvc_left_torn_is_set_aside_and_nothing_learns_again(house
         assert (house / aside).read_text() == text and not path.exists()
     again = dvc(house, "repro")
     assert again.returncode == 0, again.stderr
-    # What `select` writes is in git, not in DVC's cache, so a lost lock lets it judge val again.
-    assert stages_run(again) == ["device", "check", "select"]
+    # What `students` and `select` write is in git, not in DVC's cache, so a lost lock lets them run again.
+    assert sorted(stages_run(again)) == ["check", "device", "select", "students"]
 
 
 def test_a_whole_lock_one_in_conflict_and_one_that_is_being_written_stay(house, mend):

@@ -32,7 +32,14 @@ def copy(folder: Path, *also: str, **params: dict[str, Any]) -> None:
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "cache", "tmp")
         )
-    for name in ("dvc.yaml", ".dvcignore", ".gitignore", "pyproject.toml", "README.md"):
+    for name in (
+        "dvc.yaml",
+        ".dvcignore",
+        ".gitignore",
+        "pyproject.toml",
+        "README.md",
+        "constraints.txt",
+    ):
         shutil.copy(ROOT / name, folder)
     yaml = YAML()
     held = yaml.load(ROOT / "params.yaml")
