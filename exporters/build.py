@@ -70,7 +70,8 @@ def artefact_parity(
     gates = agreement.fair_thresholds(session, settings)
     row = agreement.parity_row(artefact, session, reference, logits, gates)
     if row["precision_effective"] == "int8":
-        row = agreement.add_accuracy(row, reference, logits, exported.labels, settings.int8_drop)
+        before = reference if exported.distilled is None else exported.distilled
+        row = agreement.add_accuracy(row, before, logits, exported.labels, settings.int8_drop)
     return row
 
 

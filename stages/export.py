@@ -12,7 +12,7 @@ import numpy as np
 
 from exporters.artifact import inputs, onnx_file
 from exporters.artifact.eager import EagerSession
-from exporters.artifact.reference import IMAGES
+from exporters.artifact.reference import DISTILLED, IMAGES
 from exporters.ort import export as ort_export
 from exporters.ort.export import Export
 from pipeline.core import artifacts, cli, config
@@ -56,12 +56,15 @@ def main(args: argparse.Namespace) -> None:
         ranges = student.with_name(f"{student.stem}{SUFFIX}")
         if ranges.is_file():
             shutil.copyfile(ranges, folder / f"student{SUFFIX}")
-        reference = {"labels": prepared.labels[rows]}
+        reference: dict[str, Any] = {"labels": prepared.labels[rows]}
         for name in checkpoints:
             x = normalised(prepared.images.squares(rows, crop_pct), preprocess[name])
             logits = inputs.run_batches(EagerSession(*loaded[name], usable_cores()), x)
-            reference |= {IMAGES[name]: x, name: logits}  # type: ignore[dict-item]
-        np.savez(folder / "reference.npz", **reference)  # type: ignore[arg-type]
+            reference |= {IMAGES[name]: x, name: logits}
+        if student != distilled:
+            session = EagerSession(*load(distilled), usable_cores())
+            reference[DISTILLED] = inputs.run_batches(session, reference[IMAGES["student"]])
+        np.savez(folder / "reference.npz", **reference)
         pixels = prepared.images.squares(calibration_rows, crop_pct)
         calibration = normalised(pixels, preprocess["student"])
         np.save(folder / "calibration.npy", calibration)

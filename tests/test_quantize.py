@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 import signal
@@ -19,6 +20,10 @@ from torch import nn
 
 from exporters.artifact import agreement, inputs, onnx_file
 from exporters.artifact.eager import EagerSession
+from exporters.artifact.reference import Exported
+from exporters.artifact.session import TARGETS
+from exporters.build import Build, artefact_parity
+from exporters.open import RUNTIMES
 from exporters.ort import export, int8, placement, quantize, simulated, trained
 from exporters.ort.session import OrtSession
 from pipeline.core import artifacts
@@ -308,6 +313,30 @@ def test_the_stage_measures_both_kinds_of_int8_in_every_runtime(stage: Any, tmp_
         *("student.safetensors", "student.json", "student-ranges.json")
     }
     assert "fp32" in done.stdout and "ort-int8 by training" in done.stdout
+
+
+def test_the_export_of_it_is_judged_by_the_accuracy_of_the_distilled_student(
+    stage: Any, digits: Path, teacher_path: Path, tmp_path: Path, command: Command
+) -> None:
+    assert stage(12).returncode == 0
+    folders = [tmp_path / name for name in ("students", "selection.json", "out")]
+    paths = [*folders, teacher_path, digits, tmp_path / "export"]
+    done = command("stages.export", *paths, "--params", tmp_path / "params.yaml")
+    assert done.returncode == 0, done.stderr
+    exported = Exported.open(tmp_path / "export")
+    distilled = EagerSession(*checkpoint.load(tmp_path / "students/logits/student.safetensors"), 1)
+    expected = inputs.run_batches(distilled, exported.x["student"])
+    assert exported.distilled is not None and np.allclose(exported.distilled, expected, atol=1e-4)
+    # As if distillation had known every answer: int8 then loses all that it gets wrong.
+    known = np.eye(10, dtype=np.float32)[exported.labels]
+    perfect = dataclasses.replace(exported, distilled=known)
+    target, rows = TARGETS["ort-int8"], []
+    for case in (exported, perfect):
+        (tmp_path / "built").mkdir(exist_ok=True)
+        artefact = RUNTIMES["ort"].make("int8", "student", case, tmp_path / "built", Build())
+        rows.append(artefact_parity(target, "int8", artefact, "student", case, Build()))
+    assert rows[1]["top1_drop"] > rows[0]["top1_drop"] and rows[1]["verdict"] == "FAIL"
+    assert rows[0]["int8"] == "trained ranges, every node in int8"
 
 
 def test_with_0_steps_the_export_is_that_of_the_distilled_student_to_the_byte(

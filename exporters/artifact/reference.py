@@ -13,17 +13,23 @@ from pipeline.core.errors import UserError
 
 # Model -> name of its images in reference.npz. Each model has its own normalisation of the same images.
 IMAGES = {"student": "x", "teacher": "teacher_x"}
+# Logits of the student before it was fine-tuned for int8; only where it was.
+DISTILLED = "distilled"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """artifacts/export, opened: labels (N,); by model x (N, 3, S, S), logits (N, K); calibration (M, 3, S, S)."""
+    """artifacts/export, opened: labels (N,); by model x (N, 3, S, S), logits (N, K); calibration (M, 3, S, S).
+
+    distilled (N, K): logits that the accuracy of int8 is compared with, of a student that was fine-tuned for it.
+    """
 
     folder: Path
     x: dict[str, Array]
     labels: NDArray[np.int64]
     logits: dict[str, Array]
     calibration: Array
+    distilled: Array | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Exported:
@@ -31,6 +37,7 @@ class Exported:
         try:
             with np.load(folder / "reference.npz", allow_pickle=False) as file:
                 arrays = {key: file[key] for key in ("labels", *IMAGES, *IMAGES.values())}
+                distilled = file.get(DISTILLED)
             calibration = np.load(folder / "calibration.npy", allow_pickle=False)
         except (
             Exception
@@ -41,4 +48,4 @@ class Exported:
             ) from None
         x = {model: arrays[key] for model, key in IMAGES.items()}
         logits = {model: arrays[model] for model in IMAGES}
-        return cls(folder, x, arrays["labels"], logits, calibration)
+        return cls(folder, x, arrays["labels"], logits, calibration, distilled)
