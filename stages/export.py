@@ -38,8 +38,8 @@ def main(args: argparse.Namespace) -> None:
     params = config.load(Export, args.params)
     crop_pct = config.value("evaluate.crop_pct", args.params, default=1.0)
     prepared = Prepared.open(args.prepared)
-    method, name = selected(args.selection, params)
-    distilled = folder_of(args.students, name) / method / "student.safetensors"
+    method, chosen = selected(args.selection, params)
+    distilled = folder_of(args.students, chosen) / method / "student.safetensors"
     student = fine_tuned(args.quantized) or distilled
     checkpoints = {"student": student, "teacher": args.teacher}
     preprocess = agreed(checkpoints, prepared, method)
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
         document = {
             "schema": SCHEMA,
             "method": method,
-            **({} if name == MAIN else {"student": name}),
+            **({} if chosen == MAIN else {"student": chosen}),
             "opset": params.opset,
             "models": models,
             "reference_images": len(rows),

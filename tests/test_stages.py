@@ -56,6 +56,7 @@ def test_the_report_has_the_targets_and_the_accuracy_of_every_method(finished):
     made = json.loads((folder / "artifacts" / "export" / "export.json").read_text())
     student = json.loads((folder / "artifacts" / "export" / "student.json").read_text())
     assert made["method"] == student["method"] == selected
+    assert "student" not in made  # there is one
     edge = (folder / "reports" / "edge.md").read_text()
     assert "| ort-fp32 |" in edge and "cakd+logits" in edge
     assert (folder / "reports" / "index.html").stat().st_size > 20_000
