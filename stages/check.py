@@ -28,8 +28,8 @@ from pipeline.models import checkpoint
 from pipeline.models.student import check_feature_maps, find_tap, probe_student
 from pipeline.prepare.settings import Prepare
 from pipeline.prepare.survey import survey
-from pipeline.project import recipes
-from pipeline.project.choosing import choose
+from pipeline.project import choosing, recipes
+from pipeline.project.rehearsal import rehearse
 from pipeline.quantize.settings import Quantize
 from pipeline.report.budgets import check_targets
 from pipeline.report.summary import Report
@@ -51,15 +51,19 @@ CLASSES = 10  # any number: the shapes that are checked do not depend on it
 def main(args: argparse.Namespace) -> None:
     """Write params.yaml from the recipe where one is named, check it, and write `args.out` where it is named."""
     params, recipe = args.params, args.recipe
-    values: dict[str, dict[str, Any]] = {}
+    values: choosing.Values = {}
     if recipe is None and args.data is not None:
-        recipe, values = chosen(args.data)
+        if not args.force and recipes.written_for(args.data, params):
+            print(f"{params}: chosen for {args.data} before, kept; to choose again: FORCE=1")
+        else:
+            recipe, values = chosen(args.data, args.recipes)
     if recipe is not None:
         arguments = (recipe, args.recipes, params, SECTIONS, args.data, args.force, values)
         print(recipes.apply(*arguments))
     elif args.force:
         raise UserError(
-            f"--force: got --recipe {args.recipe} beside it; expected a recipe's name; pass RECIPE=NAME"
+            f"--force: got --recipe {recipe} and --data {args.data}; expected one of them; "
+            "pass RECIPE=NAME or DATA=PATH"
         )
     print(f"{params}: correct; {check_params(params)}")
     if args.out is not None:
@@ -67,16 +71,35 @@ def main(args: argparse.Namespace) -> None:
             file.write_text(CHECKED)
 
 
-def chosen(data: str) -> tuple[str, dict[str, dict[str, Any]]]:
-    """Choose a recipe for these images, say why, and return it with the values that they need beside it."""
-    found = survey(Path(data).expanduser())
-    gpu = torch.cuda.is_available()
-    choice = choose(found.images, found.labelled, found.classes, found.side, gpu)
+def chosen(data: str, folder: Path) -> tuple[str, choosing.Values]:
+    """Choose a recipe and its budgets for these images, say why and how long it takes here, and return both.
+
+    On a CPU the budgets are cut where the run would not end within the hour.
+    """
+    found, gpu = survey(Path(data).expanduser()), torch.cuda.is_available()
+    choice = choosing.choose(found, gpu)
     print(f"{data}: recipe {choice.recipe}, for {choice.reason}; another one: RECIPE=NAME")
-    values = {
-        **choice.values,
-        "prepare": {**choice.values.get("prepare", {}), "source": found.source},
-    }
+    params = recipes.merged(choice.recipe, folder, SECTIONS, data, choice.values)
+    images = choosing.sizes(found, params)
+    asked = choosing.budget(params, images)
+    print("timing a few steps of every stage on generated images", flush=True)
+    costs = rehearse(params, found.reading)
+    plan = asked if gpu else choosing.within(choosing.LIMIT_MINUTES, costs, images, asked)
+    print(f"here it takes about {choosing.told(costs, images, plan)}")
+    if plan != asked:
+        cut = [
+            f"{section}.{key} {before} to {plan.values()[section][key]}"
+            for section, keys in asked.values().items()
+            for key, before in keys.items()
+            if before != plan.values()[section][key]
+        ]
+        print(
+            f"cut so that it ends within the hour: {', '.join(cut)}; uncut about "
+            f"{choosing.told(costs, images, asked).partition(' (')[0]}: RECIPE={choice.recipe}"
+        )
+    values = plan.values()
+    for section, keys in choice.values.items():
+        values[section] = values.get(section, {}) | keys
     return choice.recipe, values
 
 

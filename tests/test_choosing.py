@@ -10,8 +10,11 @@ import pytest
 
 from pipeline.core import config
 from pipeline.core.errors import UserError
-from pipeline.prepare.survey import source_of, survey
-from pipeline.project.choosing import choose
+from pipeline.prepare.survey import Survey, source_of, survey
+from pipeline.project import choosing
+from pipeline.project.choosing import Budget
+from pipeline.project.rehearsal import Costs, Sizes, rehearse
+from stages import check
 from stages.check import main
 from tests import containers
 from tests.house import ROOT
@@ -30,10 +33,11 @@ from tests.house import ROOT
 def test_size_labels_and_machine_decide(
     images: int, labelled: int, classes: int, side: int, gpu: bool, recipe: str
 ) -> None:
-    choice = choose(images, labelled, classes, side, gpu)
+    choice = choosing.choose(Survey("parquet", images, labelled, classes, side, 0.0, ()), gpu)
     assert choice.recipe == recipe
     assert f"{images:,} images of {classes} classes, {side} px" in choice.reason
     assert ("a GPU" if gpu else "no GPU") in choice.reason
+    assert choice.values["prepare"]["source"] == "parquet"
 
 
 def folder_of(root: Path, unlabelled: int = 0) -> Path:
@@ -61,15 +65,87 @@ def test_a_folder_of_parquet_is_read_as_such(tmp_path: Path) -> None:
     assert source_of(tmp_path / "cifar-10-python.tar.gz") == "cifar"
 
 
+COSTS = Costs(image=0.001, taught=0.002, view=0.001, step=0.5, tested=0.02)
+PLAN = Budget(passes=60, views=8, steps=600)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """No GPU, and known costs instead of a rehearsal; the times of reading that it was asked with."""
+    asked_with: list[float] = []
+
+    def costs(_: object, reading: float) -> Costs:
+        asked_with.append(reading)
+        return COSTS
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(check, "rehearse", costs)
+    return asked_with
+
+
+def test_the_length_of_a_run_is_the_sum_of_its_stages() -> None:
+    images = Sizes(images=1000, train=600, labelled=300, test=200)
+    stages = COSTS.minutes(images, passes=60, views=8, steps=600)
+    seconds = {"prepare": 1, "teach": 36, "cache": 4.8, "distill": 300, "evaluate": 4}
+    assert stages == pytest.approx({stage: value / 60 for stage, value in seconds.items()})
+    total = choosing.minutes(COSTS, images, PLAN)
+    assert total == pytest.approx(choosing.OTHER_MINUTES + sum(seconds.values()) / 60)
+    assert choosing.told(COSTS, images, PLAN).startswith("11 min (prepare under a minute, teach ")
+
+
+def test_a_run_within_the_limit_is_not_cut_and_a_longer_one_to_just_below_it() -> None:
+    small, large = Sizes(1000, 600, 600, 200), Sizes(60_000, 40_000, 40_000, 10_000)
+    assert choosing.within(55, COSTS, small, PLAN) == PLAN
+    cut = choosing.within(55, COSTS, large, PLAN)
+    assert choosing.minutes(COSTS, large, PLAN) > 55 >= choosing.minutes(COSTS, large, cut) > 50
+    assert all(vars(cut)[name] < value for name, value in vars(PLAN).items())
+
+
+def test_where_no_budget_fits_the_least_one_is_taken_and_none_is_raised() -> None:
+    endless = Sizes(*[10_000_000] * 4)
+    assert vars(choosing.within(55, COSTS, endless, PLAN)) == choosing.LEAST
+    few = Budget(passes=1, views=1, steps=100)
+    assert choosing.within(55, COSTS, endless, few) == few
+
+
+@pytest.mark.parametrize(("labelled", "passes"), [(5000, 60), (640, 126), (40, 400)])
+def test_a_teacher_from_scratch_makes_more_passes_over_few_images(
+    labelled: int, passes: int
+) -> None:
+    params = config.read(ROOT / "params.yaml")
+    images = Sizes(labelled, labelled, labelled, 0)
+    assert choosing.budget(params, images).passes == passes
+    params["teach"]["weights"] = "pretrained"
+    assert choosing.budget(params, images).passes == 60
+
+
+def test_images_are_counted_as_prepare_splits_them(tmp_path: Path) -> None:
+    found = survey(folder_of(tmp_path / "own", unlabelled=5))
+    params = config.read(ROOT / "params.yaml")
+    params["prepare"] |= {"source": "imagefolder", "path": str(tmp_path / "own"), "val": 10}
+    counted = choosing.sizes(found, params)
+    assert (counted.images, counted.test, counted.train) == (53, 8, 35)
+    assert 30 <= counted.labelled <= 35
+
+
+@pytest.mark.ci
+def test_a_rehearsal_times_every_stage_of_the_real_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    params = config.read(ROOT / "params.yaml")
+    params["distill"]["methods"] = ["plain", "cakd"]
+    costs = rehearse(params, reading=5.0)
+    assert 5 < costs.image < 5.5
+    assert all(1e-6 < value < 1 for name, value in vars(costs).items() if name != "image")
+    assert capsys.readouterr().out == ""
+
+
 def asked(params: Path, data: Path | None, force: bool = False) -> Namespace:
     given = {"recipe": None, "recipes": ROOT / "recipes", "data": data and str(data)}
     return Namespace(**given, params=params, force=force, out=None)
 
 
 def test_data_alone_writes_the_chosen_recipe_and_says_why(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: list[float]
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     params = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", params)
     data = folder_of(tmp_path / "own")
@@ -81,8 +157,28 @@ def test_data_alone_writes_the_chosen_recipe_and_says_why(
     written = config.read(params)["prepare"]
     assert (written["source"], written["path"]) == ("imagefolder", str(data))
     assert written["student_labels"] == "all"
-    main(asked(params, data))  # again: nothing to write
-    assert "unchanged" in capsys.readouterr().out
+    assert said[2].startswith("here it takes about ") and "cut so that" in said[3]
+    assert "distill.steps 6500 to " in said[3]
+    assert len(quick) == 1 and quick[0] > 0
+    before = params.read_bytes()
+    main(asked(params, data))  # again: what was chosen stays, whatever the machine does now
+    assert "kept" in capsys.readouterr().out and params.read_bytes() == before and len(quick) == 1
+    main(asked(params, data, force=True))
+    assert "recipe few-labels" in capsys.readouterr().out and len(quick) == 2
+
+
+def test_other_images_and_edits_are_chosen_for_anew_or_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: list[float]
+) -> None:
+    params = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", params)
+    one, other = folder_of(tmp_path / "one"), folder_of(tmp_path / "other")
+    main(asked(params, one))
+    main(asked(params, other))
+    assert len(quick) == 2 and config.read(params)["prepare"]["path"] == str(other)
+    params.write_text(params.read_text(encoding="utf-8").replace("lr: 0.001", "lr: 0.003", 1))
+    with pytest.raises(UserError, match="edits by hand"):
+        main(asked(params, other))
 
 
 def test_a_path_without_images_is_refused_in_a_line_and_nothing_is_written(tmp_path: Path) -> None:

@@ -45,10 +45,11 @@ OWNERS = {  # the dataclass of each section, beside the code it configures
 STOREYS = (
     ("core",),
     ("data",),
-    ("models", "training", "prepare", "project", "report"),
+    ("models", "training", "prepare", "report"),
     ("store", "teach.py"),
     ("distill",),
     ("evaluate", "quantize"),
+    ("project",),
 )
 UNFINISHED = {
     "teach": "pipeline.teach",

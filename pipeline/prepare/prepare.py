@@ -39,7 +39,7 @@ def prepare(config: Prepare, out: Path) -> dict[str, Any]:
     source = _read_source(config)
     with atomic_dir(out) as folder:
         decoded = decode_images(source, config, folder)
-        splits = _assign_splits(decoded.samples, config)
+        splits = assign_splits(decoded.samples, config)
         labels_shown = _choose_student_labels(decoded.samples, splits, source.classes, config)
         records = [
             {
@@ -153,8 +153,11 @@ def _account(index: dict[str, Any]) -> str:
     return f"{line}: {', '.join(kinds[:8] + more)}" if kinds else line
 
 
-def _assign_splits(samples: Sequence[Sample], config: Prepare) -> list[str]:
-    """Keep the splits a source brings; cut the missing ones from the rest, stratified and seeded."""
+def assign_splits(samples: Sequence[Sample], config: Prepare) -> list[str]:
+    """Keep the splits a source brings; cut the missing ones from the rest, stratified and seeded.
+
+    Returns a split a sample. Raises UserError: a split larger than the data.
+    """
     from sklearn.model_selection import train_test_split
 
     splits = [s.split for s in samples]

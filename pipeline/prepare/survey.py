@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.core.errors import UserError
 from pipeline.prepare.settings import SOURCES
-from pipeline.prepare.sources.sample import Columns
+from pipeline.prepare.sources.sample import Columns, Sample
 
 LOOKED_AT = 64  # images that are opened, evenly spaced
 
@@ -22,6 +24,8 @@ class Survey:
     labelled: int
     classes: int
     side: int  # median of the shorter sides, pixels
+    reading: float  # seconds that reading one took
+    samples: Sequence[Sample] = field(repr=False)
 
 
 def survey(path: Path) -> Survey:
@@ -31,18 +35,21 @@ def survey(path: Path) -> Survey:
     step = max(1, len(found.samples) // LOOKED_AT)
     looked_at = found.samples[::step]
     sides = []
+    start = time.perf_counter()
     for sample in looked_at:
         try:
             sides.append(min(sample.read().size))
         except (UserError, OSError, ValueError):
             continue  # prepare names it, and stops or leaves it out as prepare.on_error says
+    reading = (time.perf_counter() - start) / len(looked_at)
     if not sides:
         raise UserError(
             f"{path}: none of {len(looked_at)} images can be read; expected images; check the files"
         )
     labelled = sum(sample.label is not None for sample in found.samples)
     side = round(statistics.median(sides))
-    return Survey(source, len(found.samples), labelled, len(found.classes), side)
+    counts = (len(found.samples), labelled, len(found.classes), side)
+    return Survey(source, *counts, reading, found.samples)
 
 
 def source_of(path: Path) -> str:

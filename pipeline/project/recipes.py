@@ -145,6 +145,15 @@ def apply(
     )
 
 
+def written_for(data: str, params: Path) -> bool:
+    """Whether `params` is, unedited, what a recipe wrote for these images."""
+    last = params.parent / ".work" / "recipe.yaml"
+    if not (params.is_file() and last.is_file()):
+        return False
+    present = config.read(params)
+    return bool(present["prepare"]["path"] == data and present == config.read(last))
+
+
 def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
     """Yield the dotted names of the values in which two mappings differ, in the order of the first."""
     if isinstance(one, dict) and isinstance(other, dict):
