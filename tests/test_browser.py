@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.browser import Browser, find
 from pipeline.data.prepared import Prepared
 from pipeline.report import gallery
 from pipeline.report import page as report_page
 from tests import compared
-from tests.browser import Browser, find
 from tests.test_gallery import evidence
 from tests.test_report import Run, run, summary  # noqa: F401 - the fixture
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.browser import Browser, find
 from pipeline.core import artifacts, config
 from pipeline.core.students import MAIN, folder_of
 from pipeline.report import page as report_page
 from pipeline.report.family import family
 from pipeline.report.page import markdown
 from pipeline.report.summary import Report, Sources, summarise
-from tests.browser import Browser, find
 from tests.house import ROOT
 from tests.test_browser import CLIPPED, EMPTY, SMALLEST, VIEWS
 from tests.test_report import ENABLED, HEAD, Run, run, score, stage  # noqa: F401 - the fixture

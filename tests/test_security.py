@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
+from benchmarks.browser import Browser, find
 from exporters.artifact.reference import Exported
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError
@@ -29,7 +30,6 @@ from pipeline.report import page as report_page
 from pipeline.report.page import markdown
 from pipeline.store import reading
 from tests import compared, containers, fuzz, hostile
-from tests.browser import Browser, find
 from tests.house import ROOT
 from tests.test_gallery import evidence
 from tests.test_images import square_pixels

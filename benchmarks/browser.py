@@ -148,9 +148,16 @@ class Page:
         kinds = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
         return [json.dumps(e["params"]) for e in self._browser.events if e["method"] in kinds]
 
-    def screenshot(self, path: Path) -> None:
-        """The whole page as a PNG."""
+    def screenshot(
+        self, path: Path, element: str | None = None, height: float | None = None
+    ) -> None:
+        """A PNG of the page, or of the element that a JavaScript expression gives; `height` cuts it, in pixels."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        if element is not None:
+            box = self.evaluate(f"JSON.stringify(({element}).getBoundingClientRect())")
+            clip |= {side: json.loads(box)[side] for side in ("x", "y", "width", "height")}
+        if height is not None:
+            clip["height"] = min(clip["height"], height)
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
         path.write_bytes(base64.b64decode(shot["data"]))
