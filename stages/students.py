@@ -49,12 +49,10 @@ def main(args: argparse.Namespace) -> None:
     by_target = {
         target: rows[i * len(listed) : (i + 1) * len(listed)] for i, target in enumerate(targets)
     }
-    document = {
-        "schema": schema_name(Students),
-        "targets": by_target,
-        "machine": machine(),
-        "provenance": artifacts.provenance({"students": students, **vars(protocol)}),
-    }
+    document: dict[str, Any] = {"schema": schema_name(Students), "targets": by_target}
+    if students:
+        document["machine"] = machine()
+        document["provenance"] = artifacts.provenance({"students": students, **vars(protocol)})
     artifacts.write_json(args.out, document)
     print(f"{args.out}: {summary(by_target)}")
 

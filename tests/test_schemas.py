@@ -112,7 +112,7 @@ CONTRACT = {
         "": "schema pack runtime precision image_size threads rows machine",
         "rows.0": "name status reason wall_ms flags",
     },
-    "students.json": {"": f"{FILE} targets"},
+    "students.json": {"": "schema targets"},
     "edge.json": {"": FILE},
     "build/build.json": {"": FILE},
     "export.json": {"": FILE},

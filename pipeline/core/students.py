@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from pipeline.core.formats import Artefact
+from pipeline.core.formats import Artefact, Machine, Provenance
 from pipeline.core.validation import (
     Count,
     Format,
@@ -18,6 +18,7 @@ from pipeline.core.validation import (
     Size,
     Text,
     key,
+    optional,
     schema_key,
 )
 
@@ -102,16 +103,18 @@ class PackBench(Format):
     machine: dict[str, Any] = key("The device.")
 
 
-class Students(Artefact):
+class Students(Format):
     """Written by the stage students: every student of the run, untrained, on the targets that decide.
 
-    Without distill.students there is nothing to compare, and no target.
+    Without distill.students there is nothing to compare, no target and no machine: the same file everywhere.
     """
 
     schema_: Literal["cakd.students/1"] = schema_key()
     targets: dict[str, list[NetworkRow]] = key(
         "Target to its rows, one a student, by the names of distill.students; `student` is distill.student."
     )
+    machine: Machine = optional("Where they were measured.")
+    provenance: Provenance = optional("The parameters and versions they were measured with.")
 
 
 def folder_of(folder: Path, student: str) -> Path:
