@@ -100,6 +100,8 @@ TEACHERS = {
     "swin": Family("windows, pyramid", "swin_tiny_patch4_window7_224", SWIN),
     "swinv2": Family("windows, pyramid, cosine", "swinv2_tiny_window8_256", SWIN),
     "pvt_v2": Family("pyramid", "pvt_v2_b0", {"depths": (1, 1, 1, 1)}),
+    "resnet": Family("a CNN", "resnet18", {"output_stride": 8}),
+    "mobilenetv3": Family("a CNN, a convolution in its head", "mobilenetv3_small_100", {}),
     "dinov2 at 64 px": Family(
         "patch 14 does not divide", "vit_small_patch14_reg4_dinov2", FOURTEEN | {"img_size": 64}
     ),

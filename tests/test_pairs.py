@@ -40,6 +40,8 @@ WITHOUT = {  # teachers that give tokens and logits alone, and why
     "swin": "no sequence of blocks",
     "swinv2": "no sequence of blocks",
     "pvt_v2": "no sequence of blocks",
+    "resnet": "it is a CNN",
+    "mobilenetv3": "it is a CNN",
 }
 WITH = [name for name in TEACHERS if name not in {*WITHOUT, *REFUSED}]
 SAMPLE = [  # about ten pairs that differ in what they need
@@ -53,6 +55,7 @@ SAMPLE = [  # about ten pairs that differ in what they need
     ("beit", "mnasnet_small"),
     ("swin", "convnext_atto"),
     ("pvt_v2", "dla46_c"),
+    ("resnet", "lcnet_050"),
 ]
 QUICK = (("vit", "resnet18"), ("eva02", "regnetx_002"), ("pvt_v2", "dla46_c"))
 
@@ -210,7 +213,7 @@ def test_a_store_of_q_k_v_is_refused_for_a_teacher_without(made, tmp_path):
 
 
 def test_a_teacher_without_q_k_v_goes_through_training_and_evaluation(made, tmp_path):
-    taught = made("swin")
+    taught = made("mobilenetv3")
     recipe = settings.Distill(("gl+robust+logits",), "resnet18", batch=8, steps=4)
     given = (taught.prepared, taught.path, taught.features, tmp_path / "student", tmp_path / "work")
     curves = distill.distill(recipe, "gl+robust+logits", *given)["curves"]

@@ -36,7 +36,7 @@ FAMILIES = {  # what it shows -> timm's name, further kwargs, prefix tokens
     "rotary, attention pool": ("vit_pe_core_tiny_patch16_384", {}, 1),
 }
 REFUSED = {
-    "resnet18": "got ResNet, whose token order is unknown; expected one of timm's vit_",
+    "maxvit_tiny_rw_224": "got MaxxVit, whose token order is unknown; expected one of timm's vit_",
     "samvit_base_patch16_224": "got VisionTransformerSAM, whose token order is unknown",
     "hiera_tiny_224": "got Hiera, whose token order is unknown",
 }
@@ -47,6 +47,13 @@ WITHOUT_ATTENTION = {
     "cait_xxs24_224": "its last block makes 2 attention calls, not one",
     "convit_tiny": "its last block makes 0 attention calls, not one",
     "vit_small_patch16_18x2_224": "its last block makes 2 attention calls, not one",
+    "resnet18": "it is a CNN",
+    "repvgg_a0": "it is a CNN",
+    "convnext_atto": "it is a CNN",
+    "densenet121": "it is a CNN",
+    "efficientnet_lite0": "it is a CNN",
+    "mobilenetv3_small_100": "it is a CNN",
+    "regnetx_002": "it is a CNN",
     "vit_dlittle_patch16_reg1_gap_256": "its last block makes 2 attention calls, not one",
 }
 

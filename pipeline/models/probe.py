@@ -9,11 +9,18 @@ from typing import Any
 
 import torch
 from timm.models.beit import Beit
+from timm.models.byobnet import ByobNet
 from timm.models.cait import Cait
 from timm.models.convit import ConVit
+from timm.models.convnext import ConvNeXt
+from timm.models.densenet import DenseNet
+from timm.models.efficientnet import EfficientNet
 from timm.models.eva import Eva
+from timm.models.mobilenetv3 import MobileNetV3
 from timm.models.mvitv2 import MultiScaleVit
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from timm.models.regnet import RegNet
+from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
@@ -29,10 +36,14 @@ from pipeline.models.checkpoint import first_line
 ROW_BY_ROW = (VisionTransformer, Eva, Beit, VisionTransformerRelPos, Cait, ConVit)
 # Final features as a map, or as tokens without prefix.
 MAPS = (SwinTransformer, SwinTransformerV2, PyramidVisionTransformerV2, MultiScaleVit)
+# Final features as a map (B, D, h, w): the control that asks whether a student needs a ViT to learn from.
+CNNS = (ResNet, ByobNet, ConvNeXt, DenseNet, EfficientNet, MobileNetV3, RegNet)
 ALLOWED = (
     "timm's vit_*, deit*, beit*, dinov2, dinov3, eva02_*, vit_pe_* and relpos models; for h and logits only also "
-    "cait, convit, swin, swinv2, pvt_v2 and mvitv2"
+    "cait, convit, swin, swinv2, pvt_v2, mvitv2 and CNNs as resnet, regnet, efficientnet, mobilenet or convnext"
 )
+
+NO_BLOCKS = "it has no sequence of blocks over one grid of tokens"
 
 SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention
 
@@ -94,17 +105,18 @@ class TeacherSpec:
 
 
 def probe_teacher(vit: Any, image_size: int | None = None) -> TeacherSpec:
-    """Run a ViT on one image of zeros and describe it; `image_size` for models that are built for no size.
+    """Run a teacher on one image of zeros and describe it; `image_size` for models that are built for no size.
 
     Raises UserError: a class whose token order is not known here, or another number of tokens than its grid has.
     """
-    if not isinstance(vit, (*ROW_BY_ROW, *MAPS)):
+    if not isinstance(vit, (*ROW_BY_ROW, *MAPS, *CNNS)):
         raise UserError(
             f"teach.model: got {type(vit).__name__}, whose token order is unknown; expected one of {ALLOWED}; "
             "choose another"
         )
     blocks: Any = getattr(vit, "blocks", None)
-    has_blocks = isinstance(blocks, nn.Sequential | nn.ModuleList)
+    of_cnn = isinstance(vit, CNNS)  # whose blocks, where they are called so, are stages
+    has_blocks = not of_cnn and isinstance(blocks, nn.Sequential | nn.ModuleList)
     if has_blocks and not len(blocks):
         raise UserError(
             f"teach.model: {type(vit).__name__}: got {len(blocks)} blocks; expected 1 or more; correct "
@@ -114,11 +126,9 @@ def probe_teacher(vit: Any, image_size: int | None = None) -> TeacherSpec:
     if has_blocks:
         fuse_attention(recorder.block)
     final = _probe_with_zeros(vit, recorder, image_size)
-    reason = (
-        _without_attention(vit, recorder)
-        if has_blocks
-        else "it has no sequence of blocks over one grid of tokens"
-    )
+    reason: str | None = "it is a CNN" if of_cnn else NO_BLOCKS
+    if has_blocks:
+        reason = _without_attention(vit, recorder)
     mixed = "its last block has a learned rotary embedding of its own depth"
     prefix, rows = int(getattr(vit, "num_prefix_tokens", 0)), in_rows(final, vit)
     grid = _grid(vit, final, prefix)
@@ -167,7 +177,7 @@ def _without_attention(vit: Any, recorder: AttentionRecorder) -> str | None:
 def _probe_with_zeros(vit: Any, recorder: AttentionRecorder, image_size: int | None) -> Tensor:
     """Run the ViT on one image of zeros in eval mode; its final features (1, ...)."""
     default = (image_size,) * 2 if image_size else vit.pretrained_cfg["input_size"][1:]
-    size = getattr(vit.patch_embed, "img_size", None) or default
+    size = getattr(getattr(vit, "patch_embed", None), "img_size", None) or default
     parameter = next(vit.parameters())
     was_training = vit.training
     vit.eval()
@@ -192,7 +202,7 @@ def _probe_with_zeros(vit: Any, recorder: AttentionRecorder, image_size: int | N
 
 def _grid(vit: Any, final: Tensor, prefix: int) -> tuple[int, int]:
     """Return height and width of the patch grid of the final features (1, ...)."""
-    patches = getattr(vit.patch_embed, "grid_size", None)
+    patches = getattr(getattr(vit, "patch_embed", None), "grid_size", None)
     if patches is not None and final.dim() == 3:
         rows, columns = patches
     elif final.dim() == 4:

@@ -2,8 +2,8 @@
 
 Q, K, V, h and the logits are all functions of x_L (B, P+N, D), the input of the last block; P prefix tokens
 (class, distillation, registers), N patch tokens, D width, H heads, d = D / H. So the feature cache stores x_L.
-Where the last block has no Q, K, V for eq. 2 (Swin, BEiT, ...), x is the final features instead and the tail is
-the head: such a teacher gives h and logits (docs/decisions.md, 16).
+Where the last block has no Q, K, V for eq. 2 (Swin, BEiT, a CNN, ...), x is the final features instead and the
+tail is the head: such a teacher gives h and logits (docs/decisions.md, 16).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pipeline.core.errors import UserError
 from pipeline.data import views
 from pipeline.models import checkpoint
 from pipeline.models.probe import (
+    CNNS,
     ROW_BY_ROW,
     AttentionRecorder,
     TeacherSpec,
@@ -220,7 +221,7 @@ def load(path: Path) -> Teacher:
 
 
 def load_tail(path: Path) -> TeacherTail:
-    """Load only the last block, norm and head, without reading the other blocks' weights from the disk.
+    """Load only the last block, norm and head, without reading the other blocks' weights; a CNN whole.
 
     Raises UserError: damaged, not supported, a block that x_L alone does not replay.
     """
@@ -233,6 +234,8 @@ def load_tail(path: Path) -> TeacherTail:
             f"{path}: got a teacher that cannot be replayed from x_L ({spec.not_replayable}); set cache.layout: "
             "qkvh"
         )
+    if isinstance(vit, CNNS):  # small, and each names the parts of its head as it likes
+        return load(path).tail
     needed = set(TAIL)
     if spec.no_attention:
         needed.remove("blocks")
