@@ -14,6 +14,7 @@ from torch import nn
 
 from pipeline.core.config import STRICT, BelowOne
 from pipeline.core.errors import UserError
+from pipeline.training import memory
 from pipeline.training.ranks import Ranks
 
 Device = Literal["auto", "cpu", "cuda"]  # auto: CUDA where there is one
@@ -84,13 +85,17 @@ class Averaged(nn.Module):
 
 
 def pick_device(device: Device, parameter: str, ranks: Ranks) -> torch.device:
-    """Choose the device of this rank. Raises UserError: `parameter` says CUDA and there is none."""
+    """Choose the device of this rank; on a CPU the process keeps the memory that it frees (`memory.keep_freed`).
+
+    Raises UserError: `parameter` says CUDA and there is none.
+    """
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError(
             f"{parameter}: got {device!r}; expected a CUDA device, PyTorch sees none; set it to auto"
         )
     if device == "cpu" or not available:
+        memory.keep_freed()
         return torch.device("cpu")
     cuda = torch.device("cuda", ranks.local % torch.cuda.device_count())
     torch.cuda.set_device(cuda)
