@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+from pipeline.distill.kernels import winograd
 from pipeline.distill.projectors import (
     GroupWiseLinear,
     PartiallyCrossAttention,
@@ -81,3 +82,38 @@ def test_the_students_grid_is_convolved_and_then_brought_to_the_tokens_or_the_ot
     torch.testing.assert_close(late(feature)[:, :, 0], resized)
     before = late.q(on_grid(feature, (8, 8))).flatten(2).mT.reshape(2, 64, 3, 4)
     torch.testing.assert_close(early(feature)[:, :, 0], before)
+
+
+@pytest.mark.parametrize("grid", [(6, 8), (5, 7), (1, 2)])
+def test_the_wide_convolution_of_a_cpu_is_that_of_torch(grid):
+    """Outputs and all gradients, in float64; grids that tiles of two by two do not cover, too."""
+    shapes = ((2, 3, *grid), (4, 3, 3, 3), (4,))
+    values = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    mine = winograd.conv3x3(*values)
+    exact = torch.nn.functional.conv2d(*values, padding=1)
+    torch.testing.assert_close(mine, exact)
+    upstream = torch.randn_like(exact)
+    gradients = [torch.autograd.grad(out, values, upstream) for out in (mine, exact)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_only_wide_convolutions_in_float32_on_a_cpu_are_computed_by_winograd():
+    x, wide = torch.randn(1, 256, 8, 8), torch.randn(576, 256, 3, 3)
+    assert winograd.pays(x, wide)
+    digits = torch.randn(64, 24, 8, 8), torch.randn(192, 24, 3, 3)
+    assert not winograd.pays(*digits), "the default chain keeps its bits"
+    assert not winograd.pays(x[:, :, :4], wide)
+    assert not winograd.pays(x.double(), wide.double())
+    assert not winograd.pays(x.to("meta"), wide.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not winograd.pays(x, wide)
+
+
+def test_q_k_and_v_are_within_rounding_by_either_convolution(monkeypatch):
+    projector, feature = PartiallyCrossAttention(256, 4, 192, (8, 8)), torch.randn(2, 256, 8, 8)
+    mine = projector(feature)
+    monkeypatch.setattr(winograd, "pays", lambda *_: False)
+    exact = projector(feature)
+    assert mine.is_contiguous(), "tokens are not copied once more"
+    assert not torch.equal(mine, exact), "the first took the other path"
+    torch.testing.assert_close(mine, exact)

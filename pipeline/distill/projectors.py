@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.distill.kernels import winograd
+
 Groups = tuple[tuple[int, ...], ...]
 
 
@@ -50,7 +52,11 @@ class PartiallyCrossAttention(nn.Module):
             torch.cat([layer.weight for layer in layers]),
             torch.cat([_bias(layer) for layer in layers]),
         )
-        maps = on_grid(F.conv2d(x, weight, bias, padding=1), self.tokens)
+        if winograd.pays(x, weight):
+            maps = winograd.conv3x3(x, weight, bias)
+        else:
+            maps = F.conv2d(x, weight, bias, padding=1)
+        maps = on_grid(maps, self.tokens)
         packed = maps.permute(0, 2, 3, 1)
         return packed.reshape(len(x), -1, 3, self.n_heads, len(bias) // (3 * self.n_heads))
 
