@@ -2,9 +2,9 @@
 
 `benchmarks/results/runs/<recipe>/<method>-<seed>.json` holds the figures of one student, the settings that decide
 them with their hash, the hash of the teacher's weights, the machine and the commit. A run is identified by its
-settings and its teacher, not by code or machine: an edit of the code does not throw the evidence of weeks away,
-and each file says which commit made it. A setting that did not exist yet counts as its default. A run of other
-settings is refused, never mixed in.
+settings and its teacher, not by code, machine or memory format: an edit of the code does not throw the evidence of
+weeks away, and each file says which commit made it. A setting that did not exist yet counts as its default. A run
+of other settings is refused, never mixed in.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ NOT_OF_A_RUN = (
     "workers",
     "checkpoint_every",
 )
+# How a step is computed, which differs between machines: a figure depends on it by rounding only.
+BY_ROUNDING = ("distill.compute.device", "distill.compute.channels_last", "distill.compute.compile")
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def _difference(entry: Mapping[str, Any], expected: Identity) -> str | None:
         held, asked = (str(t)[:12] for t in (entry["teacher"], expected.teacher))
         return f"teacher {held}; expected {asked}"
     known, then, now = defaults(), _flat(entry["settings"]), _flat(expected.settings)
-    for key in sorted({*then, *now}):
+    for key in sorted({*then, *now}.difference(BY_ROUNDING)):
         value = then.get(key, known.get(key))
         if key not in now or value != now[key]:
             return f"{key} {value}; expected {now.get(key)}"

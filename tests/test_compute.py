@@ -234,6 +234,96 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(prepared, teac
         Compute(accumulate=2).micro_batches(4, Ranks(0, 2))
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_cuda_graphs_are_of_the_student_and_a_step_is_marked_before_its_parts(
+    accumulate, prepared, teacher_path, features, monkeypatch
+):
+    """On a CPU, with the compiler's call and the mark recorded; the graphs themselves need a GPU."""
+    config = replace(QUICK, compute=Compute(accumulate=accumulate))
+    plain = build(config, "cakd+logits", prepared, teacher_path, features)
+    expected = steps(plain, 3)
+    calls, exact = [], Compute.compiled
+    graphs = replace(config, compute=replace(config.compute, compile="cuda-graphs"))
+
+    def compile_(network, **options):
+        def forward(inputs):
+            calls.append("forward")
+            return network(inputs)
+
+        calls.append(options)
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: calls.append("step"))
+    monkeypatch.setattr(
+        Compute, "compiled", lambda self, m, _: exact(self, m, torch.device("cuda"))
+    )
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: calls.append(type(self).__name__))
+    trainer = build(graphs, "cakd+logits", prepared, teacher_path, features)
+    assert {"mode": "reduce-overhead"} in calls
+    assert {"Pca", "Gl", "Logits"} <= {c for c in calls if isinstance(c, str)}
+    calls.clear()
+    assert steps(trainer, 3) == expected
+    assert calls == 3 * ["step", *accumulate * ["forward"]]
+
+
+def test_what_is_kept_of_a_step_lies_outside_its_graphs(
+    prepared, teacher_path, features, monkeypatch
+):
+    """The next step's graphs overwrite what these returned; the logged losses must not change with it."""
+    trainer = build(QUICK, "cakd+logits", prepared, teacher_path, features)
+    exact, returned = trainer.reader._forward, []
+
+    def overwritten(inputs):
+        with torch.no_grad():
+            for logits in returned:
+                logits.fill_(torch.nan)
+        returned.append(exact(inputs))
+        return returned[-1]
+
+    monkeypatch.setattr(trainer.reader, "_forward", overwritten)
+    timer = stopwatch.Stopwatch()
+    figures = [train_step(trainer, step, timer) for step in range(3)]
+    assert all(v == v for step in figures for v in map(float, step.values()))
+
+
+@pytest.mark.parametrize("how", [False, True, "cuda-graphs"])
+def test_cuda_graphs_without_a_cuda_device_are_refused(how, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda m, **_: m)
+    network, settings = torch.nn.Identity(), config.parse(Compute, {"compile": how}, "compute")
+    if how != "cuda-graphs":
+        assert settings.compiled(network, torch.device("cpu")) is network
+        return
+    with pytest.raises(
+        UserError,
+        match="compile: got 'cuda-graphs' on a cpu; expected true or false .*; set it to true",
+    ):
+        settings.compiled(network, torch.device("cpu"))
+
+
+def test_another_kind_of_compiling_is_refused_with_those_there_are():
+    with pytest.raises(UserError, match="compute.compile: got 'graphs'; expected .*cuda-graphs"):
+        config.parse(Compute, {"compile": "graphs"}, "compute")
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "precision", "on"),
+    [
+        ("auto", "cpu", "fp32", False),
+        ("auto", "cpu", "bf16", False),
+        ("auto", "cuda", "fp32", False),
+        ("auto", "cuda", "bf16", True),
+        (True, "cpu", "fp32", True),
+        (False, "cuda", "bf16", False),
+    ],
+)
+def test_the_memory_format_is_that_of_tensor_cores_or_the_one_set(setting, device, precision, on):
+    how = config.parse(Compute, {"channels_last": setting, "precision": precision}, "compute")
+    expected = torch.channels_last if on else torch.preserve_format
+    assert how.memory_format(torch.device(device)) == expected
+    assert Compute().channels_last == "auto"
+
+
 def test_cuda_where_there_is_none_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(

@@ -15,6 +15,7 @@ from benchmarks import evidence, ledger
 from benchmarks.ledger import Identity, Ledger, identity
 from pipeline.core.errors import UserError
 from pipeline.distill.settings import Distill, LogitsConfig
+from pipeline.training.compute import Compute
 from tests.house import ROOT
 
 PARAMS = {
@@ -61,6 +62,17 @@ def test_a_run_is_read_back_and_one_of_other_settings_is_refused_by_the_setting(
     (tmp_path / "logits-3.json").rename(tmp_path / "logits-4.json")
     with pytest.raises(UserError, match="logits-4.json: got a run of logits, seed 3"):
         kept.entries()
+
+
+def test_another_memory_format_or_compiler_is_the_same_run(tmp_path):
+    kept, made_of = Ledger(tmp_path), identity(PARAMS, SETTINGS, "plain", 0, "")
+    kept.write("plain", 0, made_of, run(0.5))
+    for how in (Compute(channels_last=False), Compute(compile=True), Compute(device="cpu")):
+        same = identity(PARAMS, replace(SETTINGS, compute=how), "plain", 0, "")
+        assert kept.read("plain", 0, same) == run(0.5)
+    rounder = identity(PARAMS, replace(SETTINGS, compute=Compute(precision="bf16")), "plain", 0, "")
+    with pytest.raises(UserError, match=r"compute.precision fp32; expected bf16"):
+        kept.read("plain", 0, rounder)
 
 
 def test_a_setting_that_did_not_exist_yet_counts_as_its_default(tmp_path):

@@ -51,18 +51,17 @@ class StudentReader:
         config: Distill,
         sizes: Sizes | None,
         stages: bool,
+        device: torch.device,
     ) -> None:
         self.preprocess, self.tap = preprocess, sizes.tap if sizes else None
         self._stages = list(sizes.spec.stages) if sizes and stages else []
         self._taps = Taps(network, [*self._stages, *([self.tap.module] if self.tap else [])])
-        self._forward = torch.compile(network) if config.compute.compile else network
-        self._channels_last = config.compute.channels_last
+        self._forward = config.compute.compiled(network, device)
+        self._memory_format = config.compute.memory_format(device)
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Run the student: pixels (B, 3, S, S) 0..255 -> logits (B, K)."""
-        inputs = views.normalise(pixels, self.preprocess)
-        if self._channels_last:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        inputs = views.normalise(pixels, self.preprocess).to(memory_format=self._memory_format)
         logits: Tensor = self._forward(inputs)
         return logits
 
@@ -165,8 +164,7 @@ def build(
     objective = Objective(method, config, sizes).to(device)
     if config.compute.compile:
         objective.compile_terms()
-    layout = torch.channels_last if config.compute.channels_last else torch.preserve_format
-    network = network.to(device).to(memory_format=layout)
+    network = network.to(device).to(memory_format=config.compute.memory_format(device))
     same_start((network, objective), ranks)
     batches = Batches(config, prepared, paired(method), store.views, store.geometry, store.seed)
     micro_batches = config.compute.micro_batches(config.batch, ranks)
@@ -182,7 +180,7 @@ def build(
         student=network,
         averaged=config.compute.average(network),
         reader=StudentReader(
-            network, preprocess, config, sizes, "stages" in reads(method, "student")
+            network, preprocess, config, sizes, "stages" in reads(method, "student"), device
         ),
         objective=objective,
         feed=Feed(
@@ -272,6 +270,7 @@ def student_step(
     progress = step / trainer.feed.steps
     weights = objective.weights(progress)
     optimizer.zero_grad(set_to_none=True)
+    config.compute.begin_step()
     sums: dict[str, Tensor | float] = {}
     ratios: dict[str, float] = {}
     real: list[Tensor] = []

@@ -18,6 +18,7 @@ from pipeline.training import memory
 from pipeline.training.ranks import Ranks
 
 Device = Literal["auto", "cpu", "cuda"]  # auto: CUDA where there is one
+GRAPHS = "cuda-graphs"  # of `compile`
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -29,9 +30,11 @@ class Compute:
 
     device: Device = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast
-    channels_last: bool = False  # the student's memory format
+    # the student's memory format; auto: with bf16 on a CUDA device
+    channels_last: Literal["auto"] | bool = "auto"
     accumulate: PositiveInt = 1  # parts of a batch that are computed one after the other
-    compile: bool = False  # torch.compile of the student and of every loss term
+    # torch.compile of the student and of every loss term; cuda-graphs: the student's kernels as CUDA graphs too
+    compile: bool | Literal["cuda-graphs"] = False
     ema: BelowOne = 0.0  # decay of the averaged weights that are published; 0: the last weights
 
     def backend(self) -> str:
@@ -43,6 +46,39 @@ class Compute:
         if self.precision == "bf16":
             return torch.autocast(device.type, torch.bfloat16)
         return nullcontext()
+
+    def memory_format(self, device: torch.device) -> torch.memory_format:
+        """Return the memory format of the student's weights and inputs.
+
+        `auto` is channels_last for tensor cores, as PyTorch's tuning guide recommends: with bf16 on a CUDA device.
+        """
+        tensor_cores = device.type == "cuda" and self.precision == "bf16"
+        on = tensor_cores if self.channels_last == "auto" else self.channels_last
+        return torch.channels_last if on else torch.preserve_format
+
+    def compiled(self, student: nn.Module, device: torch.device) -> Any:
+        """Return the student's forward pass, compiled where it is set. Raises UserError: no CUDA for its graphs.
+
+        Only the student is captured: a loss may take the step's number, for which a graph would be made anew in
+        every step.
+        """
+        if self.compile != GRAPHS:
+            return torch.compile(student) if self.compile else student
+        if device.type != "cuda":
+            raise UserError(
+                f"distill.compute.compile: got {self.compile!r} on a {device.type}; expected true or false "
+                "without a CUDA device; set it to true"
+            )
+        return torch.compile(student, mode="reduce-overhead")
+
+    def begin_step(self) -> None:
+        """Let the CUDA graphs of this step overwrite what those of the last one returned.
+
+        Within a step they keep the gradients of earlier micro-batches. Losses outlive a step: they are computed
+        outside the graphs.
+        """
+        if self.compile == GRAPHS:
+            torch.compiler.cudagraph_mark_step_begin()
 
     def micro_batches(self, batch: int, ranks: Ranks) -> int:
         """Count the micro-batches of a step over ranks and accumulation. Raises UserError: of unequal size."""
