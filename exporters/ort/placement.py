@@ -22,15 +22,14 @@ class Placement:
     """Calibrated ranges, and what the simulation must know of the graph.
 
     owners: quantized tensor -> tensor whose range it has. values: the quantized tensors for one image, in graph
-    order. weights: the quantized ones, in float. inputs: weight, where its bias is int32 -> tensor whose range its
-    input has. ceilings: tensor -> largest value that the clip before it, which int8 takes over, lets through.
+    order. weights: the quantized ones, in float. ceilings: tensor -> largest value that the clip before it, which
+    int8 takes over, lets through.
     """
 
     ranges: dict[str, Any]
     owners: dict[str, str]
     values: dict[str, Array]
     weights: dict[str, Array]
-    inputs: dict[str, str]
     ceilings: dict[str, float]
 
 
@@ -70,7 +69,6 @@ def place(
         owners,
         values,
         {name: numpy_helper.to_array(constants[name]) for name in ranges["weights"]},
-        _biased(calibrated.folded, ranges, owners) if bias == "int32" else {},
         _ceilings(calibrated.folded),
     )
 
@@ -80,14 +78,6 @@ def _reads_float(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]
     from onnx import TensorProto
 
     return any(constants[i].data_type == TensorProto.FLOAT for i in node.input if i in constants)
-
-
-def _biased(
-    model: onnx.ModelProto, ranges: Mapping[str, Any], owners: Mapping[str, str]
-) -> dict[str, str]:
-    """Weight of a quantized product with a bias of its own -> tensor whose range its input has."""
-    products = (n for n in model.graph.node if len(n.input) == 3)
-    return {n.input[1]: owners[n.input[0]] for n in products if n.input[1] in ranges["weights"]}
 
 
 def _ceilings(model: onnx.ModelProto) -> dict[str, float]:

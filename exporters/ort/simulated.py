@@ -67,9 +67,7 @@ def simulate(
     parameters = simulation.find_weights(student.folded, placement.weights)
     layers = [Layer(names[group], db, group in floating) for group, db in alone.items()]
     return (
-        simulation.Simulation(
-            placement.ranges, numbers, parameters, placement.inputs, placement.ceilings
-        ),
+        simulation.Simulation(placement.ranges, numbers, parameters, placement.ceilings),
         layers,
     )
 

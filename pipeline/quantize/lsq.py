@@ -16,13 +16,17 @@ class _Round(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, exact: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.levels = (low, high)
-        return _rounded(x, scale, low, high)
+        if exact is None:
+            return _rounded(x, scale, low, high)
+        return torch.round(exact).clamp_(low, high).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Eq. 3: d/ds is round(x/s) - x/s inside the range, its end outside: (y - x inside) / s in both cases."""
         x, scale = ctx.saved_tensors
         low, high = ctx.levels
@@ -36,7 +40,7 @@ class _Round(torch.autograd.Function):
             to_x = gradient * ((x > low * scale) & (x < high * scale))
             along = [axis for axis in range(x.ndim) if scale.shape[axis] == 1]
             to_scale = (gradient * y - to_x * x).sum(dim=along)
-        return to_x, to_scale.view_as(scale) / scale, None, None
+        return to_x, to_scale.view_as(scale) / scale, None, None, None
 
 
 def _rounded(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
@@ -68,13 +72,13 @@ class Quantizer(nn.Module):
         """The scales, as the exported network gets them."""
         return self.log_scale.clamp(max=self.limit).exp()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Round x, any shape, to the grid."""
+    def forward(self, x: Tensor, exact: Tensor | None = None) -> Tensor:
+        """Round x, any shape, to the grid. exact: x / scale from integers, to be rounded instead; no gradient."""
         count = x.numel() if self.axis is None else x.numel() // x.shape[self.axis]
         scale = _Scaled.apply(self.scale, 1 / math.sqrt(count * self.high))  # g of section 2.2
         if self.axis is not None:
             scale = scale.view([-1 if d == self.axis else 1 for d in range(x.ndim)])
-        rounded: Tensor = _Round.apply(x, scale, self.low, self.high)
+        rounded: Tensor = _Round.apply(x, scale, self.low, self.high, exact)
         return rounded
 
 

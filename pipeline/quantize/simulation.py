@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipeline.core.errors import UserError
 from pipeline.models.ranges import LEVELS, WEIGHT_LEVELS
+from pipeline.quantize import integers
+from pipeline.quantize.integers import Exact, Grid, Layer
 from pipeline.quantize.lsq import Quantizer
 
 Array = NDArray[np.float32]
@@ -29,55 +32,109 @@ VIEWS = frozenset(
     }
 )
 PRODUCTS = (F.conv2d, F.linear)
+# Monotone, and int8 takes them over in its own limits: they keep what the product before them computed.
+CLIPS = frozenset({"relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp", "clamp_"})
+MEANS = frozenset({"mean", "adaptive_avg_pool2d"})
+SUMS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
 TOLERANCE = 1e-4  # of a tensor's largest value: float32 in another order of sums
 
 
-class Visitor(TorchFunctionMode):
-    """Passes the output of every operator through `visit(number, output)`, and (weight, bias) through `weigh`."""
+Visit = Callable[[int, Tensor, Exact | None], tuple[Tensor, Grid | None]]  # -> output, its grid
 
-    def __init__(
-        self,
-        visit: Callable[[int, Tensor], Tensor],
-        weigh: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]],
-    ) -> None:
+
+class Visitor(TorchFunctionMode):
+    """Passes the output of every operator through `visit(number, output, exact)`, and computes int8 in integers.
+
+    exact: what the operator computes of integers, where it read int8, or None. `layer_of`: the layer of a weight
+    """
+
+    def __init__(self, visit: Visit, layer_of: Callable[[Tensor], Layer | None]) -> None:
         super().__init__()
-        self._visit, self._weigh = visit, weigh
+        self._visit, self._layer_of = visit, layer_of
         self._number = INPUT
+        self._grids = WeakTensorKeyDictionary()  # tensor -> the grid it is on
+        self._exact = WeakTensorKeyDictionary()  # output of an operator that read int8 -> exact
 
     def start(self, image: Tensor) -> Tensor:
         """Begin a forward pass."""
-        self._number = INPUT
-        return self._visit(INPUT, image)
+        self._number = INPUT - 1
+        return self._next(image)
+
+    def stop(self) -> None:
+        """End a forward pass."""
+        self._grids.clear()
+        self._exact.clear()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, name = kwargs or {}, func.__name__
         if func in PRODUCTS:
-            x, weight, bias, *rest = (*args, None) if len(args) == 2 else args
-            args = (x, *self._weigh(weight, bias), *rest)
-        if func is F.linear and args[2] is not None:
-            # ONNX has a product and an addition for it, unless the input is (B, C).
-            product = self._next(func(*args[:2]))
-            return self._next(product + args[2])
+            return self._product(func, *args, **kwargs)
+        exact = self._exact.pop(args[0], None) if args and isinstance(args[0], Tensor) else None
+        grids = [self._grids.get(x) for x in args[:2] if isinstance(x, Tensor)]
+        on_grid = bool(grids) and None not in grids
+        if name in MEANS and on_grid:
+            exact = integers.mean(func(grids[0].levels(args[0]), *args[1:], **kwargs), grids[0])
+        elif name in SUMS and on_grid and len(grids) == len(args) == 2 and not kwargs:
+            exact = integers.add(args, grids)
+        elif name not in CLIPS:
+            exact = None
         output = func(*args, **kwargs)
-        computed = isinstance(output, Tensor) and output.is_floating_point()
-        return self._next(output) if computed and func.__name__ not in VIEWS else output
+        if not (isinstance(output, Tensor) and output.is_floating_point()):
+            return output
+        if name not in VIEWS:
+            return self._next(output, exact)
+        if on_grid:
+            self._grids[output] = grids[0]
+        return output
 
-    def _next(self, output: Tensor) -> Tensor:
+    def _product(
+        self,
+        func: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *rest: Any,
+        **options: Any,
+    ) -> Tensor:
+        added = None
+        if func is F.linear and x.ndim != 2:
+            # ONNX has a product and an addition for it, unless the input is (B, C).
+            added, bias = bias, None
+
+        def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            output: Tensor = func(x, weight, bias, *rest, **options)
+            return output
+
+        layer, grid = self._layer_of(weight), self._grids.get(x)
+        if layer is None or grid is None:
+            output = self._next(call(x, weight if layer is None else layer.weight(weight), bias))
+        else:
+            output = self._next(*integers.product(call, (x, weight, bias), layer, grid))
+        return output if added is None else self._next(output + added)
+
+    def _next(self, output: Tensor, exact: Exact | None = None) -> Tensor:
         self._number += 1
-        return self._visit(self._number, output)
+        output, grid = self._visit(self._number, output, exact)
+        # An operator that works in place may have left what was known of the value before.
+        self._grids.pop(output, None)
+        if grid is not None:
+            self._grids[output] = grid
+        elif exact is not None:
+            self._exact[output] = exact
+        return output
 
 
 def visited(network: nn.Module, x: Tensor) -> dict[int, Tensor]:
     """Every operator's output by its number, from one pass of images x (B, 3, S, S)."""
     outputs: dict[int, Tensor] = {}
 
-    def visit(number: int, output: Tensor) -> Tensor:
+    def visit(number: int, output: Tensor, _: Exact | None) -> tuple[Tensor, None]:
         outputs[number] = output.clone()  # an operator that works in place may follow
-        return output
+        return output, None
 
-    visitor = Visitor(visit, lambda *products: products)
+    visitor = Visitor(visit, lambda _: None)
     with torch.no_grad():
         image = visitor.start(x)
         with visitor:
@@ -142,17 +199,11 @@ def find_weights(network: nn.Module, weights: Mapping[str, Array]) -> dict[str, 
     return found
 
 
-def rounded_bias(bias: Tensor, scale: Tensor) -> Tensor:
-    """A bias (C,) on its int32 grid of scale (C,), that of the products; the gradient passes unchanged."""
-    rounded = torch.div(bias, scale).round_().mul_(scale)
-    return bias + (rounded - bias).detach()
-
-
 class Simulation(nn.Module):
     """The quantizers of a student, by the names in its ONNX; `attach` puts them to work.
 
-    numbers: operator -> tensor whose range it has. parameters: weight of the ONNX -> parameter. inputs: weight,
-    where its bias is int32 -> tensor whose range its input has. ceilings: largest value of a range, by tensor.
+    numbers: operator -> tensor whose range it has. parameters: weight of the ONNX -> parameter. ceilings:
+    largest value of a range, by tensor.
     """
 
     def __init__(
@@ -160,12 +211,10 @@ class Simulation(nn.Module):
         ranges: Mapping[str, Any],
         numbers: Mapping[int, str],
         parameters: Mapping[str, str],
-        inputs: Mapping[str, str],
         ceilings: Mapping[str, float],
     ) -> None:
         super().__init__()
-        self._numbers, self._inputs = dict(numbers), dict(inputs)
-        self._behind = dict(parameters)
+        self._numbers, self._behind = dict(numbers), dict(parameters)
         self._fixed = {"floating": list(ranges["floating"]), "bias": ranges["bias"]}
         self._zero_points = {n: g["zero_point"] for n, g in ranges["activations"].items()}
         self._axes = {n: g["axis"] for n, g in ranges["weights"].items()}
@@ -185,25 +234,19 @@ class Simulation(nn.Module):
         at = {number: activations[name] for number, name in self._numbers.items()}
         weights = dict(zip(self._axes, self.weights, strict=True))
         layers = {
-            id(network.get_parameter(parameter)): (
-                weights[name],
-                activations.get(self._inputs.get(name, "")),
+            id(network.get_parameter(parameter)): Layer(
+                weights[name], self._fixed["bias"] == "int32"
             )
             for name, parameter in self._behind.items()
         }
 
-        def visit(number: int, output: Tensor) -> Tensor:
-            return at[number](output) if number in at else output
+        def visit(number: int, output: Tensor, exact: Exact | None) -> tuple[Tensor, Grid | None]:
+            if number not in at:
+                return output, None
+            grid = Grid(at[number].scale.detach(), -at[number].low)
+            return at[number](output, None if exact is None else exact(grid)), grid
 
-        def weigh(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            if id(weight) not in layers:
-                return weight, bias
-            own, of_input = layers[id(weight)]
-            if bias is not None and of_input is not None:
-                bias = rounded_bias(bias, own.scale * of_input.scale)
-            return own(weight), bias
-
-        visitor = Visitor(visit, weigh)
+        visitor = Visitor(visit, lambda weight: layers.get(id(weight)))
 
         def enter(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             image = visitor.start(args[0])
@@ -212,6 +255,7 @@ class Simulation(nn.Module):
 
         def leave(*_: Any) -> None:
             visitor.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            visitor.stop()
 
         network.register_forward_pre_hook(enter)
         network.register_forward_hook(leave, always_call=True)
