@@ -204,6 +204,7 @@ def test_tensorrt_gets_the_trained_ranges_on_signed_grids(chain: Path, digits: P
         assert constants[f"{name}_scale"] == np.float32(symmetric(grid))
         assert constants[f"{name}_zero_point"] == 0
         assert constants[f"{name}_zero_point"].dtype == np.int8
+    assert float(onnx_file.read_metadata(proto)[agreement.TRAINED]) == ranges["sqnr_db"]
 
 
 def test_what_one_operator_of_pytorch_computes_stays_in_one_piece() -> None:
@@ -406,6 +407,32 @@ def test_a_bundle_of_it_holds_the_trained_ranges_and_verifies(
     for runtime in ("ort", "ov"):
         verified = command_in(tmp_path / "b", runtime)
         assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+def test_a_bundle_of_a_network_below_15_db_has_the_gate_that_its_simulation_sets(
+    chain: Path, digits: Path, tmp_path: Path, command: Command
+) -> None:
+    """Eight times the scales of its activations make it worse than 15 dB; its simulation was as bad."""
+    shutil.copy(chain / "student.onnx", tmp_path)
+    ranges = json.loads((chain / "student-ranges.json").read_text())
+    for grid in ranges["activations"].values():
+        grid["scale"] *= 8
+    manifests = {}
+    for simulated_db in (12.0, 31.0):
+        artifacts.write_json(tmp_path / "student-ranges.json", {**ranges, "sqnr_db": simulated_db})
+        out = tmp_path / f"{simulated_db:.0f}"
+        done = command("exporters.bundle", tmp_path / "student.onnx", out, "--calib", digits)
+        assert done.returncode == 0, done.stderr
+        manifests[simulated_db] = json.loads((out / "manifest.json").read_text())
+    (int8_model,) = [m for m in manifests[12.0]["models"] if m["file"] == "model-int8-cpu.onnx"]
+    assert int8_model["int8_db"] == 9.0 < int8_model["parity"]["sqnr_centered_db"] < 15
+    assert not any("int8_db" in m for m in manifests[12.0]["models"] if m["precision"] != "int8")
+    left_out = [entry["reason"] for entry in manifests[31.0]["left_out"]]
+    assert len(left_out) == 2 and all("gate 15 dB" in reason for reason in left_out)
+    for runtime in ("ort", "ov"):
+        verified = command_in(tmp_path / "12", runtime)
+        assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert "int8 gate 9 dB" in verified.stdout
 
 
 def command_in(bundle: Path, runtime: str) -> subprocess.CompletedProcess[str]:

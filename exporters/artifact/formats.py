@@ -85,6 +85,9 @@ class BundleModel(Format):
     precision: Variant = key("Of its weights and, where the runtime has it, its arithmetic.")
     runtimes: Runtimes = key("Runtimes it is for, by the names of --runtime.")
     parity: ParityRow = key("Against fp32 in ONNX Runtime on the machine that made the bundle.")
+    int8_db: float = optional(
+        "Gate of the centred SQNR, dB, where it was trained under int8 and 15 dB are too much."
+    )
 
 
 class LeftOut(Format):

@@ -135,14 +135,15 @@ def build_bundle(
             "export it again"
         )
     rows = [add_variant(v, source, proto, folder, parity, logits, force) for v in VARIANTS]
-    agreement.require_pass(source, rows[0], force, "fp32: ")
+    agreement.require_pass(source, rows[0][0], force, "fp32: ")
     models, left_out = [], []
-    for variant, row in zip(VARIANTS, rows, strict=True):
+    for variant, (row, gates) in zip(VARIANTS, rows, strict=True):
         entry = {"precision": variant.precision, "runtimes": list(variant.runtimes)}
         if reason := agreement.rejection(row, force):
             left_out.append({**entry, "reason": reason})
         else:
-            models.append({"file": variant.file, **entry, "parity": row})
+            own = {} if gates == agreement.Thresholds() else {"int8_db": gates.int8_db}
+            models.append({"file": variant.file, **entry, "parity": row, **own})
     np.save(folder / contents.INPUTS, parity.x)
     np.save(folder / contents.LOGITS, logits)
     _write_metadata(folder, names, metadata.preprocessing(session.metadata))
@@ -171,20 +172,21 @@ def add_variant(
     parity: ParityImages,
     logits: Array,
     force: bool,
-) -> dict[str, Any]:
-    """Write one variant, removed again if it is rejected; returns its row on the parity inputs."""
-    path = folder / variant.file
+) -> tuple[dict[str, Any], agreement.Thresholds]:
+    """Write one variant, removed again if it is rejected; returns its row on the parity inputs, and its gates."""
+    path, gates = folder / variant.file, agreement.Thresholds()
     try:
         onnx_file.write_onnx(convert_variant(variant, source, proto, parity.int8), path)
         session = OrtSession(path, 1)
         outputs = inputs.run_batches(session, parity.x)
-        row = agreement.parity_row(path, session, logits, outputs, agreement.Thresholds())
+        gates = agreement.fair_thresholds(session, gates)
+        row = agreement.parity_row(path, session, logits, outputs, gates)
     except UserError as error:
         reason = str(error).replace(str(path), variant.file)
         row = agreement.skipped_row(variant.file, variant.precision, reason) | {"verdict": "FAIL"}
     if agreement.rejection(row, force):
         path.unlink(missing_ok=True)
-    return row
+    return row, gates
 
 
 def convert_variant(

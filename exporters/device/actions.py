@@ -36,7 +36,8 @@ class Opened:
 
     def __init__(self, bundle: Bundle, name: str, library: Any, precision: str, args: Any) -> None:
         """Raises UserError: the bundle has no such precision, the runtime rejects it."""
-        path = bundle.root / bundle.model(name, precision).file
+        file = bundle.model(name, precision)
+        path, self.thresholds = bundle.root / file.file, file.thresholds
         threads = args.threads or 1
         began = time.perf_counter()
         self.model: LoadedModel = load_model(name, library, path, precision, threads, args.cache)
@@ -113,7 +114,9 @@ def _verify(bundle: Bundle, name: str, library: Any, args: argparse.Namespace) -
         opened = Opened(bundle, name, library, precision, args)
         step = bundle.input_shape[0] or MAX_BATCH
         logits = [opened.model.run(x[i : i + step]) for i in range(0, len(x), step)]
-        _, verdict, reason = parity.compare_logits(reference, np.concatenate(logits), precision)
+        _, verdict, reason = parity.compare_logits(
+            reference, np.concatenate(logits), precision, opened.thresholds
+        )
         computed = opened.model.computes_in()
         rows.append({**opened.facts, "computes_in": computed, "verdict": verdict, "reason": reason})
         lines.append(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UserError, one_line
+from .parity import Thresholds
 
 SCHEMA = "cakd.bundle/1"
 PACK_SCHEMA = "cakd.pack/1"
@@ -29,11 +30,12 @@ NOT_A_MANIFEST = (AttributeError, KeyError, TypeError, ValueError)
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One ONNX file: its precision, and the runtimes it is for."""
+    """One ONNX file: its precision, the runtimes it is for, and its gates."""
 
     file: str
     precision: str
     runtimes: tuple[str, ...]
+    thresholds: Thresholds
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,9 @@ def _parse(root: Path, manifest: dict[str, Any], sha256: str) -> Bundle:
     files = files_of(manifest)
     batch, channels, height, width = manifest["input"]["shape"]
     models = tuple(
-        ModelFile(one_of(m["file"], files), one_of(m["precision"], PRECISIONS), _runtimes(m))
+        ModelFile(
+            one_of(m["file"], files), one_of(m["precision"], PRECISIONS), _runtimes(m), _gates(m)
+        )
         for m in manifest["models"]
     )
     for name in (INPUTS, LOGITS):
@@ -218,6 +222,14 @@ def _parse(root: Path, manifest: dict[str, Any], sha256: str) -> Bundle:
 
 def _runtimes(entry: dict[str, Any]) -> tuple[str, ...]:
     return tuple(one_of(name, RUNTIMES) for name in entry["runtimes"])
+
+
+def _gates(model: dict[str, Any]) -> Thresholds:
+    """The gates of a model: the usual ones, but its own SQNR in int8 where it was trained under int8."""
+    gate = model.get("int8_db", Thresholds().int8_db)
+    if type(gate) not in (int, float):
+        raise ValueError(f"int8_db: got {gate!r}; expected a number")
+    return Thresholds(int8_db=gate)
 
 
 def _inside(path: str) -> str:

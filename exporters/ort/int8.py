@@ -104,11 +104,7 @@ def quantize_within_gates(
     if (ranges := trained.beside(source)) is not None:
         proto = onnx_file.read_onnx(source)
         with quantize.Calibrated(proto, images.calibration) as network:
-            return onnx_file.add_metadata(
-                network.quantized(ranges=ranges),
-                int8=trained.summary(ranges),
-                **{agreement.TRAINED: repr(ranges["sqnr_db"])},
-            )
+            return network.quantized(ranges=ranges)
     reference = OrtSession(source, 1)
     expected = inputs.run_batches(reference, images.held_out)
 

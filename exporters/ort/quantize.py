@@ -151,7 +151,8 @@ class Calibrated:
                 calibration_cache_path=Path(self._folder.name) / "ranges.json",
                 extra_options=options,
             )
-        return _with_metadata(onnx_file.read_onnx(path), self.source, "int8")
+        made = _with_metadata(onnx_file.read_onnx(path), self.source, "int8")
+        return made if ranges is None else onnx_file.add_metadata(made, **trained.metadata(ranges))
 
 
 def groups(model: onnx.ModelProto) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporters.artifact import onnx_file
+from exporters.artifact import agreement, onnx_file
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError
 from pipeline.models import ranges as trained_ranges
@@ -44,6 +44,13 @@ def summary(ranges: Mapping[str, Any]) -> str:
     return (
         f"trained ranges, {count} nodes in float" if count else "trained ranges, every node in int8"
     )
+
+
+def metadata(ranges: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata of an int8 network with these ranges: what stayed in float, and the SQNR that its gate goes by."""
+    if "sqnr_db" not in ranges:
+        return {}  # still in training
+    return {"int8": summary(ranges), agreement.TRAINED: repr(ranges["sqnr_db"])}
 
 
 def read(quantized: onnx.ModelProto) -> tuple[dict[str, Any], dict[str, str]]:

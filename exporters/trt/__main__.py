@@ -103,7 +103,8 @@ def plan_parity(source: Path, plan: Path, cuda_graph: bool | None = None) -> tup
     reference = OrtSession(source, 1)
     x = inputs.probe_images(reference)
     logits = inputs.run_batches(reference, x), inputs.run_batches(session, x)
-    row = agreement.parity_row(plan, session, *logits, agreement.Thresholds())
+    gates = agreement.fair_thresholds(session, agreement.Thresholds())
+    row = agreement.parity_row(plan, session, *logits, gates)
     return agreement.describe_row(row), row["verdict"]
 
 

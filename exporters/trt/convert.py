@@ -54,7 +54,8 @@ def build_plan(
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / source.name
         ranges = trained.beside(source)
-        onnx_file.write_onnx(quantize.at_precision(proto, precision, calibration, ranges), graph)
+        converted = quantize.at_precision(proto, precision, calibration, ranges)
+        onnx_file.write_onnx(converted, graph)
         built = build.EngineBuilder(trt, graph, shape[1:], options).build()
     batch, cache = shape[0], options.timing_cache
     sidecar = {
@@ -79,7 +80,7 @@ def build_plan(
         "plan_sha256": hashlib.sha256(built).hexdigest(),
         "size_mb": len(built) / 1e6,
         "seconds": time.perf_counter() - start,
-        "notes": {**onnx_file.read_metadata(proto), "precision": precision},
+        "notes": {**onnx_file.read_metadata(converted), "precision": precision},
         "provenance": artifacts.provenance(
             {"precision": precision, "backend": name, "shapes": list(options.shapes)}, onnx=source
         ),
