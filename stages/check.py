@@ -8,6 +8,7 @@ without weights. With `--recipe NAME` params.yaml is written from that recipe fi
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def main(args: argparse.Namespace) -> None:
         if not args.force and recipes.written_for(args.data, params):
             print(f"{params}: chosen for {args.data} before, kept; to choose again: FORCE=1")
         else:
+            if not args.force:
+                recipes.refuse_edits(args.recipes, params, SECTIONS)
             recipe, values = chosen(args.data, args.recipes)
     if recipe is not None:
         arguments = (recipe, args.recipes, params, SECTIONS, args.data, args.force, values)
@@ -82,10 +85,16 @@ def chosen(data: str, folder: Path) -> tuple[str, choosing.Values]:
     params = recipes.merged(choice.recipe, folder, SECTIONS, data, choice.values)
     images = choosing.sizes(found, params)
     asked = choosing.budget(params, images)
-    print("timing a few steps of every stage on generated images", flush=True)
+    print(
+        "timing a few steps of every stage on generated images, half a minute or more", flush=True
+    )
     costs = rehearse(params, found.reading)
     plan = asked if gpu else choosing.within(choosing.LIMIT_MINUTES, costs, images, asked)
-    print(f"here it takes about {choosing.told(costs, images, plan)}")
+    busy = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
+    print(f"here it takes about {choosing.told(costs, images, plan)}, as measured now ({busy})")
+    if plan.passes > params["teach"]["epochs"]:
+        more = f"{params['teach']['epochs']} to {plan.passes}"
+        print(f"teach.epochs raised from {more}: {images.labelled:,} labelled images are few")
     if plan != asked:
         cut = [
             f"{section}.{key} {before} to {plan.values()[section][key]}"

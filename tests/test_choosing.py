@@ -157,8 +157,9 @@ def test_data_alone_writes_the_chosen_recipe_and_says_why(
     written = config.read(params)["prepare"]
     assert (written["source"], written["path"]) == ("imagefolder", str(data))
     assert written["student_labels"] == "all"
-    assert said[2].startswith("here it takes about ") and "cut so that" in said[3]
-    assert "distill.steps 6500 to " in said[3]
+    assert said[2].startswith("here it takes about ") and "measured now (load " in said[2]
+    assert "36 labelled images are few" in said[3]
+    assert "cut so that" in said[4] and "distill.steps 6500 to " in said[4]
     assert len(quick) == 1 and quick[0] > 0
     before = params.read_bytes()
     main(asked(params, data))  # again: what was chosen stays, whatever the machine does now
@@ -191,6 +192,36 @@ def test_a_path_without_images_is_refused_in_a_line_and_nothing_is_written(tmp_p
     for name in ("a", "b"):
         (tmp_path / "broken" / name).mkdir(parents=True)
         (tmp_path / "broken" / name / "x.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="none of 2 images can be read"):
+    with pytest.raises(UserError, match="2 of 2 images that were opened cannot be read"):
         main(asked(params, tmp_path / "broken"))
     assert params.read_bytes() == (ROOT / "params.yaml").read_bytes()
+
+
+def test_a_table_or_a_wrong_path_is_told_what_is_expected(
+    tmp_path: Path, quick: list[float]
+) -> None:
+    params = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", params)
+    table = tmp_path / "own" / "labels.csv"
+    with pytest.raises(UserError, match=f"got a table; expected the folder .*DATA={table.parent}"):
+        main(asked(params, table))
+    with pytest.raises(
+        UserError, match="no such file or folder; expected the folder that holds train"
+    ):
+        main(asked(params, tmp_path / "nosuch"))
+    given = asked(params, folder_of(tmp_path / "own"))
+    given.recipe = "students"
+    with pytest.raises(UserError, match="which its source 'digits' does not read"):
+        main(given)
+    assert not quick and params.read_bytes() == (ROOT / "params.yaml").read_bytes()
+
+
+def test_edits_by_hand_are_refused_before_anything_is_timed(
+    tmp_path: Path, quick: list[float]
+) -> None:
+    params = tmp_path / "params.yaml"
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    params.write_text(text.replace("lr: 0.002", "lr: 0.003", 1), encoding="utf-8")
+    with pytest.raises(UserError, match="to run them, `make repro` without RECIPE and DATA"):
+        main(asked(params, folder_of(tmp_path / "own")))
+    assert not quick

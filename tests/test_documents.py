@@ -49,7 +49,6 @@ ELSEWHERE = {  # command -> the test that runs it, or all of it that can run
     "python -m exporters.candidates --target ort-int8 --image-size 128 --pack candidates/": "test_candidates.py",
     "python -m bundle.run --bench-all --json > device.json": "test_candidates.py",
     "python -m exporters.candidates --from device.json --budget-ms 5": "test_candidates.py",
-    "make repro RECIPE=imagefolder-mini DATA=/data/flowers": "test_recipes.py",
     "make repro RECIPE=imagefolder DATA=/data/flowers": "test_recipes.py",
     "python -m benchmarks.gpu --dry": "test_gpu_command.py",
     "python -m benchmarks.kernel_budget": "test_kernels_proof.py",

@@ -63,7 +63,7 @@ FOLDERS = ("imagefolder", "imagefolder-mini")  # class folders without a split
 
 def whole(name, path="/data/pictures"):
     """The recipe's parameters, with the path that a user would give."""
-    return recipes.merged(name, FOLDER, SECTIONS, path)
+    return recipes.merged(name, FOLDER, SECTIONS, None if name in OFFLINE else path)
 
 
 def section(kind, name, path="/data/pictures"):
@@ -139,7 +139,8 @@ def test_the_command_writes_a_recipe_and_finds_it_correct(name, tmp_path, capsys
 
 
 def asked(params, name, path="/data/pictures", force=False):
-    given = {"recipe": name, "recipes": FOLDER, "data": path, "force": force}
+    given = {"recipe": name, "recipes": FOLDER, "force": force}
+    given["data"] = None if name in OFFLINE else path
     return Namespace(params=params, out=params.with_name("checked"), **given)
 
 
@@ -297,7 +298,7 @@ def test_an_unknown_recipe_is_told_with_the_names_that_there_are(command, tmp_pa
 
 
 def test_force_without_a_recipe_is_told():
-    with pytest.raises(UserError, match="--force: got --recipe None beside it"):
+    with pytest.raises(UserError, match="--force: got --recipe None and --data None"):
         main(asked(ROOT / "params.yaml", None, None, force=True))
 
 
@@ -308,7 +309,7 @@ def test_what_was_edited_by_hand_is_not_replaced_unless_forced(tmp_path):
         return recipes.apply(name, FOLDER, params, SECTIONS, **kwargs)
 
     assert apply("imagenette", data="/data/a b") == (
-        f"{params}: written from {FOLDER / 'imagenette.yaml'}, 51 values differ from the default; "
+        f"{params}: written from {FOLDER / 'imagenette.yaml'}, 49 values differ from the default; "
         "images: /data/a b"
     )
     assert config.read(params)["prepare"]["path"] == "/data/a b"
@@ -317,7 +318,8 @@ def test_what_was_edited_by_hand_is_not_replaced_unless_forced(tmp_path):
     edited = params.read_text().replace("epochs: 300", "epochs: 3")
     params.write_text(edited)
     with pytest.raises(
-        UserError, match=r"got edits by hand \(teach.epochs\); expected none.*; commit"
+        UserError,
+        match=r"got edits by hand \(teach.epochs\); expected none.*; to lose them, FORCE=1",
     ):
         apply("digits")
     assert params.read_text() == edited
@@ -357,7 +359,7 @@ def test_the_page_lists_every_recipe():
         ("digits", {}, False),
         ("digits", {"global_pool": "token"}, True),
         ("cifar10-mini", {}, False),
-        ("imagenette", {}, True),
+        ("cifar100-ofa", {}, True),
     ],
 )
 def test_a_teacher_whose_patch_tokens_are_not_trained_is_named_once(

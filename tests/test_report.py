@@ -523,7 +523,10 @@ def test_a_student_that_gained_nothing_is_never_shipped_under_a_green_pass(run: 
     assert "+0.9\\] points against plain" in first and "(teacher 68.8 %)" in first
     assert "the teacher is not better than plain (73.1 %)" in first
     assert "cakd is not better than plain" in first
-    assert "a stronger or pretrained teacher, or more unlabelled images, or export plain" in first
+    assert (
+        "a stronger or pretrained teacher (RECIPE=imagefolder), or more unlabelled images, or export plain"
+        in first
+    )
     page = (run.folder / "out/index.html").read_text()
     assert '<strong class="NO-GAIN">NO GAIN</strong>' in page and ".NO-GAIN," in page
     assert '<strong class="PASS">PASS</strong>:' not in page
@@ -577,7 +580,10 @@ def test_a_run_whose_teacher_is_weak_ships_plain_says_why_and_fails_a_gate_of_it
     first = (run.folder / "out/edge.md").read_text().splitlines()[0]
     assert first.startswith("**NO GAIN**: plain reaches 73.1 % clean top-1 (teacher 68.8 %)")
     assert "plain is exported (best top-1 on val, 73.1 % of 400 images)" in first
-    assert "; use a stronger or pretrained teacher, or more unlabelled images." in first
+    assert (
+        "; use a stronger or pretrained teacher (RECIPE=imagefolder), or more unlabelled images."
+        in first
+    )
     run.params({"gain_min": 1.0})
     done = stage(run)
     assert done.returncode == 3

@@ -60,7 +60,8 @@ def sentences(rows: Sequence[Row], budget_ms: float | None) -> list[str]:
         if fitting:
             largest = max(fitting, key=lambda row: row[capacity_of(measured)] or 0)
             lines[-1] += (
-                f"; most {BY[capacity_of(measured)].split(' (')[0]}: {largest['name']}, {p50(largest):.3g} ms"
+                f"; most {BY[capacity_of(measured)].split(' (')[0]}: {largest['name']}, {p50(largest):.3g} ms; "
+                "train it as distill.student, or several as distill.students (docs/choose.md, 3)"
             )
     front = [row["name"] for row in measured if row["front"] == "front"]
     level = [row["name"] for row in measured if row["front"] == "level"]

@@ -12,6 +12,7 @@ from pipeline.core.errors import UserError
 from pipeline.prepare.settings import SOURCES
 from pipeline.prepare.sources.sample import Columns, Sample
 
+TABLES = (".csv", ".tsv")
 LOOKED_AT = 64  # images that are opened, evenly spaced
 
 
@@ -30,21 +31,27 @@ class Survey:
 
 def survey(path: Path) -> Survey:
     """Look at the images of a path, by the readers of `prepare`. Raises UserError: as these; no readable image."""
+    if path.suffix.lower() in TABLES:
+        raise UserError(
+            f"{path}: got a table; expected the folder that holds it and the images; pass DATA={path.parent}"
+        )
     source = source_of(path)
     found = SOURCES[source](str(path), Columns())
     step = max(1, len(found.samples) // LOOKED_AT)
     looked_at = found.samples[::step]
-    sides = []
+    sides: list[int] = []
+    first_error = ""
     start = time.perf_counter()
     for sample in looked_at:
         try:
             sides.append(min(sample.read().size))
-        except (UserError, OSError, ValueError):
-            continue  # prepare names it, and stops or leaves it out as prepare.on_error says
+        except (UserError, OSError, ValueError) as error:  # a few are left to prepare.on_error
+            first_error = first_error or f"{sample.origin}: {error}"
     reading = (time.perf_counter() - start) / len(looked_at)
-    if not sides:
+    if 2 * len(sides) < len(looked_at):
         raise UserError(
-            f"{path}: none of {len(looked_at)} images can be read; expected images; check the files"
+            f"{path}: {len(looked_at) - len(sides)} of {len(looked_at)} images that were opened cannot be read; "
+            f"expected images; check the files, first: {first_error}"
         )
     labelled = sum(sample.label is not None for sample in found.samples)
     side = round(statistics.median(sides))
@@ -54,6 +61,7 @@ def survey(path: Path) -> Survey:
 
 def source_of(path: Path) -> str:
     """The value of prepare.source that reads this path: by its files, an image folder where nothing else fits."""
-    if path.is_dir() and not next(path.rglob("*.parquet"), None):
-        return "imagefolder"
-    return "cifar" if path.name.startswith("cifar-") else "parquet"
+    if path.name.startswith("cifar-") and not path.is_dir():
+        return "cifar"
+    parquet = path.is_file() or path.suffix == ".parquet" or next(path.rglob("*.parquet"), None)
+    return "parquet" if parquet else "imagefolder"

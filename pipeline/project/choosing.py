@@ -56,7 +56,10 @@ def choose(found: Survey, gpu: bool) -> Choice:
     if gpu and found.side > SMALL:
         reason = f"{what}, {where}: photographs, a pretrained teacher"
         return Choice("imagefolder", reason, values)
-    reason = f"{what}, {where}: a small teacher from scratch at 64 px"
+    reason = (
+        f"{what}, {where}: a small teacher from scratch at 64 px, a first look; where it stays behind the "
+        "student, as with a few thousand photographs, a pretrained one is needed: RECIPE=imagefolder"
+    )
     return Choice("imagefolder-mini", reason, values)
 
 

@@ -61,6 +61,11 @@ def merged(
     for section, own in (values or {}).items():
         params[section] = {**params[section], **own}
     if data is not None:
+        if (source := params["prepare"]["source"]) in WITHOUT_PATH:
+            raise UserError(
+                f"recipe {name}: got the images {data}, which its source {source!r} does not read; expected none; "
+                f"run `make repro DATA={data}`, which chooses a recipe, then edit params.yaml"
+            )
         params["prepare"]["path"] = data
     path = params["prepare"]["path"]
     if path is None and params["prepare"]["source"] not in WITHOUT_PATH:
@@ -123,16 +128,10 @@ def apply(
         merged(name, folder, sections, data, values),
     )
     last = params.parent / ".work" / "recipe.yaml"
-    present = config.read(params) if params.is_file() and not force else None
-    if present == requested:
-        return f"{params}: unchanged, it is {folder / name}.yaml already"
-    if present not in (None, default):
-        was = config.read(last) if last.is_file() else default
-        if present != was:
-            raise UserError(
-                f"{params}: got edits by hand ({_summary(present, was)}); expected none, which recipe {name} "
-                "would overwrite; commit or copy the file, then pass FORCE=1 (--force)"
-            )
+    if not force:
+        if params.is_file() and config.read(params) == requested:
+            return f"{params}: unchanged, it is {folder / name}.yaml already"
+        refuse_edits(folder, params, sections)
     text = SCHEMA + _title(folder / f"{name}.yaml") + _yaml(requested)
     for path in (last, params):
         with atomic(path) as temporary:
@@ -143,6 +142,18 @@ def apply(
         f"{params}: written from {folder / name}.yaml, {changed} values differ from the default; "
         f"images: {source}"
     )
+
+
+def refuse_edits(folder: Path, params: Path, sections: Sections) -> None:
+    """Refuse to overwrite `params`. Raises UserError: neither the default nor what a recipe wrote."""
+    default, last = merged(DEFAULT, folder, sections), params.parent / ".work" / "recipe.yaml"
+    present = config.read(params) if params.is_file() else default
+    was = config.read(last) if last.is_file() else default
+    if present not in (default, was):
+        raise UserError(
+            f"{params}: got edits by hand ({_summary(present, was)}); expected none, which a recipe would "
+            "overwrite; to run them, `make repro` without RECIPE and DATA; to lose them, FORCE=1 (--force)"
+        )
 
 
 def written_for(data: str, params: Path) -> bool:

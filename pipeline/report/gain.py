@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 Summary = Mapping[str, Any]
-BETTER_TEACHER = "use a stronger or pretrained teacher, or more unlabelled images"
+BETTER_TEACHER = (
+    "use a stronger or pretrained teacher (RECIPE=imagefolder), or more unlabelled images"
+)
 
 
 @dataclass(frozen=True)
