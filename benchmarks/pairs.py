@@ -206,7 +206,7 @@ def train_pair(made: TrainedTeacher, student: str, method: str) -> dict[str, Any
     reach = Reach([p for p in training.student.parameters() if id(p) not in behind])
     train_step(training, 0, stopwatch.Stopwatch())
     training.objective.register_forward_hook(reach)
-    losses = train_step(training, 1, stopwatch.Stopwatch())
+    losses = read(train_step(training, 1, stopwatch.Stopwatch()))
     assert training.reader.tap is not None
     return {
         "losses": losses,
@@ -216,12 +216,17 @@ def train_pair(made: TrainedTeacher, student: str, method: str) -> dict[str, Any
     }
 
 
+def read(losses: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """The losses of a step as numbers."""
+    return {name: float(value) for name, value in losses.items()}
+
+
 def pair_result(made: TrainedTeacher, student: str) -> dict[str, Any]:
     """A cell of the matrix: `verdict` works, broken or refused, with the reason or the figures of the steps."""
     alone, with_logits = ("gl", "gl+logits") if made.spec.no_attention else ("cakd", "cakd+logits")
     try:
         figures = train_pair(made, student, alone)
-        losses = train_step(trainer(made, student, with_logits), 0, stopwatch.Stopwatch())
+        losses = read(train_step(trainer(made, student, with_logits), 0, stopwatch.Stopwatch()))
     except UserError as error:
         return {"verdict": "refused", "reason": str(error)}
     finite = all(math.isfinite(v) for v in (*figures["losses"].values(), *losses.values()))
@@ -359,12 +364,12 @@ def main(args: argparse.Namespace) -> None:
         }
     matrix = table(result)
     print(matrix)
-    if args.docs is not None:
-        publish(matrix, args.docs)
     if args.out is not None:
         params = {"teachers": args.teachers, "students": args.students}
         command = "python -m benchmarks.pairs"
         record.write(args.out, SCHEMA, result, artifacts.provenance(params), command, matrix)
+    if args.docs is not None:
+        publish(matrix, args.docs)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -171,6 +171,7 @@ def test_a_pair_trains_and_every_term_reaches_the_students_backbone(pair, made):
     name, student = pair
     cell = pairs.pair_result(made(name), student)
     assert cell["verdict"] == "works", cell
+    json.dumps(cell)  # the record takes it
     alone, terms = (
         ("gl", {"tokens"})
         if name in WITHOUT
