@@ -234,6 +234,25 @@ def test_first_last_and_the_most_sensitive_layers_stay_in_float_by_the_settings(
     assert chosen(groups, alone, ends) == ["stem", "head", "b", "c"]
 
 
+@pytest.mark.parametrize("ends", [{"first": "float"}, {"last": "float"}])
+def test_a_network_with_an_end_in_float_computes_its_simulation(
+    ends: dict[str, Any], chain: Path, digits: Path, tmp_path: Path
+) -> None:
+    x = calibration(Prepared.open(digits), chain)[:64]
+    student = fine_tune.Student.load(chain / "distilled" / "student.safetensors")
+    settings = Quantize(steps=12, **ends)
+    found, _ = simulated.simulate(student, x, settings, 18, "minmax", judge=False)
+    export.export_model(student.plain, student.description, tmp_path / "fp32.onnx", 18)
+    with quantize.Calibrated(onnx_file.read_onnx(tmp_path / "fp32.onnx"), x) as network:
+        proto = network.quantized(ranges=found.ranges())
+    onnx_file.write_onnx(proto, tmp_path / "int8.onnx")
+    logits = inputs.run_batches(OrtSession(tmp_path / "int8.onnx", 1), x)
+    found.attach(student.folded)
+    reference = inputs.run_batches(EagerSession(student.folded, student.description, 1), x)
+    metrics, *_ = agreement.compare_outputs(reference, logits, "int8", agreement.Thresholds())
+    assert metrics["top1_agreement"] >= 0.98 and metrics["sqnr_centered_db"] > 30
+
+
 def test_ranges_of_other_weights_or_of_another_network_are_refused(
     chain: Path, tmp_path: Path
 ) -> None:

@@ -57,7 +57,8 @@ def place(
         chosen: dict[str, Any] = {"activations": {}, "weights": {}, **fixed}
         ranges, owners = trained.read(calibrated.quantized(ranges=chosen))
         names = [name for node in graph.node for name in node.output if name in owners]
-        values = {graph.input[0].name: x}
+        image = graph.input[0].name
+        values = {image: x} if image in owners else {}  # the first layer may be in float
         values |= dict(zip(names, tapped(calibrated.folded, names)(x), strict=True))
         hidden = set(values) - set(visible(values))
         cut = [n.name for n in rounded if hidden & {*n.input, *n.output}]
