@@ -51,6 +51,7 @@ def quantize(args: argparse.Namespace, settings: Quantize) -> dict[str, Any]:
 
     Raises UserError: a student that cannot be folded or exported, a stale feature cache; GateFailed: ONNX parity.
     """
+    from exporters.bench import floating
     from exporters.build import Build
     from exporters.ort.export import Export
     from exporters.ort.simulated import simulate
@@ -109,6 +110,7 @@ def quantize(args: argparse.Namespace, settings: Quantize) -> dict[str, Any]:
     checkpoint_path = args.out / "student.safetensors"
     plain, description = checkpoint.load(checkpoint_path)
     ranges = checkpoint_path.with_name(f"{checkpoint_path.stem}{SUFFIX}")
+    left = [layer.name for layer in layers if layer.floating]
     return {
         "steps": settings.steps,
         "method": method,
@@ -117,6 +119,7 @@ def quantize(args: argparse.Namespace, settings: Quantize) -> dict[str, Any]:
         "rows": rows
         + measure((plain, student.folded.cpu()), description=description, ranges=ranges),
         "layers": [vars(layer) for layer in layers],
+        "floating": floating.measure(checkpoint_path, left, calibration, export.opset),
         "training": {**trained, "losses": curves.final(lines)},
     }
 

@@ -22,6 +22,7 @@ from exporters.artifact import agreement, inputs, onnx_file
 from exporters.artifact.eager import EagerSession
 from exporters.artifact.reference import Exported
 from exporters.artifact.session import TARGETS
+from exporters.bench import floating
 from exporters.build import Build, artefact_parity
 from exporters.open import RUNTIMES
 from exporters.ort import export, int8, placement, quantize, simulated, trained
@@ -234,6 +235,70 @@ def test_first_last_and_the_most_sensitive_layers_stay_in_float_by_the_settings(
     assert chosen(groups, alone, ends) == ["stem", "head", "b", "c"]
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """Instead of timing: the nodes in float of both networks of each comparison, whose ratio is then 1.25."""
+    compared: list[set[str]] = []
+
+    def compare(*sides: Any) -> Any:
+        for side in sides[:2]:
+            nodes = OrtSession(side.artefact, side.threads).precisions()
+            compared.append({name for name, at in nodes.items() if at == "fp32"})
+        ratio = {"median": 1.25, "ci_low": 1.2, "ci_high": 1.3, "tol": 0.1, "verdict": "FAIL"}
+        return {"ratio": ratio, "reason": None}, []
+
+    monkeypatch.setattr(floating, "compare_artefacts", compare)
+    return compared
+
+
+def calibrated_student(chain: Path, folder: Path, x: Any, settings: Quantize) -> Path:
+    """The distilled student in `folder`, with calibrated ranges beside it as if it were fine-tuned."""
+    for suffix in (".safetensors", ".json"):
+        shutil.copy(chain / "distilled" / f"student{suffix}", folder)
+    path = folder / "student.safetensors"
+    student = fine_tune.Student.load(path)
+    found, _ = simulated.simulate(student, x, settings, 18, "minmax", judge=False)
+    artifacts.write_json(folder / "student-ranges.json", found.ranges())
+    return path
+
+
+def test_the_stem_that_stays_in_float_is_named_with_its_cost(
+    chain: Path, digits: Path, tmp_path: Path, clock: list[set[str]]
+) -> None:
+    x = calibration(Prepared.open(digits), chain)[:64]
+    student = calibrated_student(chain, tmp_path, x, Quantize(steps=12, first="float"))
+    found = floating.measure(student, ["conv1.0"], x, 18)
+    (layer,) = found["layers"]
+    assert layer["name"] == "conv1.0" and found["reason"] is None
+    assert found["cpu_ratio"] == {"median": 1.25, "ci_low": 1.2, "ci_high": 1.3}
+    mixed, whole = clock
+    assert set(layer["nodes"]) <= mixed and not set(layer["nodes"]) & whole
+    assert len(layer["nodes"]) == 1 and "Conv" in layer["nodes"][0]
+
+
+def test_a_layer_that_onnx_runtime_runs_in_int8_all_the_same_has_no_cost(
+    chain: Path, digits: Path, tmp_path: Path, clock: list[set[str]]
+) -> None:
+    x = calibration(Prepared.open(digits), chain)[:64]
+    student = calibrated_student(chain, tmp_path, x, Quantize(steps=12))
+    path = tmp_path / "student-ranges.json"
+    with quantize.Calibrated(onnx_file.read_onnx(chain / "student.onnx"), x) as network:
+        names = simulated.layer_names(network)
+        group = next(group for group, name in names.items() if name == "conv1.3")
+        ranges = json.loads(path.read_text()) | {"floating": [group]}
+    artifacts.write_json(path, ranges)
+    found = floating.measure(student, ["conv1.3"], x, 18)
+    assert found == {"layers": [{"name": "conv1.3", "nodes": []}]} and not clock
+
+
+def test_with_every_layer_in_int8_nothing_is_left_in_float(
+    chain: Path, digits: Path, tmp_path: Path, clock: list[set[str]]
+) -> None:
+    x = calibration(Prepared.open(digits), chain)[:64]
+    student = calibrated_student(chain, tmp_path, x, Quantize(steps=12))
+    assert floating.measure(student, [], x, 18) == {"layers": []} and not clock
+
+
 @pytest.mark.parametrize("ends", [{"first": "float"}, {"last": "float"}])
 def test_a_network_with_an_end_in_float_computes_its_simulation(
     ends: dict[str, Any], chain: Path, digits: Path, tmp_path: Path
@@ -309,9 +374,9 @@ def stage(
     shutil.copytree(chain / "distilled", tmp_path / "students" / "logits")
     (tmp_path / "selection.json").write_text(json.dumps(artefacts.selection("logits")))
 
-    def run(steps: int, out: str = "out") -> subprocess.CompletedProcess[str]:
+    def run(steps: int, out: str = "out", **settings: Any) -> subprocess.CompletedProcess[str]:
         params = tmp_path / "params.yaml"
-        params.write_text(json.dumps({**PARAMS, "quantize": {"steps": steps}}))
+        params.write_text(json.dumps({**PARAMS, "quantize": {"steps": steps, **settings}}))
         paths = [digits, teacher_path, features, tmp_path / "students", tmp_path / "selection.json"]
         outs = [tmp_path / out, tmp_path / f"{out}.json"]
         options = ["--params", params, "--work", tmp_path / "work"]
@@ -320,8 +385,10 @@ def stage(
     return run
 
 
-def test_the_stage_measures_both_kinds_of_int8_in_every_runtime(stage: Any, tmp_path: Path) -> None:
-    done = stage(12)
+def test_the_stage_measures_both_kinds_of_int8_in_every_runtime(
+    stage: Any, tmp_path: Path, clock: list[set[str]]
+) -> None:
+    done = stage(12, first="float")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "out.json").read_text())
     rows = {(row["target"], row["ranges"]): row for row in figures["rows"]}
@@ -329,6 +396,8 @@ def test_the_stage_measures_both_kinds_of_int8_in_every_runtime(stage: Any, tmp_
         assert abs(rows["ort-int8", by]["top1"] - figures["fp32_top1"]) <= 0.1
         assert rows["ort-int8", by]["sqnr_centered_db"] > 15
     assert len(figures["layers"]) == 17 and figures["training"]["steps"] == 12
+    assert [layer["name"] for layer in figures["floating"]["layers"]] == ["conv1.0"]
+    assert figures["floating"]["cpu_ratio"]["median"] == 1.25 and len(clock) == 2
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         *("student.safetensors", "student.json", "student-ranges.json")
     }
@@ -339,6 +408,7 @@ def test_the_export_of_it_is_judged_by_the_accuracy_of_the_distilled_student(
     stage: Any, digits: Path, teacher_path: Path, tmp_path: Path, command: Command
 ) -> None:
     assert stage(12).returncode == 0
+    assert json.loads((tmp_path / "out.json").read_text())["floating"] == {"layers": []}
     folders = [tmp_path / name for name in ("students", "selection.json", "out")]
     paths = [*folders, teacher_path, digits, tmp_path / "export"]
     done = command("stages.export", *paths, "--params", tmp_path / "params.yaml")

@@ -50,6 +50,51 @@ def test_both_reports_show_what_int8_loses_by_calibration_and_after_training(run
     assert row["time"] is None or row["time"] > 0
 
 
+RATIO = {"median": 1.08, "ci_low": 1.06, "ci_high": 1.1}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "ratio", "words"),
+    [
+        (
+            (["Conv_1"], ["Gemm_9"]),
+            RATIO,
+            "; the network takes 1.08 (1.06 to 1.10) of its CPU time with all layers in int8, in ONNX Runtime.",
+        ),
+        (
+            (["Conv_1"], []),
+            None,
+            "; ONNX Runtime runs head in int8 all the same; what that costs was not measured: it died.",
+        ),
+        (([], []), None, "; ONNX Runtime runs all in int8 all the same."),
+    ],
+)
+def test_both_reports_say_what_was_left_in_float_and_what_that_costs(
+    run: Run,  # noqa: F811
+    nodes: tuple[list[str], list[str]],
+    ratio: dict[str, float] | None,
+    words: str,
+) -> None:
+    layers = [{"name": n, "nodes": own} for n, own in zip(("stem", "head"), nodes, strict=True)]
+    floating = {"layers": layers, "cpu_ratio": ratio, "reason": None if ratio else "it died"}
+    edge = summarised(run, quantized(floating=floating))
+    line = f"Left in float: stem, head (2 of 2 layers){words}"
+    assert line == int8.left_in_float(edge)
+    assert f" 200 steps of fine-tuning.\n\n{line}\n" in page.markdown([edge])
+    whole = page.page([edge])
+    assert line in whole and "The calibrated network has every node in int8" in whole
+
+
+def test_with_nothing_in_float_the_report_says_nothing_of_it(run: Run) -> None:  # noqa: F811
+    texts = []
+    for changes in ({}, {"floating": {"layers": []}}):
+        edge = summarised(run, quantized(**changes))
+        texts.append((page.markdown([edge]), page.page([edge])))
+        assert ("floating" in edge["int8"]) == bool(changes)
+    assert texts[0] == texts[1]
+    assert "eft in float" not in texts[0][0] and "Every node that can be is in int8." in texts[0][1]
+
+
 def test_a_target_that_could_not_run_has_its_reason(run: Run) -> None:  # noqa: F811
     rows = quantized()["rows"]
     unrun = {"target": "rtx-int8", "top1": None, "top1_agreement": None, "reason": "no CUDA device"}

@@ -45,7 +45,7 @@ class OrtModel(Named):
         self._output = self._session.get_outputs()[0].name
         self.runtime = f"onnxruntime {module.__version__}"
 
-    def _open(self, threads: int, profile: Path | None = None) -> Any:
+    def _open(self, threads: int, profile: Path | None = None, layouts: bool = True) -> Any:
         options = self._module.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -53,6 +53,9 @@ class OrtModel(Named):
         if profile:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
+        if not layouts:
+            level = self._module.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+            options.graph_optimization_level = level
         wrong = ".".join(self._module.__version__.split(".")[:2]) in WRONG_PAD_FUSION
         try:
             return self._module.InferenceSession(
@@ -83,14 +86,29 @@ class OrtModel(Named):
         shape: of the input. The precision is that of the node's first input; None where that is neither
         floating-point nor int8.
         """
+        nodes = []
+        for _, facts, precision in self._profile(shape):
+            nodes.append((facts.get("provider", "unnamed provider"), facts["op_name"], precision))
+        return nodes
+
+    def named_nodes(self, shape: Sequence[int]) -> dict[str, str | None]:
+        """Node name -> precision, from such a profile without layout optimizations, which rename nodes."""
+        suffix = "_kernel_time"
+        profile = self._profile(shape, layouts=False)
+        return {name.rsplit(suffix, 1)[0]: precision for name, _, precision in profile}
+
+    def _profile(
+        self, shape: Sequence[int], layouts: bool = True
+    ) -> list[tuple[str, dict[str, Any], str | None]]:
+        """(Event, what it says of its node, precision) of each node, from one run in a second session."""
         with tempfile.TemporaryDirectory() as folder:
-            session = self._open(1, Path(folder) / "profile")
+            session = self._open(1, Path(folder) / "profile", layouts)
             session.run([self._output], {self._input.name: np.zeros(shape, np.float32)})
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         nodes = []
-        for facts in (event.get("args", {}) for event in events):
+        for event in events:
+            facts = event.get("args", {})
             if facts.get("input_type_shape"):
                 kind = next(iter(facts["input_type_shape"][0]), "")
-                provider = facts.get("provider", "unnamed provider")
-                nodes.append((provider, facts["op_name"], PRECISION_OF_TYPE.get(kind)))
+                nodes.append((event["name"], facts, PRECISION_OF_TYPE.get(kind)))
         return nodes

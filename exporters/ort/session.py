@@ -38,6 +38,10 @@ class OrtSession(PipelineErrors, ort.OrtModel):
     def _nodes(self) -> list[tuple[str, str, str | None]]:
         return self.profiled_nodes([self.input_shape[0] or 1, *self.input_shape[1:]])
 
+    def precisions(self) -> dict[str, str | None]:
+        """Name of each node as it was run -> its precision; a node that another one took over is missing."""
+        return self.named_nodes([self.input_shape[0] or 1, *self.input_shape[1:]])
+
     @cached_property
     def precision_effective(self) -> str:
         """Precision of most convolutions and matrix products, from a profile of one run in a second session."""

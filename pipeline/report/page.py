@@ -141,6 +141,7 @@ def _worded(summary: Summary) -> dict[str, Any]:
         "labels": wording.labels_in_words(summary["models"]),
         "deadline": wording.deadline(summary),
         "int8_rows": int8.int8_rows(summary),
+        "left_in_float": int8.left_in_float(summary),
         "rows": [(t["target"], row) for t in summary["targets"] for row in wording.measured(t)],
         "forest_clocks": list(dict.fromkeys(wording.clock(pair) for pair in summary["pairs"])),
     }

@@ -37,7 +37,7 @@ from pipeline.report.raw import thin, with_curves, with_samples
 from pipeline.report.verdict import MODELS, judge
 
 SCHEMA = schema_name(Edge)
-INT8 = ("steps", "method", "images", "fp32_top1", "rows", "layers")  # keys of quantize.json
+INT8 = ("steps", "method", "images", "fp32_top1", "rows", "layers", "floating")  # of quantize.json
 BASELINES = ("plain", "logits")  # every method is compared with these two, in points
 
 
@@ -152,7 +152,7 @@ def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[
         **({} if config.deadline_ms is None else {"deadline_ms": config.deadline_ms}),
     }
     if quantized["steps"]:
-        summary["int8"] = {key: quantized[key] for key in INT8}
+        summary["int8"] = {key: quantized[key] for key in INT8 if key in quantized}
     summary["budgets"] = [judge_budget(summary, n, limit) for n, limit in config.budgets.items()]
     return {
         **summary,

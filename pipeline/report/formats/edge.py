@@ -32,7 +32,7 @@ from pipeline.report.budgets import BUDGET_NAME
 from pipeline.report.formats.accuracy import Model, Points
 from pipeline.report.formats.bench import Interval, Verdict
 from pipeline.report.formats.latency import LatencyRow, Measured, Skipped
-from pipeline.report.formats.quantize import Int8Row, Layer
+from pipeline.report.formats.quantize import Floating, Int8Row, Layer
 
 Bound = Annotated[float, Field(ge=-100, le=1e15)]
 
@@ -259,6 +259,7 @@ class EdgeInt8(Format):
     fp32_top1: Fraction = key("Top-1 of the distilled student in float32.")
     rows: list[Int8Row] = key("A row for each target and origin of the ranges.")
     layers: list[Layer] = key("The layers of the student in graph order.")
+    floating: Floating = optional("Layers left in float. Absent in older files.")
 
 
 class Edge(Artefact):

@@ -18,6 +18,7 @@ from pipeline.core.validation import (
     optional,
     schema_key,
 )
+from pipeline.report.formats.bench import Interval
 
 
 class Int8Row(Format):
@@ -46,6 +47,25 @@ class Layer(Format):
     floating: bool = key("Whether it stays in float.")
 
 
+class FloatLayer(Format):
+    """A layer that `first`, `last` or `floating` left in float."""
+
+    name: Text = key("One of `layers`.")
+    nodes: list[Text] = key(
+        "Its nodes that ONNX Runtime runs in float, and in int8 with every layer in int8."
+    )
+
+
+class Floating(Format):
+    """The layers that the settings left in float, and what they cost in ONNX Runtime."""
+
+    layers: list[FloatLayer] = key("Empty where every layer is in int8.")
+    cpu_ratio: Interval | None = optional(
+        "CPU time over that of the network with every layer in int8, paired; absent where no node runs in float."
+    )
+    reason: Text | None = optional("Why there is no ratio, where it could not be measured.")
+
+
 class Quantized(Artefact):
     """Written by the stage quantize: what int8 costs the selected student before and after its fine-tuning."""
 
@@ -56,6 +76,7 @@ class Quantized(Artefact):
     fp32_top1: Fraction = optional("Top-1 of the distilled student in float32.")
     rows: list[Int8Row] = key("A row for each target and origin of the ranges.")
     layers: list[Layer] = key("The layers of the student in graph order.")
+    floating: Floating = optional("Layers left in float. Absent without steps and in older files.")
 
     @model_validator(mode="after")
     def _check_steps(self) -> Quantized:

@@ -1,0 +1,74 @@
+"""What the layers that the settings of a fine-tuning leave in float cost in ONNX Runtime: its nodes, CPU time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from exporters.artifact import onnx_file
+from exporters.artifact.session import TARGETS, Array
+from exporters.bench.compare import compare_artefacts
+from exporters.bench.measure import Subject
+from exporters.ort import export
+from exporters.ort.placement import place
+from exporters.ort.quantize import Calibrated
+from exporters.ort.session import OrtSession
+from exporters.ort.simulated import layer_names
+from pipeline.core import artifacts
+from pipeline.models.ranges import SUFFIX
+
+IMAGES = (
+    8  # that the ranges of these layers are calibrated on; the time does not depend on their values
+)
+TARGET = TARGETS["ort-int8"]
+
+
+def measure(checkpoint: Path, names: Sequence[str], x: Array, opset: int) -> dict[str, Any]:
+    """The layers `names` of a fine-tuned student, each with its nodes that ONNX Runtime runs in float.
+
+    A node that is in float with every layer in int8 too is not counted. Where there are nodes, also `cpu_ratio`:
+    CPU time over that of the network with every layer in int8, or None and a `reason`. x: images (N, 3, S, S).
+    checkpoint: the student's, its ranges beside it. Raises UserError: not exported, ranges of another network.
+    """
+    if not names:
+        return {"layers": []}
+    with tempfile.TemporaryDirectory() as folder:
+        mixed, whole = Path(folder) / "mixed.onnx", Path(folder) / "int8.onnx"
+        groups = _write(checkpoint, x[:IMAGES], opset, mixed, whole)
+        run, run_whole = (OrtSession(path, 1).precisions() for path in (mixed, whole))
+        added = {n for n, at in run.items() if at == "fp32" != run_whole.get(n)}
+        layers = [
+            {"name": name, "nodes": [node for node in groups[name] if node in added]}
+            for name in names
+        ]
+        if not any(layer["nodes"] for layer in layers):
+            return {"layers": layers}
+        own, baseline = (Subject("student", path, TARGET) for path in (mixed, whole))
+        compared, _ = compare_artefacts(own, baseline, 0, None)
+    found = compared["ratio"]
+    ratio = found and {key: found[key] for key in ("median", "ci_low", "ci_high")}
+    return {"layers": layers, "cpu_ratio": ratio, "reason": compared["reason"]}
+
+
+def _write(
+    checkpoint: Path, x: Array, opset: int, mixed: Path, whole: Path
+) -> dict[str, list[str]]:
+    """Write the int8 of a student with its ranges and with every layer in int8; layer -> names of its nodes."""
+    import torch
+
+    from pipeline.quantize.fine_tune import Student
+    from pipeline.quantize.simulation import Sites
+
+    student = Student.load(checkpoint)
+    ranges = artifacts.read_json(checkpoint.with_name(f"{checkpoint.stem}{SUFFIX}"))
+    export.export_model(student.plain, student.description, mixed, opset)
+    sites = Sites(student.folded, torch.from_numpy(x[:1]))
+    with Calibrated(onnx_file.read_onnx(mixed), x) as network:
+        every = place(network, x[:1], sites.computed, [], ranges["bias"]).ranges
+        for kind in ("activations", "weights"):
+            every[kind] |= {n: grid for n, grid in ranges[kind].items() if n in every[kind]}
+        onnx_file.write_onnx(network.quantized(ranges=ranges), mixed)
+        onnx_file.write_onnx(network.quantized(ranges=every), whole)
+        return {name: network.groups[group] for group, name in layer_names(network).items()}
