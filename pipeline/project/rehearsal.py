@@ -72,11 +72,13 @@ def rehearse(params: Mapping[str, Any], reading: float) -> Costs:
     """
     hushed = contextlib.redirect_stdout(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, hushed:
-        return _Stage(params, Path(folder)).costs(reading)
+        return _Rehearsal(params, Path(folder)).costs(reading)
 
 
 @dataclass(frozen=True)
-class _Stage:
+class _Rehearsal:
+    """The stages on generated images in `folder`."""
+
     params: Mapping[str, Any]
     folder: Path
 
