@@ -19,9 +19,8 @@ from exporters.ort.simulated import layer_names
 from pipeline.core import artifacts
 from pipeline.models.ranges import SUFFIX
 
-IMAGES = (
-    8  # that the ranges of these layers are calibrated on; the time does not depend on their values
-)
+# The ranges of these layers are calibrated on so many: the time does not depend on their values.
+IMAGES = 8
 TARGET = TARGETS["ort-int8"]
 
 

@@ -28,9 +28,8 @@ class Grid:
         return torch.round(x.detach() / self.scale)
 
 
-Exact = Callable[
-    [Grid], Tensor
-]  # of an output's grid -> its levels less the zero point, not yet rounded
+# The grid of an output -> its levels less the zero point, not yet rounded.
+Exact = Callable[[Grid], Tensor]
 
 
 @dataclass(frozen=True)
