@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
             print(f"{params}: chosen for {args.data} before, kept; to choose again: FORCE=1")
         else:
             if not args.force:
-                recipes.refuse_edits(args.recipes, params, SECTIONS)
+                recipes.check_unedited(args.recipes, params, SECTIONS)
             recipe, values = chosen(args.data, args.recipes)
     if recipe is not None:
         arguments = (recipe, args.recipes, params, SECTIONS, args.data, args.force, values)
@@ -79,19 +79,19 @@ def chosen(data: str, folder: Path) -> tuple[str, choosing.Values]:
 
     On a CPU the budgets are cut where the run would not end within the hour.
     """
-    found, gpu = survey(Path(data).expanduser()), torch.cuda.is_available()
-    choice = choosing.choose(found, gpu)
+    surveyed, gpu = survey(Path(data).expanduser()), torch.cuda.is_available()
+    choice = choosing.choose(surveyed, gpu)
     print(f"{data}: recipe {choice.recipe}, for {choice.reason}; another one: RECIPE=NAME")
     params = recipes.merged(choice.recipe, folder, SECTIONS, data, choice.values)
-    images = choosing.sizes(found, params)
+    images = choosing.sizes(surveyed, params)
     asked = choosing.budget(params, images)
     print(
         "timing a few steps of every stage on generated images, half a minute or more", flush=True
     )
-    costs = rehearse(params, found.reading)
+    costs = rehearse(params, surveyed.reading)
     plan = asked if gpu else choosing.within(choosing.LIMIT_MINUTES, costs, images, asked)
     busy = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
-    print(f"here it takes about {choosing.told(costs, images, plan)}, as measured now ({busy})")
+    print(f"here it takes about {choosing.duration(costs, images, plan)}, as measured now ({busy})")
     if plan.passes > params["teach"]["epochs"]:
         more = f"{params['teach']['epochs']} to {plan.passes}"
         print(f"teach.epochs raised from {more}: {images.labelled:,} labelled images are few")
@@ -104,7 +104,7 @@ def chosen(data: str, folder: Path) -> tuple[str, choosing.Values]:
         ]
         print(
             f"cut so that it ends within the hour: {', '.join(cut)}; uncut about "
-            f"{choosing.told(costs, images, asked).partition(' (')[0]}: RECIPE={choice.recipe}"
+            f"{choosing.duration(costs, images, asked).partition(' (')[0]}: RECIPE={choice.recipe}"
         )
     values = plan.values()
     for section, keys in choice.values.items():

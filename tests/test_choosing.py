@@ -53,9 +53,14 @@ def folder_of(root: Path, unlabelled: int = 0) -> Path:
 
 
 def test_a_survey_counts_images_labels_and_pixels(tmp_path: Path) -> None:
-    found = survey(folder_of(tmp_path / "own", unlabelled=5))
-    assert (found.source, found.images, found.labelled, found.side) == ("imagefolder", 53, 48, 32)
-    assert found.classes == len(list((tmp_path / "own" / "train").iterdir()))
+    surveyed = survey(folder_of(tmp_path / "own", unlabelled=5))
+    assert (surveyed.source, surveyed.images, surveyed.labelled, surveyed.side) == (
+        "imagefolder",
+        53,
+        48,
+        32,
+    )
+    assert surveyed.classes == len(list((tmp_path / "own" / "train").iterdir()))
 
 
 def test_a_folder_of_parquet_is_read_as_such(tmp_path: Path) -> None:
@@ -65,7 +70,7 @@ def test_a_folder_of_parquet_is_read_as_such(tmp_path: Path) -> None:
     assert source_of(tmp_path / "cifar-10-python.tar.gz") == "cifar"
 
 
-COSTS = Costs(image=0.001, taught=0.002, view=0.001, step=0.5, tested=0.02)
+COSTS = Costs(image=0.001, teacher_image=0.002, view=0.001, step=0.5, test_image=0.02)
 PLAN = Budget(passes=60, views=8, steps=600)
 
 
@@ -90,7 +95,9 @@ def test_the_length_of_a_run_is_the_sum_of_its_stages() -> None:
     assert stages == pytest.approx({stage: value / 60 for stage, value in seconds.items()})
     total = choosing.minutes(COSTS, images, PLAN)
     assert total == pytest.approx(choosing.OTHER_MINUTES + sum(seconds.values()) / 60)
-    assert choosing.told(COSTS, images, PLAN).startswith("11 min (prepare under a minute, teach ")
+    assert choosing.duration(COSTS, images, PLAN).startswith(
+        "11 min (prepare under a minute, teach "
+    )
 
 
 def test_a_run_within_the_limit_is_not_cut_and_a_longer_one_to_just_below_it() -> None:
@@ -120,10 +127,10 @@ def test_a_teacher_from_scratch_makes_more_passes_over_few_images(
 
 
 def test_images_are_counted_as_prepare_splits_them(tmp_path: Path) -> None:
-    found = survey(folder_of(tmp_path / "own", unlabelled=5))
+    surveyed = survey(folder_of(tmp_path / "own", unlabelled=5))
     params = config.read(ROOT / "params.yaml")
     params["prepare"] |= {"source": "imagefolder", "path": str(tmp_path / "own"), "val": 10}
-    counted = choosing.sizes(found, params)
+    counted = choosing.sizes(surveyed, params)
     assert (counted.images, counted.test, counted.train) == (53, 8, 35)
     assert 30 <= counted.labelled <= 35
 

@@ -46,8 +46,8 @@ def measure(checkpoint: Path, names: Sequence[str], x: Array, opset: int) -> dic
             return {"layers": layers}
         own, baseline = (Subject("student", path, TARGET) for path in (mixed, whole))
         compared, _ = compare_artefacts(own, baseline, 0, None)
-    found = compared["ratio"]
-    ratio = found and {key: found[key] for key in ("median", "ci_low", "ci_high")}
+    interval = compared["ratio"]
+    ratio = interval and {key: interval[key] for key in ("median", "ci_low", "ci_high")}
     return {"layers": layers, "cpu_ratio": ratio, "reason": compared["reason"]}
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from pipeline.core.errors import UserError
 from pipeline.prepare.settings import SOURCES
+from pipeline.prepare.sources import tables
 from pipeline.prepare.sources.sample import Columns, Sample
 
-TABLES = (".csv", ".tsv")
 LOOKED_AT = 64  # images that are opened, evenly spaced
 
 
@@ -31,7 +31,7 @@ class Survey:
 
 def survey(path: Path) -> Survey:
     """Look at the images of a path, by the readers of `prepare`. Raises UserError: as these; no readable image."""
-    if path.suffix.lower() in TABLES:
+    if path.suffix.lower() in tables.SUFFIXES:
         raise UserError(
             f"{path}: got a table; expected the folder that holds it and the images; pass DATA={path.parent}"
         )

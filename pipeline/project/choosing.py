@@ -18,7 +18,8 @@ FEW = 0.5  # share of the images with a label, below which the others decide
 PER_CLASS = 100  # labels a class that are few
 # The teacher sees no fewer batches than that of the default run: 60 passes over 1,297 digits.
 TEACHER_STEPS, MOST_PASSES = 1260, 400
-# Export, builds, latency and starting the stages: 4 to 5 minutes on the 2 cores of docs/benchmarks.md.
+# An allowance for export, builds, latency and starting the stages, not a measurement: on digits the first three
+# took 1.1 minutes (AMD EPYC, 2 cores); larger networks take longer.
 OTHER_MINUTES = 5.0
 LIMIT_MINUTES = 55.0  # of a run on a CPU, so that it ends within the hour
 LEAST = {"passes": 10, "views": 2, "steps": 300}
@@ -35,25 +36,25 @@ class Choice:
     values: Values = field(default_factory=dict)
 
 
-def choose(found: Survey, gpu: bool) -> Choice:
+def choose(surveyed: Survey, gpu: bool) -> Choice:
     """Choose by the number and size of the images, the share with a label, and the machine.
 
     Photographs on a GPU get the recipe that fine-tunes a pretrained ViT; on a CPU the small one at 64 px. Small
     images of which few show a label get that of few labels; the student sees every label there is.
     """
-    share = found.labelled / found.images
-    few = share < FEW or found.labelled < PER_CLASS * found.classes
+    share = surveyed.labelled / surveyed.images
+    few = share < FEW or surveyed.labelled < PER_CLASS * surveyed.classes
     what = (
-        f"{found.images:,} images of {found.classes} classes, {found.side} px, "
+        f"{surveyed.images:,} images of {surveyed.classes} classes, {surveyed.side} px, "
         f"{100 * share:.0f} % with a label"
     )
     where = "a GPU" if gpu else "no GPU"
-    source: dict[str, Any] = {"source": found.source}
-    if found.side <= SMALL and few:
+    source: dict[str, Any] = {"source": surveyed.source}
+    if surveyed.side <= SMALL and few:
         values = {"prepare": {**source, "student_labels": "all", "val": 0.1}}
         return Choice("few-labels", f"{what}, {where}: small images with few labels", values)
     values = {"prepare": dict(source)}
-    if gpu and found.side > SMALL:
+    if gpu and surveyed.side > SMALL:
         reason = f"{what}, {where}: photographs, a pretrained teacher"
         return Choice("imagefolder", reason, values)
     reason = (
@@ -63,13 +64,13 @@ def choose(found: Survey, gpu: bool) -> Choice:
     return Choice("imagefolder-mini", reason, values)
 
 
-def sizes(found: Survey, params: Mapping[str, Any]) -> Sizes:
+def sizes(surveyed: Survey, params: Mapping[str, Any]) -> Sizes:
     """Count the images of every split, as prepare will. Raises UserError: a split larger than the data."""
-    splits = assign_splits(found.samples, config.parse(Prepare, params["prepare"], "prepare"))
-    labelled = [sample.label is not None for sample in found.samples]
+    splits = assign_splits(surveyed.samples, config.parse(Prepare, params["prepare"], "prepare"))
+    labelled = [sample.label is not None for sample in surveyed.samples]
     every = Counter(splits)
     known = Counter(split for split, label in zip(splits, labelled, strict=True) if label)
-    return Sizes(found.images, every["train"], known["train"], known["test"])
+    return Sizes(surveyed.images, every["train"], known["train"], known["test"])
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def within(limit: float, costs: Costs, images: Sizes, plan: Budget) -> Budget:
     return plan.scaled(0)
 
 
-def told(costs: Costs, images: Sizes, plan: Budget) -> str:
+def duration(costs: Costs, images: Sizes, plan: Budget) -> str:
     """The length of a run in words: `18 min (teach 6, distill 5, ...)`; hours where it is long."""
     stages = costs.minutes(images, **vars(plan)) | {"the rest": OTHER_MINUTES}
     parts = ", ".join(f"{stage} {_words(value)}" for stage, value in stages.items())

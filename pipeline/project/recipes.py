@@ -127,11 +127,11 @@ def apply(
         merged(DEFAULT, folder, sections),
         merged(name, folder, sections, data, values),
     )
-    last = params.parent / ".work" / "recipe.yaml"
+    last = written(params)
     if not force:
         if params.is_file() and config.read(params) == requested:
             return f"{params}: unchanged, it is {folder / name}.yaml already"
-        refuse_edits(folder, params, sections)
+        check_unedited(folder, params, sections)
     text = SCHEMA + _title(folder / f"{name}.yaml") + _yaml(requested)
     for path in (last, params):
         with atomic(path) as temporary:
@@ -144,9 +144,14 @@ def apply(
     )
 
 
-def refuse_edits(folder: Path, params: Path, sections: Sections) -> None:
-    """Refuse to overwrite `params`. Raises UserError: neither the default nor what a recipe wrote."""
-    default, last = merged(DEFAULT, folder, sections), params.parent / ".work" / "recipe.yaml"
+def written(params: Path) -> Path:
+    """Return the copy of what a recipe last wrote to `params`."""
+    return params.parent / ".work" / "recipe.yaml"
+
+
+def check_unedited(folder: Path, params: Path, sections: Sections) -> None:
+    """Check that `params` may be overwritten. Raises UserError: neither the default nor what a recipe wrote."""
+    default, last = merged(DEFAULT, folder, sections), written(params)
     present = config.read(params) if params.is_file() else default
     was = config.read(last) if last.is_file() else default
     if present not in (default, was):
@@ -158,7 +163,7 @@ def refuse_edits(folder: Path, params: Path, sections: Sections) -> None:
 
 def written_for(data: str, params: Path) -> bool:
     """Whether `params` is, unedited, what a recipe wrote for these images."""
-    last = params.parent / ".work" / "recipe.yaml"
+    last = written(params)
     if not (params.is_file() and last.is_file()):
         return False
     present = config.read(params)

@@ -47,19 +47,19 @@ class Costs:
     """Seconds on this machine."""
 
     image: float  # of an image that is prepared
-    taught: float  # of an image in a pass of the teacher
+    teacher_image: float  # of an image in a pass of the teacher
     view: float  # of a view that is cached
     step: float  # of a step of every student together
-    tested: float  # of a test image through teacher and students, clean and noisy
+    test_image: float  # of a test image through teacher and students, clean and noisy
 
     def minutes(self, sizes: Sizes, passes: int, views: int, steps: int) -> dict[str, float]:
         """The minutes of every stage whose length depends on the images or on the budgets of params.yaml."""
         seconds = {
             "prepare": self.image * sizes.images,
-            "teach": self.taught * sizes.labelled * passes,
+            "teach": self.teacher_image * sizes.labelled * passes,
             "cache": self.view * sizes.train * views,
             "distill": self.step * steps,
-            "evaluate": self.tested * sizes.test,
+            "evaluate": self.test_image * sizes.test,
         }
         return {stage: value / 60 for stage, value in seconds.items()}
 
@@ -100,7 +100,7 @@ class _Rehearsal:
         image = reading + _timed(lambda: prepare.prepare(asked, self.folder / "prepared")) / images
         prepared = Prepared.open(self.folder / "prepared")
 
-        taught = self._longer(self._teach(prepared), PASSES) / len(prepared.rows("train"))
+        teacher_image = self._longer(self._teach(prepared), PASSES) / len(prepared.rows("train"))
         path = self.folder / f"teacher-{1 + PASSES}" / "teacher.safetensors"
         view = self._longer(self._cache(prepared, path), 1) / len(prepared.rows("train"))
         features = self.folder / "features-2"
@@ -115,8 +115,8 @@ class _Rehearsal:
             step += sum(ms for name, ms in figures["stage_ms"].items() if name != "ratios") / 1e3
         weights = [path, *(student / "student.safetensors" for student in students)]
         models = [checkpoint.load(weight) for weight in weights]
-        tested = _timed(lambda: [self._test(prepared, *model) for model in models])
-        return Costs(image, taught, view, step, tested / (2 * CLASSES))
+        test_image = _timed(lambda: [self._test(prepared, *model) for model in models])
+        return Costs(image, teacher_image, view, step, test_image / (2 * CLASSES))
 
     def _teach(self, prepared: Prepared) -> Callable[[int], object]:
         def run(passes: int) -> object:
