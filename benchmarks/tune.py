@@ -2,7 +2,8 @@
 
 Every method gets the same budget: trial 0 is the recipe as it is, the others are draws of the learning rate, the
 labelled share and the weights and temperatures of the method's own terms, the same draws for the same method and
-number of trials. The best is that with the highest clean top-1 on val; of equals that with the lowest negative
+number of trials. `--grid` adds points of the caller's own: every combination of its values, of the keys that the
+method reads. The best is that with the highest clean top-1 on val; of equals that with the lowest negative
 log-likelihood. Test is never opened. Each finished trial is stored, so a killed search goes on. The choices are
 written to recipes/tuned/<recipe>.yaml, which `make repro RECIPE=` and the benchmarks merge into `distill.tuned`.
 """
@@ -10,14 +11,19 @@ written to recipes/tuned/<recipe>.yaml, which `make repro RECIPE=` and the bench
 from __future__ import annotations
 
 import argparse
+import io
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
 
 from benchmarks import record
 from benchmarks.runs import Run, Runs, command, merged
 from pipeline.core import artifacts, cli
+from pipeline.core.errors import UserError
 from pipeline.distill.methods.table import TERMS, WITHOUT_LOSS, paired, terms_of
 from pipeline.distill.settings import Distill
 from pipeline.project import recipes
@@ -52,14 +58,44 @@ def _of_term(settings: Distill, term: str, draw: random.Random) -> Choice:
         return {"cakd.adversarial_weight": _times(weight, draw)}
     if term in WITHOUT_LOSS:
         return {}
-    kind, name = TERMS[term]
-    section = name if name in ("logits", "cakd") else f"terms.{name}"
+    (kind, name), section = TERMS[term], _section(term)
     own = settings.of_term(name)
     weights = dict.fromkeys(kind.losses.values())
     choice = {f"{section}.{key}": _times(getattr(own, key), draw) for key in weights}
     if term in TUNED_TEMPERATURES:
         choice[f"{section}.temperature"] = draw.choice(TEMPERATURES)
     return choice
+
+
+def parsed(text: str) -> tuple[str, list[Any]]:
+    """Read `lr=0.002,0.004`, values as YAML. Raises UserError: no key, or no value."""
+    key, _, values = text.partition("=")
+    if not key or not values:
+        raise UserError(
+            f"--grid: got {text!r}; expected key=value,value with a key below distill; correct it"
+        )
+    return key, YAML(typ="safe", pure=True).load(io.StringIO(f"[{values}]"))
+
+
+def points(settings: Distill, method: str, grid: Mapping[str, Sequence[Any]]) -> Iterator[Choice]:
+    """Every combination of the grid's values, of the keys that the method reads, but for the recipe's own."""
+    own = {_section(term) for term in terms_of(method)}
+    read = {
+        key: values
+        for key, values in grid.items()
+        if ("." not in key or key.rpartition(".")[0] in own)
+        and (key != "labelled_share" or paired(method))
+    }
+    for values in itertools.product(*read.values()):
+        choice = dict(zip(read, values, strict=True))
+        if settings.with_choice(choice, method) != settings:
+            yield choice
+
+
+def _section(term: str) -> str:
+    """Where below `distill` the settings of a term are."""
+    name = "cakd" if term in WITHOUT_LOSS else TERMS[term][1]
+    return name if name in ("logits", "cakd") else f"terms.{name}"
 
 
 def _times(weight: float, draw: random.Random) -> float:
@@ -93,10 +129,11 @@ def main(args: argparse.Namespace) -> None:
     params = merged(args.recipe, args.data, changes)
     shared = Runs.of(args.recipe, params)
     settings = shared.section(Distill)
+    grid = dict(parsed(text) for text in args.grid)
     methods = args.methods or list(settings.methods)
     rows: dict[str, Any] = {}
     for method in methods:
-        choices = list(trials(settings, method, args.trials))
+        choices = [*trials(settings, method, args.trials), *points(settings, method, grid)]
         scores = [
             shared.run(settings.with_choice(choice, method), method, settings.seed, "val")
             for choice in choices
@@ -110,7 +147,8 @@ def main(args: argparse.Namespace) -> None:
         return
     params["prepare"]["path"] = None  # a path of this machine
     made_by = artifacts.provenance(params, teacher=shared.teacher)
-    line = command("tune", args, f"--trials {args.trials}")
+    given = [f"--grid {' '.join(args.grid)}"] if args.grid else []
+    line = command("tune", args, f"--trials {args.trials}", *given)
     record.write(args.out, SCHEMA, result, made_by, line, text)
 
 
@@ -121,6 +159,9 @@ if __name__ == "__main__":
     parser.add_argument("--methods", nargs="+", help="default: distill.methods of the recipe")
     parser.add_argument(
         "--trials", type=int, default=8, help="of each method, the recipe's own included"
+    )
+    parser.add_argument(
+        "--grid", nargs="+", default=[], metavar="KEY=V,V", help="further trials, as lr=0.002,0.004"
     )
     parser.add_argument("-S", "--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--recipes", type=Path, default=Path("recipes"), help="folder of recipes")

@@ -34,13 +34,14 @@ def search(prepared, teacher_path, features, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "RECIPES", folder)
     monkeypatch.setattr(runs.Runs, "of", lambda _, params: runs.Runs(params, tmp_path))
 
-    def search(*methods, trials=3):
+    def search(*methods, trials=3, grid=()):
         args = argparse.Namespace(
             recipe="digits",
             data=None,
             set=["distill.steps=4"],
             methods=list(methods),
             trials=trials,
+            grid=list(grid),
             recipes=folder,
             out=tmp_path / "tune",
         )
@@ -113,6 +114,24 @@ def test_every_method_gets_the_same_number_of_trials_and_the_recipe_is_the_first
             QUICK.with_choice(choice, method)
         assert ("labelled_share" in drawn[1]) == (method != "plain")
     assert "cakd.gram_weight" in drawn[1] or method == "rkd"
+
+
+def test_a_grid_adds_every_combination_of_the_keys_that_a_method_reads(search, tmp_path):
+    grid = {"lr": [QUICK.lr, 0.5], "labelled_share": [0.1], "logits.weight": [7.0]}
+    assert [*tune.points(QUICK, "plain", grid)] == [{"lr": 0.5}]
+    shared = [{"lr": lr, "labelled_share": 0.1} for lr in grid["lr"]]
+    assert [*tune.points(QUICK, "rkd", grid)] == shared
+    assert [*tune.points(QUICK, "gl+logits", grid)] == [c | {"logits.weight": 7.0} for c in shared]
+    search("plain", trials=1, grid=["lr=0.001,0.003"])
+    tried = config.read(tmp_path / "tune.json")["methods"]["plain"]["trials"]
+    assert tried == [{}, {"lr": 0.001}, {"lr": 0.003}]
+    assert "--trials 1 --grid lr=0.001,0.003" in (tmp_path / "tune.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["lr", "lr=", "=3"])
+def test_a_grid_without_key_or_values_is_refused(search, text):
+    with pytest.raises(UserError, match=f"--grid: got '{text}'"):
+        search("plain", grid=[text])
 
 
 def test_equals_are_told_apart_by_their_likelihood():
