@@ -2,24 +2,29 @@
 
 Trains every method of the recipe (`distill.methods`) seed by seed and keeps each finished run as a small JSON in
 `benchmarks/results/runs/<recipe>` (benchmarks/ledger.py); a run that is there is not repeated. After `--minutes`
-it stops at a checkpoint, from which the next call goes on. The table is made of the kept runs and nothing else,
-the same bytes on every machine: `--table` writes it without training. A difference is taken over the seeds that
-both methods have; the table says how many.
+it stops at a checkpoint, from which the next call goes on. `--jobs N` trains N students at a time, which fills a
+GPU that one small student leaves idle; a second call beside the first does the same. The table is made of the kept
+runs and nothing else, the same bytes on every machine: `--table` writes it without training. A difference is taken
+over the seeds that both methods have; the table says how many.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
+import multiprocessing
 import os
 import signal
 import statistics
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ledger import FOLDER, Ledger, Run, identity, identity_of_teacher
+from benchmarks.ledger import FOLDER, Identity, Ledger, Run, identity, identity_of_teacher
 from benchmarks.methods import AGAINST, cell, interval
 from benchmarks.runs import RECIPES, Runs, merged
 from pipeline.core import artifacts, cli
@@ -62,20 +67,72 @@ def deadline(minutes: float | None) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process alone makes the run of the lock file `path`; a killed one gives it up."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def train(args: argparse.Namespace, ledger: Ledger) -> None:
-    """Make the missing runs, all methods of a seed before the next seed."""
+    """Make the missing runs that no other process makes, all methods of a seed before the next seed."""
     params = merged(args.recipe, args.data, args.set)
     shared = Runs.of(args.recipe, params)
     settings = shared.section(Distill)
     teacher = artifacts.read_json(shared.teacher.with_suffix(".json"))["weights_sha256"]
-    for seed in range(args.seeds):
-        for method in args.methods or settings.methods:
-            own = identity(params, settings.of_method(method), method, seed, teacher)
-            if ledger.read(method, seed, own) is None:
-                ledger.write(method, seed, own, shared.run(settings, method, seed))
-    of_teacher = identity_of_teacher(params, teacher)
-    if ledger.read(TEACHER, 0, of_teacher) is None:
-        ledger.write(TEACHER, 0, of_teacher, shared.on_test(shared.teacher))
+
+    def make(method: str, seed: int, made_of: Identity, run: Callable[[], Run]) -> None:
+        if ledger.read(method, seed, made_of) is not None:
+            return
+        with claimed(shared.folder / "claims" / f"{method}-{seed}.lock") as free:
+            if not free or ledger.read(method, seed, made_of) is not None:
+                return
+            figures = run()
+            untimed = {key: value for key, value in figures.items() if key != "step_ms"}
+            ledger.write(method, seed, made_of, untimed if args.untimed else figures)
+
+    with assisted(args):
+        for seed in range(args.seeds):
+            for method in args.methods or settings.methods:
+                own = identity(params, settings.of_method(method), method, seed, teacher)
+                make(method, seed, own, partial(shared.run, settings, method, seed))
+        of_teacher = identity_of_teacher(params, teacher)
+        make(TEACHER, 0, of_teacher, partial(shared.on_test, shared.teacher))
+
+
+@contextmanager
+def assisted(args: argparse.Namespace) -> Iterator[None]:
+    """Run `args.jobs - 1` further processes of the same queue beside the body, and wait for them after it."""
+    spawn = multiprocessing.get_context("spawn")
+    alone = argparse.Namespace(**vars(args) | {"jobs": 1, "untimed": True})
+    others = [spawn.Process(target=assist, args=(alone,)) for _ in range(args.jobs - 1)]
+    for other in others:
+        other.start()
+    try:
+        yield
+    finally:
+        for other in others:
+            other.join()
+    if any(other.exitcode not in (0, 128 + signal.SIGINT) for other in others):
+        raise UserError(
+            "--jobs: a process of the queue failed; its error stands above; run again to go on"
+        )
+
+
+def assist(args: argparse.Namespace) -> None:
+    """Be a further process of the queue."""
+    cli.die_with_parent()
+    try:
+        with deadline(args.minutes):
+            train(args, Ledger(FOLDER / args.recipe))
+    except UserError as error:
+        sys.exit(f"benchmarks.evidence: error: {error}")
 
 
 def differences(runs: Mapping[str, BySeed], method: str, other: str, what: str) -> list[float]:
@@ -95,12 +152,12 @@ def compared(runs: Mapping[str, BySeed]) -> dict[str, dict[str, Any]]:
                 if other != method and (points := differences(runs, method, other, what)):
                     mean, half = interval(points)
                     row[f"{what}_minus_{other}"] = {"mean": mean, "half_width_95": half}
-        if "plain" in runs and "step_ms" in next(iter(by_seed.values())):
-            own, plain = (
-                statistics.median(r["step_ms"] for r in rows.values())
-                for rows in (by_seed, runs["plain"])
-            )
-            row["step_over_plain"] = own / plain
+        own, plain = (
+            [r["step_ms"] for r in rows.values() if "step_ms" in r]
+            for rows in (by_seed, runs.get("plain", {}))
+        )
+        if own and plain:
+            row["step_over_plain"] = statistics.median(own) / statistics.median(plain)
         table[method] = row
     return table
 
@@ -156,6 +213,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Train what is missing, then print and write the table. Raises UserError: as `Ledger.read`; no runs."""
+    args.untimed = args.untimed or args.jobs > 1
     ledger = Ledger(FOLDER / args.recipe)
     if not args.table:
         with deadline(args.minutes):
@@ -181,6 +239,12 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--methods", nargs="+", help="default: distill.methods of the recipe")
     line.add_argument("--seeds", type=int, default=3, help="of the student")
     line.add_argument("--minutes", type=float, help="stop after them, in good order")
+    line.add_argument("--jobs", type=cli.count, default=1, help="students trained at a time")
+    line.add_argument(
+        "--untimed",
+        action="store_true",
+        help="keep no step times, as beside other work; --jobs implies it",
+    )
     line.add_argument("--table", action="store_true", help="train nothing")
     line.add_argument("-S", "--set", action="append", default=[], metavar="KEY=VALUE")
     line.add_argument("--out", type=Path, help="where to write the table, without suffix")

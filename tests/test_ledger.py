@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -126,7 +128,7 @@ def test_committed_tables_are_those_of_the_committed_runs_byte_for_byte(tmp_path
 
 def test_without_runs_a_table_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    line = argparse.Namespace(recipe="none", table=True, out=None)
+    line = evidence.parser().parse_args(["none", "--table"])
     with pytest.raises(UserError, match=r"none: got no runs; expected one or more"):
         evidence.main(line)
 
@@ -155,7 +157,7 @@ class FakeRuns:
     stop: tuple[str, int] | None = None
 
     def __init__(self, folder):
-        self.teacher, self.made = folder / "teacher.safetensors", []
+        self.folder, self.teacher, self.made = folder, folder / "teacher.safetensors", []
         self.teacher.with_suffix(".json").write_text(json.dumps({"weights_sha256": "t" * 64}))
 
     def section(self, _):
@@ -182,11 +184,17 @@ def test_missing_runs_are_made_in_the_order_of_the_seeds_and_none_twice(tmp_path
         evidence.main(evidence.parser().parse_args(["few", *line]))
         return json.loads((tmp_path / "evidence-few.json").read_text())["methods"]
 
-    call("--seeds", "2")
+    assert "step_over_plain" not in call("--seeds", "1", "--untimed")["logits"]
+    assert call("--seeds", "2")["logits"]["step_over_plain"] == 1.0  # of the seed that has it
     assert fake.made == [("plain", 0), ("logits", 0), ("plain", 1), ("logits", 1)]
     fake.made.clear()
     call("--seeds", "2")
     assert fake.made == []
+    with evidence.claimed(tmp_path / "claims" / "plain-2.lock") as first:  # by another process
+        call("--seeds", "3")
+    assert first and fake.made == [("logits", 2)]
+    (tmp_path / "runs" / "few" / "logits-2.json").unlink()
+    fake.made.clear()
     fake.stop = ("logits", 2)
     signal_before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(evidence.threading, "Timer", SoonTimer)
@@ -212,3 +220,27 @@ class SoonTimer:
 
     def is_alive(self):
         return False
+
+
+@pytest.mark.ci
+def test_several_students_at_a_time_make_the_runs_of_one_at_a_time(tmp_path):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    changes = ["teach.epochs=1", "cache.views=1", "distill.steps=6", "distill.batch=16"]
+    line = ["digits", "--methods", "plain", "logits", "--seeds", "2"]
+    line += [word for change in changes for word in ("-S", change)]
+
+    def figures(*jobs):
+        command = [sys.executable, "-m", "benchmarks.evidence", *line, *jobs]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL
+        )
+        runs = tmp_path / "benchmarks" / "results" / "runs" / "digits"
+        made = {p.name: json.loads(p.read_text())["figures"] for p in sorted(runs.glob("*.json"))}
+        shutil.rmtree(runs)
+        (folder,) = (tmp_path / ".work" / "benchmarks").iterdir()
+        shutil.rmtree(folder / "runs")
+        return {name: (run["clean"], run["noisy"]) for name, run in made.items()}
+
+    several = figures("--jobs", "3")
+    assert len(several) == 5 and several == figures()
