@@ -102,12 +102,17 @@ class Runs:
     folder: Path
 
     @classmethod
-    def of(cls, recipe: str, params: dict[str, Any], teacher: int = 0) -> Runs:
-        """Make what the runs of a recipe share, where missing; `teacher` is added to the seed of the teacher."""
+    def at(cls, recipe: str, params: dict[str, Any], teacher: int = 0) -> Runs:
+        """The runs of a recipe, of which nothing is made yet; `teacher` is added to the seed of the teacher."""
         teach_section = {**params["teach"], "seed": params["teach"]["seed"] + teacher}
         params = {**params, "teach": teach_section}
         shared = {name: params[name] for name in ("prepare", "teach", "cache")}
-        runs = cls(params, WORK / f"{recipe}-{artifacts.digest(shared)[:8]}")
+        return cls(params, WORK / f"{recipe}-{artifacts.digest(shared)[:8]}")
+
+    @classmethod
+    def of(cls, recipe: str, params: dict[str, Any], teacher: int = 0) -> Runs:
+        """Make what the runs of a recipe share, where missing: images, teacher, features."""
+        runs = cls.at(recipe, params, teacher)
         runs.make_shared()
         return runs
 
@@ -126,14 +131,22 @@ class Runs:
         """The teacher's weights."""
         return self.folder / "teacher" / "teacher.safetensors"
 
-    def make_shared(self) -> None:
-        """Prepare the images, train the teacher and cache its features, each unless it is there."""
-        folder = self.folder
-        if not (folder / "prepared").exists():
-            prepare.prepare(self.section(Prepare), folder / "prepared")
+    def make_prepared(self) -> None:
+        """Prepare the images unless they are there."""
+        if not (self.folder / "prepared").exists():
+            prepare.prepare(self.section(Prepare), self.folder / "prepared")
+
+    def make_teacher(self) -> None:
+        """Train the teacher unless it is there."""
         if not self.teacher.exists():
             settings = self.section(teach.Teach)
-            teach.teach(settings, self.prepared, folder / "teacher", folder / "work")
+            teach.teach(settings, self.prepared, self.folder / "teacher", self.folder / "work")
+
+    def make_shared(self) -> None:
+        """Prepare the images, train the teacher and cache its features, each unless it is there."""
+        self.make_prepared()
+        self.make_teacher()
+        folder = self.folder
         if not (folder / "features").exists():
             cache = self.section(policy.Cache)
             bar = progress.Progress("cache", cache.views * len(self.prepared.rows("train")))
