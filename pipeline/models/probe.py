@@ -14,6 +14,7 @@ from timm.models.cait import Cait
 from timm.models.convit import ConVit
 from timm.models.convnext import ConvNeXt
 from timm.models.densenet import DenseNet
+from timm.models.dla import DLA
 from timm.models.efficientnet import EfficientNet
 from timm.models.eva import Eva
 from timm.models.mobilenetv3 import MobileNetV3
@@ -37,7 +38,7 @@ ROW_BY_ROW = (VisionTransformer, Eva, Beit, VisionTransformerRelPos, Cait, ConVi
 # Final features as a map, or as tokens without prefix.
 MAPS = (SwinTransformer, SwinTransformerV2, PyramidVisionTransformerV2, MultiScaleVit)
 # Final features as a map (B, D, h, w): the control that asks whether a student needs a ViT to learn from.
-CNNS = (ResNet, ByobNet, ConvNeXt, DenseNet, EfficientNet, MobileNetV3, RegNet)
+CNNS = (ResNet, ByobNet, ConvNeXt, DenseNet, DLA, EfficientNet, MobileNetV3, RegNet)
 ALLOWED = (
     "timm's vit_*, deit*, beit*, dinov2, dinov3, eva02_*, vit_pe_* and relpos models; for h and logits only also "
     "cait, convit, swin, swinv2, pvt_v2, mvitv2 and CNNs as resnet, regnet, efficientnet, mobilenet or convnext"
