@@ -41,6 +41,7 @@ TAPS = {
     "function-matching": "no method reads a tap",
     "cifar10-mini": "layer4 4x4 for 8x8 tokens",
     "cifar100": "layer4 4x4 for 8x8 tokens",
+    "cifar100-all": "layer4 4x4 for 8x8 tokens",
     "cifar100-few": "layer4 4x4 for 8x8 tokens",
     "cifar100-guide": "layer4 4x4 for 1x1 tokens",
     "cifar100-vit": "layer4 4x4 for 8x8 tokens",
