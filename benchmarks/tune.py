@@ -3,9 +3,10 @@
 Every method gets the same budget: trial 0 is the recipe as it is, the others are draws of the learning rate, the
 labelled share and the weights and temperatures of the method's own terms, the same draws for the same method and
 number of trials. `--grid` adds points of the caller's own: every combination of its values, of the keys that the
-method reads. The best is that with the highest clean top-1 on val; of equals that with the lowest negative
-log-likelihood. Test is never opened. Each finished trial is stored, so a killed search goes on. The choices are
-written to recipes/tuned/<recipe>.yaml, which `make repro RECIPE=` and the benchmarks merge into `distill.tuned`.
+method reads; several grids are several lists. The best is that with the highest clean top-1 on val; of equals that
+with the lowest negative log-likelihood. Test is never opened. Each finished trial is stored, so a killed search
+goes on. The choices are written to recipes/tuned/<recipe>.yaml, which `make repro RECIPE=` and the benchmarks merge
+into `distill.tuned`.
 """
 
 from __future__ import annotations
@@ -108,19 +109,31 @@ def best(scores: list[Run]) -> int:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A row a method: val of the recipe as it is, val of the best trial, and what that trial changed."""
+    """A row a method: val of the recipe as it is, val of the best trial, what that changed; then a row a trial."""
     lines = [
         "| method | val top-1 (%), recipe | val nll, recipe | val top-1 (%), best | val nll, best | chosen |",
         "|---|--:|--:|--:|--:|---|",
     ]
+    every = ["", "| method | trial | val top-1 (%) | val nll |", "|---|---|--:|--:|"]
     for method, row in result["methods"].items():
-        first, last = row["scores"][0], row["scores"][row["best"]]
-        changes = ", ".join(f"{key} {value:g}" for key, value in row["trials"][row["best"]].items())
-        lines.append(
-            f"| {method} | {100 * first['top1']:.1f} | {first['nll']:.3f} | {100 * last['top1']:.1f} "
-            f"| {last['nll']:.3f} | {changes or 'the recipe'} |"
-        )
-    return "\n".join(lines)
+        scored = [
+            (changes(c), *figures(s)) for c, s in zip(row["trials"], row["scores"], strict=True)
+        ]
+        (_, *first), (chosen, *last) = scored[0], scored[row["best"]]
+        lines.append(f"| {' | '.join([method, *first, *last, chosen])} |")
+        every += [f"| {' | '.join([method, *trial])} |" for trial in scored]
+    return "\n".join(lines + every)
+
+
+def changes(choice: Choice) -> str:
+    """What a trial changes."""
+    words = (f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in choice.items())
+    return ", ".join(words) or "the recipe"
+
+
+def figures(score: Run) -> tuple[str, str]:
+    """Top-1 in per cent and negative log-likelihood of a trial."""
+    return f"{100 * score['top1']:.1f}", f"{score['nll']:.3f}"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -129,11 +142,12 @@ def main(args: argparse.Namespace) -> None:
     params = merged(args.recipe, args.data, changes)
     shared = Runs.of(args.recipe, params)
     settings = shared.section(Distill)
-    grid = dict(parsed(text) for text in args.grid)
+    grids = [dict(parsed(text) for text in grid) for grid in args.grid]
     methods = args.methods or list(settings.methods)
     rows: dict[str, Any] = {}
     for method in methods:
-        choices = [*trials(settings, method, args.trials), *points(settings, method, grid)]
+        drawn = [*trials(settings, method, args.trials)]
+        choices = drawn + [p for grid in grids for p in points(settings, method, grid)]
         scores = [
             shared.run(settings.with_choice(choice, method), method, settings.seed, "val")
             for choice in choices
@@ -147,7 +161,7 @@ def main(args: argparse.Namespace) -> None:
         return
     params["prepare"]["path"] = None  # a path of this machine
     made_by = artifacts.provenance(params, teacher=shared.teacher)
-    given = [f"--grid {' '.join(args.grid)}"] if args.grid else []
+    given = [f"--grid {' '.join(grid)}" for grid in args.grid]
     line = command("tune", args, f"--trials {args.trials}", *given)
     record.write(args.out, SCHEMA, result, made_by, line, text)
 
@@ -161,7 +175,12 @@ if __name__ == "__main__":
         "--trials", type=int, default=8, help="of each method, the recipe's own included"
     )
     parser.add_argument(
-        "--grid", nargs="+", default=[], metavar="KEY=V,V", help="further trials, as lr=0.002,0.004"
+        "--grid",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="KEY=V,V",
+        help="further trials, every combination of these values; may be given again",
     )
     parser.add_argument("-S", "--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--recipes", type=Path, default=Path("recipes"), help="folder of recipes")

@@ -41,7 +41,7 @@ def search(prepared, teacher_path, features, tmp_path, monkeypatch):
             set=["distill.steps=4"],
             methods=list(methods),
             trials=trials,
-            grid=list(grid),
+            grid=[[text] for text in grid],
             recipes=folder,
             out=tmp_path / "tune",
         )
@@ -122,10 +122,13 @@ def test_a_grid_adds_every_combination_of_the_keys_that_a_method_reads(search, t
     shared = [{"lr": lr, "labelled_share": 0.1} for lr in grid["lr"]]
     assert [*tune.points(QUICK, "rkd", grid)] == shared
     assert [*tune.points(QUICK, "gl+logits", grid)] == [c | {"logits.weight": 7.0} for c in shared]
-    search("plain", trials=1, grid=["lr=0.001,0.003"])
+    search("plain", trials=1, grid=["lr=0.001,0.003", "weight_decay=0"])
     tried = config.read(tmp_path / "tune.json")["methods"]["plain"]["trials"]
-    assert tried == [{}, {"lr": 0.001}, {"lr": 0.003}]
-    assert "--trials 1 --grid lr=0.001,0.003" in (tmp_path / "tune.md").read_text()
+    assert tried == [{}, {"lr": 0.001}, {"lr": 0.003}, {"weight_decay": 0}]
+    assert (
+        "--trials 1 --grid lr=0.001,0.003 --grid weight_decay=0"
+        in (tmp_path / "tune.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("text", ["lr", "lr=", "=3"])
