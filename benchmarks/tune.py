@@ -5,8 +5,8 @@ labelled share and the weights and temperatures of the method's own terms, the s
 number of trials. `--grid` adds points of the caller's own: every combination of its values, of the keys that the
 method reads; several grids are several lists. The best is that with the highest clean top-1 on val; of equals that
 with the lowest negative log-likelihood. Test is never opened. Each finished trial is stored, so a killed search
-goes on. The choices are written to recipes/tuned/<recipe>.yaml, which `make repro RECIPE=` and the benchmarks merge
-into `distill.tuned`.
+goes on. The choices are written to recipes/tuned/<recipe>.yaml, which `make repro RECIPE=` and the benchmarks
+merge into `distill.tuned`.
 """
 
 from __future__ import annotations
