@@ -2,7 +2,8 @@
 
 Images and the teacher's weights are random, its features are stored first. The methods take turns, a step each,
 on the same student; every ratio is of one turn, the first turn is not counted. With `--resident` they do so again
-with batches that are already on the device, repeated: the difference is the cost of the loader.
+with batches that are already on the device, repeated: the difference is the cost of the loader. With
+`--both-formats` every method takes two turns, the second with the student in channels_last.
 """
 
 from __future__ import annotations
@@ -62,15 +63,20 @@ def make_trainers(args: argparse.Namespace, folder: Path) -> dict[str, Trainer]:
     recipe = settings.Distill(
         methods=tuple(args.methods),
         student=args.student,
-        student_kwargs={"output_stride": args.stride},
+        student_kwargs={"output_stride": args.stride} if args.stride else {},
         batch=args.batch,
         steps=1_000_000,
         workers=args.workers,
         compute=Compute(precision=args.precision, channels_last=args.channels_last),
     )
+    recipes = {"": recipe}
+    if args.both_formats:
+        last = replace(recipe.compute, channels_last=True)
+        recipes[" channels_last"] = replace(recipe, compute=last)
     return {
-        method: build(recipe, method, prepared, path, folder / "store", cache)
+        f"{method}{name}": build(own, method, prepared, path, folder / "store", cache)
         for method in args.methods
+        for name, own in recipes.items()
     }
 
 
@@ -119,7 +125,7 @@ def take_turns(
     totals = {m: [sum(s.values()) for s in rows] for m, rows in steps.items()}
     result = {}
     for method, rows in steps.items():
-        ratios = [a / b for a, b in zip(totals[method], totals[args.methods[0]], strict=True)]
+        ratios = [a / b for a, b in zip(totals[method], totals[next(iter(totals))], strict=True)]
         wall = quartiles(walls[method][1:])
         result[method] = {
             "over_first": quartiles(ratios),
@@ -191,7 +197,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--teacher", default="vit_tiny_patch16_224")
     made.add_argument("--patch", type=int, default=4)
     made.add_argument("--student", default="resnet18")
-    made.add_argument("--stride", type=int, default=8, help="timm's output_stride of the student")
+    made.add_argument(
+        "--stride", type=int, default=8, help="timm's output_stride of the student; 0: its own"
+    )
     made.add_argument("--size", type=int, default=32)
     made.add_argument("--batch", type=int, default=64)
     made.add_argument("--images", type=int, default=256)
@@ -199,6 +207,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--workers", type=int, default=0)
     made.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     made.add_argument("--channels-last", action="store_true")
+    made.add_argument(
+        "--both-formats", action="store_true", help="every method again in channels_last"
+    )
     made.add_argument(
         "--resident", action="store_true", help="then again with batches that lie on the device"
     )

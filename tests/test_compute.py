@@ -307,20 +307,23 @@ def test_another_kind_of_compiling_is_refused_with_those_there_are():
 
 
 @pytest.mark.parametrize(
-    ("setting", "device", "precision", "on"),
+    ("setting", "device", "precision", "groups", "on"),
     [
-        ("auto", "cpu", "fp32", False),
-        ("auto", "cpu", "bf16", False),
-        ("auto", "cuda", "fp32", False),
-        ("auto", "cuda", "bf16", True),
-        (True, "cpu", "fp32", True),
-        (False, "cuda", "bf16", False),
+        ("auto", "cpu", "fp32", 1, False),
+        ("auto", "cpu", "bf16", 1, False),
+        ("auto", "cpu", "fp32", 8, True),
+        ("auto", "cuda", "fp32", 8, False),
+        ("auto", "cuda", "bf16", 1, True),
+        (True, "cpu", "fp32", 1, True),
+        (False, "cpu", "fp32", 8, False),
+        (False, "cuda", "bf16", 8, False),
     ],
 )
-def test_the_memory_format_is_that_of_tensor_cores_or_the_one_set(setting, device, precision, on):
+def test_the_memory_format_is_the_faster_one_or_the_one_set(setting, device, precision, groups, on):
     how = config.parse(Compute, {"channels_last": setting, "precision": precision}, "compute")
+    network = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 1), torch.nn.Conv2d(8, 8, 3, groups=groups))
     expected = torch.channels_last if on else torch.preserve_format
-    assert how.memory_format(torch.device(device)) == expected
+    assert how.memory_format(network, torch.device(device)) == expected
     assert Compute().channels_last == "auto"
 
 

@@ -57,7 +57,7 @@ class StudentReader:
         self._stages = list(sizes.spec.stages) if sizes and stages else []
         self._taps = Taps(network, [*self._stages, *([self.tap.module] if self.tap else [])])
         self._forward = config.compute.compiled(network, device)
-        self._memory_format = config.compute.memory_format(device)
+        self._memory_format = config.compute.memory_format(network, device)
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Run the student: pixels (B, 3, S, S) 0..255 -> logits (B, K)."""
@@ -164,7 +164,8 @@ def build(
     objective = Objective(method, config, sizes).to(device)
     if config.compute.compile:
         objective.compile_terms()
-    network = network.to(device).to(memory_format=config.compute.memory_format(device))
+    network = network.to(device)
+    network = network.to(memory_format=config.compute.memory_format(network, device))
     same_start((network, objective), ranks)
     batches = Batches(config, prepared, paired(method), store.views, store.geometry, store.seed)
     micro_batches = config.compute.micro_batches(config.batch, ranks)

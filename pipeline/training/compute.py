@@ -30,7 +30,7 @@ class Compute:
 
     device: Device = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast
-    # the student's memory format; auto: with bf16 on a CUDA device
+    # the student's memory format; auto: with bf16 on a CUDA device, with grouped convolutions on a CPU
     channels_last: Literal["auto"] | bool = "auto"
     accumulate: PositiveInt = 1  # parts of a batch that are computed one after the other
     # torch.compile of the student and of every loss term; cuda-graphs: the student's kernels as CUDA graphs too
@@ -47,13 +47,20 @@ class Compute:
             return torch.autocast(device.type, torch.bfloat16)
         return nullcontext()
 
-    def memory_format(self, device: torch.device) -> torch.memory_format:
+    def memory_format(self, network: nn.Module, device: torch.device) -> torch.memory_format:
         """Return the memory format of the student's weights and inputs.
 
         `auto` is channels_last for tensor cores, as PyTorch's tuning guide recommends: with bf16 on a CUDA device.
+        On a CPU it is channels_last for grouped and depthwise convolutions, which it makes faster; dense ones gain
+        or lose a little by it (benchmarks.training --both-formats).
         """
-        tensor_cores = device.type == "cuda" and self.precision == "bf16"
-        on = tensor_cores if self.channels_last == "auto" else self.channels_last
+        if self.channels_last != "auto":
+            on = self.channels_last
+        elif device.type == "cuda":
+            on = self.precision == "bf16"
+        else:
+            convolutions = (m for m in network.modules() if isinstance(m, nn.Conv2d))
+            on = any(m.groups > 1 for m in convolutions)
         return torch.channels_last if on else torch.preserve_format
 
     def compiled(self, student: nn.Module, device: torch.device) -> Any:
