@@ -25,9 +25,8 @@ from pipeline.teach import Teach
 SCHEMA = "cakd.teacher/1"
 ASSETS = Path("benchmarks/assets")
 OF_THE_FILE = ("schema", "weights_sha256")  # keys that `checkpoint.save` writes itself
-TOLERANCE = (
-    0.001  # of top-1: another processor rounds otherwise, and a few of 10,000 images change sides
-)
+# Of top-1: another processor rounds otherwise, and a few of 10,000 images change sides.
+TOLERANCE = 0.001
 
 
 def train(runs: Runs, minutes: float | None) -> None:

@@ -80,11 +80,11 @@ def parsed(text: str) -> tuple[str, list[Any]]:
 
 def points(settings: Distill, method: str, grid: Mapping[str, Sequence[Any]]) -> Iterator[Choice]:
     """Every combination of the grid's values, of the keys that the method reads, but for the recipe's own."""
-    own = {_section(term) for term in terms_of(method)}
+    others = {_section(term) for term in TERMS} - {_section(term) for term in terms_of(method)}
     read = {
         key: values
         for key, values in grid.items()
-        if ("." not in key or key.rpartition(".")[0] in own)
+        if not any(key.startswith(f"{section}.") for section in others)
         and (key != "labelled_share" or paired(method))
     }
     for values in itertools.product(*read.values()):

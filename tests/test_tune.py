@@ -122,6 +122,12 @@ def test_a_grid_adds_every_combination_of_the_keys_that_a_method_reads(search, t
     shared = [{"lr": lr, "labelled_share": 0.1} for lr in grid["lr"]]
     assert [*tune.points(QUICK, "rkd", grid)] == shared
     assert [*tune.points(QUICK, "gl+logits", grid)] == [c | {"logits.weight": 7.0} for c in shared]
+    deep = {"cross_entropy.weight": [0.0], "cakd.trans.noise": [0.3], "terms.dkd.beta": [2.0]}
+    assert [*tune.points(QUICK, "gl", deep)] == [
+        {"cross_entropy.weight": 0.0, "cakd.trans.noise": 0.3}
+    ]
+    with pytest.raises(UserError, match="got key 'lrr'"):
+        [*tune.points(QUICK, "plain", {"lrr": [1.0]})]
     search("plain", trials=1, grid=["lr=0.001,0.003", "weight_decay=0"])
     tried = config.read(tmp_path / "tune.json")["methods"]["plain"]["trials"]
     assert tried == [{}, {"lr": 0.001}, {"lr": 0.003}, {"weight_decay": 0}]
