@@ -43,7 +43,7 @@ TAPS = {
     "cifar100": "layer4 4x4 for 8x8 tokens",
     "cifar100-all": "layer4 4x4 for 8x8 tokens",
     "cifar100-few": "layer4 4x4 for 8x8 tokens",
-    "cifar100-guide": "layer4 4x4 for 1x1 tokens",
+    "cifar100-guide": "layer4 4x4 for 4x4 tokens",
     "cifar100-vit": "layer4 4x4 for 8x8 tokens",
     "cifar100-ofa": "layer4 7x7 for 14x14 tokens",
     "imagefolder": "layer4 4x4 for 8x8 tokens",
