@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def command(module: str, args: argparse.Namespace, *own: str) -> str:
     words = [f"python -m benchmarks.{module} {args.recipe}"]
     words += ["--data PATH"] if args.data else []
     words += [f"--methods {' '.join(args.methods)}"] if args.methods else []
-    return " ".join([*words, *own, *(f"-S {change}" for change in args.set)])
+    changes = (re.sub(r"=\S+\.safetensors$", "=PATH", change) for change in args.set)
+    return " ".join([*words, *own, *(f"-S {change}" for change in changes)])
 
 
 class KeptNoise:

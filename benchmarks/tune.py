@@ -146,8 +146,9 @@ def main(args: argparse.Namespace) -> None:
     methods = args.methods or list(settings.methods)
     rows: dict[str, Any] = {}
     for method in methods:
-        drawn = [*trials(settings, method, args.trials)]
-        choices = drawn + [p for grid in grids for p in points(settings, method, grid)]
+        choices = [*trials(settings, method, args.trials)]
+        for choice in itertools.chain(*(points(settings, method, grid) for grid in grids)):
+            choices += [choice] if choice not in choices else []
         scores = [
             shared.run(settings.with_choice(choice, method), method, settings.seed, "val")
             for choice in choices
@@ -159,7 +160,8 @@ def main(args: argparse.Namespace) -> None:
     print(text)
     if args.out is None:
         return
-    params["prepare"]["path"] = None  # a path of this machine
+    params["prepare"]["path"] = None  # a path of this machine, as that of weights may be
+    params["teach"]["weights"] = Path(params["teach"]["weights"]).name
     made_by = artifacts.provenance(params, teacher=shared.teacher)
     given = [f"--grid {' '.join(grid)}" for grid in args.grid]
     line = command("tune", args, f"--trials {args.trials}", *given)
