@@ -108,7 +108,10 @@ def train(args: argparse.Namespace, ledger: Ledger) -> None:
 
 @contextmanager
 def assisted(args: argparse.Namespace) -> Iterator[None]:
-    """Run `args.jobs - 1` further processes of the same queue beside the body, and wait for them after it."""
+    """Run `args.jobs - 1` further processes of the same queue beside the body, and wait for them after it.
+
+    Raises UserError: one of them failed.
+    """
     spawn = multiprocessing.get_context("spawn")
     alone = argparse.Namespace(**vars(args) | {"jobs": 1, "untimed": True})
     others = [spawn.Process(target=assist, args=(alone,)) for _ in range(args.jobs - 1)]
@@ -119,9 +122,11 @@ def assisted(args: argparse.Namespace) -> Iterator[None]:
     finally:
         for other in others:
             other.join()
-    if any(other.exitcode not in (0, 128 + signal.SIGINT) for other in others):
+    failed = [o.exitcode for o in others if o.exitcode not in (0, 128 + signal.SIGINT)]
+    if failed:
         raise UserError(
-            "--jobs: a process of the queue failed; its error stands above; run again to go on"
+            f"--jobs: got exit code {failed[0]} of a process of the queue; expected 0; see its error above, then "
+            "run again to go on"
         )
 
 
