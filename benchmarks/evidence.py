@@ -11,7 +11,6 @@ over the seeds that both methods have; the table says how many.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -32,6 +31,7 @@ from pipeline.core.atomic import atomic
 from pipeline.core.errors import UserError
 from pipeline.distill.methods.table import terms_of
 from pipeline.distill.settings import Distill
+from pipeline.training.resume import locked
 
 SCHEMA = "cakd.evidence-table/1"
 TEACHER = "teacher"  # stands in the ledger as a method
@@ -72,12 +72,7 @@ def claimed(path: Path) -> Iterator[bool]:
     """Whether this process alone makes the run of the lock file `path`; a killed one gives it up."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        yield locked(lock)
 
 
 def train(args: argparse.Namespace, ledger: Ledger) -> None:
@@ -94,8 +89,9 @@ def train(args: argparse.Namespace, ledger: Ledger) -> None:
             if not free or ledger.read(method, seed, made_of) is not None:
                 return
             figures = run()
-            untimed = {key: value for key, value in figures.items() if key != "step_ms"}
-            ledger.write(method, seed, made_of, untimed if args.untimed else figures)
+            if args.untimed or args.jobs > 1:
+                figures = {key: value for key, value in figures.items() if key != "step_ms"}
+            ledger.write(method, seed, made_of, figures)
 
     with assisted(args):
         for seed in range(args.seeds):
@@ -218,7 +214,6 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Train what is missing, then print and write the table. Raises UserError: as `Ledger.read`; no runs."""
-    args.untimed = args.untimed or args.jobs > 1
     ledger = Ledger(FOLDER / args.recipe)
     if not args.table:
         with deadline(args.minutes):

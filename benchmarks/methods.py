@@ -20,7 +20,7 @@ from typing import Any
 from scipy import stats
 
 from benchmarks import record
-from benchmarks.runs import Run, Runs, command, merged
+from benchmarks.runs import Run, Runs, command, merged, recorded
 from pipeline.core import artifacts, cli
 from pipeline.distill.methods.table import paired, reads, terms_of
 from pipeline.distill.settings import Distill
@@ -155,9 +155,8 @@ def main(args: argparse.Namespace) -> None:
     print(text)
     if args.out is None:
         return
-    params["prepare"]["path"] = None  # a path of this machine
     teachers = {f"teacher {n}": shared.teacher for n, shared in enumerate(by_teacher)}
-    made_by = artifacts.provenance(params, **teachers)
+    made_by = artifacts.provenance(recorded(params), **teachers)
     own = [f"--seeds {args.seeds} --teachers {args.teachers}"]
     own += ["--controls"] if args.controls else []
     record.write(args.out, SCHEMA, result, made_by, command("methods", args, *own), text)

@@ -49,7 +49,12 @@ def override(params: dict[str, Any], assignments: Sequence[str]) -> None:
             raise UserError(
                 f"-S: got {assignment!r}; expected key=value with a key of the recipe; correct it"
             )
-        section[last] = YAML(typ="safe", pure=True).load(io.StringIO(text))
+        section[last] = value(text)
+
+
+def value(text: str) -> Any:
+    """A value of a command line, read as YAML."""
+    return YAML(typ="safe", pure=True).load(io.StringIO(text))
 
 
 def merged(recipe: str, data: str | None, assignments: Sequence[str]) -> dict[str, Any]:
@@ -68,6 +73,12 @@ def command(module: str, args: argparse.Namespace, *own: str) -> str:
     words += [f"--methods {' '.join(args.methods)}"] if args.methods else []
     changes = (re.sub(r"=\S+\.safetensors$", "=PATH", change) for change in args.set)
     return " ".join([*words, *own, *(f"-S {change}" for change in changes)])
+
+
+def recorded(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a recipe for its record, without paths of this machine."""
+    teach_section = {**params["teach"], "weights": Path(params["teach"]["weights"]).name}
+    return {**params, "prepare": {**params["prepare"], "path": None}, "teach": teach_section}
 
 
 class KeptNoise:

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.evidence import deadline
-from benchmarks.runs import RECIPES, Runs, command, merged
+from benchmarks.runs import RECIPES, Runs, command, merged, recorded
 from pipeline.core import artifacts, cli
 from pipeline.core.errors import GateFailed
 from pipeline.models import checkpoint
@@ -24,7 +24,6 @@ from pipeline.teach import Teach
 
 SCHEMA = "cakd.teacher/1"
 ASSETS = Path("benchmarks/assets")
-OF_THE_FILE = ("schema", "weights_sha256")  # keys that `checkpoint.save` writes itself
 # Of top-1: another processor rounds otherwise, and a few of 10,000 images change sides.
 TOLERANCE = 0.001
 
@@ -51,7 +50,6 @@ def keep(runs: Runs, out: Path, line: str) -> None:
     """Write the trained weights in float16 to `out`, evaluate what was written, and record the figures."""
     model, description = checkpoint.load(runs.teacher)
     weights = out.with_suffix(".safetensors")
-    description = {k: v for k, v in description.items() if k not in OF_THE_FILE}
     checkpoint.save(weights, model.half(), description)
     settings: Teach = runs.section(Teach)
     parameters = sum(p.numel() for p in model.parameters())
@@ -61,13 +59,8 @@ def keep(runs: Runs, out: Path, line: str) -> None:
         "passes": settings.epochs,
         "cpu_hours": artifacts.read_json(runs.folder / "teacher-seconds.json")["seconds"] / 3600,
     }
-    made_by = artifacts.provenance({**runs.params, "prepare": without_path(runs)}, weights=weights)
+    made_by = artifacts.provenance(recorded(runs.params), weights=weights)
     record.write(figures_of(out), SCHEMA, result, made_by, line, markdown(result))
-
-
-def without_path(runs: Runs) -> dict[str, Any]:
-    """The section prepare, without a path of this machine."""
-    return {**runs.params["prepare"], "path": None}
 
 
 def figures_of(out: Path) -> Path:

@@ -12,17 +12,14 @@ merge into `distill.tuned`.
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from benchmarks import record
-from benchmarks.runs import Run, Runs, command, merged
+from benchmarks.runs import Run, Runs, command, merged, recorded, value
 from pipeline.core import artifacts, cli
 from pipeline.core.errors import UserError
 from pipeline.distill.methods.table import TERMS, WITHOUT_LOSS, paired, terms_of
@@ -75,7 +72,7 @@ def parsed(text: str) -> tuple[str, list[Any]]:
         raise UserError(
             f"--grid: got {text!r}; expected key=value,value with a key below distill; correct it"
         )
-    return key, YAML(typ="safe", pure=True).load(io.StringIO(f"[{values}]"))
+    return key, value(f"[{values}]")
 
 
 def points(settings: Distill, method: str, grid: Mapping[str, Sequence[Any]]) -> Iterator[Choice]:
@@ -160,9 +157,7 @@ def main(args: argparse.Namespace) -> None:
     print(text)
     if args.out is None:
         return
-    params["prepare"]["path"] = None  # a path of this machine, as that of weights may be
-    params["teach"]["weights"] = Path(params["teach"]["weights"]).name
-    made_by = artifacts.provenance(params, teacher=shared.teacher)
+    made_by = artifacts.provenance(recorded(params), teacher=shared.teacher)
     given = [f"--grid {' '.join(grid)}" for grid in args.grid]
     line = command("tune", args, f"--trials {args.trials}", *given)
     record.write(args.out, SCHEMA, result, made_by, line, text)

@@ -46,7 +46,7 @@ def work_folder(root: Path, fingerprint: str, ranks: Ranks = SINGLE_PROCESS) -> 
     # and a third one would lock the new file of the same name.
     with folder.with_suffix(".lock").open("w") as lock:
         until = time.monotonic() + PATIENCE
-        while not _locked(lock):
+        while not locked(lock):
             if time.monotonic() > until:
                 raise UserError(
                     f"{folder}: locked by another process that writes it; wait for it or stop it, then run again"
@@ -59,7 +59,8 @@ def work_folder(root: Path, fingerprint: str, ranks: Ranks = SINGLE_PROCESS) -> 
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _locked(file: TextIO) -> bool:
+def locked(file: TextIO) -> bool:
+    """Lock an open file until it is closed; False where another process has locked it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
