@@ -58,9 +58,16 @@ def test_a_teacher_is_kept_in_half_precision_with_the_figures_of_that_file(
 def test_a_training_whose_time_is_over_keeps_nothing_and_the_next_call_goes_on(
     call, tmp_path, capsys
 ):
-    call("--minutes", "0.001", "-S", "teach.epochs=40")
+    epochs = ("-S", "teach.epochs=4")
+    call("--minutes", "0.001", *epochs)
     assert "not trained to its end yet" in capsys.readouterr().out
-    assert not (tmp_path / "benchmarks" / "assets").exists()
+    assets = tmp_path / "benchmarks" / "assets"
+    assert not assets.exists()
+    (spent,) = (tmp_path / ".work" / "benchmarks").glob("*/teacher-seconds.json")
+    before = json.loads(spent.read_text())["seconds"]
+    call(*epochs)
+    record = json.loads((assets / "digits-figures.json").read_text())
+    assert record["passes"] == 4 and 3600 * record["cpu_hours"] > before > 0
 
 
 @pytest.mark.ci

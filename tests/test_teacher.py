@@ -51,6 +51,7 @@ WITHOUT_ATTENTION = {
     "repvgg_a0": "it is a CNN",
     "convnext_atto": "it is a CNN",
     "densenet121": "it is a CNN",
+    "dla46_c": "it is a CNN",
     "efficientnet_lite0": "it is a CNN",
     "mobilenetv3_small_100": "it is a CNN",
     "regnetx_002": "it is a CNN",
