@@ -24,7 +24,7 @@ from pipeline.models.student import Taps, find_tap
 from pipeline.prepare.prepare import prepare
 from pipeline.prepare.settings import Prepare
 from pipeline.project import recipes
-from pipeline.store import writing
+from pipeline.store import shards, writing
 from pipeline.store.policy import Cache
 from pipeline.teach import Teach, _build
 from pipeline.training import stopwatch
@@ -60,6 +60,7 @@ FREE = (
     "distill.tuned",
     "report.budgets",
 )
+CLASSES = {"cifar100": 100, "imagenet": 1000, None: 10}
 LARGE = ("cifar100-ofa", "imagenet")  # 224 px
 BY_CNN = ("cifar100-guide",)  # no attention to read
 TERMS = {
@@ -153,13 +154,19 @@ def asked(params, name, path="/data/pictures", force=False):
     return Namespace(params=params, out=params.with_name("checked"), **given)
 
 
+def shallow_teacher(name):
+    """What is known of the recipe's teacher, built one block deep."""
+    teach = section(Teach, name)
+    kwargs = {k: 1 if k == "depth" else v for k, v in teach.kwargs.items()}
+    vit = checkpoint.create(teach.model, kwargs, 4)
+    return probe.probe_teacher(vit, section(Prepare, name).image_size)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_at_a_recipes_size_the_tap_leaves_no_more_than_a_fifth_of_the_backbone_out(name):
     """Decision 4: a term at the tap reaches at least 80 % of the parameters behind the head."""
     size, wanted = section(Prepare, name).image_size, section(settings.Distill, name)
-    teach = section(Teach, name)
-    shallow = {k: 1 if k == "depth" else v for k, v in teach.kwargs.items()}
-    grid = probe.probe_teacher(checkpoint.create(teach.model, shallow, 4), size).grid
+    grid = shallow_teacher(name).grid
     student = checkpoint.create(wanted.student, wanted.student_kwargs, 4)
     tap = find_tap(student, size, grid, wanted.cakd.tap)
     with Taps(student, [tap.module]) as taps:
@@ -168,6 +175,24 @@ def test_at_a_recipes_size_the_tap_leaves_no_more_than_a_fifth_of_the_backbone_o
     backbone = {n: p for n, p in student.named_parameters() if not n.startswith("fc.")}
     reached = sum(p.grad is not None for p in backbone.values())
     assert reached >= 0.8 * len(backbone)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "digits"])
+def test_a_recipes_header_says_how_large_its_store_gets(name):
+    """Its logits are counted with the classes of its data, or said for each class."""
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    said = int(re.search(r"views x ([\d,]+) bytes", text)[1].replace(",", ""))
+    images = re.search(r"cifar100|imagenet(?!te)", name)
+    classes = 0 if "bytes, and 4 a class" in text else CLASSES[images[0] if images else None]
+    cache, spec = section(Cache, name), shallow_teacher(name)
+    fields = shards.layout_fields(cache.layout, cache.dtype, spec, classes)
+    assert said == shards.record_bytes(fields)
+    total = re.search(r"Store: ([\d,.]+) ([GM])B \(([\d,]+) pictures x (\d+) views", text)
+    if total:
+        size, unit, pictures, views = (part.replace(",", "") for part in total.groups())
+        assert int(views) == cache.views
+        exact = int(pictures) * cache.views * said / {"G": 1e9, "M": 1e6}[unit]
+        assert float(size) == round(exact, len(size.partition(".")[2]))
 
 
 def made_pictures(name, root):
