@@ -38,27 +38,35 @@ TEACHER = "teacher"  # stands in the ledger as a method
 BySeed = Mapping[int, Run]
 
 
-class Stopped(Exception):
-    """The time is over and no training runs."""
+class Stopped(BaseException):
+    """The time is over and no training runs. Not an Exception, so that nothing turns it into a UserError."""
 
 
 @contextmanager
-def deadline(minutes: float | None) -> Iterator[None]:
-    """Stop what runs inside after `minutes`: a training at its checkpoint, anything else at once."""
+def deadline(minutes: float | None) -> Iterator[Callable[[], bool]]:
+    """Stop what runs inside after `minutes`: a training at its checkpoint, anything else at once.
+
+    Yields whether the time is over, to be asked between two trainings: one in its last step does not leave.
+    """
+    over = threading.Event()
     if minutes is None:
-        yield
+        yield over.is_set
         return
 
     def stop(*_: object) -> None:
         raise Stopped
 
+    def end() -> None:
+        over.set()
+        os.kill(os.getpid(), signal.SIGINT)
+
     before = signal.signal(signal.SIGINT, stop)
-    timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGINT))
+    timer = threading.Timer(60 * minutes, end)
     timer.daemon = True
     timer.start()
     try:
         with suppress(Stopped):
-            yield
+            yield over.is_set
     except SystemExit as error:  # how a training leaves after its checkpoint
         if error.code != 128 + signal.SIGINT or timer.is_alive():
             raise
@@ -75,14 +83,19 @@ def claimed(path: Path) -> Iterator[bool]:
         yield locked(lock)
 
 
-def train(args: argparse.Namespace, ledger: Ledger) -> None:
-    """Make the missing runs that no other process makes, all methods of a seed before the next seed."""
+def train(args: argparse.Namespace, ledger: Ledger, over: Callable[[], bool]) -> None:
+    """Make the missing runs that no other process makes, all methods of a seed before the next seed.
+
+    Between two of them it asks whether the time is `over`.
+    """
     params = merged(args.recipe, args.data, args.set)
     shared = Runs.of(args.recipe, params)
     settings = shared.section(Distill)
     teacher = artifacts.read_json(shared.teacher.with_suffix(".json"))["weights_sha256"]
 
     def make(method: str, seed: int, made_of: Identity, run: Callable[[], Run]) -> None:
+        if over():
+            raise Stopped
         if ledger.read(method, seed, made_of) is not None:
             return
         with claimed(shared.folder / "claims" / f"{method}-{seed}.lock") as free:
@@ -106,6 +119,7 @@ def train(args: argparse.Namespace, ledger: Ledger) -> None:
 def assisted(args: argparse.Namespace) -> Iterator[None]:
     """Run `args.jobs - 1` further processes of the same queue beside the body, and wait for them after it.
 
+    Where the body ends early, they are stopped: a training saves its checkpoint.
     Raises UserError: one of them failed.
     """
     spawn = multiprocessing.get_context("spawn")
@@ -115,9 +129,15 @@ def assisted(args: argparse.Namespace) -> Iterator[None]:
         other.start()
     try:
         yield
+    except BaseException:
+        for other in others:
+            other.terminate()
+        raise
     finally:
         for other in others:
-            other.join()
+            while other.is_alive():
+                with suppress(Stopped):  # the time may be over while waiting; theirs is too
+                    other.join()
     failed = [o.exitcode for o in others if o.exitcode not in (0, 128 + signal.SIGINT)]
     if failed:
         raise UserError(
@@ -130,8 +150,8 @@ def assist(args: argparse.Namespace) -> None:
     """Be a further process of the queue."""
     cli.die_with_parent()
     try:
-        with deadline(args.minutes):
-            train(args, Ledger(FOLDER / args.recipe))
+        with deadline(args.minutes) as over:
+            train(args, Ledger(FOLDER / args.recipe), over)
     except UserError as error:
         sys.exit(f"benchmarks.evidence: error: {error}")
 
@@ -216,8 +236,8 @@ def main(args: argparse.Namespace) -> None:
     """Train what is missing, then print and write the table. Raises UserError: as `Ledger.read`; no runs."""
     ledger = Ledger(FOLDER / args.recipe)
     if not args.table:
-        with deadline(args.minutes):
-            train(args, ledger)
+        with deadline(args.minutes) as over:
+            train(args, ledger, over)
     entries = ledger.entries()
     if not {*entries} - {TEACHER}:
         raise UserError(

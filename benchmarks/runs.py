@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from pipeline import teach
 from pipeline.core import artifacts, config, progress
@@ -42,10 +43,10 @@ def override(params: dict[str, Any], assignments: Sequence[str]) -> None:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         *folders, last = key.split(".")
-        section = params
+        section: Any = params
         for folder in folders:
-            section = section.get(folder, {})
-        if not equals or last not in section:
+            section = section.get(folder) if isinstance(section, dict) else None
+        if not equals or not isinstance(section, dict) or last not in section:
             raise UserError(
                 f"-S: got {assignment!r}; expected key=value with a key of the recipe; correct it"
             )
@@ -53,8 +54,12 @@ def override(params: dict[str, Any], assignments: Sequence[str]) -> None:
 
 
 def value(text: str) -> Any:
-    """A value of a command line, read as YAML."""
-    return YAML(typ="safe", pure=True).load(io.StringIO(text))
+    """A value of a command line, read as YAML. Raises UserError: it cannot be."""
+    try:
+        return YAML(typ="safe", pure=True).load(io.StringIO(text))
+    except YAMLError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"got {text!r}; expected a value in YAML ({reason}); correct it") from None
 
 
 def merged(recipe: str, data: str | None, assignments: Sequence[str]) -> dict[str, Any]:
@@ -150,10 +155,18 @@ class Runs:
             prepare.prepare(self.section(Prepare), self.folder / "prepared")
 
     def make_teacher(self) -> None:
-        """Train the teacher unless it is there."""
+        """Train the teacher unless it is there. Raises UserError: one of other weights or guide is."""
+        settings = self.section(teach.Teach)
+        files = {n: artifacts.sha256(p) for n, p in teach.weight_files(settings).items()}
         if not self.teacher.exists():
-            settings = self.section(teach.Teach)
             teach.teach(settings, self.prepared, self.folder / "teacher", self.folder / "work")
+            return
+        made_from = artifacts.read_json(self.teacher.with_suffix(".json"))["provenance"]["inputs"]
+        if made_from != files:
+            raise UserError(
+                f"{self.teacher}: got teach.weights or teach.guide of another content ({made_from}); expected "
+                f"{files}; remove {self.folder}, then run again"
+            )
 
     def make_shared(self) -> None:
         """Prepare the images, train the teacher and cache its features, each unless it is there."""
@@ -190,8 +203,9 @@ class Runs:
             [
                 split,
                 dataclasses.asdict(seeded),
+                self.params["evaluate"],
                 artifacts.sha256(features / "manifest.json"),
-                artifacts.code(distill.ROOMS),
+                artifacts.code((*distill.ROOMS, "evaluate")),
             ]
         )
         finished = self.folder / "runs" / f"{method}-{seed}-{mark[:12]}.json"

@@ -80,6 +80,12 @@ class Teach:
             raise ValueError(
                 f"got epochs {self.epochs} with weights 'scratch'; expected 1 epoch or more, or trained weights"
             )
+        dropped = self.kwargs.get("patch_drop_rate", 0)
+        if self.guide is not None and self.guide_features and dropped:
+            raise ValueError(
+                f"got guide_features {self.guide_features} with kwargs.patch_drop_rate {dropped}; expected one of "
+                "them, because a dropped token has no place on the guide's map; set the other to 0"
+            )
         return self
 
 
@@ -90,12 +96,12 @@ def teach(
 
     Resumes from the last checkpoint in `work`. Of several ranks the first publishes.
     Raises UserError: unknown model, weights that do not fit, a token order that is not known, a grid that does not
-    fit the image size, a training that diverged, a killed worker.
+    fit the image size, a last batch too small for batch norm, a training that diverged, a killed worker.
     """
     torch.manual_seed(config.seed)
     vit, described = _build(config, prepared)
     recipe = {k: v for k, v in asdict(config).items() if k != "workers"}
-    provenance = artifacts.provenance(recipe, **_weight_files(config)) | prepared.hashes()
+    provenance = artifacts.provenance(recipe, **weight_files(config)) | prepared.hashes()
     with resume.work_folder(
         work, artifacts.digest([provenance, artifacts.code(ROOMS)]), ranks
     ) as folder:
@@ -108,8 +114,8 @@ def teach(
     return described
 
 
-def _weight_files(config: Teach) -> dict[str, Path]:
-    """Return the files of the initial weights and the guide, where there are any."""
+def weight_files(config: Teach) -> dict[str, Path]:
+    """Return the files of the initial weights and the guide, where there are any. Raises UserError: no file."""
     files = {"guide": Path(config.guide)} if config.guide is not None else {}
     if config.weights not in ("scratch", "pretrained"):
         files["weights"] = Path(config.weights)
@@ -128,7 +134,7 @@ def _build(config: Teach, prepared: Prepared) -> tuple[nn.Module, dict[str, Any]
     classes = prepared.classes
     vit = create(config.model, config.kwargs, len(classes), "teach", config.weights == "pretrained")
     spec = check_fits(vit, config, prepared.image_size)
-    files = _weight_files(config)
+    files = weight_files(config)
     if "weights" in files:
         load_weights(vit, files["weights"])
     return vit, {
@@ -277,6 +283,16 @@ def _groups(vit: Any, lesson: Lesson, config: Teach) -> list[dict[str, Any]]:
     return [*groups, *loop.decay_groups(lesson.trained(), config.weight_decay)]
 
 
+def _check_last_batch(vit: nn.Module, batch: int, images: int, ranks: Ranks) -> None:
+    """Raises UserError: the last batch of an epoch leaves a rank one image, too few for the variance of a norm."""
+    last = images % batch or batch
+    if last // ranks.size < 2 and any(isinstance(m, nn.BatchNorm2d) for m in vit.modules()):
+        raise UserError(
+            f"teach.batch: got {batch}, which leaves {last} of {images} images for the last batch; expected "
+            f"{2 * ranks.size} or more there, because the teacher has batch norms; change it a little"
+        )
+
+
 def _train(
     vit: nn.Module,
     config: Teach,
@@ -295,6 +311,7 @@ def _train(
     trained = [*vit.parameters(), *lesson.trained()]
     prepared = resident_where_it_fits(prepared, device)
     rendered = Views(config, prepared, ranks)
+    _check_last_batch(vit, config.batch, len(rendered.rows), ranks)
     steps = rendered.steps
     ahead = Ahead(rendered, steps, workers_for(prepared, config.workers), "teach")
     stream = f"teach {ranks.rank}" if ranks.rank else "teach"

@@ -140,6 +140,8 @@ def check_params(params: Path) -> str:
             f"report.budgets: got gain_min, a gain over plain, with distill.methods {', '.join(distill.methods)}; "
             "expected plain too; add it"
         )
+    for method in {*distill.methods, *distill.tuned}:
+        distill.of_method(method)
     tap = check_models(prepare, teach, cache, distill)
     for name in distill.students:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import numpy as np
 import onnx
@@ -12,6 +13,8 @@ import pytest
 from benchmarks import exporters, latency, methods, runs, store
 from exporters.artifact import counts, inputs
 from exporters.ort import session
+from pipeline.core import artifacts
+from pipeline.core.errors import UserError
 from pipeline.evaluate import accuracy, corruptions
 
 
@@ -59,7 +62,8 @@ def test_differences_are_paired_by_seed_and_their_interval_is_students():
 def test_a_finished_run_is_read_and_not_repeated(
     prepared, teacher_path, features, tmp_path, monkeypatch
 ):
-    bench = runs.Runs({"evaluate": {}}, tmp_path)
+    params = {"evaluate": {}, "teach": {"model": "vit_tiny_patch16_224"}}
+    bench = runs.Runs(params, tmp_path)
     (tmp_path / "prepared").symlink_to(prepared.folder)
     (tmp_path / "teacher").symlink_to(teacher_path.parent)
     (tmp_path / "features").symlink_to(features)
@@ -70,6 +74,33 @@ def test_a_finished_run_is_read_and_not_repeated(
     monkeypatch.setattr(runs.distill, "distill", None)
     assert bench.run(QUICK, "plain", 3) == first
     assert 0 < first["clean"] <= 1 and first["step_ms"] > 0
+    otherwise = runs.Runs(params | {"evaluate": {"crop_pct": 0.5}}, tmp_path)
+    with pytest.raises(TypeError, match="not callable"):  # made again, by the function taken away
+        otherwise.run(QUICK, "plain", 3)
+
+
+def test_a_teacher_made_from_a_file_that_was_replaced_is_refused(teacher_path, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    shutil.copy(teacher_path, weights)
+    params = {"teach": {"model": "vit_tiny_patch16_224", "weights": str(weights), "epochs": 0}}
+    bench = runs.Runs(params, tmp_path)
+    bench.teacher.parent.mkdir()
+    made = {"provenance": artifacts.provenance(weights=weights)}
+    bench.teacher.write_bytes(b"trained")
+    bench.teacher.with_suffix(".json").write_text(json.dumps(made))
+    bench.make_teacher()  # there, and of these weights
+    weights.write_bytes(b"others")
+    with pytest.raises(UserError, match=r"teacher.safetensors: got teach.weights or teach.guide"):
+        bench.make_teacher()
+
+
+@pytest.mark.parametrize("key", ["distill.lr.x", "distill.lr.x.y", "distill.none.x", "distill"])
+def test_a_change_of_a_key_that_is_none_is_refused(key):
+    params = {"distill": {"lr": 0.1}}
+    with pytest.raises(UserError, match=f"-S: got '{key}=1'" if "." in key else "-S: got"):
+        runs.override(params, [f"{key}=1" if "." in key else key])
+    with pytest.raises(UserError, match="expected a value in YAML"):
+        runs.value("[1,2")
 
 
 def test_a_student_goes_through_every_exporter_and_a_refusal_is_a_row(monkeypatch, tmp_path):

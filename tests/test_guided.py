@@ -251,6 +251,10 @@ def test_a_file_that_is_not_there_is_named(values, message, prepared, tmp_path):
         ({"augment": {"policy": "auto"}}, "augment.policy: got 'auto'"),
         ({"ema": 1.0}, "ema: got 1.0"),
         ({"guide_weight": 2.0}, "guide_weight: got 2.0"),
+        (
+            {"guide": "g", "guide_features": 0.5, "kwargs": {"patch_drop_rate": 0.25}},
+            "got guide_features 0.5 with kwargs.patch_drop_rate 0.25; expected one of them",
+        ),
     ],
 )
 def test_settings_out_of_range_are_named(values, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -18,6 +20,7 @@ from benchmarks.ledger import Identity, Ledger, identity
 from pipeline.core.errors import UserError
 from pipeline.distill.settings import Distill, LogitsConfig
 from pipeline.training.compute import Compute
+from pipeline.training.resume import Interrupts
 from tests.house import ROOT
 
 PARAMS = {
@@ -147,8 +150,41 @@ def test_the_time_given_ends_in_good_order():
     with pytest.raises(SystemExit), evidence.deadline(10):
         os.kill(os.getpid(), 0)
         raise SystemExit(128 + signal.SIGINT)  # the user's own Ctrl-C
-    with evidence.deadline(None):
-        pass
+    with evidence.deadline(None) as over:
+        assert not over()
+    with pytest.raises(evidence.Stopped), suppress(Exception):  # as where timm's errors are caught
+        raise evidence.Stopped
+
+
+def test_a_deadline_in_the_last_step_of_a_training_ends_the_queue_behind_it(tmp_path, monkeypatch):
+    """A training in its last step records the signal and ends as if there were none."""
+    fake = FakeRuns(tmp_path)
+    monkeypatch.setattr(evidence.Runs, "of", lambda *_: fake)
+    monkeypatch.setattr(evidence, "merged", lambda *_: PARAMS)
+    monkeypatch.setattr(evidence, "FOLDER", tmp_path / "runs")
+    made = fake.run
+
+    def last_step(*args):
+        with Interrupts():
+            time.sleep(0.5)
+        return made(*args)
+
+    fake.run = last_step
+    evidence.main(evidence.parser().parse_args(["few", "--minutes", str(0.2 / 60)]))
+    assert fake.made == [("plain", 0)]
+
+
+def sleep(_):
+    time.sleep(60)
+
+
+def test_a_signal_ends_the_further_processes_too(monkeypatch):
+    monkeypatch.setattr(evidence, "assist", sleep)
+    line = argparse.Namespace(jobs=2)
+    began = time.monotonic()
+    with pytest.raises(SystemExit), evidence.assisted(line):
+        raise SystemExit(128 + signal.SIGTERM)
+    assert time.monotonic() - began < 30
 
 
 class FakeRuns:

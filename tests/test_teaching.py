@@ -22,7 +22,7 @@ from pipeline.data import mixing, views
 from pipeline.models import checkpoint
 from pipeline.teach import Teach
 from pipeline.training import loop, seeds
-from tests.conftest import ROOT, VIT
+from tests.conftest import CNN, ROOT, VIT
 from tests.killed import command
 from tests.test_compute import forked
 
@@ -197,6 +197,13 @@ def test_a_training_that_diverges_is_stopped_and_publishes_nothing(prepared, tmp
     ):
         teach(config, prepared, tmp_path)
     assert not (tmp_path / "teacher").exists()
+
+
+def test_a_cnn_is_not_left_with_one_image_for_its_last_batch(prepared, tmp_path):
+    config = Teach("test_resnet", kwargs=CNN, epochs=1, batch=162)  # 1,297 = 8 x 162 + 1
+    with pytest.raises(UserError, match=r"teach.batch: got 162, which leaves 1 of 1297 images"):
+        teach(config, prepared, tmp_path)
+    teach(replace(config, model="vit_tiny_patch16_224", kwargs=VIT), prepared, tmp_path / "vit")
 
 
 def test_a_grid_that_does_not_fit_the_images_is_refused_with_both_sizes(prepared, tmp_path):

@@ -537,6 +537,23 @@ def test_killed_with_mixing_momentum_clipping_and_averaging_it_goes_on_to_the_sa
     assert first == second
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_depthwise_student_killed_in_channels_last_goes_on_to_the_same_bits(
+    optimizer, prepared, teacher_path, features, tmp_path
+):
+    """Its moments come back in the memory format of its weights."""
+    config = replace(QUICK, student="test_efficientnet", student_kwargs={}, optimizer=optimizer)
+    whole = run(config, "logits", prepared, teacher_path, features, tmp_path / "whole")
+    with killed_at(12):
+        run(config, "logits", prepared, teacher_path, features, tmp_path / "killed")
+    again = run(config, "logits", prepared, teacher_path, features, tmp_path / "killed")
+    assert json.dumps(again["curves"]) == json.dumps(whole["curves"])
+    first, second = (
+        artifacts.sha256(tmp_path / k / "logits/student.safetensors") for k in ("whole", "killed")
+    )
+    assert first == second
+
+
 @pytest.mark.parametrize(("optimizer", "kind"), [("adamw", "AdamW"), ("sgd", "SGD")])
 def test_norms_and_biases_do_not_decay(optimizer, kind, make):
     trainer = make("gl+pca", replace(QUICK, optimizer=optimizer))

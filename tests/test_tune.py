@@ -149,7 +149,7 @@ def test_equals_are_told_apart_by_their_likelihood():
 
 
 def test_a_tuned_key_that_is_none_is_refused_by_name():
-    for key in ("logits.wait", "logits", "terms.none.weight"):
+    for key in ("logits.wait", "logits", "terms.none.weight", "lr.x", "lr.x.y", "student.t"):
         with pytest.raises(UserError, match=rf"distill.tuned.logits: got key '{key}'"):
             QUICK.with_choice({key: 1.0}, "logits")
     with pytest.raises(UserError, match="distill.tuned.logits.batch"):

@@ -64,7 +64,7 @@ class Distill:
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: with Nesterov momentum
     momentum: BelowOne = 0.9  # of sgd
     lr: PositiveFloat = 2e-3  # peak; linear warm-up over 5 % of the steps, then cosine to 0
-    weight_decay: NonNegativeFloat = 0.05  # not of norms and biases
+    weight_decay: NonNegativeFloat = 0.05  # not of norms and biases (vectors)
     # largest gradient norm of the student, and of what is trained beside it; 0: off
     clip_norm: NonNegativeFloat = 0.0
     labelled_share: BelowOne = 0.5  # of a batch: fresh views for the cross-entropy (decision 17)
@@ -122,10 +122,10 @@ class Distill:
         values = asdict(self)
         for key, value in choice.items():
             *sections, last = key.split(".")
-            section = values
+            section: Any = values
             for name in sections:
-                section = section.get(name, {})
-            if last not in section or isinstance(section[last], dict):
+                section = section.get(name) if isinstance(section, dict) else None
+            if not isinstance(section, dict) or isinstance(section.get(last, {}), dict):
                 raise UserError(
                     f"distill.tuned.{method}: got key {key!r}; expected one of distill, as logits.weight"
                 )

@@ -158,12 +158,21 @@ def load_checkpoint(
                 index, name = key.split("/")
                 state.setdefault(int(index), {})[name] = value
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            _in_their_formats(optimizer)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{path}: damaged: not a checkpoint of this run ({reason}); remove it and run again"
         ) from None
     return step, _below(tensors, "logged/")
+
+
+def _in_their_formats(optimizer: torch.optim.Optimizer) -> None:
+    """Give every moment the strides of its parameter: a fused step walks through both as plain memory."""
+    for parameter, moments in optimizer.state.items():
+        for key, value in moments.items():
+            if value.shape == parameter.shape:
+                moments[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def to_columns(curves: list[Figures]) -> dict[str, Tensor]:
