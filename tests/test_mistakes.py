@@ -67,6 +67,11 @@ TYPOS = {
         "distill: unknown key 'epoch'; did you mean 'epochs'? allowed: methods, student,",
     ),
     "a text for a number": ("distill.lr", "fast", "distill.lr: got 'fast'; expected a number"),
+    "a value chosen on val, of a key that has none below it": (
+        "distill.tuned",
+        {"logits": {"lr.peak": 0.1}},
+        "distill.tuned.logits: got key 'lr.peak'; expected one of distill, as logits.weight",
+    ),
     "a number for a list": ("distill.methods", 3, "distill.methods: got 3; expected a list"),
     "a method": (
         "distill.methods",
