@@ -23,11 +23,11 @@ from pipeline.core.errors import UserError
 class OrtSession(PipelineErrors, ort.OrtModel):
     """An ONNX file in ONNX Runtime on the CPU. Raises Unavailable, UserError: missing, no float32 classifier."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, integer_kernels: bool = True) -> None:
         onnxruntime = onnxruntime_library()
         if not path.is_file():
             raise UserError(f"{path}: no such file; expected an .onnx file; check the path")
-        super().__init__(onnxruntime, path, threads)
+        super().__init__(onnxruntime, path, threads, integer_kernels)
         validate_inputs([(i.name, i.type) for i in self._session.get_inputs()], path)
         self.metadata: Mapping[str, str] = _metadata(self._session, path)
         self.input_shape = validated_shape(_dims(self._input), self.metadata, path)
