@@ -16,7 +16,7 @@ from exporters.ort.session import OrtSession
 from pipeline.quantize import folding, integers, simulation
 from pipeline.quantize.integers import Grid, Layer
 from pipeline.quantize.lsq import Quantizer
-from tests.test_quantize import reactive
+from tests.test_quantize import exact_int8_kernels, reactive
 
 GRID = Grid(torch.tensor(0.0317), 121)
 
@@ -74,6 +74,7 @@ def test_a_sum_is_rounded_once_after_each_multiply_add() -> None:
     assert torch.equal(levels, levels.round())
 
 
+@exact_int8_kernels
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientnet_lite0", "repvgg_a0"])
 def test_the_simulation_answers_as_onnx_runtime_to_the_level(name: str, tmp_path: Path) -> None:
     network = reactive(name)
