@@ -31,7 +31,8 @@ def build_model(
     except Unavailable as error:
         return _skipped(target, model, str(error))
     rows, reason = [row], row["reason"]
-    if agreement.rejection(row) and row["precision_effective"] != "fp32":
+    lossy = target.precision == "int8" or row["precision_effective"] != "fp32"
+    if agreement.rejection(row) and lossy:
         row["verdict"] = "REJECTED"
         _remove(artefact)
         if target.precision == "default":
@@ -69,7 +70,7 @@ def artefact_parity(
     logits = inputs.run_batches(session, exported.x[model])
     gates = agreement.fair_thresholds(session, settings)
     row = agreement.parity_row(artefact, session, reference, logits, gates)
-    if row["precision_effective"] == "int8":
+    if precision == "int8":
         before = reference if exported.distilled is None else exported.distilled
         row = agreement.add_accuracy(row, before, logits, exported.labels, settings.int8_drop)
     return row

@@ -13,17 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporters.artifact import counts
+from exporters.artifact import counts, onnx_file
 from exporters.artifact.session import TARGETS
 from exporters.bench import __main__ as bench_command
 from exporters.bench import checks, compare, latency, measure, worker
 from exporters.bench.measure import Subject
 from exporters.bench.subjects import Bench, subjects_of
 from exporters.device import timing
+from exporters.ort.session import OrtSession
+from pipeline.core import artifacts
 from pipeline.core.config import parse
 from pipeline.core.errors import GateFailed, UserError
 from pipeline.report import raw
 from tests import artefacts, command_line
+from tests.test_shape import network
 
 ROOT = Path(__file__).parents[1]
 PLAYER = '''
@@ -314,6 +317,45 @@ def test_the_self_test_passes_a_file_against_itself(
     shown = capsys.readouterr().out
     assert ": CPU p50" in shown and "FAIL" not in shown
     assert "noise floor of this machine now: changes of CPU time below " in shown.splitlines()[-1]
+
+
+def test_batches_of_two_sizes_are_not_compared(
+    player: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "PROCESSES", 1)
+    free, fixed = artefact(tmp_path, ""), artefact(tmp_path, "batch3")
+    with pytest.raises(UserError, match="batch: got 1 for .*, 3 for .*; pass --batch 3"):
+        run_main(free, "--against", fixed)
+
+
+def test_a_comparison_names_both_files_and_its_own_protocol(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def compared(candidate: Subject, baseline: Subject, *_: Any) -> Any:
+        seen.extend(tuple(OrtSession(one.artefact, 1).input_shape) for one in (candidate, baseline))
+        return {"verdict": "PASS", "ratio": {}}, []
+
+    monkeypatch.setattr(compare, "compare_artefacts", compared)
+    monkeypatch.setattr(bench_command, "verdict_line", lambda _: "PASS")
+    monkeypatch.setattr(bench_command, "raise_failures", lambda *_: None)
+    files = [tmp_path / name / "net.onnx" for name in ("head", "again", "old")]
+    for path in files:
+        path.parent.mkdir()
+        network(path, 3)
+    head, again, old = files
+    onnx_file.write_onnx(onnx_file.add_metadata(onnx_file.read_onnx(head), role="old"), old)
+    out = tmp_path / "v.json"
+    run_main(head, again, "--against", old.parent, "--shape", "2,3,16,8", "--json", out)
+    assert seen == [(2, 3, 16, 8)] * 4
+    provenance = json.loads(out.read_text())["provenance"]
+    assert provenance["inputs"] == {
+        "net.onnx": artifacts.sha256(head),
+        "net.onnx (2)": artifacts.sha256(again),
+        "baseline/net.onnx": artifacts.sha256(old),
+    }
+    assert provenance["params"] == {"seed": 0}
 
 
 def test_a_comparison_with_what_cannot_run_is_refused(

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from exporters.artifact.session import TARGETS
 from exporters.bench import measure
+from exporters.bench.energy import Meter
 from exporters.bench.measure import Subject
 from exporters.candidates import ranking, rounds, untrained
 from exporters.candidates.catalogue import FAMILIES, Candidate, candidates
@@ -129,6 +132,21 @@ def test_a_network_that_cannot_be_tapped_is_measured_all_the_same(tmp_path: Path
     assert "expected one of the last two to have half the side" in str(coarse.no_tap)
 
 
+@contextmanager
+def metered(monkeypatch: pytest.MonkeyPatch, watts: float) -> Iterator[None]:
+    """A machine with a power meter that always shows the same."""
+
+    class Constant(Meter):
+        source = "constant"
+
+        def watts(self) -> float:
+            return watts
+
+    with monkeypatch.context() as patched:
+        patched.setattr(measure, "find_meter", lambda: Constant())
+        yield
+
+
 def test_a_killed_measurement_goes_on_with_the_rounds_it_has(
     tmp_path: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,7 +165,9 @@ def test_a_killed_measurement_goes_on_with_the_rounds_it_has(
         rounds.measure([subject], protocol, tmp_path)
     kept = sorted(tmp_path.rglob("*.json"))
     assert [path.name for path in kept] == ["0000.json", "0001.json"]
-    (measured,) = rounds.measure([subject], protocol, tmp_path)
+    with metered(monkeypatch, 4.0):
+        (measured,) = rounds.measure([subject], protocol, tmp_path)
+    assert measured.row["energy"]["watts"] == 4.0  # of the rounds after the kill
     assert made == [0, 1, 2, 2, 3, 4, 5]
     (blocks,) = measured.processes
     early = [artifacts.rounded(json.loads(json.dumps(vars(b)))) for b in blocks[:2]]

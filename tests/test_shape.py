@@ -11,15 +11,19 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from exporters.artifact import onnx_file
-from exporters.artifact.input_shape import parse_shape
+from exporters.artifact.input_shape import fixed_input, parse_shape
+from exporters.ort import trained
+from exporters.ort.embed import embed_normalisation
 from exporters.ort.session import OrtSession
 from exporters.ov.session import OvSession
 from exporters.trt.plan import read_sidecar
+from pipeline.core.errors import UserError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 COMMANDS = ("ort", "ov", "trt", "parity", "bundle", "bench")
@@ -147,6 +151,62 @@ def test_a_symbol_of_the_input_is_fixed_wherever_it_stands(
     assert done.returncode == 0, done.stderr
     output = onnx_file.read_onnx(tmp_path / "o.onnx").graph.output[0]
     assert [axis.dim_value for axis in output.type.tensor_type.shape.dim] == [4, 5]
+
+
+def test_what_lies_beside_the_file_is_read_with_its_fixed_size_too(tmp_path: Path) -> None:
+    net = network(tmp_path / "net.onnx", 3)
+    proto = onnx_file.add_metadata(onnx_file.read_onnx(net), weights_sha256="b" * 64)
+    onnx_file.write_onnx(proto, net)
+    ranges = {
+        "schema": "cakd.ranges/1",
+        "weights_sha256": "a" * 64,
+        "activations": {},
+        "weights": {},
+        "bias": "float",
+        "floating": [],
+        "sqnr_db": 20.0,
+    }
+    (tmp_path / "net-ranges.json").write_text(json.dumps(ranges))
+    (tmp_path / "parity.json").write_text("{}")
+    with fixed_input(net, (1, 3, 16, 16)) as copy:
+        assert copy != net and copy.with_name("parity.json").read_text() == "{}"
+        assert copy.with_name("net-ranges.json").read_text() == json.dumps(ranges)
+    with (
+        pytest.raises(
+            UserError, match=f"{tmp_path}/net-ranges.json: got ranges of the weights aaa"
+        ),
+        fixed_input(net, (1, 3, 16, 16)) as copy,
+    ):
+        trained.beside(copy)
+
+
+@pytest.mark.parametrize("name", ["ort", "ov"])
+def test_a_network_that_fails_at_a_batch_is_one_line(
+    name: str, tmp_path: Path, command: Command
+) -> None:
+    """It declares any batch, and arranges what it pools in three rows on the way."""
+    net = network(tmp_path / "net.onnx", 3, 16, 16)
+    proto = onnx_file.read_onnx(net)
+    for name_of, shape in {"three": [3, -1], "back": [-1, 8]}.items():
+        proto.graph.initializer.append(numpy_helper.from_array(np.array(shape), name_of))
+    proto.graph.node.insert(4, helper.make_node("Reshape", ["f", "three"], ["r3"]))
+    proto.graph.node.insert(5, helper.make_node("Reshape", ["r3", "back"], ["r8"]))
+    proto.graph.node[-1].input[0] = "r8"
+    onnx.save(proto, net)
+    out = {"ort": [tmp_path / "o.onnx"], "ov": ["-o", tmp_path / "o", "--batch", 4]}[name]
+    done = command(f"exporters.{name}", net, *out, torch=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "fails on an input [10, 3, 16, 16]: " in done.stderr or "--batch: got 4" in done.stderr
+
+
+def test_preprocessing_is_embedded_under_a_batch_without_a_name(tmp_path: Path) -> None:
+    proto = onnx_file.read_onnx(network(tmp_path / "net.onnx", 3, 16, 16))
+    proto.graph.input[0].type.tensor_type.shape.dim[0].Clear()
+    proto.graph.output[0].type.tensor_type.shape.dim[0].Clear()
+    onnx.save(embed_normalisation(proto, [0.5] * 3, [0.5] * 3), tmp_path / "u.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "u.onnx")
+    (logits,) = session.run(None, {"pixels": np.zeros((7, 16, 16, 3), np.uint8)})
+    assert logits.shape == (7, 5)
 
 
 def test_a_checkpoint_takes_no_shape(exported: Path, tmp_path: Path, command: Command) -> None:

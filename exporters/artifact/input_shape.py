@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporters.artifact import onnx_file
-from pipeline.core.errors import GateFailed, UserError
+from pipeline.core.errors import UserError
 
 if TYPE_CHECKING:
     import onnx
@@ -49,17 +48,11 @@ def fixed_input(path: Path, shape: Shape | None) -> Iterator[Path]:
     if shape is None or path.suffix != ".onnx":
         yield path
         return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / path.name
-        try:
-            proto = onnx_file.read_onnx(path)
-            fix_input_shape(proto, shape, path)
-            onnx_file.write_onnx(proto, copy)
-            yield copy
-        except (UserError, GateFailed) as error:
-            if folder not in str(error):
-                raise
-            raise type(error)(str(error).replace(str(copy), str(path))) from None
+    with onnx_file.working_copy(path) as copy:
+        proto = onnx_file.read_onnx(path)
+        fix_input_shape(proto, shape, path)
+        onnx_file.write_onnx(proto, copy)
+        yield copy
 
 
 def fix_input_shape(proto: onnx.ModelProto, shape: Shape, path: Path) -> None:

@@ -138,16 +138,20 @@ def run_batches(session: Session, x: Array) -> Array:
             "export it with a dynamic batch"
         )
     batches = (x[i : i + batch] for i in range(0, len(x), batch))
-    return np.concatenate([_checked_logits(session.run(b), len(b)) for b in batches])
+    name = getattr(session, "name", "")  # a checkpoint in torch has none
+    what = f"{name}: first output" if name else "first output"
+    return np.concatenate([_checked_logits(session.run(b), len(b), what) for b in batches])
 
 
-def _checked_logits(output: Any, images: int) -> Array:
-    """The output, if it is a floating-point array with one row per image."""
+def _checked_logits(output: Any, images: int, what: str) -> Array:
+    """The output (N, K), of (N, K, 1, 1) too, if it is a floating-point array with one row per image."""
     is_array = isinstance(output, np.ndarray)
     kind = f"{output.dtype} {list(output.shape)}" if is_array else type(output).__name__
-    if not is_array or output.dtype.kind != "f" or output.ndim < 2 or len(output) != images:
+    if is_array and output.shape[2:] == (1, 1):
+        output = output[:, :, 0, 0]
+    if not is_array or output.dtype.kind != "f" or output.ndim != 2 or len(output) != images:
         raise UserError(
-            f"first output: got {kind} for {images} images; expected floating-point logits "
+            f"{what}: got {kind} for {images} images; expected floating-point logits "
             "(images, classes); export the logits as the first output"
         )
     logits: Array = output

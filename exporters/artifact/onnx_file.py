@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,11 +13,13 @@ from typing import TYPE_CHECKING
 
 from exporters.artifact.session import validate_inputs, validate_output, validated_shape
 from exporters.device.errors import one_line
-from pipeline.core.errors import UserError
+from pipeline.core.errors import GateFailed, UserError
+from pipeline.models.ranges import SUFFIX
 
 if TYPE_CHECKING:
     import onnx
 
+PARITY = "parity.json"  # of the build that a file lies in
 MAX_PROTO_BYTES = 2**31  # protobuf's limit of one message
 
 
@@ -89,6 +93,26 @@ def write_onnx(proto: onnx.ModelProto, path: Path) -> None:
             f"{path.name}: not a valid network ({str(error)[:300]}); export the source again"
         ) from None
     path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+@contextmanager
+def working_copy(path: Path) -> Iterator[Path]:
+    """A path of the same name, to be written, in a temporary folder; errors name `path` instead.
+
+    What is read beside an ONNX file lies there too: its trained ranges, and the parity.json of its build.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        for name in (f"{path.stem}{SUFFIX}", PARITY):
+            if (companion := path.with_name(name)).is_file():
+                shutil.copyfile(companion, copy.with_name(name))
+        try:
+            yield copy
+        except (UserError, GateFailed) as error:
+            if folder not in str(error):
+                raise
+            text = str(error).replace(str(copy), str(path)).replace(folder, str(path.parent))
+            raise type(error)(text) from None
 
 
 def classifier_input_shape(proto: onnx.ModelProto, path: Path) -> tuple[int | None, int, int, int]:

@@ -13,7 +13,7 @@ from exporters.artifact.session import TARGETS
 from exporters.bench import checks
 from exporters.bench.measure import Measurement, Subject, measure_rows, save_samples
 from exporters.bench.subjects import Bench, bench_document, subjects_of
-from exporters.bench.verdicts import noise_floor, run_comparisons, verdict_line
+from exporters.bench.verdicts import baseline_file, noise_floor, run_comparisons, verdict_line
 from exporters.bench.worker import read_reference
 from pipeline.core import artifacts, cli
 from pipeline.core.errors import GateFailed, UserError
@@ -51,11 +51,28 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 def main(args: argparse.Namespace) -> None:
     """Measure or compare, print, write the files, and raise what failed."""
     with ExitStack() as stack:
-        models = [stack.enter_context(fixed_input(path, args.shape)) for path in args.models]
-        if args.against and args.against.is_file():
-            args.against = stack.enter_context(fixed_input(args.against, args.shape))
-        args.models = models
+        args.inputs = input_files(args)
+        fixed = [stack.enter_context(fixed_input(path, args.shape)) for path in args.models]
+        args.baselines = {}
+        if args.against:
+            args.baselines = {
+                path.name: stack.enter_context(fixed_input(baseline_file(path, args), args.shape))
+                for path in args.models
+            }
+        args.models = fixed
         measure(args)
+
+
+def input_files(args: argparse.Namespace) -> dict[str, Path]:
+    """The measured files as the user named them, by unique names for the provenance."""
+    files: dict[str, Path] = {}
+    for path in args.models:
+        same = sum(other.name == path.name for other in files.values())
+        files[f"{path.name} ({same + 1})" if same else path.name] = path
+    if args.against:
+        baselines = dict.fromkeys(baseline_file(path, args) for path in args.models)
+        files |= {f"baseline/{path.name}": path for path in baselines}
+    return files
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -87,11 +104,11 @@ def write_files(
         save_samples(samples, results)
     if args.json:
         names = dict.fromkeys(s.target.name for s in subjects)
-        inputs = {path.name: path for path in args.models}
-        if args.against and args.against.is_file():
-            inputs[args.against.name] = args.against
-        params = {"rounds": args.rounds, "seconds": args.seconds, "seed": args.seed}
-        artifacts.write_json(args.json, bench_document(",".join(names), params, inputs, **content))
+        params: dict[str, Any] = {"seed": args.seed}
+        if not content.get("comparisons"):  # those have a protocol of their own, and their rounds
+            params |= {"rounds": args.rounds, "seconds": args.seconds}
+        document = bench_document(",".join(names), params, args.inputs, **content)
+        artifacts.write_json(args.json, document)
 
 
 def raise_failures(

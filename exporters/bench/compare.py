@@ -22,6 +22,7 @@ from exporters.bench.measure import (
     warmed_runners,
 )
 from exporters.device import timing
+from pipeline.core.errors import UserError
 
 # Processes of one side: two processes of one artefact differ by several percent (memory layout, cores).
 PROCESSES = 3
@@ -40,9 +41,11 @@ def compare_artefacts(
     """(The comparison for the JSON, the measurements of candidate and baseline).
 
     A side that cannot run, or dies, is the `reason`: FAIL where only the candidate does, else INCONCLUSIVE.
+    Raises UserError: the sides run batches of different sizes.
     """
     before = conditions()
     with warmed_runners([candidate, baseline] * PROCESSES, reference) as runners:
+        _check_batches(runners[:2])
         ratio, times, rounds = _timed(runners, seed)
         logits = [runner.ask("logits").get("logits") for runner in runners[:2]]
         described = [runner.ask("describe").get("metadata", {}) for runner in runners[:2]]
@@ -66,6 +69,16 @@ def compare_artefacts(
         "process_spread": dict(zip(("candidate", "baseline"), map(_spread, times), strict=True)),
     }
     return comparison, results
+
+
+def _check_batches(sides: Sequence[Runner]) -> None:
+    """Raise UserError where both sides run, each with a batch of its own."""
+    a, b = (side.facts.get("batch") for side in sides)
+    if a and b and a != b:
+        raise UserError(
+            f"batch: got {a} for {sides[0].subject.artefact}, {b} for {sides[1].subject.artefact}; expected one; "
+            f"pass --batch {max(a, b)}, or export both with the same batch"
+        )
 
 
 def _timed(runners: Sequence[Runner], seed: int) -> tuple[latency.Ratio | None, Sides, int]:

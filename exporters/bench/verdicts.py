@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from exporters.bench import compare, latency
@@ -28,9 +29,15 @@ def with_baselines(
     return [(s, s if args.self_test else _baseline(s, args)) for s in subjects]
 
 
+def baseline_file(model: Path, args: argparse.Namespace) -> Path:
+    """The file of `--against`, or the one of the model's name in its folder."""
+    against: Path = args.against
+    return against / model.name if against.is_dir() else against
+
+
 def _baseline(candidate: Subject, args: argparse.Namespace) -> Subject:
-    """The file of `--against`, or the one of the candidate's name in its folder, in the candidate's target."""
-    path = args.against / candidate.artefact.name if args.against.is_dir() else args.against
+    """The candidate's baseline in the candidate's target."""
+    path = args.baselines[candidate.artefact.name]
     names = [args.against_target or candidate.target.name]
     if not args.against_target and path.is_file() and not candidate.target.reads(path):
         names = [default_target(path)]

@@ -183,12 +183,24 @@ def add_variant(
         outputs = inputs.run_batches(judged, parity.x)
         gates = agreement.fair_thresholds(session, gates)
         row = agreement.parity_row(path, session, logits, outputs, gates)
+        if variant.precision == "int8" and parity.int8 is not None:
+            row = add_top1_drop(row, OrtSession(source, 1), judged, parity.int8)
     except UserError as error:
         reason = str(error).replace(str(path), variant.file)
         row = agreement.skipped_row(variant.file, variant.precision, reason) | {"verdict": "FAIL"}
     if agreement.rejection(row, force):
         path.unlink(missing_ok=True)
     return row, gates
+
+
+def add_top1_drop(
+    row: dict[str, Any], fp32: OrtSession, variant: OrtSession, images: int8.CalibrationImages
+) -> dict[str, Any]:
+    """The row with the top-1 that int8 loses on labelled held-out images; too much of it is a FAIL."""
+    if (images.labels < 0).all():
+        return row
+    before, after = (inputs.run_batches(one, images.held_out) for one in (fp32, variant))
+    return agreement.add_accuracy(row, before, after, images.labels, int8.Settings().max_drop)
 
 
 def convert_variant(

@@ -59,7 +59,9 @@ def measure(subjects: Sequence[Subject], protocol: Protocol, work: Path) -> list
             for runner, block in zip(
                 runners, artifacts.read_json(path, SCHEMA)["blocks"], strict=True
             ):
-                runner.blocks += [] if block is None else [Block(**block)]
+                if block is not None:
+                    runner.blocks.append(Block(**block))
+                    runner.watts.append(None)  # the power of a kept block is not kept
             done += 1
         with progress.Progress("rounds", protocol.rounds) as bar:
             for number in range(done, protocol.rounds):

@@ -115,7 +115,7 @@ def _verify(bundle: Bundle, name: str, library: Any, args: argparse.Namespace) -
         step = bundle.input_shape[0] or MAX_BATCH
         logits = [opened.model.run(x[i : i + step]) for i in range(0, len(x), step)]
         _, verdict, reason = parity.compare_logits(
-            reference, np.concatenate(logits), precision, opened.thresholds
+            reference, np.concatenate(logits).reshape(len(x), -1), precision, opened.thresholds
         )
         computed = opened.model.computes_in()
         rows.append({**opened.facts, "computes_in": computed, "verdict": verdict, "reason": reason})
@@ -189,7 +189,7 @@ def _classify(bundle: Bundle, opened: Opened, args: argparse.Namespace) -> Resul
                 "export it with its own preprocessing metadata"
             )
         batch = np.repeat(x, bundle.input_shape[0] or 1, axis=0)
-        top = _top_classes(opened.model.run(batch)[0], labels)
+        top = _top_classes(opened.model.run(batch)[0].ravel(), labels)
         lines.append(f"{path}: " + ", ".join(f"{c['label']} {c['probability']:.3f}" for c in top))
         rows.append({"image": str(path), "top": top})
     return Result(lines, _document(bundle, "image", **opened.facts, rows=rows))

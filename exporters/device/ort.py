@@ -81,7 +81,14 @@ class OrtModel(Named):
 
     def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """x (B, 3, H, W) -> the first output, (B, K)."""
-        logits: NDArray[np.float32] = self._session.run([self._output], {self._input.name: x})[0]
+        try:
+            logits: NDArray[np.float32] = self._session.run([self._output], {self._input.name: x})[
+                0
+            ]
+        except Exception as error:  # one exception class per status code
+            raise self.error(
+                f"fails on an input {list(x.shape)}: {one_line(error)}; export it for this batch and image size"
+            ) from None
         return logits
 
     def computes_in(self) -> str:

@@ -108,7 +108,12 @@ class OvModel(Named):
 
     def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """x (B, 3, H, W) -> the first output, (B, K), copied out of the runtime."""
-        outputs = self._request.infer([x], share_inputs=False, share_outputs=False)
+        try:
+            outputs = self._request.infer([x], share_inputs=False, share_outputs=False)
+        except Exception as error:  # openvino raises bare RuntimeErrors
+            raise self.error(
+                f"fails on an input {list(x.shape)}: {one_line(error)}; export it for this batch and image size"
+            ) from None
         logits: NDArray[np.float32] = outputs[0]
         return logits
 

@@ -9,11 +9,10 @@ gate is not written; one that parity cannot decide only with --force.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from functools import partial
 from pathlib import Path
 
-from exporters.artifact import agreement
+from exporters.artifact import agreement, onnx_file
 from exporters.artifact.input_shape import add_shape_option, fixed_input
 from exporters.artifact.precision import (
     PRECISIONS,
@@ -56,10 +55,10 @@ def convert_all(args: argparse.Namespace, checkpoint: Path, precisions: list[str
     """Write each precision of a checkpoint, or of an ONNX file of fixed input size."""
     is_onnx = checkpoint.suffix == ".onnx"
     settings = int8.Settings(args.calibration, args.search_seconds)
-    with tempfile.TemporaryDirectory() as folder:
+    with onnx_file.working_copy(args.out) as draft:
         source = checkpoint
         if not is_onnx:
-            source = args.out if "fp32" in precisions else Path(folder) / args.out.name
+            source = args.out if "fp32" in precisions else draft
             make = partial(export, checkpoint, source, args.opset or OPSET, args.force)
             if "fp32" in precisions:
                 agreement.print_result(source, make)

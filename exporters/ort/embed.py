@@ -24,7 +24,8 @@ def embed_normalisation(
     copy.CopyFrom(proto)
     graph = copy.graph
     entry = graph.input[0]
-    dims = [d.dim_param or d.dim_value for d in entry.type.tensor_type.shape.dim]
+    axes = entry.type.tensor_type.shape.dim
+    dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in axes]
     shape = [dims[0], *dims[2:], dims[1]]
     values = {"pixels/255": [255.0], "pixels/mean": mean, "pixels/std": std}
     constants = [

@@ -46,7 +46,12 @@ def _read(source: Path, batch: int | None) -> Any:
                 f"--batch: got {batch}, but {source} has a fixed batch of {shape[0]}; leave --batch out"
             )
         shape[0] = batch
-        model.reshape(shape)
+        try:
+            model.reshape(shape)
+        except Exception as error:  # openvino raises bare RuntimeErrors
+            raise UserError(
+                f"--batch: got {batch}, with which OpenVINO rejects {source}: {one_line(error)}; leave --batch out"
+            ) from None
     return model
 
 
