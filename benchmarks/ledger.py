@@ -4,7 +4,7 @@
 them with their hash, the hash of the teacher's weights, the machine and the commit. A run is identified by its
 settings and its teacher, not by code, machine or memory format: an edit of the code does not throw the evidence of
 weeks away, and each file says which commit made it. A setting that did not exist yet counts as its default. A run
-of other settings is refused, never mixed in.
+of other settings is refused, never mixed in; methods may differ in what is tuned for each, not in what all share.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ NOT_OF_A_RUN = (
 )
 # How a step is computed, which differs between machines: a figure depends on it by rounding only.
 BY_ROUNDING = ("distill.compute.device", "distill.compute.channels_last", "distill.compute.compile")
+# What all runs of a table share, whatever their method: images, labels, views, judging, steps and student.
+SHARED = re.compile(
+    r"(prepare|cache|evaluate)\.|distill\.(steps|epochs|batch|student|student_kwargs)\b"
+)
 
 
 @dataclass(frozen=True)
@@ -107,17 +111,16 @@ class Ledger:
         return self.folder / f"{method}-{seed}.json"
 
     def read(self, method: str, seed: int, expected: Identity) -> Run | None:
-        """The figures of a run; None where there is none. Raises UserError: a run of other settings."""
-        path = self.path(method, seed)
-        if not path.is_file():
-            return None
-        entry = artifacts.read_json(path, SCHEMA)
-        if (difference := _difference(entry, expected)) is not None:
-            raise UserError(
-                f"{path}: a run of other settings: got {difference}; runs of one table share them; move it away, "
-                "or give these settings a recipe of their own"
-            )
-        figures: Run = entry["figures"]
+        """The figures of a run; None where there is none.
+
+        Raises UserError: a run of other settings; one of another method that differs in what a table shares.
+        """
+        own, figures = self.path(method, seed), None
+        for path in sorted(self.folder.glob("*.json")):
+            entry = artifacts.read_json(path, SCHEMA)
+            _check_same(path, entry, expected, None if path == own else SHARED)
+            if path == own:
+                figures = entry["figures"]
         return figures
 
     def write(self, method: str, seed: int, made_of: Identity, figures: Run) -> None:
@@ -137,8 +140,12 @@ class Ledger:
         )
 
     def entries(self) -> dict[str, dict[int, dict[str, Any]]]:
-        """Every run by method and seed, in the order of their names."""
+        """Every run by method and seed, in the order of their names.
+
+        Raises UserError: a file of another name than its run, runs that do not share what those of a table do.
+        """
         by_method: dict[str, dict[int, dict[str, Any]]] = {}
+        sharing: list[Identity] = []
         for path in sorted(self.folder.glob("*.json")):
             named = NAME.fullmatch(path.name)
             entry = artifacts.read_json(path, SCHEMA)
@@ -150,20 +157,44 @@ class Ledger:
                     f"{path}: got a run of {entry['method']}, seed {entry['seed']}; expected the one that it is "
                     "named after; name it so"
                 )
+            for other in sharing:
+                _check_same(path, entry, other, SHARED)
+            sharing.append(Identity(entry["settings"], entry["teacher"]))
             by_method.setdefault(entry["method"], {})[entry["seed"]] = entry
         return by_method
 
 
-def _difference(entry: Mapping[str, Any], expected: Identity) -> str | None:
-    """The first setting that differs, as `distill.lr 0.002; expected 0.004`; None where all are the same."""
-    if entry["teacher"] != expected.teacher:
-        held, asked = (str(t)[:12] for t in (entry["teacher"], expected.teacher))
+def _check_same(
+    path: Path, entry: Mapping[str, Any], expected: Identity, of: re.Pattern[str] | None
+) -> None:
+    """Raise UserError where the teacher or a setting differs: one `of` this pattern, or any where it is None."""
+    if (difference := _difference(entry, expected, of)) is not None:
+        raise UserError(
+            f"{path}: a run of other settings: got {difference}; runs of one table share them; move it away, "
+            "or give these settings a recipe of their own"
+        )
+
+
+def _difference(
+    entry: Mapping[str, Any], expected: Identity, of: re.Pattern[str] | None
+) -> str | None:
+    """The first setting that differs, as `distill.lr 0.002; expected 0.004`; None where all are the same.
+
+    Between two methods: where both have the section, and where both read a teacher.
+    """
+    teachers = [entry["teacher"], expected.teacher]
+    if teachers[0] != teachers[1] and (of is None or None not in teachers):
+        held, asked = (str(t)[:12] for t in teachers)
         return f"teacher {held}; expected {asked}"
     known, then, now = defaults(), _flat(entry["settings"]), _flat(expected.settings)
-    for key in sorted({*then, *now}.difference(BY_ROUNDING)):
-        value = then.get(key, known.get(key))
-        if key not in now or value != now[key]:
-            return f"{key} {value}; expected {now.get(key)}"
+    names = {*then, *now}.difference(BY_ROUNDING)
+    if of is not None:
+        both = entry["settings"].keys() & expected.settings.keys()
+        names = {name for name in names if of.match(name) and name.partition(".")[0] in both}
+    for name in sorted(names):
+        had, has = (settings.get(name, known.get(name)) for settings in (then, now))
+        if had != has or (of is None and name not in now):
+            return f"{name} {had}; expected {has}"
     return None
 
 

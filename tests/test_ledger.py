@@ -69,6 +69,34 @@ def test_a_run_is_read_back_and_one_of_other_settings_is_refused_by_the_setting(
         kept.entries()
 
 
+@pytest.mark.parametrize(
+    "other, teacher, said",
+    [
+        ({"prepare": {**PARAMS["prepare"], "image_size": 16}}, "t", "prepare.image_size 32; exp"),
+        ({"evaluate": {"split": "val", "seed": 0}}, "t", "evaluate.split test; expected val"),
+        ({"cache": {**PARAMS["cache"], "views": 2}}, "t", "cache.views 4; expected 2"),
+        ({"steps": 11}, "t", "distill.steps 10; expected 11"),
+        ({"student_kwargs": {"depth": 2}}, "t", "distill.student_kwargs.depth None; expected 2"),
+        ({}, "u", "got teacher t; expected u"),
+    ],
+)
+def test_runs_of_two_methods_share_images_steps_student_and_teacher(tmp_path, other, teacher, said):
+    kept = Ledger(tmp_path)
+    kept.write("dkd", 0, identity(PARAMS, SETTINGS, "dkd", 0, "t"), run(0.5))
+    params = PARAMS | {key: value for key, value in other.items() if key in PARAMS}
+    settings = replace(SETTINGS, **{k: v for k, v in other.items() if k not in PARAMS})
+    made_of = identity(params, settings, "logits", 1, teacher)
+    with pytest.raises(UserError, match=f"dkd-0.json: a run of other settings: .*{said}"):
+        kept.read("logits", 1, made_of)
+    kept.write("logits", 1, made_of, run(0.5))
+    with pytest.raises(UserError, match="logits-1.json: a run of other settings"):
+        kept.entries()
+    tuned = identity(PARAMS, replace(SETTINGS, lr=0.1, labelled_share=0.1), "plain", 0, "v")
+    (tmp_path / "logits-1.json").unlink()
+    kept.write("plain", 0, tuned, run(0.5))
+    assert [*kept.entries()] == ["dkd", "plain"]
+
+
 def test_another_memory_format_or_compiler_is_the_same_run(tmp_path):
     kept, made_of = Ledger(tmp_path), identity(PARAMS, SETTINGS, "plain", 0, "")
     kept.write("plain", 0, made_of, run(0.5))
