@@ -132,6 +132,20 @@ def test_the_guides_answers_are_compared_by_kl_at_their_temperature():
     assert guide.answers(other, other, 2.0).abs().max() < 1e-6
 
 
+def test_a_lesson_in_bfloat16_takes_its_differences_in_float32():
+    """Of close answers a difference in bfloat16 is rounding: a KL divergence below zero."""
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(64, 100, generator=generator).bfloat16()
+    other = (own + 0.03 * torch.randn(64, 100, generator=generator)).bfloat16()
+    tokens, feature = own.reshape(16, 16, 25), other.reshape(16, 16, 25).mT.reshape(16, 25, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        answered = guide.answers(own, other, 1.0)
+        followed = guide.features(tokens, feature, (4, 4))
+    assert torch.equal(answered, guide.answers(own.float(), other.float(), 1.0))
+    assert torch.equal(followed, guide.features(tokens.float(), feature.float(), (4, 4)))
+    assert answered.dtype == followed.dtype == torch.float32 and (answered > 0).all()
+
+
 def test_the_guides_features_are_compared_position_by_position_whatever_their_scale():
     torch.manual_seed(0)
     feature = torch.randn(2, 6, 4, 4)

@@ -52,9 +52,9 @@ class Guide(nn.Module):
 
 
 def answers(logits: Tensor, guided_by: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(guide || ViT) of each image (B,), from logits (B, K)."""
-    target = F.log_softmax(guided_by / temperature, dim=1)
-    own = F.log_softmax(logits / temperature, dim=1)
+    """T^2 KL(guide || ViT) of each image (B,), from logits (B, K); in float32, as autocast on a CPU is not."""
+    target = F.log_softmax(guided_by.float() / temperature, dim=1)
+    own = F.log_softmax(logits.float() / temperature, dim=1)
     return temperature**2 * F.kl_div(own, target, reduction="none", log_target=True).sum(1)
 
 
@@ -64,7 +64,7 @@ def features(tokens: Tensor, guided_by: Tensor, grid: tuple[int, int]) -> Tensor
     The map is resized to the token grid; each position is standardised over its channels on both sides, so that
     neither scale matters.
     """
-    resized = F.interpolate(guided_by, grid, mode="bilinear", align_corners=False)
+    resized = F.interpolate(guided_by.float(), grid, mode="bilinear", align_corners=False)
     target = resized.flatten(2).mT
-    own, other = (F.layer_norm(t, t.shape[-1:]) for t in (tokens, target))
+    own, other = (F.layer_norm(t, t.shape[-1:]) for t in (tokens.float(), target))
     return (own - other).square().mean(dim=(1, 2))
