@@ -42,12 +42,18 @@ def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.student.parameters()])
 
 
-@pytest.mark.parametrize(("parts", "count"), [(2, 4), pytest.param(4, 10, marks=pytest.mark.ci)])
-def test_a_batch_in_parts_is_the_batch(parts, count, prepared, teacher_path, features, monkeypatch):
+@pytest.mark.parametrize(
+    ("parts", "count", "share"),
+    [(2, 4, 0.5), (4, 3, 0.3), pytest.param(4, 10, 0.5, marks=pytest.mark.ci)],
+)
+def test_a_batch_in_parts_is_the_batch(
+    parts, count, share, prepared, teacher_path, features, monkeypatch
+):
+    """A share of 0.3 leaves 45 cached views, which four parts hold unevenly."""
     monkeypatch.setattr(torch.optim, "AdamW", lambda g, lr, **_: torch.optim.SGD(g, lr))
     trained = []
     for accumulate in (1, parts):
-        config = replace(UNNORMED, compute=Compute(accumulate=accumulate))
+        config = replace(UNNORMED, labelled_share=share, compute=Compute(accumulate=accumulate))
         trainer = build(config, "cakd+logits", prepared, teacher_path, features)
         trained.append((steps(trainer, count), weights(trainer)))
     (whole, ours), (split, theirs) = trained
@@ -96,6 +102,34 @@ def test_two_forked_ranks_are_one_process_with_the_whole_batch(
     for a, b in zip(figures, theirs, strict=True):
         for name in ("cross_entropy", "logits", "attention", "tokens"):
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork: test-ci")
+@pytest.mark.parametrize("method", ["queue", "crd"])
+def test_what_ranks_gather_may_be_of_two_lengths(
+    method, prepared, teacher_path, features, tmp_path
+):
+    """45 cached views on two ranks: 22 and 23, in one queue and one memory."""
+    config = replace(UNNORMED, labelled_share=0.3)
+
+    def trained(among):
+        trainer = build(config, method, prepared, teacher_path, features, ranks=among)
+        figures = steps(trainer, 2)
+        return figures, {k: v.clone() for k, v in trainer.objective.named_buffers()}
+
+    (_, alone) = trained(SINGLE_PROCESS)
+    (figures, first), (_, second) = forked(2, trained, tmp_path)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert figures[0][method] > 0
+    if method == "queue":
+        name = "loss_terms.queue.position"
+        assert first[name] == alone[name] == 90
+
+    def gathered(among):
+        return training_ranks.of_all_ranks(torch.full((among.rank + 1, 3), among.rank))
+
+    for everything in forked(2, gathered, tmp_path):
+        assert everything.tolist() == [[0] * 3, [1] * 3, [1] * 3]
 
 
 def forked(count, work, folder):

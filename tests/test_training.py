@@ -590,6 +590,20 @@ def test_balanced_weights_bring_every_term_to_the_asked_ratio(make):
     assert all(w > 0 for w in found.values()) and found["cross_entropy"] == 1.0
 
 
+def test_a_balanced_ratio_is_over_the_weighted_cross_entropy(make):
+    config = replace(
+        QUICK, weights="balanced", balance=0.25, cross_entropy=CrossEntropyConfig(weight=4.0)
+    )
+    first = train_step(make("logits", config), 0, stopwatch.Stopwatch())
+    assert first["ratio_logits"] == pytest.approx(0.25, rel=1e-5)
+
+
+def test_balanced_weights_of_a_batch_in_parts_are_refused(make):
+    config = replace(QUICK, weights="balanced", compute=Compute(accumulate=2))
+    with pytest.raises(UserError, match="distill.weights: got balanced with 2 micro-batches"):
+        make("logits", config)
+
+
 def test_the_ratio_of_a_term_is_its_weighted_gradient_over_that_of_the_cross_entropy(make):
     trainer = make("logits", QUICK.with_choice({"logits.weight": 3.0}, "all"))
     figures = train_step(trainer, 0, stopwatch.Stopwatch())

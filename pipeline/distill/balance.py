@@ -36,7 +36,7 @@ def ratios(norms: Mapping[str, float], weights: Mapping[str, float]) -> dict[str
 
 
 class Balance(nn.Module):
-    """Weights at which each loss's gradient norm is `ratio` of the cross-entropy's, by the first STEPS steps.
+    """Weights at which each loss's gradient norm is `ratio` of the unweighted cross-entropy's, by STEPS steps.
 
     The sums are buffers, so that a resumed training goes on with the same weights.
     """

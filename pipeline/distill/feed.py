@@ -27,6 +27,9 @@ class Batch:
     indices: BatchIndices
     views: Tensor  # (B, 3, S, S) uint8
     labelled: float  # mean number of labelled images in a micro-batch of the step
+    share: (
+        float  # its cached views over their mean number in a micro-batch of the step; 1 without any
+    )
     teacher: TeacherOutputs | None = None  # of the cached views, behind the fresh ones
 
     def pin_memory(self) -> Batch:
@@ -50,7 +53,14 @@ class Views(Dataset[list[Batch]]):
 
     def __getitem__(self, step: int) -> list[Batch]:
         labelled = float((self.batches(step).labels >= 0).sum()) / self.micro_batches
-        return [Batch(part, self._pixels(part), labelled) for part in self.indices(step)]
+        return [
+            Batch(part, self._pixels(part), labelled, self._share(part))
+            for part in self.indices(step)
+        ]
+
+    def _share(self, part: BatchIndices) -> float:
+        cached = self.batches.cached
+        return (len(part.rows) - part.fresh) * self.micro_batches / cached if cached else 1.0
 
     def _pixels(self, part: BatchIndices) -> Tensor:
         """Render the views; fresh ones are mixed with labelled images only, as their mixed label must be known."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,6 +54,13 @@ class Losses:
     real: Tensor | None = None
     fake: Tensor | None = None
 
+    def of_part(self, share: float) -> Losses:
+        """Every mean over the cached views times `share`, so that the mean over the parts is that of the batch."""
+        if share == 1:
+            return self
+        terms = {n: v if n == "cross_entropy" else share * v for n, v in self.terms.items()}
+        return replace(self, terms=terms)
+
 
 class Objective(nn.Module):
     """The terms of one method with their trained modules, dropped at the end; `sizes` None: no terms."""
@@ -77,7 +84,7 @@ class Objective(nn.Module):
         if config.weights == "balanced":
             losses = (n for term in self._loss_terms() for n in term.losses if n not in term.beside)
             judged = ("adversarial",) if self.discriminator is not None else ()
-            self.balance = Balance([*losses, *judged], config.balance)
+            self.balance = Balance([*losses, *judged], config.balance * config.cross_entropy.weight)
 
     def compile_terms(self) -> None:
         """Compile every loss term in place, with torch.compile: its name and state stay what they are."""

@@ -174,6 +174,11 @@ def build(
             f"distill.labelled_share: got {config.labelled_share}, which leaves {batches.cached} cached views of "
             f"a batch of {config.batch} to {micro_batches} micro-batches; expected 2 or more for each; lower it"
         )
+    if objective.balance is not None and micro_batches > 1:
+        raise UserError(
+            f"distill.weights: got balanced with {micro_batches} micro-batches; expected one, as the weights are "
+            "measured on a whole batch; set accumulate: 1 on one process, or fixed weights"
+        )
     rendered = Views(batches, micro_batches, ranks)
     return Trainer(
         config=config,
@@ -339,13 +344,15 @@ def _losses(trainer: Trainer, step: int, batch: Batch, timer: Stopwatch) -> Loss
     losses: Losses = trainer.objective(
         logits, targets, outputs, batch.teacher, timer, trainer.autocast
     )
-    return losses
+    return losses.of_part(batch.share)
 
 
 def discriminator_step(trainer: Trainer, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
     """Eq. 8 on detached fakes, after the student's backward (decision 11); loss and accuracy."""
     assert trainer.objective.discriminator is not None
     loss, accuracy = robust.discriminator(trainer.objective.discriminator, real, fake)
+    share = len(real) * trainer.ranks.size / trainer.feed.views.batches.cached
+    loss, accuracy = share * loss, share * accuracy  # as Losses.of_part
     optimizer = trainer.optimizers["discriminator"]
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

@@ -40,12 +40,18 @@ def average_figures(figures: dict[str, float], ranks: Ranks) -> dict[str, float]
 
 
 def of_all_ranks(own: Tensor) -> Tensor:
-    """Concatenate the tensors (B, ...) of all ranks, in the order of their numbers."""
+    """Concatenate the tensors (B, ...) of all ranks, whose B may differ, in the order of their numbers."""
     if not distributed.is_initialized():
         return own
-    gathered = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(gathered, own.contiguous())
-    return torch.cat(gathered)
+    ranks = range(distributed.get_world_size())
+    counts = [torch.zeros(1, dtype=torch.int64, device=own.device) for _ in ranks]
+    distributed.all_gather(counts, torch.full_like(counts[0], len(own)))
+    lengths = torch.cat(counts).tolist()
+    padded = own.new_zeros(max(lengths), *own.shape[1:])  # all_gather takes tensors of one shape
+    padded[: len(own)] = own
+    gathered = [torch.empty_like(padded) for _ in ranks]
+    distributed.all_gather(gathered, padded)
+    return torch.cat([part[:length] for part, length in zip(gathered, lengths, strict=True)])
 
 
 def same_start(modules: Iterable[nn.Module], ranks: Ranks) -> None:
