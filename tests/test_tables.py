@@ -15,6 +15,7 @@ from tests import layouts
 
 NFD = unicodedata.normalize("NFD", "é")
 NFC = unicodedata.normalize("NFC", "é")
+BEYOND = ["9007199254740992", "9007199254740993"]  # one 64-bit float
 
 
 def read(root, tree, **columns):
@@ -62,6 +63,9 @@ def test_tables_of_every_dialect_give_the_same_labels(text, tmp_path):
         (("none", "a", "none"), ["a", "none"], [1, 0, 1]),
         (("1a", "0.5", "x"), ["0.5", "1a", "x"], [1, 0, 2]),
         ((NFC, NFD, "z"), ["z", NFC], [1, 1, 0]),
+        (("1_10", "11_0", "110"), ["110", "11_0", "1_10"], [2, 1, 0]),
+        (("1e3", "10e2", "1000"), ["1000", "10e2", "1e3"], [2, 1, 0]),
+        (("9007199254740992", "9007199254740993.0", "+7"), ["7", *BEYOND], [1, 2, 0]),
     ],
 )
 def test_labels_of_every_kind_are_classes(cells, classes, numbers, tmp_path):

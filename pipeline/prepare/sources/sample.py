@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pipeline.core.errors import UserError
 # Unicode's controls, halves of a character, ends of lines and paragraphs.
 ILLEGIBLE = ("Cc", "Cs", "Zl", "Zp")
 NO_LABEL = {"", "nan"}  # not "none", which is a class of its own in sets of defects
+WHOLE = re.compile(r"([+-]?[0-9]{1,4000})(?:\.0*)?")  # Python refuses to read more digits
 
 
 @dataclass(frozen=True)
@@ -137,12 +139,12 @@ def shortened(names: Iterable[str], limit: int = 5) -> str:
 
 
 def whole_number(text: str) -> int | None:
-    """The number that a cell holds, `3.0` included, which is how a table with gaps writes 3; else None."""
-    try:
-        value = float(text)
-        return int(value) if value.is_integer() else None
-    except (ValueError, OverflowError):
-        return None
+    """The number that a cell holds, `3.0` included, which is how a table with gaps writes 3; else None.
+
+    `1_10` and `1e3` are names, although Python reads them as numbers.
+    """
+    found = WHOLE.fullmatch(text.strip())
+    return int(found[1]) if found else None
 
 
 def classes_of(texts: Iterable[str], where: str) -> tuple[list[str], dict[str, int | None]]:
@@ -159,21 +161,21 @@ def classes_of(texts: Iterable[str], where: str) -> tuple[list[str], dict[str, i
     if known and all(number is not None for number in numbers.values()):
         names = [str(n) for n in sorted({n for n in numbers.values() if n is not None and n >= 0})]
         known = {cell: str(number) for cell, number in numbers.items() if str(number) in names}
-    elif known and all(_is_number(label) for label in known.values()):
-        fraction = next(label for label in known.values() if whole_number(label) is None)
-        raise UserError(
-            f"{where}: got {fraction!r}; expected class names or whole numbers; name the column of the classes in "
-            "prepare.label_column"
-        )
     else:
+        values = {label: _number(label) for label in known.values()}
+        fractions = [n for n, value in values.items() if value is not None and value % 1 != 0]
+        if fractions and None not in values.values():
+            raise UserError(
+                f"{where}: got {min(fractions)!r}; expected class names or whole numbers; name the column of the "
+                "classes in prepare.label_column"
+            )
         names = sorted(set(known.values()))
     number = {name: i for i, name in enumerate(names)}
     return names, {cell: number[known[cell]] if cell in known else None for cell in cells}
 
 
-def _is_number(text: str) -> bool:
+def _number(text: str) -> float | None:
     try:
-        float(text)
+        return float(text)
     except ValueError:
-        return False
-    return True
+        return None
