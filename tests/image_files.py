@@ -52,6 +52,11 @@ def plain(mode: str = "RGB") -> Image.Image:
     return Image.fromarray(halves(GREY, 0)).convert(mode)
 
 
+def in_32_bits(top: int, bottom: int) -> bytes:
+    """A grey TIFF of 32-bit integers."""
+    return saved(Image.fromarray(halves(top, bottom, "i4")), "TIFF")
+
+
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
     """What Pillow writes."""
     buffer = io.BytesIO()
@@ -193,6 +198,7 @@ READ: dict[str, bytes | tuple[bytes, int, int]] = {
     "grey of 16 bits.tif": tiff(halves(GREY * 257, 0, "<u2"), 1),
     "grey of 16 bits, big-endian.tif": tiff(halves(GREY * 257, 0, ">u2"), 1, order=">"),
     "grey of 12 bits.tif": twelve_bits(),
+    "grey of 16 bits in 32.tif": in_32_bits(GREY * 257, 0),
     "grey of 16 bits.pgm": b"P5 16 16 65535\n" + halves(GREY * 257, 0, ">u2").tobytes(),
     "0 is white, 8 bits.tif": tiff(halves(255 - GREY, 255), 0),
     "0 is white, 16 bits.tif": tiff(halves((255 - GREY) * 257, 65535, "<u2"), 0),
@@ -237,4 +243,9 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "cut.png": (PLAIN_PNG[:60], "truncated|damaged PNG|broken"),
     "head only.jpg": (b"\xff\xd8\xff\xe0\0\x10JFIF", "a damaged JPEG|[Tt]runcated"),
     "float.tif": (saved(Image.new("F", (9, 9), 0.5), "TIFF"), "32-bit float pixels"),
+    "counts of 32 bits.tif": (
+        in_32_bits(65536, 0),
+        r"32-bit integer pixels \(0 to 65536\) have no",
+    ),
+    "heights of 32 bits.tif": (in_32_bits(9, -1), r"32-bit integer pixels \(-1 to 9\) have no"),
 }

@@ -224,13 +224,19 @@ def upright(image: Image.Image) -> Image.Image:
 def rgb(image: Image.Image) -> Image.Image:
     """Convert any PIL image to 8-bit RGB of its own size: upright, alpha on white, 16 bit scaled to 8.
 
-    Raises ValueError: 32-bit float pixels, which have no range of their own.
+    Raises ValueError: 32-bit pixels, which have no range of their own, unless they are integers of 16 bits.
     """
     image = upright(image)
     if image.mode == "F":
         raise ValueError("32-bit float pixels have no defined range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        values = np.asarray(image)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 65535:
+            raise ValueError(
+                f"32-bit integer pixels ({low} to {high}) have no defined range; save it with 8 or 16 bits"
+            )
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
