@@ -25,7 +25,7 @@ OF_TARGET = ("wall_ms_max", "size_mb_max")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write `args.out`: on each target that a budget names, else on every enabled one that needs no torch."""
+    """Write `args.out`: every student on the targets that decide."""
     students = config.value("distill.students", args.params, default={})
     bench = config.load(Bench, args.params)
     budgets = config.value("report.budgets", args.params, default={})
@@ -63,10 +63,15 @@ def candidate(name: str, student: dict[str, Any]) -> Candidate:
 
 
 def deciding(budgets: Iterable[str], enabled: Iterable[str]) -> list[str]:
-    """The targets that budgets of latency or size name; without any every enabled one that needs no torch."""
+    """The targets that budgets of latency or size name.
+
+    Where one of these names none, which the best target keeps, or there are none, every enabled one that needs no
+    torch as well.
+    """
     named = [b.rpartition(".")[0] for b in budgets if b.rpartition(".")[2] in OF_TARGET]
     others = [t for t in enabled if not TARGETS[t].runtime.startswith("torch")]
-    return list(dict.fromkeys(filter(None, named))) or others
+    every = others if "" in named or not named else []
+    return list(dict.fromkeys([*filter(None, named), *every]))
 
 
 def summary(by_target: dict[str, list[dict[str, Any]]]) -> str:

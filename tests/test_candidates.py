@@ -23,6 +23,8 @@ from exporters.candidates.catalogue import FAMILIES, Candidate, candidates
 from pipeline.core import artifacts
 from pipeline.core.errors import UserError
 from pipeline.core.students import Candidates, PackBench
+from pipeline.models import checkpoint
+from stages import students
 
 TINY = "test_resnet:channels=[8,12,16,24],output_stride=8"
 SMALL = ("--image-size", "32", "--classes", "10", "--rounds", "5", "--seconds", "0.05")
@@ -109,9 +111,11 @@ def test_a_network_is_built_once_and_one_that_cannot_be_built_says_why(
     settings = untrained.Settings("ort-int8", 32, 10, 4)
     (tiny,) = candidates([TINY])
     first = untrained.build(tiny, settings, tmp_path)
-    assert first.artefact is not None and first.artefact.name == "student-int8.onnx"
+    assert first.artefact and first.onnx and first.artefact.name == "student-int8.onnx"
     assert (first.tap, first.no_tap, first.reason) == ("layer4 4x4", None, None)
-    assert first.params and first.macs
+    model, _ = checkpoint.load(first.onnx.with_suffix(".safetensors"))
+    counted = checkpoint.count(model, 32)  # as evaluate counts a trained one, which report judges
+    assert {"params": first.params, "macs": first.macs} == counted
     (wrong,) = candidates(["test_resnet:depth=3"])
     assert "cannot create test_resnet with {'depth': 3}" in str(
         untrained.build(wrong, settings, tmp_path).reason
@@ -120,6 +124,23 @@ def test_a_network_is_built_once_and_one_that_cannot_be_built_says_why(
     monkeypatch.setattr(untrained, "_export", None)
     monkeypatch.setattr(untrained, "_artefact", None)
     assert untrained.build(tiny, settings, tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    ("budgets", "targets"),
+    [
+        ([], ["ort-fp32", "ort-int8"]),
+        (["params_max", "top1_min"], ["ort-fp32", "ort-int8"]),
+        (["ort-int8.size_mb_max", "ort-int8.wall_ms_max"], ["ort-int8"]),
+        (["torch-eager.wall_ms_max"], ["torch-eager"]),
+        (["ort-int8.size_mb_max", "wall_ms_max"], ["ort-int8", "ort-fp32"]),
+        (["torch-eager.wall_ms_max", "size_mb_max"], ["torch-eager", "ort-fp32", "ort-int8"]),
+    ],
+)
+def test_a_budget_without_a_target_is_measured_on_every_enabled_one(
+    budgets: list[str], targets: list[str]
+) -> None:
+    assert students.deciding(budgets, ["ort-fp32", "torch-eager", "ort-int8"]) == targets
 
 
 def test_a_network_that_cannot_be_tapped_is_measured_all_the_same(tmp_path: Path) -> None:

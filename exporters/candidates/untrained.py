@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.artifact import counts, inputs
+from exporters.artifact import inputs
 from exporters.artifact.reference import Exported
 from exporters.artifact.runtime import Build
 from exporters.artifact.session import TARGETS, Target, Unavailable
@@ -47,7 +47,7 @@ class Settings:
 class Untrained:
     """A candidate as built; without an artefact `reason` says why.
 
-    params are those of the exported float network, macs PyTorch's count. tap: where CAKD would read it,
+    params and macs are those of the checkpoint, as of a trained student. tap: where CAKD would read it,
     `blocks.4 8x8`, or None and `no_tap`, why its losses cannot be used.
     """
 
@@ -131,14 +131,8 @@ def _export(candidate: Candidate, settings: Settings, folder: Path) -> dict[str,
         "preprocess": checkpoint.preprocessing(network, size),
     }
     checkpoint.save(folder / f"{MODEL}.safetensors", network, description)
-    onnx = folder / f"{MODEL}.onnx"
-    export(folder / f"{MODEL}.safetensors", onnx, force=True)
-    return {
-        "params": counts.count_model(onnx).params,
-        "macs": checkpoint.count(network, size)["macs"],
-        "tap": tap,
-        "no_tap": no_tap,
-    }
+    export(folder / f"{MODEL}.safetensors", folder / f"{MODEL}.onnx", force=True)
+    return {**checkpoint.count(network, size), "tap": tap, "no_tap": no_tap}
 
 
 def _artefact(target: Target, network: Path, size: int, out: Path) -> None:

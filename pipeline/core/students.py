@@ -44,7 +44,7 @@ class NetworkRow(Format):
     name: Text = key("As it was asked for: timm's name, with further arguments after a colon.")
     model: Text = key("Its name in timm.")
     kwargs: dict[str, Any] = key("Further arguments of timm.create_model.")
-    params: Count | None = key("Values of the weights, batch norms folded.")
+    params: Count | None = key("Parameters of its checkpoint.")
     macs: Count | None = key("Multiply-accumulates of one image.")
     tap: Text | None = key("Module and grid where CAKD would read it; null where it cannot.")
     no_tap: Text | None = key("Why CAKD cannot read it; null where it can.")
