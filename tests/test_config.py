@@ -70,6 +70,14 @@ def test_a_section_becomes_its_dataclass_with_yaml_1_2_numbers(tmp_path):
             "sample.inner: unknown key 'lo'; did you mean 'low'?",
         ),
         ("sample: {epochs: 1, inner: 3}", "sample.inner: got 3; expected keys and values"),
+        (
+            "sample: {epochs: 1, kwargs: {50: 1}}",
+            "sample.kwargs: got the key 50; expected text; write '50'",
+        ),
+        (
+            "sample: {epochs: 1, limits: {a: 1, null: 1}}",
+            "sample.limits: got the key null; expected text; write 'null'",
+        ),
         ("sample: {epochs: 1, limits: {b: x}}", "sample.limits.b: got 'x'; expected a number"),
         (
             "distil: {epochs: 1}",

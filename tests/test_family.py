@@ -156,7 +156,8 @@ def test_the_chart_is_whole_in_a_browser(view: str, run: Run) -> None:  # noqa: 
             "distill.students.x: distill.student: got 'resnet99'",
         ),
         ({"cakd": {"student": "resnet18"}}, "best", "got a student named 'cakd'"),
-        ({"a/b": {"student": "resnet18"}}, "best", "distill.students"),
+        ({"a/b": {"student": "resnet18"}}, "best", "distill.students: got the key 'a/b'; expected"),
+        ({"v1.5": {"student": "resnet18"}}, "best", "distill.students: got the key 'v1.5'; exp"),
         ({}, "narrow", "export.student: got 'narrow', which is not in distill.students"),
     ],
 )

@@ -114,14 +114,22 @@ def parse(kind: type[C], values: Any, where: str) -> C:
 
 
 def _check_plain(value: Any, where: str) -> None:
-    """Raise UserError where YAML holds what a JSON report cannot: a date, a set, NaN, an endless number."""
-    if isinstance(value, dict | list | tuple):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
+    """Raise UserError where YAML holds what a JSON report cannot: a date, a set, NaN, endless numbers, the key 50.
+
+    DVC, too, finds nothing by a key that is no text.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
             if isinstance(key, tuple):
                 raise UserError(f"{where}: got the key {_short(key)}; expected text")
             _check_plain(key, where)
+            if not isinstance(key, str):
+                text = json.dumps(key)
+                raise UserError(f"{where}: got the key {text}; expected text; write '{text}'")
             _check_plain(item, _dotted(where, [key]))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            _check_plain(item, _dotted(where, [i]))
     elif isinstance(value, str):
         if any("\ud800" <= c <= "\udfff" for c in value):
             raise UserError(f"{where}: got {_short(value)}; expected text in Unicode")
@@ -151,6 +159,9 @@ def explain(
     if first["type"] in _UNKNOWN:
         parent = _dotted(where, steps[:-1], ": ")
         return f"{parent}unknown key {key!r}; {nearest(key, _keys(kind, steps[:-1]))}{end}"
+    if key == "[key]":  # pydantic's step to a key that does not fit
+        parent = _dotted(where, steps[:-1], ": ")
+        return f"{parent}got the key {steps[-1]!r}; expected {_expected(first)}; {remedy or 'rename it'}"
     if first["type"] == "missing" and isinstance(key, str):
         keys = shorten(", ".join(map(str, got))) or "nothing"
         return f"{name}got {keys}; expected the key {key!r} too{end or '; add it'}"

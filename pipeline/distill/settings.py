@@ -27,7 +27,7 @@ from pipeline.distill.methods.table import METHODS, Terms, terms_of
 from pipeline.training.compute import Compute
 
 PERF_SCHEMA = "cakd.train/1"
-NAME = "^[A-Za-z0-9_.]{1,40}$"  # of a further student: part of paths and of DVC's stage names
+NAME = "^[A-Za-z0-9_]{1,40}$"  # of a further student: part of paths and of dotted keys in dvc.yaml
 METHOD = "^({0})(\\+({0}))*$".format("|".join(METHODS))  # for params.schema.json
 
 
@@ -94,7 +94,7 @@ class Distill:
     @classmethod
     def _check_students(cls, students: dict[str, StudentConfig]) -> dict[str, StudentConfig]:
         for name in students:
-            if name in (*METHODS, MAIN, BEST) or set(name) == {"."}:
+            if name in (*METHODS, MAIN, BEST):
                 raise ValueError(
                     f"got a student named {name!r}, which is the name of a method or means distill.student; "
                     "expected another; rename it"
