@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import struct
@@ -21,6 +22,7 @@ from pipeline.prepare.prepare import prepare
 from pipeline.prepare.settings import Prepare
 from pipeline.prepare.sources import cifar, parquet, unpickle, zoo
 from pipeline.prepare.sources.sample import Columns
+from pipeline.prepare.survey import survey
 from tests import containers
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "cifar100"
@@ -139,8 +141,52 @@ def test_text_labels_and_bare_numbers_are_classes_and_null_or_minus_one_is_no_la
     ]
     numbers = table(tmp_path / "numbers.parquet", target=[0, 2, -1])
     found = parquet.read(numbers, Columns("target"))
-    assert found.classes == ["0", "1", "2"] and found.samples[2].label is None
+    assert found.classes == ["0", "2"] and [s.label for s in found.samples] == [0, 1, None]
     assert np.array_equal(np.asarray(found.samples[1].read()), containers.pictures(3, 5)[0][1])
+
+
+def named(path, names, **columns):
+    """A table whose column `label` is a ClassLabel of these names."""
+    import pyarrow.parquet as pq
+
+    feature = {"label": {"names": names, "_type": "ClassLabel"}}
+    note = json.dumps({"info": {"features": feature}})
+    read = pq.read_table(table(path, **columns))
+    pq.write_table(read.replace_schema_metadata({"huggingface": note}), path)
+    return str(path)
+
+
+def test_numbers_with_gaps_and_blank_texts_are_what_they_are_in_a_table(tmp_path):
+    found = parquet.read(table(tmp_path / "a.parquet", label=[20, 10, 110]), Columns())
+    assert found.classes == ["10", "20", "110"] and [s.label for s in found.samples] == [1, 0, 2]
+    found = parquet.read(table(tmp_path / "b.parquet", label=["b", "", " ", "a"]), Columns())
+    assert found.classes == ["a", "b"]
+    assert [(s.label, s.split) for s in found.samples][:3] == [(1, None), *[(None, "train")] * 2]
+
+
+def test_class_names_by_number_are_in_the_order_of_the_numbers(tmp_path):
+    names = {str(i): f"class {i}" for i in range(12)}
+    in_order_of_text = dict(sorted(names.items()))
+    assert list(in_order_of_text)[:3] == ["0", "1", "10"]
+    path = named(tmp_path / "a.parquet", in_order_of_text, label=[2, 11])
+    assert parquet.read(path, Columns()).classes == list(names.values())
+    for keys in ({"0": "a", "2": "b"}, {"a": 0, "b": 1}):
+        path = named(tmp_path / "b.parquet", keys, label=[0, 0])
+        with pytest.raises(
+            UserError, match="class names: got the keys (0, 2|a, b); expected 0 to 1"
+        ):
+            parquet.read(path, Columns())
+
+
+def test_a_file_without_rows_is_told(tmp_path):
+    path = named(tmp_path / "a.parquet", ["a", "b"], label=[0])
+    import pyarrow.parquet as pq
+
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    with pytest.raises(UserError, match="got 0 images; expected 1 or more; correct the path"):
+        survey(tmp_path)
+    with pytest.raises(UserError):
+        prepare(Prepare("parquet", path, image_size=32, val=1, test=1), tmp_path / "out")
 
 
 def without_pyarrow(tmp_path, splits, monkeypatch):

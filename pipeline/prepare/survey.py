@@ -37,6 +37,10 @@ def survey(path: Path) -> Survey:
         )
     source = source_of(path)
     found = SOURCES[source](str(path), Columns())
+    if not found.samples:
+        raise UserError(
+            f"{path}: got 0 images; expected 1 or more; correct the path, or fetch it again"
+        )
     step = max(1, len(found.samples) // LOOKED_AT)
     looked_at = found.samples[::step]
     sides: list[int] = []

@@ -38,8 +38,8 @@ USUAL = ("label", "labels", "fine_label", "class", "target")
 def read(path: str | None, columns: Columns) -> SourceImages:
     """Rows of one file or several; the split is in a file's name (`train-00000-of-00005`) or its folder's.
 
-    Labels: `prepare.label_column`, else the ClassLabel column with most classes. A null or negative label is no
-    label. Class names may stand in another order in another file: rows are matched by name.
+    Labels: `prepare.label_column`, else the ClassLabel column with most classes. A null, blank or negative label
+    is no label. Class names may stand in another order in another file: rows are matched by name.
     Raises UserError, naming the file: no pyarrow, no or not all shards, no image column, an unknown label column,
     a damaged file, labels that are not class numbers or names, class names that another file does not have.
     """
@@ -184,11 +184,23 @@ class _File:
         )
 
     def class_names(self, column: str) -> list[str] | None:
-        """The class names of a ClassLabel column, None where the metadata has none."""
+        """The class names of a ClassLabel column, None where the metadata has none.
+
+        Raises UserError: names by other keys than 0, 1 and so on.
+        """
         feature = self.features.get(column, {})
         names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
-        if isinstance(names, dict):  # {"0": "cat", "1": "dog"}
-            names = list(names.values())
+        if isinstance(names, dict):  # {"0": "cat", "1": "dog"}, in any order
+            try:
+                keys = sorted(names, key=int)
+            except ValueError:
+                keys = []
+            if list(map(int, keys)) != list(range(len(names))):
+                raise UserError(
+                    f"{self.path}: column {column!r}: class names: got the keys {shortened(names)}; expected 0 to "
+                    f"{len(names) - 1}, each once; correct the metadata"
+                )
+            names = [names[key] for key in keys]
         return (
             [composed(str(name)) for name in names] if isinstance(names, list) and names else None
         )
@@ -251,7 +263,6 @@ def _head_of(path: Path) -> str | None:
 def _label_column(file: _File, requested: str | None) -> tuple[str, list[str]]:
     """The column of class labels, and a note where the data set has others."""
     columns = [n for n in file.schema.names if n != file.image]
-    labels = [n for n in columns if file.class_names(n)]
     if requested is not None:
         if requested not in columns:
             raise UserError(
@@ -259,6 +270,7 @@ def _label_column(file: _File, requested: str | None) -> tuple[str, list[str]]:
                 f"{nearest(requested, columns)}"
             )
         return requested, []
+    labels = [n for n in columns if file.class_names(n)]
     candidates = sorted(labels, key=lambda n: -len(file.class_names(n) or ())) or [
         n for n in USUAL if n in columns
     ]
@@ -272,11 +284,11 @@ def _label_column(file: _File, requested: str | None) -> tuple[str, list[str]]:
 
 
 def _labels(file: _File, column: str) -> list[int | str | None]:
-    """The labels of a file: class numbers, or texts; None for a null, a NaN or a negative one."""
+    """The labels of a file: class numbers, or texts; None for a null, a NaN, a blank text or a negative number."""
     names = file.class_names(column)
     labels: list[int | str | None] = []
     for value in file.column(column):
-        label = composed(value) if isinstance(value, str) else value
+        label = (composed(value) if value.strip() else None) if isinstance(value, str) else value
         if isinstance(label, float) and (label != label or label.is_integer()):
             label = None if label != label else int(label)
         if label is not None and not isinstance(label, str):
@@ -312,8 +324,7 @@ def _classes(
     if names is None and texts:
         return sorted(texts)
     if names is None:
-        start = 1 if numbers and min(numbers) == 1 else 0
-        return [str(i) for i in range(start, max(numbers, default=-1) + 1)]
+        return [str(number) for number in sorted(numbers)]
     for path, file in files.items():
         own = file.class_names(column)
         unknown = sorted(
