@@ -118,6 +118,19 @@ def test_a_table_that_is_not_understood_is_told_with_its_header_or_line(text, me
     assert "labels.csv" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["image", "file", "label", "id"])
+def test_an_image_that_is_called_like_a_column_makes_the_header_no_row(name, tmp_path):
+    header = "file,label" if name in ("file", "label") else f"{name},label"
+    tree = {f"{name}.jpg": "image", "": 2, "labels.csv": f"{header}\n{name}.jpg,a\n0.png,b\n1,a\n"}
+    assert labels(read(tmp_path, tree)) == {f"{name}.jpg": "a", "0.png": "b", "1.png": "a"}
+
+
+@pytest.mark.parametrize("text", ["0,y\n1,x\n2,y\n", "0.png,target\n1.png,x\n2.png,x\n"])
+def test_a_first_row_whose_label_is_called_like_a_column_is_a_row(text, tmp_path):
+    found = labels(read(tmp_path, {"": 3, "labels.csv": text}))
+    assert found["0.png"] in ("y", "target") and found["1.png"] == "x" and len(found) == 3
+
+
 @pytest.mark.parametrize(
     "raw", ["file,label\n0.png,ä\n".encode("latin-1"), "file,label".encode("utf-16"), b"a,b\n\0"]
 )

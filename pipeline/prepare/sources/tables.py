@@ -28,6 +28,10 @@ USUAL = (
     *("diagnosis", "dx", "class_id", "classid", "category_id", "label_id", "y"),
 )
 SPLIT_COLUMNS = ("split", "set", "subset", "partition", "phase", "data set", "data_set", "usage")
+NAMES_OF_COLUMNS = {
+    *(*USUAL, *SPLIT_COLUMNS, "id", "name", "path", "file", "filename", "file_name", "filepath"),
+    *("file_path", "image", "images", "image_id", "image_name", "image_path", "img", "photo"),
+}
 
 
 @dataclass(frozen=True)
@@ -177,9 +181,7 @@ def _table(root: Path, name: str) -> Table:
 
 
 def _reading(table: Table, index: _Index, columns: Columns, usual_only: bool = False) -> Reading:
-    if any(
-        index.find(cell, table.name) for cell in table.header
-    ):  # no header: the first row is an image's
+    if _is_row(table, index):  # no header: the first row is an image's
         header = [f"column {i + 1}" for i in range(len(table.header))]
         table = Table(table.name, header, [(1, table.header), *table.rows])
     got = f"{table.name}: got the header {', '.join(table.header)}"
@@ -214,6 +216,18 @@ def _reading(table: Table, index: _Index, columns: Columns, usual_only: bool = F
         )
     notes = [f"labels: one-hot columns {shortened(hot)} of {legible(table.name)}"]
     return Reading(table, image, "", _one_hot(table, hot), splits, notes)
+
+
+def _is_row(table: Table, index: _Index) -> bool:
+    """Whether the first line names an image: by suffix or folder, or by stem without the names of columns.
+
+    A label of the first row stands in other rows of its column too, the column's name does not.
+    """
+    found = [cell for cell in table.header if index.find(cell, table.name)]
+    if any(PurePosixPath(cell.replace("\\", "/")).stem != cell for cell in found):
+        return True
+    names = [cell for cell in table.header if cell.lower() in NAMES_OF_COLUMNS]
+    return bool(found) and all(cell in table.column(cell) for cell in names)
 
 
 def _image_column(table: Table, index: _Index, requested: str | None, got: str) -> str:
