@@ -99,6 +99,14 @@ def test_labels_of_every_kind_are_classes(cells, classes, numbers, tmp_path):
         ),
         ("file,a,b\n0.png,0,0\n1.png,0,1\n", "got 0 ones in line 2 .all 0.; expected one class"),
         (
+            "file,label,split\n0.png,a,train\n1.png,b,\n2.png,a,tset\n",
+            "line 4 of labels.csv: column 'split': got 'tset'; expected train, val, test, unlabelled",
+        ),
+        (
+            "file,a,b,Set\n0.png,1,0,unused\n1.png,0,1,train\n",
+            "line 2 of labels.csv: column 'Set': got 'unused'; expected train",
+        ),
+        (
             "file,width,height\n0.png,4,5\n1.png,6,7\n",
             "got the header file, width, height; expected a column of labels",
         ),
@@ -163,6 +171,27 @@ def test_one_of_several_columns_of_labels_is_taken_and_the_others_are_named(tmp_
     assert source.notes == [
         "labels: column 'class_name' of y.csv (prepare.label_column: also class_id)"
     ]
+
+
+def test_a_column_of_splits_that_holds_none_is_noted_and_one_of_labels_is_not(tmp_path):
+    text = "file,label,split,phase,set\n0,a,0,train,\n1,b,1,test,\n2,b,0,,\n"
+    source = read(tmp_path / "a", {"": 3, "y.csv": text})
+    assert [s.split for s in source.samples] == [None, "test", None]
+    assert source.notes == [
+        "labels: column 'label' of y.csv",
+        "column 'split' of y.csv not read: values 0, 1",
+    ]
+    source = read(tmp_path / "b", {"": 2, "y.csv": "file,set\n0,a\n1,b\n"})
+    assert source.classes == ["a", "b"] and len(source.notes) == 1
+    source = read(
+        tmp_path / "c", {"": 2, "y.csv": "file,label,set\n0,a,x\n1,b,test\n"}, label="set"
+    )
+    assert source.classes == ["test", "x"]
+
+
+def test_a_table_without_labels_may_have_any_column_of_splits(tmp_path):
+    tree = {"": 2, "y.csv": "file,label\n0,a\n1,b\n", "z.csv": "file,w,split\n0,7,train\n1,8,no\n"}
+    assert labels(read(tmp_path, tree)) == {"0.png": "a", "1.png": "b"}
 
 
 def test_ids_that_train_and_test_share_are_those_of_the_tables_split(tmp_path):

@@ -56,7 +56,7 @@ class Reading:
     image: str
     label: str  # a column, or "" for one-hot columns
     labels: list[str]  # of every row
-    splits: list[str | None]  # of every row that a column of splits gives
+    split: str | None  # the column of splits
     notes: list[str]
 
 
@@ -82,6 +82,8 @@ def read(root: Path, images: list[str], names: list[str], columns: Columns) -> F
         if reading not in usual:  # `test.csv` with a column of widths is no table of labels
             reasons[reading.table.name] = "a table in which no labels are understood"
     readings = usual or readings
+    for reading in readings:
+        _check_splits(reading)
     if not readings:
         several = f"{root}: got {len(names)} tables and none with labels; {'; '.join(faults[:3])}"
         raise UserError(faults[0] if len(faults) == 1 else several)
@@ -187,13 +189,8 @@ def _reading(table: Table, index: _Index, columns: Columns, usual_only: bool = F
     got = f"{table.name}: got the header {', '.join(table.header)}"
     image = _image_column(table, index, columns.image, got)
     rest = [name for name in table.header if name != image]
-    split = next(
-        (n for n in rest if n.lower() in SPLIT_COLUMNS and _are_splits(table.column(n))), None
-    )
+    split, unread = _split_column(table, [n for n in rest if n != columns.label])
     rest = [name for name in rest if name != split]
-    splits: list[str | None] = (
-        [None] * len(table.rows) if split is None else [_kind(cell) for cell in table.column(split)]
-    )
     usual = sorted((n for n in rest if n.lower() in USUAL), key=lambda n: USUAL.index(n.lower()))
     if columns.label is not None:
         if columns.label not in rest:
@@ -207,7 +204,8 @@ def _reading(table: Table, index: _Index, columns: Columns, usual_only: bool = F
         also = [n for n in rest if n.lower() in USUAL and n != usual[0]]
         more = f" (prepare.label_column: also {', '.join(also)})" if also else ""
         notes = [f"labels: column {usual[0]!r} of {legible(table.name)}{more}"]
-        return Reading(table, image, usual[0], table.column(usual[0]), splits, notes)
+        notes += [note for name, note in unread.items() if name != usual[0]]
+        return Reading(table, image, usual[0], table.column(usual[0]), split, notes)
     hot = [n for n in rest if {whole_number(cell) for cell in table.column(n)} <= {0, 1}]
     if len(hot) < 2:
         raise UserError(
@@ -215,7 +213,8 @@ def _reading(table: Table, index: _Index, columns: Columns, usual_only: bool = F
             "name the column in prepare.label_column"
         )
     notes = [f"labels: one-hot columns {shortened(hot)} of {legible(table.name)}"]
-    return Reading(table, image, "", _one_hot(table, hot), splits, notes)
+    notes += [note for name, note in unread.items() if name not in hot]
+    return Reading(table, image, "", _one_hot(table, hot), split, notes)
 
 
 def _is_row(table: Table, index: _Index) -> bool:
@@ -281,8 +280,33 @@ def _kind(cell: str) -> str | None:
     return split.kind if split else None
 
 
-def _are_splits(cells: list[str]) -> bool:
-    return all(_kind(cell) for cell in set(cells) - {""}) and any(cells)
+def _split_column(table: Table, names: list[str]) -> tuple[str | None, dict[str, str]]:
+    """The column of splits, one that holds nothing else before one that does; a note on each that holds none."""
+    best: tuple[str | None, bool] = (None, False)
+    unread = {}
+    for name in names:
+        cells = set(table.column(name)) - {""}
+        if name.lower() not in SPLIT_COLUMNS or not cells:
+            continue
+        known = {cell for cell in cells if _kind(cell)}
+        if not known:
+            values = f"{legible(table.name)} not read: values {shortened(cells)}"
+            unread[name] = f"column {name!r} of {values}"
+        elif not best[0] or (known == cells and not best[1]):
+            best = (name, known == cells)
+    return best[0], unread
+
+
+def _check_splits(reading: Reading) -> None:
+    """Raise UserError where a cell of the column of splits is no split: its image would be trained on."""
+    table = reading.table
+    cells = table.column(reading.split) if reading.split else []
+    for (line, _), cell in zip(table.rows, cells, strict=False):
+        if cell and not _kind(cell):
+            raise UserError(
+                f"line {line} of {table.name}: column {reading.split!r}: got {cell!r}; expected train, val, test, "
+                "unlabelled or nothing; correct the cell, or rename the column if it holds no splits"
+            )
 
 
 def _joined(
@@ -296,9 +320,9 @@ def _joined(
     again = 0
     for reading in readings:
         table, by_name = reading.table, split_of(PurePosixPath(reading.table.name).name)
-        listed = zip(
-            table.rows, table.column(reading.image), reading.labels, reading.splits, strict=True
-        )
+        given = table.column(reading.split) if reading.split else [""] * len(table.rows)
+        cells = table.column(reading.image)
+        listed = zip(table.rows, cells, reading.labels, given, strict=True)
         for (line, _), cell, text, split in listed:
             row, matches = f"line {line} of {table.name}", index.find(cell, table.name)
             if len(matches) > 1:
@@ -315,7 +339,12 @@ def _joined(
                     "label an image; correct the table, or name another column in prepare.label_column"
                 )
             again += name in texts
-            kind = split or index.kinds.get(name) or (by_name.kind if by_name else None) or TRAIN
+            kind = (
+                _kind(split)
+                or index.kinds.get(name)
+                or (by_name.kind if by_name else None)
+                or TRAIN
+            )
             texts[name], rows[name] = ("", row) if kind == UNLABELLED else (text, row)
             splits[name] = TRAIN if kind == UNLABELLED else kind
     where = ", ".join(reading.table.name for reading in readings)
