@@ -214,6 +214,16 @@ CASES = [
         train=12,
         left_out={".md, not a format that is read": 1, ".heic, not a format that is read": 1},
     ),
+    Case(
+        "`train/` `val/` and an empty `test/`",
+        {**TRAIN, "val/cat": 2, "val/dog": 2, "test/cat": 0, "test/dog": 0},
+        refused="got test/ without images; expected images in every split",
+    ),
+    Case(
+        "a link to an empty folder",
+        {**ONE, "eel": "-> ../nothing"},
+        refused="eel: got a class folder without images",
+    ),
     Case("an empty class folder", {**ONE, "eel": 0}, refused="got a class folder without images"),
     Case(
         "one name composed and decomposed",

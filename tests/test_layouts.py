@@ -25,6 +25,7 @@ def n_files(root):
 @pytest.mark.parametrize("case", layouts.CASES, ids=lambda case: case.layout)
 def test_a_layout_is_read_or_refused_as_the_page_says(case, tmp_path):
     layouts.build(tmp_path / "elsewhere", {"": 4})
+    layouts.build(tmp_path / "nothing", {"": 0})
     root = tmp_path / "images"
     layouts.build(root, case.tree)
     if case.refused:
@@ -47,6 +48,32 @@ def test_a_layout_is_read_or_refused_as_the_page_says(case, tmp_path):
     assert {reason: len(names) for reason, names in source.left_out.items()} == case.left_out
     for sample in source.samples:
         assert sample.read().size == (12, 12)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({**layouts.TRAIN, "test": 0}, "images: got test/ without images"),
+        ({**layouts.ONE, "test": 0}, "images: got test/ without images"),
+        ({**layouts.TRAIN, "docs/a.txt": "x", "test_images": 0}, "got test_images/ without images"),
+        ({**layouts.TRAIN, "test": "-> ../nothing"}, "images: got test/ without images"),
+        ({**layouts.TRAIN, "train/cow": "-> ../../nothing"}, "train/cow: got a class folder"),
+        ({**layouts.ONE, "train_station": 0}, "train_station: got a class folder without images"),
+        ({**layouts.TRAIN, "train_masks": 0, "docs/a.txt": "x"}, None),
+        ({**layouts.TRAIN, "unlabelled": 0}, None),
+        ({**layouts.TRAIN, "test/cat": 2, "testing": 0, "train/up": "-> ../.."}, None),
+    ],
+)
+def test_a_split_or_class_without_images_is_refused_and_what_is_beside_it_is_not(
+    tree, message, tmp_path
+):
+    layouts.build(tmp_path / "nothing", {"": 0})
+    layouts.build(tmp_path / "images", tree)
+    if message is None:
+        assert imagefolder.read(str(tmp_path / "images"), Columns()).classes == ["cat", "dog"]
+        return
+    with pytest.raises(UserError, match=message):
+        imagefolder.read(str(tmp_path / "images"), Columns())
 
 
 def test_the_page_shows_these_layouts():

@@ -59,11 +59,12 @@ def walk(root: Path) -> Iterator[File]:
 
 
 def folders(folder: Path) -> list[str]:
-    """Names of the folders directly in `folder`, without links, hidden and system folders."""
+    """Names of the folders directly in `folder`, without hidden and system folders and links to a folder above."""
+    above = {_identity(p) for p in (folder, *folder.absolute().parents, *folder.resolve().parents)}
     return sorted(
         p.name
         for p in folder.iterdir()
-        if p.is_dir() and not p.is_symlink() and not _reason(p.name)
+        if p.is_dir() and not _reason(p.name) and not (p.is_symlink() and _identity(p) in above)
     )
 
 

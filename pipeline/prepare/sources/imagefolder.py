@@ -142,7 +142,8 @@ def _check_level(root: Path, level: Level, classes: list[str]) -> None:
             "add them, or a table of labels (.csv, .tsv) beside the images, or prepare.label_pattern"
         )
     for name in tree.folders(folder):
-        if name not in level.folders and not split_of(name):
+        split = split_of(name)
+        if name not in level.folders and not (split and split.kind == UNLABELLED):
             raise UserError(
                 f"{folder / name}: got a class folder without images; expected {', '.join(sorted(SUFFIXES))}; add "
                 "images or remove the folder"

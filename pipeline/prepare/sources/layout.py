@@ -59,13 +59,15 @@ class Layout:
 def layout_of(root: Path, images: Iterable[str], has_tables: bool) -> Layout:
     """Sort the images below `root` by their folders.
 
-    Raises UserError: splits without train, two folders for one split, a split beside class folders.
+    Raises UserError: splits without train, two folders for one split, one without images, a split beside class
+    folders.
     """
     top = _levels(images)
     while (inner := _only(root, top)) and inner.folders:
         if inner.split() and not all(f.split() for f in inner.folders.values()):
             break
         top = inner
+    _check_empty(root, top)
     splits = _splits(root, top, has_tables)
     trees = {kind: _unwrapped(root, level, kind) for kind, level in splits.items()}
     labelled = {k: v for k, v in trees.items() if k == TRAIN or v.classes()} or {TRAIN: top}
@@ -101,6 +103,21 @@ def _only(root: Path, level: Level) -> Level | None:
     names = tree.folders(root / level.name) or list(level.folders)
     one = len(names) == len(level.folders) == 1 and not level.images
     return level.folders.get(names[0]) if one else None
+
+
+def _check_empty(root: Path, top: Level) -> None:
+    """Raise UserError where a split has a folder and no images: another would be tested on instead."""
+    names = tree.folders(root / top.name)
+    sure = sure_splits(names)
+    splits = {name: split for name in names if (split := split_of(name))}
+    found = {split.kind for name, split in splits.items() if name in top.folders}
+    for name, split in splits.items():
+        if split.kind in {*found, UNLABELLED} or not (name in sure or sure.keys() & top.folders):
+            continue
+        raise UserError(
+            f"{root / top.name}: got {name}/ without images; expected images in every split; add them, or remove "
+            "the folder"
+        )
 
 
 def _unwrapped(root: Path, level: Level, kind: str) -> Level:
