@@ -28,6 +28,8 @@ from pipeline.project import recipes
 
 SCHEMA = "cakd.tune/1"
 LR = (0.5, 1.0, 2.0)  # times the recipe's
+ALONE = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of a method without weights to draw
+MAX_DRAWS = 1000  # until every trial differs from the others
 WEIGHT = (0.3, 1.0, 3.0, 10.0)  # times the recipe's
 SHARES = (0.25, 0.5, 0.75)
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -37,16 +39,25 @@ Choice = dict[str, Any]  # dotted key below `distill` -> value
 
 
 def trials(settings: Distill, method: str, count: int) -> Iterator[Choice]:
-    """`count` choices, the first empty: a function of the method and of the recipe's settings."""
+    """`count` choices that make different settings, the first empty: a function of the method and the recipe.
+
+    Every method gets as many settings, one without a teacher too; fewer only where there are no more.
+    """
     yield {}
     draw = random.Random(f"tune {method}")
-    for _ in range(count - 1):
-        choice: Choice = {"lr": settings.lr * draw.choice(LR)}
+    tried = [settings.with_choice({}, method)]
+    rates = ALONE if all(term in WITHOUT_LOSS for term in terms_of(method)) else LR
+    for _ in range(MAX_DRAWS):
+        if len(tried) == count:
+            return
+        choice: Choice = {"lr": settings.lr * draw.choice(rates)}
         if paired(method):
             choice["labelled_share"] = draw.choice(SHARES)
         for term in dict.fromkeys(terms_of(method)):
             choice |= _of_term(settings, term, draw)
-        yield choice
+        if (made := settings.with_choice(choice, method)) not in tried:
+            tried.append(made)
+            yield choice
 
 
 def _of_term(settings: Distill, term: str, draw: random.Random) -> Choice:

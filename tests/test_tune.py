@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 
 import numpy as np
@@ -106,14 +107,14 @@ def test_choices_stand_beside_the_recipe_and_a_second_search_trains_nothing(
 
 
 def test_every_method_gets_the_same_number_of_trials_and_the_recipe_is_the_first():
-    for method in ("plain", "logits", "cakd+logits", "rkd"):
+    for method in ("plain", "plain+trans", "control", "logits", "cakd+logits", "rkd"):
         drawn = list(tune.trials(QUICK, method, 6))
         assert len(drawn) == 6 and drawn[0] == {}
         assert drawn == list(tune.trials(QUICK, method, 6))
-        for choice in drawn:
-            QUICK.with_choice(choice, method)
-        assert ("labelled_share" in drawn[1]) == (method != "plain")
-    assert "cakd.gram_weight" in drawn[1] or method == "rkd"
+        made = [QUICK.with_choice(choice, method) for choice in drawn]
+        assert all(a != b for a, b in itertools.combinations(made, 2))  # so as many settings
+        assert ("labelled_share" in drawn[1]) == (not method.startswith("plain"))
+        assert ("cakd.gram_weight" in drawn[1]) == (method == "cakd+logits")
 
 
 def test_a_grid_adds_every_combination_of_the_keys_that_a_method_reads(search, tmp_path):
