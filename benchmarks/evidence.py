@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ledger import FOLDER, Identity, Ledger, Run, identity, identity_of_teacher
-from benchmarks.methods import AGAINST, cell, interval
+from benchmarks.methods import AGAINST, cell, interval, teacher_row
 from benchmarks.runs import RECIPES, Runs, merged
 from pipeline.core import artifacts, cli
 from pipeline.core.atomic import atomic
@@ -212,10 +212,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
         "|---|--:|--:|" + "--:|" * (len(heads) + 4),
     ]
     if (teacher := summary["teacher"]) is not None:
-        empty = " | " * len(heads)
         clean, noisy = (f"{100 * teacher[what]:.1f}" for what in ("clean", "noisy"))
-        lines.append(f"| teacher | | {clean} | {empty}| {noisy} | | | |")
-
+        lines.append(teacher_row(["teacher", "", clean], len(heads), noisy))
     for method, row in summary["methods"].items():
         clean = " | ".join(cell(row, f"clean_minus_{name}") for name in AGAINST)
         cost = f"{row['step_over_plain']:.1f}" if "step_over_plain" in row else ""

@@ -43,6 +43,7 @@ NOT_OF_A_RUN = (
 )
 # How a step is computed, which differs between machines: a figure depends on it by rounding only.
 BY_ROUNDING = ("distill.compute.device", "distill.compute.channels_last", "distill.compute.compile")
+SEED = "distill.seed"
 # What all runs of a table share, whatever their method: images, labels, views, judging, steps and student.
 SHARED = re.compile(
     r"(prepare|cache|evaluate)\.|distill\.(steps|epochs|batch|student|student_kwargs)\b"
@@ -113,12 +114,13 @@ class Ledger:
     def read(self, method: str, seed: int, expected: Identity) -> Run | None:
         """The figures of a run; None where there is none.
 
-        Raises UserError: a run of other settings; one of another method that differs in what a table shares.
+        Raises UserError: a run of this method with other settings, a run that differs in what a table shares.
         """
         own, figures = self.path(method, seed), None
         for path in sorted(self.folder.glob("*.json")):
             entry = artifacts.read_json(path, SCHEMA)
-            _check_same(path, entry, expected, None if path == own else SHARED)
+            same = entry["method"] == method
+            _check_same(path, entry, expected, None if same else SHARED, other=path != own)
             if path == own:
                 figures = entry["figures"]
         return figures
@@ -145,7 +147,7 @@ class Ledger:
         Raises UserError: a file of another name than its run, runs that do not share what those of a table do.
         """
         by_method: dict[str, dict[int, dict[str, Any]]] = {}
-        sharing: list[Identity] = []
+        sharing: list[tuple[str, Identity]] = []
         for path in sorted(self.folder.glob("*.json")):
             named = NAME.fullmatch(path.name)
             entry = artifacts.read_json(path, SCHEMA)
@@ -157,18 +159,26 @@ class Ledger:
                     f"{path}: got a run of {entry['method']}, seed {entry['seed']}; expected the one that it is "
                     "named after; name it so"
                 )
-            for other in sharing:
-                _check_same(path, entry, other, SHARED)
-            sharing.append(Identity(entry["settings"], entry["teacher"]))
+            for method, other in sharing:
+                same = method == entry["method"]
+                _check_same(path, entry, other, None if same else SHARED, other=True)
+            sharing.append((entry["method"], Identity(entry["settings"], entry["teacher"])))
             by_method.setdefault(entry["method"], {})[entry["seed"]] = entry
         return by_method
 
 
 def _check_same(
-    path: Path, entry: Mapping[str, Any], expected: Identity, of: re.Pattern[str] | None
+    path: Path,
+    entry: Mapping[str, Any],
+    expected: Identity,
+    of: re.Pattern[str] | None,
+    other: bool,
 ) -> None:
-    """Raise UserError where the teacher or a setting differs: one `of` this pattern, or any where it is None."""
-    if (difference := _difference(entry, expected, of)) is not None:
+    """Raise UserError where the teacher or a setting differs: one `of` this pattern, or any where it is None.
+
+    Of an `other` run the seed may differ.
+    """
+    if (difference := _difference(entry, expected, of, {SEED} if other else set())) is not None:
         raise UserError(
             f"{path}: a run of other settings: got {difference}; runs of one table share them; move it away, "
             "or give these settings a recipe of their own"
@@ -176,7 +186,7 @@ def _check_same(
 
 
 def _difference(
-    entry: Mapping[str, Any], expected: Identity, of: re.Pattern[str] | None
+    entry: Mapping[str, Any], expected: Identity, of: re.Pattern[str] | None, free: set[str]
 ) -> str | None:
     """The first setting that differs, as `distill.lr 0.002; expected 0.004`; None where all are the same.
 
@@ -187,7 +197,7 @@ def _difference(
         held, asked = (str(t)[:12] for t in teachers)
         return f"teacher {held}; expected {asked}"
     known, then, now = defaults(), _flat(entry["settings"]), _flat(expected.settings)
-    names = {*then, *now}.difference(BY_ROUNDING)
+    names = {*then, *now}.difference(BY_ROUNDING, free)
     if of is not None:
         both = entry["settings"].keys() & expected.settings.keys()
         names = {name for name in names if of.match(name) and name.partition(".")[0] in both}

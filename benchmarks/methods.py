@@ -86,6 +86,11 @@ def cell(row: Mapping[str, Any], name: str) -> str:
     return f"{row[name]['mean']:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
 
 
+def teacher_row(first: Sequence[str], differences: int, noisy: str) -> str:
+    """The teacher's row: its first cells, as many empty ones as other rows have differences, its noisy top-1."""
+    return f"| {' | '.join([*first, *[''] * differences, noisy, '', '', ''])} |"
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The table of a result, the teachers first."""
     controls = any("clean_minus_own_control" in row for row in result["methods"].values())
@@ -101,9 +106,7 @@ def markdown(result: dict[str, Any]) -> str:
         " ".join(f"{100 * teacher[what]:.1f}" for teacher in teachers)
         for what in ("clean", "noisy")
     )
-    empty = " | " * len(against)
-    lines.append(f"| teacher | {clean} | {empty}| {noisy} | | | |")
-
+    lines.append(teacher_row(["teacher", clean], len(against), noisy))
     for method, row in result["methods"].items():
         cost = f"{row['step_over_plain']:.1f}" if "step_over_plain" in row else ""
         differences = " | ".join(cell(row, f"clean_minus_{name}") for name in against)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -91,6 +92,9 @@ def test_runs_of_two_methods_share_images_steps_student_and_teacher(tmp_path, ot
     kept.write("logits", 1, made_of, run(0.5))
     with pytest.raises(UserError, match="logits-1.json: a run of other settings"):
         kept.entries()
+    slower = identity(PARAMS, replace(SETTINGS, lr=0.5), "dkd", 1, "t")
+    with pytest.raises(UserError, match="dkd-0.json: .*distill.lr 0.002; expected 0.5"):
+        kept.read("dkd", 1, slower)
     tuned = identity(PARAMS, replace(SETTINGS, lr=0.1, labelled_share=0.1), "plain", 0, "v")
     (tmp_path / "logits-1.json").unlink()
     kept.write("plain", 0, tuned, run(0.5))
@@ -142,7 +146,7 @@ def test_a_table_compares_over_the_seeds_that_both_methods_have(tmp_path):
     }
     assert rows["logits"]["step_over_plain"] == 1.5
     text = evidence.markdown(summary)
-    assert "| logits | 2 | 56.0 | +5.0 ± 0.0 |" in text and "| teacher | | 70.0 |" in text
+    assert "| logits | 2 | 56.0 | +5.0 ± 0.0 |" in text and "| teacher |  | 70.0 |" in text
 
 
 def test_committed_tables_are_those_of_the_committed_runs_byte_for_byte(tmp_path, monkeypatch):
@@ -155,6 +159,21 @@ def test_committed_tables_are_those_of_the_committed_runs_byte_for_byte(tmp_path
         for suffix in (".md", ".json"):
             committed = ledger.FOLDER.parent / f"evidence-{recipe}{suffix}"
             assert out.with_suffix(suffix).read_bytes() == committed.read_bytes()
+
+
+def test_every_row_of_a_committed_table_has_a_cell_under_every_head():
+    pages = [*(ROOT / "benchmarks/results").glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    tables = 0
+    for page in pages:
+        lines = page.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines):
+            if not line.startswith("|---"):
+                continue
+            tables += 1
+            head = lines[number - 1].replace(r"\|", "").count("|")
+            for row in itertools.takewhile(lambda x: x.startswith("|"), lines[number + 1 :]):
+                assert row.replace(r"\|", "").count("|") == head, (page.name, row)
+    assert tables > 50
 
 
 def test_without_runs_a_table_is_one_line(tmp_path, monkeypatch):
