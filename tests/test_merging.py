@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from pipeline.report import machines
+from pipeline.report import adapters, machines
 from pipeline.report import page as report_page
 from pipeline.report.page import markdown
 from tests import compared
@@ -104,6 +104,46 @@ def test_a_larger_batch_stands_beside_the_row_of_a_target(run: Run) -> None:  # 
     assert (target["student"]["batch"], target["teacher"]["batch"]) == (1, 1)
     assert [(r["threads"], r["batch"]) for r in target["more_threads"]][:2] == [(1, 8), (1, 8)]
     assert "4.57" in report_page.page([summary(run)])
+
+
+def test_comparisons_of_two_batches_are_told_apart(run: Run) -> None:  # noqa: F811
+    both = [comparison("ort-fp32", "FAIL", 1.4, batch=1), comparison(median=0.9, batch=8)]
+    path = compared.against(run.folder, *both)
+    text = command(["--merge", path, "--out", run.folder / "out"])
+    page = (run.folder / "out" / "edge.md").read_text()
+    assert "| student.onnx | ort-fp32 | 1 | 1.40" in page
+    assert "| student.onnx, batch 8 | ort-fp32 | 1 | 0.900" in page
+    assert "student.onnx on ort-fp32, 1 thread: CPU time 1.400" in text.stderr
+    summarised = machines.read_machine(path)
+    found = [k for k in adapters.bencher(summarised) if "baseline" in k]
+    assert found == [
+        "student.onnx on ort-fp32, 1 thread, against its baseline",
+        "student.onnx on ort-fp32, 1 thread, batch 8, against its baseline",
+    ]
+
+
+def test_two_files_that_are_one_model_are_refused(run: Run) -> None:  # noqa: F811
+    found = run.read("bench/ort-fp32.json")
+    again = {**found["rows"][0], "model": "student-v2.onnx"}
+    first = {**found["rows"][0], "model": "student-v1.onnx"}
+    run.write("two.json", {**found, "rows": [first, again]})
+    done = command(["--merge", run.folder / "two.json"])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert (
+        "about 'student-v1.onnx' and 'student-v2.onnx', each the student in ort-fp32" in done.stderr
+    )
+
+
+def test_accuracies_of_val_are_not_called_those_of_test(run: Run) -> None:  # noqa: F811
+    assert "split" not in summary(run)
+    run.write("accuracy.json", {**run.read("accuracy.json"), "split": "val"})
+    done = stage(run)
+    assert done.returncode == 0, done.stderr
+    for name in ("edge.md", "index.html"):
+        page = (run.folder / OUT / name).read_text()
+        assert "error of the val images" in page and "of the test images" not in page
+    assert "accuracies are of the val images (evaluate.split), not of test" in page
+    assert not problems(run.read(f"{OUT}/edge.json"))
 
 
 def test_what_is_merged_and_what_is_written_keep_their_schema(run: Run) -> None:  # noqa: F811

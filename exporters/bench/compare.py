@@ -60,6 +60,7 @@ def compare_artefacts(
         "model": candidate.model,
         "target": candidate.target.name,
         "threads": candidate.threads,
+        "batch": results[0].row["batch"],
         "verdict": _verdict(results, ratio, rows),
         "reason": reason,
         "ratio": None if ratio is None or reason else {**vars(ratio), "verdict": ratio.verdict},

@@ -66,6 +66,8 @@ def verdict_line(comparison: dict[str, Any]) -> str:
     reason = comparison["reason"]
     reasons = "; ".join([reason] if reason else [*failed, _time(comparison)])
     where = f"{comparison['model']} on {comparison['target']}, {comparison['threads']} threads"
+    if (batch := comparison.get("batch", 1)) != 1:
+        where += f", batch {batch}"
     return f"{comparison['verdict']}: {reasons} [{where}]"
 
 

@@ -59,10 +59,17 @@ def read_machine(path: Path) -> dict[str, Any]:
 
 
 def check_models(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Raise UserError where a row is about neither student nor teacher."""
+    """Raise UserError where a row is about neither student nor teacher, or two are about the same."""
+    names: dict[tuple[str, str, int, int], str] = {}
     for row in rows:
         if model_of(row["model"]) not in MODELS:
             raise UserError(
                 f"{path}: a row is about {row['model']!r}; a report knows student and teacher: name the "
                 "files student*.onnx and teacher*.onnx and run the bench again"
+            )
+        subject = (model_of(row["model"]), row["target"], row["threads"], row["batch"])
+        if (first := names.setdefault(subject, row["model"])) != row["model"]:
+            raise UserError(
+                f"{path}: rows are about {first!r} and {row['model']!r}, each the {subject[0]} in "
+                f"{row['target']}; expected one; bench them into a JSON each"
             )

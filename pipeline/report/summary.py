@@ -134,6 +134,7 @@ def summarise(sources: Sources, targets: Sequence[str], config: Report) -> dict[
         **several,
         "selection": {key: selection[key] for key in ("split", "methods", "reason")},
         "teacher_r12": next(filter(None, (t.get("teacher_r12") for t in training.values())), None),
+        **({} if (split := accuracy.get("split", "test")) == "test" else {"split": split}),
         "noise": accuracy.get("noise", []),
         "models": compare(accuracy["models"]),
         "targets": [

@@ -95,8 +95,10 @@ def of_latency(comparison: Mapping[str, Any]) -> str:
 
 
 def location(comparison: Mapping[str, Any]) -> str:
-    """Where a comparison was made: "student.onnx on ort-fp32, 1 thread"."""
-    return f"{comparison['model']} on {comparison['target']}, {threads(comparison['threads'])}"
+    """Where a comparison was made: "student.onnx on ort-fp32, 1 thread"; with the batch where it is not 1."""
+    where = f"{comparison['model']} on {comparison['target']}, {threads(comparison['threads'])}"
+    batch = comparison.get("batch", 1)
+    return where if batch == 1 else f"{where}, batch {batch}"
 
 
 def threads(count: int) -> str:
@@ -136,6 +138,8 @@ def judge(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def _notes(summary: Mapping[str, Any], checks: Iterable[ReportCheck]) -> Iterator[str]:
     exported = summary["models"].get(summary["shipped"], {})
+    if split := summary.get("split"):
+        yield f"accuracies are of the {split} images (evaluate.split), not of test"
     for baseline, points in exported.get("points", {}).items():
         if points < 0:
             yield f"the exported {summary['shipped']} is {-points:.1f} points below {baseline}"

@@ -161,6 +161,7 @@ class Comparison(Format):
     model: Text = key("Name of the model's file.")
     target: Text = key("Where the model ran.")
     threads: Positive = key("Threads of both sides.")
+    batch: Positive = optional("Images a call of both sides; absent in older files: 1 or its own.")
     verdict: Verdict = key("Of this comparison, gates included.")
     reason: Text | None = key("Which side could not run, and why; null where both did.")
     ratio: Ratio | None = key("CPU time over the baseline's, paired by round; or null.")

@@ -167,6 +167,7 @@ class EdgeComparison(Format):
     model: Text = key("Name of the model's file.")
     target: Text = key("Where both ran.")
     threads: Positive = key("Threads of both.")
+    batch: Positive = optional("Images a call of both; absent in older files.")
     verdict: Text = key("PASS, FAIL, INCONCLUSIVE; another word where nothing could be compared.")
     ratio: ComparedInterval | None = key("CPU time over the baseline's; null where not measured.")
     gates: list[EdgeGate] = key("The gates free of noise.")
@@ -277,6 +278,7 @@ class Edge(Artefact):
         "From selection.json: why this method is exported. Absent in older files."
     )
     teacher_r12: R12 | None = optional("Of the teacher of the students. Absent in older files.")
+    split: Literal["train", "val"] | None = optional("The images judged; absent: test.")
     noise: list[str] = key("The kinds of noise behind `noisy`.")
     models: dict[str, EdgeModel] = key("The models of accuracy.json, compared with the baselines.")
     targets: list[Target] = key("One entry a target of bench.enabled.")
