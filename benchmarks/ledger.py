@@ -14,6 +14,7 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def identity_of_teacher(params: Mapping[str, Any], teacher: str) -> Identity:
     return Identity(sections, teacher)
 
 
+@cache
 def defaults() -> dict[str, Any]:
     """Every setting that has a default, by its dotted name."""
     distill = Distill(methods=("plain",), student="", steps=1)

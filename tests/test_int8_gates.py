@@ -18,6 +18,7 @@ from exporters.artifact.session import TARGETS
 from exporters.bundle import make
 from exporters.ort import int8
 from exporters.ort.session import OrtSession
+from pipeline.core.errors import UserError
 from tests.test_shape import network
 
 SIDE = 8
@@ -136,5 +137,5 @@ def test_logits_with_two_axes_of_one_are_those_without() -> None:
     answers = np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32)
     x = inputs.smooth(16, SIDE, SIDE)
     assert np.array_equal(inputs.run_batches(Answers(answers[:, :, None, None]), x), answers)
-    with pytest.raises(inputs.UserError, match=r"first output: got float32 \[16, 4, 2, 1\]"):
+    with pytest.raises(UserError, match=r"first output: got float32 \[16, 4, 2, 1\]"):
         inputs.run_batches(Answers(np.zeros((16, 4, 2, 1), np.float32)), x)

@@ -142,6 +142,7 @@ def test_accuracies_of_val_are_not_called_those_of_test(run: Run) -> None:  # no
     for name in ("edge.md", "index.html"):
         page = (run.folder / OUT / name).read_text()
         assert "error of the val images" in page and "of the test images" not in page
+        assert "Noisy: every val image" in page
     assert "accuracies are of the val images (evaluate.split), not of test" in page
     assert not problems(run.read(f"{OUT}/edge.json"))
 

@@ -27,9 +27,7 @@ class Batch:
     indices: BatchIndices
     views: Tensor  # (B, 3, S, S) uint8
     labelled: float  # mean number of labelled images in a micro-batch of the step
-    share: (
-        float  # its cached views over their mean number in a micro-batch of the step; 1 without any
-    )
+    share: float  # cached views over the mean of the step's micro-batches; 1 without any
     teacher: TeacherOutputs | None = None  # of the cached views, behind the fresh ones
 
     def pin_memory(self) -> Batch:

@@ -110,9 +110,9 @@ def _check_empty(root: Path, top: Level) -> None:
     names = tree.folders(root / top.name)
     sure = sure_splits(names)
     splits = {name: split for name in names if (split := split_of(name))}
-    found = {split.kind for name, split in splits.items() if name in top.folders}
+    present = {split.kind for name, split in splits.items() if name in top.folders}
     for name, split in splits.items():
-        if split.kind in {*found, UNLABELLED} or not (name in sure or sure.keys() & top.folders):
+        if split.kind in {*present, UNLABELLED} or not (name in sure or sure.keys() & top.folders):
             continue
         raise UserError(
             f"{root / top.name}: got {name}/ without images; expected images in every split; add them, or remove "

@@ -143,8 +143,8 @@ def whole_number(text: str) -> int | None:
 
     `1_10` and `1e3` are names, although Python reads them as numbers.
     """
-    found = WHOLE.fullmatch(text.strip())
-    return int(found[1]) if found else None
+    match = WHOLE.fullmatch(text.strip())
+    return int(match[1]) if match else None
 
 
 def classes_of(texts: Iterable[str], where: str) -> tuple[list[str], dict[str, int | None]]:

@@ -222,11 +222,11 @@ def _is_row(table: Table, index: _Index) -> bool:
 
     A label of the first row stands in other rows of its column too, the column's name does not.
     """
-    found = [cell for cell in table.header if index.find(cell, table.name)]
-    if any(PurePosixPath(cell.replace("\\", "/")).stem != cell for cell in found):
+    images = [cell for cell in table.header if index.find(cell, table.name)]
+    if any(PurePosixPath(cell.replace("\\", "/")).stem != cell for cell in images):
         return True
     names = [cell for cell in table.header if cell.lower() in NAMES_OF_COLUMNS]
-    return bool(found) and all(cell in table.column(cell) for cell in names)
+    return bool(images) and all(cell in table.column(cell) for cell in names)
 
 
 def _image_column(table: Table, index: _Index, requested: str | None, got: str) -> str:
