@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
 import statistics
 import tempfile
 import time
@@ -26,14 +25,13 @@ from exporters.bench.measure import Subject
 from exporters.build import Build
 from exporters.open import RUNTIMES
 from exporters.ort import simulated
-from exporters.ort.export import Export, export_model
+from exporters.ort.export import Export
 from exporters.parity import int8
 from pipeline.core import artifacts, cli
 from pipeline.core.errors import GateFailed, UserError
 from pipeline.data.prepared import normalised, spread
 from pipeline.distill import distill, trainer
 from pipeline.distill.settings import Distill
-from pipeline.models import checkpoint
 from pipeline.models.ranges import SUFFIX
 from pipeline.quantize import fine_tune
 from pipeline.quantize.settings import Quantize
@@ -106,13 +104,14 @@ def trained(
     held_out = normalised(prepared.images.squares(rows), preprocess), prepared.labels[rows]
     calibration_rows = spread(prepared.rows("train"), export.calibration_images)
     calibration = normalised(prepared.images.squares(calibration_rows), preprocess)
-    simulation, _ = simulated.simulate(
-        student, calibration, quantize, export.opset, build.int8_calibration, judge=False
-    )
     fp32 = int8.top1(int8.logits_of(student.plain, student.description, held_out[0]), held_out[1])
-    arguments = (held_out, calibration, export.opset, build)
-    models = (student.plain, student.plain)
-    measured = int8.measure(models, student.description, *arguments)
+    arguments = (student.description, held_out, calibration, build)
+    with tempfile.TemporaryDirectory() as folder:
+        source = simulated.write_onnx(student, Path(folder), export.opset)
+        simulation, _ = simulated.simulate(
+            student, source, calibration, quantize, build.int8_calibration, judge=False
+        )
+        measured = int8.measure(source, student.plain, *arguments)
     fine_tune.fine_tune(
         settings,
         quantize,
@@ -124,27 +123,23 @@ def trained(
         out,
         work,
     )
-    network, description = checkpoint.load(out / "student.safetensors")
-    ranges = out / f"student{SUFFIX}"
-    models = (network, student.folded.cpu())
-    measured += int8.measure(models, description, *arguments, ranges)
-    floating = len(artifacts.read_json(ranges)["floating"])
+    published = fine_tune.Student.load(out / "student.safetensors")
+    with tempfile.TemporaryDirectory() as folder:
+        source = simulated.write_onnx(published, Path(folder), export.opset)
+        measured += int8.measure(source, student.folded.cpu(), *arguments)
+    floating = len(artifacts.read_json(out / f"student{SUFFIX}")["floating"])
     return {"images": len(rows), "fp32_top1": fp32, "floating": floating, "rows": measured}
 
 
 def latency(runs: Runs, folder: Path) -> dict[str, Any]:
     """Paired CPU time of the trained int8 over fp32 in ONNX Runtime, one thread, batch 1: target -> ratio."""
     export, build = runs.section(Export), runs.section(Build)
-    network, description = checkpoint.load(folder / "trained" / "student.safetensors")
+    student = fine_tune.Student.load(folder / "trained" / "student.safetensors")
     rows = spread(runs.prepared.rows("train"), export.calibration_images)
-    x = normalised(runs.prepared.images.squares(rows), description["preprocess"])
+    x = normalised(runs.prepared.images.squares(rows), student.description["preprocess"])
     result = {}
     with tempfile.TemporaryDirectory() as name:
-        source = Path(name) / "student.onnx"
-        export_model(network, description, source, export.opset)
-        shutil.copyfile(
-            folder / "trained" / f"student{SUFFIX}", source.with_name(f"student{SUFFIX}")
-        )
+        source = simulated.write_onnx(student, Path(name), export.opset)
         exported = Exported(source.parent, {"student": x}, rows, {"student": x[:, 0, 0]}, x)
         baseline = Subject(source.name, source, TARGETS["ort-fp32"])
         for target in (TARGETS[name] for name in RATIOS):
@@ -156,13 +151,14 @@ def latency(runs: Runs, folder: Path) -> dict[str, Any]:
 
 def step_cost(runs: Runs, folder: Path, method: str) -> float:
     """CPU time of a step of the fine-tuning over one of the distillation, in turns, median of PAIRS."""
-    described = checkpoint.describe(folder / "distilled" / "student.safetensors")
-    settings = student_settings(runs, described["model"], method)
-    quantize, export = runs.section(Quantize), runs.section(Export)
     student = fine_tune.Student.load(folder / "distilled" / "student.safetensors")
+    settings = student_settings(runs, student.description["model"], method)
+    quantize, export = runs.section(Quantize), runs.section(Export)
     rows = spread(runs.prepared.rows("train"), simulated.IMAGES)
-    x = normalised(runs.prepared.images.squares(rows), described["preprocess"])
-    simulation, _ = simulated.simulate(student, x, quantize, export.opset, "minmax", judge=False)
+    x = normalised(runs.prepared.images.squares(rows), student.description["preprocess"])
+    with tempfile.TemporaryDirectory() as name:
+        source = simulated.write_onnx(student, Path(name), export.opset)
+        simulation, _ = simulated.simulate(student, source, x, quantize, "minmax", judge=False)
     simulation.attach(student.folded)
     shared = (method, runs.prepared, runs.teacher, runs.folder / "features")
     trainers = [

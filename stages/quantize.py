@@ -6,6 +6,7 @@ With `quantize.steps: 0` it does nothing: the student is exported as it was dist
 from __future__ import annotations
 
 import argparse
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,6 @@ from pipeline.core import artifacts, cli, config, machine
 from pipeline.core.atomic import atomic_dir
 from pipeline.core.formats import Selection
 from pipeline.core.students import MAIN, folder_of
-from pipeline.models.ranges import SUFFIX
 from pipeline.quantize.settings import Quantize
 
 if TYPE_CHECKING:
@@ -54,12 +54,11 @@ def quantize(args: argparse.Namespace, settings: Quantize) -> dict[str, Any]:
     from exporters.bench import floating
     from exporters.build import Build
     from exporters.ort.export import Export
-    from exporters.ort.simulated import simulate
+    from exporters.ort.simulated import simulate, write_onnx
     from exporters.parity import int8
     from pipeline.data.prepared import Prepared, normalised, spread
     from pipeline.distill import curves
     from pipeline.distill.settings import Distill
-    from pipeline.models import checkpoint
     from pipeline.quantize import fine_tune
     from pipeline.store.policy import Cache
 
@@ -80,19 +79,20 @@ def quantize(args: argparse.Namespace, settings: Quantize) -> dict[str, Any]:
 
     calibration, _ = images("train", export.calibration_images)
     held_out = images("val", HELD_OUT)
-    simulation, layers = simulate(
-        student, calibration, settings, export.opset, build.int8_calibration
-    )
     measure = partial(
         int8.measure,
         description=student.description,
         images=held_out,
         calibration=calibration,
-        opset=export.opset,
         settings=build,
     )
     logits = int8.logits_of(student.plain, student.description, held_out[0])
-    rows = measure((student.plain, student.plain))
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_onnx(student, Path(folder), export.opset)
+        simulation, layers = simulate(
+            student, source, calibration, settings, build.int8_calibration
+        )
+        rows = measure(source, student.plain)
     distill = config.load(Distill, args.params)
     trained = fine_tune.fine_tune(
         distill.of_student(name),
@@ -107,19 +107,20 @@ def quantize(args: argparse.Namespace, settings: Quantize) -> dict[str, Any]:
         config.load(Cache, args.params),
     )
     lines = trained.pop("curves")
-    checkpoint_path = args.out / "student.safetensors"
-    plain, description = checkpoint.load(checkpoint_path)
-    ranges = checkpoint_path.with_name(f"{checkpoint_path.stem}{SUFFIX}")
     left = [layer.name for layer in layers if layer.floating]
+    published = fine_tune.Student.load(args.out / "student.safetensors")
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_onnx(published, Path(folder), export.opset)
+        rows += measure(source, student.folded.cpu())
+        floating_layers = floating.measure(published, source, left, calibration)
     return {
         "steps": settings.steps,
         "method": method,
         "images": len(held_out[0]),
         "fp32_top1": int8.top1(logits, held_out[1]),
-        "rows": rows
-        + measure((plain, student.folded.cpu()), description=description, ranges=ranges),
+        "rows": rows,
         "layers": [vars(layer) for layer in layers],
-        "floating": floating.measure(checkpoint_path, left, calibration, export.opset),
+        "floating": floating_layers,
         "training": {**trained, "losses": curves.final(lines)},
     }
 

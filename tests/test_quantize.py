@@ -37,6 +37,7 @@ from pipeline.models.ranges import symmetric
 from pipeline.quantize import fine_tune, folding, simulation
 from pipeline.quantize.lsq import Quantizer
 from pipeline.quantize.settings import Quantize
+from tests import artefacts
 from tests.conftest import CNN, Once
 
 HERE = machine.machine()
@@ -134,7 +135,10 @@ def test_a_range_does_not_pass_the_clip_that_int8_takes_over() -> None:
 
 @pytest.fixture(scope="module")
 def chain(digits: Path, teacher_path: Path, features: Path, once: Once) -> Path:
-    """A student distilled by `logits` for 150 steps, fine-tuned for 12: checkpoints, ONNX, simulated logits."""
+    """A student distilled by `logits` for 150 steps, fine-tuned for 12: checkpoints, simulated logits.
+
+    The ONNX of the fine-tuned one, with its ranges; that of the distilled one in `fp32`.
+    """
 
     def make(folder: Path) -> None:
         prepared = Prepared.open(digits)
@@ -142,14 +146,17 @@ def chain(digits: Path, teacher_path: Path, features: Path, once: Once) -> Path:
         shared = (prepared, teacher_path, features)
         distill.distill(config, "logits", *shared, folder / "distilled", folder / "work")
         x = calibration(prepared, folder)
-        student, simulated_by = started(folder, x)
+        student = fine_tune.Student.load(folder / "distilled" / "student.safetensors")
+        (folder / "fp32").mkdir()
+        simulated.write_onnx(student, folder / "fp32", 18)
+        simulated_by = simulation_of(folder, student, x)
         fine_tune.fine_tune(
             config, SETTINGS, student, simulated_by, *shared, folder / "trained", folder / "work"
         )
         with torch.no_grad():
             np.save(folder / "simulated.npy", student.folded.eval()(torch.from_numpy(x)).numpy())
-        export.export(folder / "trained" / "student.safetensors", folder / "student.onnx")
-        shutil.copy(folder / "trained" / "student-ranges.json", folder)
+        trained_student = fine_tune.Student.load(folder / "trained" / "student.safetensors")
+        simulated.write_onnx(trained_student, folder, 18)
 
     return once("quantized", make)
 
@@ -159,11 +166,13 @@ def calibration(prepared: Prepared, folder: Path) -> np.ndarray[Any, np.dtype[np
     return normalised(prepared.images.squares(prepared.rows("train")[:400]), preprocess)
 
 
-def started(folder: Path, x: Any) -> tuple[fine_tune.Student, simulation.Simulation]:
-    student = fine_tune.Student.load(folder / "distilled" / "student.safetensors")
-    found, layers = simulated.simulate(student, x, SETTINGS, 18, "minmax", judge=False)
+def simulation_of(
+    chain: Path, student: fine_tune.Student, x: Any, settings: Quantize = SETTINGS
+) -> simulation.Simulation:
+    source = chain / "fp32" / "student.onnx"
+    found, layers = simulated.simulate(student, source, x, settings, "minmax", judge=False)
     assert layers == []
-    return student, found
+    return found
 
 
 def images(chain: Path, digits: Path) -> int8.CalibrationImages:
@@ -259,23 +268,22 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     return compared
 
 
-def calibrated_student(chain: Path, folder: Path, x: Any, settings: Quantize) -> Path:
-    """The distilled student in `folder`, with calibrated ranges beside it as if it were fine-tuned."""
-    for suffix in (".safetensors", ".json"):
-        shutil.copy(chain / "distilled" / f"student{suffix}", folder)
-    path = folder / "student.safetensors"
-    student = fine_tune.Student.load(path)
-    found, _ = simulated.simulate(student, x, settings, 18, "minmax", judge=False)
+def calibrated_student(
+    chain: Path, folder: Path, x: Any, settings: Quantize = SETTINGS
+) -> tuple[fine_tune.Student, Path]:
+    """The distilled student, and its ONNX in `folder` with calibrated ranges, as if it were fine-tuned."""
+    student = fine_tune.Student.load(chain / "distilled" / "student.safetensors")
+    found = simulation_of(chain, student, x, settings)
     artifacts.write_json(folder / "student-ranges.json", found.ranges())
-    return path
+    return student, Path(shutil.copy(chain / "fp32" / "student.onnx", folder))
 
 
 def test_the_stem_that_stays_in_float_is_named_with_its_cost(
     chain: Path, digits: Path, tmp_path: Path, clock: list[set[str]]
 ) -> None:
     x = calibration(Prepared.open(digits), chain)[:64]
-    student = calibrated_student(chain, tmp_path, x, Quantize(steps=12, first="float"))
-    found = floating.measure(student, ["conv1.0"], x, 18)
+    settings = Quantize(steps=12, first="float")
+    found = floating.measure(*calibrated_student(chain, tmp_path, x, settings), ["conv1.0"], x)
     (layer,) = found["layers"]
     assert layer["name"] == "conv1.0" and found["reason"] is None
     assert found["cpu_ratio"] == {"median": 1.25, "ci_low": 1.2, "ci_high": 1.3}
@@ -288,14 +296,14 @@ def test_a_layer_that_onnx_runtime_runs_in_int8_all_the_same_has_no_cost(
     chain: Path, digits: Path, tmp_path: Path, clock: list[set[str]]
 ) -> None:
     x = calibration(Prepared.open(digits), chain)[:64]
-    student = calibrated_student(chain, tmp_path, x, Quantize(steps=12))
+    student, source = calibrated_student(chain, tmp_path, x)
     path = tmp_path / "student-ranges.json"
     with quantize.Calibrated(onnx_file.read_onnx(chain / "student.onnx"), x) as network:
         names = simulated.layer_names(network)
         group = next(group for group, name in names.items() if name == "conv1.3")
         ranges = json.loads(path.read_text()) | {"floating": [group]}
     artifacts.write_json(path, ranges)
-    found = floating.measure(student, ["conv1.3"], x, 18)
+    found = floating.measure(student, source, ["conv1.3"], x)
     assert found == {"layers": [{"name": "conv1.3", "nodes": []}]} and not clock
 
 
@@ -303,8 +311,10 @@ def test_with_every_layer_in_int8_nothing_is_left_in_float(
     chain: Path, digits: Path, tmp_path: Path, clock: list[set[str]]
 ) -> None:
     x = calibration(Prepared.open(digits), chain)[:64]
-    student = calibrated_student(chain, tmp_path, x, Quantize(steps=12))
-    assert floating.measure(student, [], x, 18) == {"layers": []} and not clock
+    assert (
+        floating.measure(*calibrated_student(chain, tmp_path, x), [], x) == {"layers": []}
+        and not clock
+    )
 
 
 @exact_int8_kernels
@@ -314,10 +324,9 @@ def test_a_network_with_an_end_in_float_computes_its_simulation(
 ) -> None:
     x = calibration(Prepared.open(digits), chain)[:64]
     student = fine_tune.Student.load(chain / "distilled" / "student.safetensors")
-    settings = Quantize(steps=12, **ends)
-    found, _ = simulated.simulate(student, x, settings, 18, "minmax", judge=False)
-    export.export_model(student.plain, student.description, tmp_path / "fp32.onnx", 18)
-    with quantize.Calibrated(onnx_file.read_onnx(tmp_path / "fp32.onnx"), x) as network:
+    found = simulation_of(chain, student, x, Quantize(steps=12, **ends))
+    source = onnx_file.read_onnx(chain / "fp32" / "student.onnx")
+    with quantize.Calibrated(source, x) as network:
         proto = network.quantized(ranges=found.ranges())
     onnx_file.write_onnx(proto, tmp_path / "int8.onnx")
     logits = inputs.run_batches(OrtSession(tmp_path / "int8.onnx", 1), x)
@@ -373,29 +382,42 @@ PARAMS = {
 }
 
 
+Stage = Callable[..., subprocess.CompletedProcess[str]]
+
+
 @pytest.fixture
 def stage(
     chain: Path, digits: Path, teacher_path: Path, features: Path, tmp_path: Path, command: Command
-) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`stage(steps)`: the stage on the chain's student, into tmp_path / out."""
-    from tests import artefacts
-
+) -> Stage:
+    """`stage(steps)`: the stage on the chain's student, into `out` and out.json below tmp_path or `below`."""
     shutil.copytree(chain / "distilled", tmp_path / "students" / "logits")
     (tmp_path / "selection.json").write_text(json.dumps(artefacts.selection("logits")))
 
-    def run(steps: int, out: str = "out", **settings: Any) -> subprocess.CompletedProcess[str]:
+    def run(
+        steps: int, below: Path = tmp_path, **settings: Any
+    ) -> subprocess.CompletedProcess[str]:
         params = tmp_path / "params.yaml"
         params.write_text(json.dumps({**PARAMS, "quantize": {"steps": steps, **settings}}))
         paths = [digits, teacher_path, features, tmp_path / "students", tmp_path / "selection.json"]
-        outs = [tmp_path / out, tmp_path / f"{out}.json"]
         options = ["--params", params, "--work", tmp_path / "work"]
-        return command("stages.quantize", *paths, *outs, *options)
+        return command("stages.quantize", *paths, below / "out", below / "out.json", *options)
 
     return run
 
 
+@pytest.fixture
+def fine_tuned(stage: Stage, once: Once) -> Path:
+    """What the stage makes in 12 steps: the folder `out`, and out.json."""
+
+    def make(folder: Path) -> None:
+        done = stage(12, folder)
+        assert done.returncode == 0, done.stderr
+
+    return once("fine-tuned", make)
+
+
 def test_the_stage_measures_both_kinds_of_int8_in_every_runtime(
-    stage: Any, tmp_path: Path, clock: list[set[str]]
+    stage: Stage, tmp_path: Path, clock: list[set[str]]
 ) -> None:
     done = stage(12, first="float")
     assert done.returncode == 0, done.stderr
@@ -414,13 +436,13 @@ def test_the_stage_measures_both_kinds_of_int8_in_every_runtime(
 
 
 def test_the_export_of_it_is_judged_by_the_accuracy_of_the_distilled_student(
-    stage: Any, digits: Path, teacher_path: Path, tmp_path: Path, command: Command
+    fine_tuned: Path, digits: Path, teacher_path: Path, tmp_path: Path, command: Command
 ) -> None:
-    assert stage(12).returncode == 0
-    assert json.loads((tmp_path / "out.json").read_text())["floating"] == {"layers": []}
-    folders = [tmp_path / name for name in ("students", "selection.json", "out")]
-    paths = [*folders, teacher_path, digits, tmp_path / "export"]
-    done = command("stages.export", *paths, "--params", tmp_path / "params.yaml")
+    assert json.loads((fine_tuned / "out.json").read_text())["floating"] == {"layers": []}
+    folders = [tmp_path / "students", tmp_path / "selection.json", fine_tuned / "out"]
+    paths, params = [*folders, teacher_path, digits, tmp_path / "export"], tmp_path / "params.yaml"
+    params.write_text(json.dumps(PARAMS))
+    done = command("stages.export", *paths, "--params", params)
     assert done.returncode == 0, done.stderr
     exported = Exported.open(tmp_path / "export")
     distilled = EagerSession(*checkpoint.load(tmp_path / "students/logits/student.safetensors"), 1)
@@ -439,7 +461,7 @@ def test_the_export_of_it_is_judged_by_the_accuracy_of_the_distilled_student(
 
 
 def test_with_0_steps_the_export_is_that_of_the_distilled_student_to_the_byte(
-    stage: Any, digits: Path, teacher_path: Path, tmp_path: Path, command: Command
+    stage: Stage, digits: Path, teacher_path: Path, tmp_path: Path, command: Command
 ) -> None:
     done = stage(0)
     assert done.returncode == 0 and "stays as it was distilled" in done.stdout
@@ -461,9 +483,8 @@ def test_with_0_steps_the_export_is_that_of_the_distilled_student_to_the_byte(
 
 
 def test_stopped_and_run_again_the_student_is_the_same(
-    stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: Stage, fine_tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert stage(12, "whole").returncode == 0
     step, calls = distill.train_step, []
 
     def interrupted(*arguments: Any) -> Any:
@@ -476,7 +497,7 @@ def test_stopped_and_run_again_the_student_is_the_same(
     assert stage(12).returncode == 128 + signal.SIGTERM
     assert stage(12).returncode == 0 and calls == list(range(12))
     for name in ("student.safetensors", "student-ranges.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == (fine_tuned / "out" / name).read_bytes()
 
 
 def test_the_stage_goes_on_with_the_projectors_of_the_distillation(
@@ -550,7 +571,8 @@ def command_in(bundle: Path, runtime: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_simulated_student_is_a_session_like_any_other(chain: Path, digits: Path) -> None:
     x = calibration(Prepared.open(digits), chain)
-    student, found = started(chain, x)
+    student = fine_tune.Student.load(chain / "distilled" / "student.safetensors")
+    found = simulation_of(chain, student, x)
     before = inputs.run_batches(EagerSession(student.folded, student.description, 1), x[:32])
     found.attach(student.folded)
     after = inputs.run_batches(EagerSession(student.folded, student.description, 1), x[:32])

@@ -1,7 +1,8 @@
-"""The simulation of a student's int8 from its checkpoint: exported, calibrated, and found again in PyTorch."""
+"""The simulation of a student's int8: its ONNX, calibrated, and matched to the modules of PyTorch."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from exporters.ort import export
 from exporters.ort.placement import place
 from exporters.ort.quantize import Calibrated
 from exporters.ort.session import OrtSession
+from pipeline.models.ranges import SUFFIX
 from pipeline.quantize.settings import Quantize
 
 if TYPE_CHECKING:
@@ -35,28 +37,37 @@ class Layer:
     floating: bool
 
 
+def write_onnx(student: Student, folder: Path, opset: int) -> Path:
+    """Write student.onnx to `folder`, with the ranges beside it where the student was fine-tuned.
+
+    Raises UserError, GateFailed: not exported.
+    """
+    source = folder / "student.onnx"
+    export.export_model(student.plain, student.description, source, opset)
+    ranges = student.path.with_name(f"{student.path.stem}{SUFFIX}")
+    if ranges.is_file():
+        shutil.copyfile(ranges, source.with_name(f"{source.stem}{SUFFIX}"))
+    return source
+
+
 def simulate(
     student: Student,
+    source: Path,
     x: Array,
     settings: Quantize,
-    opset: int,
     calibration: Calibration,
     judge: bool = True,
 ) -> tuple[Simulation, list[Layer]]:
     """Build the simulation of a folded student from ranges calibrated on x (N, 3, S, S); also its layers.
 
-    The layers are measured where `judge` or the settings ask for it; otherwise there are none.
-    Raises UserError, GateFailed: a student that is not exported or quantized.
+    source: its ONNX. The layers are measured where `judge` or the settings ask for it; otherwise there are none.
+    Raises UserError: a student that is not quantized.
     """
     import torch
 
     from pipeline.quantize import simulation
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "student.onnx"
-        export.export_model(student.plain, student.description, path, opset)
-        proto = onnx_file.read_onnx(path)
-    with Calibrated(proto, x, method=calibration) as network:
+    with Calibrated(onnx_file.read_onnx(source), x, method=calibration) as network:
         sites = simulation.Sites(student.folded, torch.from_numpy(x[:1]))
         judge = judge or settings.floating > 0
         alone = sensitivities(network, x[:IMAGES]) if judge else {}

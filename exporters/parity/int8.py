@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,8 @@ from exporters.artifact.reference import Exported
 from exporters.artifact.runtime import Build
 from exporters.artifact.session import TARGETS, Array, Target, Unavailable
 from exporters.open import RUNTIMES, open_session
-from exporters.ort import export
 from pipeline.core.machine import usable_cores
+from pipeline.models.ranges import SUFFIX
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,30 +37,25 @@ def logits_of(network: nn.Module, description: dict[str, Any], x: Array) -> Arra
 
 
 def measure(
-    networks: tuple[nn.Module, nn.Module],
+    source: Path,
+    reference: nn.Module,
     description: dict[str, Any],
     images: tuple[Array, NDArray[np.int64]],
     calibration: Array,
-    opset: int,
     settings: Build,
-    ranges: Path | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each target of INT8: top-1 on labelled images, agreement of the logits with a reference's.
 
-    networks: the plain one, which is exported, and the reference, which says what int8 must compute. images:
-    x (N, 3, S, S) and labels (N,), -1 unknown. ranges: those of a training; None: calibrated on (M, 3, S, S), with
-    every node in int8. Raises UserError, GateFailed: not exported.
+    source: a student.onnx; with the ranges of a training beside it, or else calibrated on (M, 3, S, S), with every
+    node in int8. reference: the network that says what int8 must compute. images: x (N, 3, S, S) and labels (N,),
+    -1 unknown.
     """
     x, labels = images
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        export.export_model(networks[0], description, folder / "student.onnx", opset)
-        if ranges is not None:
-            shutil.copyfile(ranges, folder / ranges.name)
-        logits = logits_of(networks[1], description, x)
-        exported = Exported(folder, {"student": x}, labels, {"student": logits}, calibration)
-        by = "calibration" if ranges is None else "training"
-        return [_row(TARGETS[target], exported, by, settings) for target in INT8]
+    logits = logits_of(reference, description, x)
+    exported = Exported(source.parent, {"student": x}, labels, {"student": logits}, calibration)
+    trained = source.with_name(f"{source.stem}{SUFFIX}").is_file()
+    by = "training" if trained else "calibration"
+    return [_row(TARGETS[target], exported, by, settings) for target in INT8]
 
 
 def _row(target: Target, exported: Exported, by: str, settings: Build) -> dict[str, Any]:
