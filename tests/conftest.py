@@ -13,7 +13,7 @@ import pytest
 from pipeline.data.prepared import Prepared
 from pipeline.prepare.prepare import prepare
 from pipeline.prepare.settings import Prepare
-from tests import artefacts, command_line
+from tests import artefacts, command_line, tiny
 from tests.shared import Shared
 
 ROOT = Path(__file__).parents[1]
@@ -21,9 +21,17 @@ CROP_PCT = 0.9  # of the exported networks
 VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CNN = {"channels": [8, 12, 16, 24], "output_stride": 8}
 LONG = (  # the longest first: of `make test-ci`, then of `make test`
-    *("test_workflow", "test_contributing", "test_repro", "test_store_accidents", "test_chaos"),
-    *("test_bundle", "test_training", "test_bench", "test_methods", "test_compute", "test_recipes"),
-    *("test_kernels_ops", "test_stages", "test_ort", "test_kernels_proof"),
+    *("test_workflow", "test_store_accidents", "test_repro", "test_contributing", "test_documents"),
+    *("test_compute", "test_chaos", "test_recipes"),
+    *(
+        "test_quantize",
+        "test_training",
+        "test_methods",
+        "test_bundle",
+        "test_schemas",
+        "test_bench",
+    ),
+    *("test_store", "test_stages", "test_ort", "test_kernels_proof", "test_kernels_ops"),
 )
 
 
@@ -89,6 +97,18 @@ def features(prepared: Prepared, teacher_path: Path, once: Once) -> Path:
         writing.write(cache, prepared, live, out, work, lambda _: None)
 
     return once("features", make) / "store"
+
+
+@pytest.fixture(scope="session")
+def finished_run(once: Once) -> Path:
+    """A run of the whole chain from an empty cache, in a folder with a space, as tests/tiny.py sets it."""
+
+    def make(folder: Path) -> None:
+        tiny.copy(folder)
+        done = tiny.dvc(folder, "repro")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+    return once("finished run", make)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ import pytest
 
 from tests import tiny
 
-# Each runs commands of its own, one after the other.
-pytestmark = [pytest.mark.ci, pytest.mark.timeout(900)]
+# Each runs commands of its own, one after the other, on a machine that others share.
+pytestmark = [pytest.mark.ci, pytest.mark.timeout(1800)]
 
 COSINE = '''"""Cosine of logits."""
 
@@ -142,13 +142,13 @@ def python(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_a_method_is_a_file_a_row_and_its_settings(tmp_path: Path) -> None:
+def test_a_method_is_a_file_a_row_and_its_settings(finished_run: Path, tmp_path: Path) -> None:
     copied = tmp_path / "copy"
-    copied.mkdir()
     tiny.copy(
         copied,
         "tests",
         "recipes",
+        run=finished_run,
         distill={"methods": ["plain", "logits", "cosine+gl"]},
         export={"method": "cosine+gl"},
     )

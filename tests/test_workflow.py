@@ -112,13 +112,13 @@ class Host:
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+def host(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Host:
     """A repository with a finished run as the base, and a change of the report's title as the head."""
     pytest.importorskip("openvino", reason="the openvino extra is not installed")
     root = tmp_path_factory.mktemp("host")
     repository = root / "repository"
     repository.mkdir()
-    tiny.copy(repository, "docs", **TARGETS)
+    tiny.copy(repository, "docs", run=finished_run, **TARGETS)
     git = ("git", "-c", "user.name=a", "-c", "user.email=a@example.org")
 
     def commit(message: str) -> str:
@@ -140,7 +140,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
 
 
 @pytest.mark.ci
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_every_line_of_the_workflow_runs(host: Host) -> None:
     ran = {name: host.job(name) for name in WORKFLOW["jobs"]}
     lines = sum("run" in step for job in WORKFLOW["jobs"].values() for step in job["steps"])

@@ -1,4 +1,4 @@
-"""A copy of the repository with parameters so small that the whole chain runs in half a minute."""
+"""A copy of the repository with parameters so small that the chain takes minutes, most of them for imports."""
 
 from __future__ import annotations
 
@@ -23,23 +23,20 @@ PARAMS: dict[str, dict[str, Any]] = {
 }
 
 
-def copy(folder: Path, *also: str, **params: dict[str, Any]) -> None:
+FILES = ("dvc.yaml", ".dvcignore", ".gitignore", "pyproject.toml", "README.md", "constraints.txt")
+
+
+def copy(folder: Path, *also: str, run: Path | None = None, **params: dict[str, Any]) -> None:
     """The repository without what runs made, as a git repository of its own.
 
-    `also`: more of its folders; `params`: by section, over PARAMS.
+    `run`: such a copy, to begin with what it made; `also`: more of its folders; `params`: by section, over PARAMS.
     """
-    for name in (*FLOORS, ".dvc", *also):
-        shutil.copytree(
-            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "cache", "tmp")
-        )
-    for name in (
-        "dvc.yaml",
-        ".dvcignore",
-        ".gitignore",
-        "pyproject.toml",
-        "README.md",
-        "constraints.txt",
-    ):
+    if run is not None:
+        shutil.copytree(run, folder, symlinks=True, dirs_exist_ok=True)
+    ignored = shutil.ignore_patterns("__pycache__", "cache", "tmp")
+    for name in also if run else (*FLOORS, ".dvc", *also):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in FILES:
         shutil.copy(ROOT / name, folder)
     yaml = YAML()
     held = yaml.load(ROOT / "params.yaml")
