@@ -51,7 +51,7 @@ repro: $(VENV)/.installed  ## the whole chain on params.yaml, or on RECIPE=name 
 test: $(VENV)/.installed  ## every module's guarantee, about 17 minutes on 2 cores
 	$(PYTEST) $(FAST)
 
-test-ci: $(VENV)/.installed  ## the rest of the CPU suite, 8 to 16 minutes: whole chains, kills, several processes, large matrices
+test-ci: $(VENV)/.installed  ## the rest of the CPU suite, 15 to 30 minutes: whole chains, kills, several processes, large matrices
 	$(PYTEST) $(CI)
 
 test-all: $(VENV)/.installed  ## both, and the slow and the GPU tests
